@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: the hydra files and the typed section `embedrl`."""

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The section `embedrl` of a run's configuration as frozen, checked dataclasses.
+
+verl leaves custom top-level sections untyped, so a misspelt key would be ignored there. Here it is an error, and every
+value is checked before any process starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
+
+from embedrl_verl.errors import ConfigError
+
+_T = TypeVar("_T")
+
+
+def _require(condition: bool, key: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"embedrl.{key} must be {rule}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class EmbedderConfig:
+    """Which Embedder scores the T-CoTs, and how it runs. Token counts are visual tokens unless the name says text."""
+
+    path: str | None = None
+    profile: str = "auto"
+    strategy: str = "fsdp2"
+    dtype: str = "bfloat16"
+    attn_implementation: str = "sdpa"
+    offload: bool = True
+    max_tokens_per_gpu: int = 16384
+    max_text_tokens: int = 480
+    image_min_tokens: int = 128
+    image_max_tokens: int = 768
+    frame_min_tokens: int = 128
+    frame_max_tokens: int = 300
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "embedder.path", "a Hugging Face folder or hub id (set EMBEDDER_PATH)", self.path)
+        _require(self.strategy in ("fsdp", "fsdp2"), "embedder.strategy", "fsdp or fsdp2", self.strategy)
+        _require(self.dtype in ("bfloat16", "float32"), "embedder.dtype", "bfloat16 or float32", self.dtype)
+        for name in ("max_tokens_per_gpu", "max_text_tokens", "image_min_tokens", "frame_min_tokens"):
+            _require(getattr(self, name) > 0, f"embedder.{name}", "positive", getattr(self, name))
+        for kind in ("image", "frame"):
+            low, high = getattr(self, f"{kind}_min_tokens"), getattr(self, f"{kind}_max_tokens")
+            _require(low <= high, f"embedder.{kind}_max_tokens", f"at least {kind}_min_tokens ({low})", high)
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """What may be cut from the original media (pixels of the original; method section 2)."""
+
+    max_items: int = 8
+    min_side: int = 10
+    max_aspect: float = 50.0
+
+    def __post_init__(self) -> None:
+        _require(self.max_items >= 0, "evidence.max_items", "0 or more", self.max_items)
+        _require(self.min_side >= 1, "evidence.min_side", "1 or more pixels", self.min_side)
+        _require(self.max_aspect >= 1, "evidence.max_aspect", "1 or more", self.max_aspect)
+
+
+@dataclass(frozen=True)
+class RewardStageConfig:
+    """How the reward stage treats failures and how often it looks at the rollout queue (seconds)."""
+
+    max_failed_share: float = 0.1
+    poll_interval: float = 0.5
+
+    def __post_init__(self) -> None:
+        share = self.max_failed_share
+        _require(0 <= share < 1, "reward.max_failed_share", "at least 0 and below 1", share)
+        _require(0 < self.poll_interval <= 60, "reward.poll_interval", "in (0, 60] seconds", self.poll_interval)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Retrieval metrics of a validation pass: Hit@1 and NDCG@ndcg_k."""
+
+    ndcg_k: int = 5
+
+    def __post_init__(self) -> None:
+        _require(self.ndcg_k >= 1, "validation.ndcg_k", "1 or more", self.ndcg_k)
+
+
+@dataclass(frozen=True)
+class EmbedRLConfig:
+    """The whole section `embedrl`."""
+
+    embedder: EmbedderConfig
+    evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
+    reward: RewardStageConfig = field(default_factory=RewardStageConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+def _build(cls: type[_T], section: Mapping[str, Any], path: str) -> _T:
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(section) - known)
+    if unknown:
+        raise ConfigError(f"{path} has no key {', '.join(unknown)}; its keys are {', '.join(sorted(known))}")
+    values: dict[str, Any] = {}
+    for name, value in section.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path}.{name} must be a section with keys; got {value!r}")
+            values[name] = _build(hint, value, f"{path}.{name}")  # type: ignore[arg-type]
+            continue
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        allowed = hint if isinstance(hint, type) else hint.__args__
+        if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+            raise ConfigError(f"{path}.{name} must be of type {hint}; got {value!r}")
+        values[name] = value
+    return cls(**values)
+
+
+def parse_embedrl_section(section: Mapping[str, Any]) -> EmbedRLConfig:
+    """Check the plain mapping of the section `embedrl` and return it typed.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value outside its range; the message names the key.
+    """
+    if "embedder" not in section:
+        raise ConfigError("embedrl.embedder is missing; set at least embedrl.embedder.path")
+    return _build(EmbedRLConfig, section, "embedrl")
