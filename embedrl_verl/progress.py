@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One progress line in the terminal of a run: steps, reward, Hit@1 and seconds a step.
+
+verl's own bar lives in a Ray actor and shows none of that. This one reads the JSONL that verl's logger `file` writes, in a
+thread of the process that started the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+def metrics_file(config: Any) -> Path | None:
+    """Where verl's logger `file` will write this run's metrics; None when that logger is off.
+
+    verl truncates the file at every start. An earlier part is kept as `<name>.<n>` so that resuming loses nothing.
+    """
+    loggers = config.trainer.logger
+    if "file" not in ([loggers] if isinstance(loggers, str) else list(loggers)):
+        return None
+    named = os.environ.get("VERL_FILE_LOGGER_PATH")
+    root = Path(os.path.expanduser(os.environ.get("VERL_FILE_LOGGER_ROOT", ".")))
+    path = Path(named) if named else root / config.trainer.project_name / f"{config.trainer.experiment_name}.jsonl"
+    if path.is_file() and path.stat().st_size > 0:
+        number = 1
+        while path.with_name(f"{path.name}.{number}").exists():
+            number += 1
+        path.rename(path.with_name(f"{path.name}.{number}"))
+    return path
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """Metrics by step, from all parts of a run; a step that was run again after a resume counts with its last values."""
+    parts = sorted(path.parent.glob(f"{path.name}.*"), key=lambda part: int(part.suffix[1:]))
+    result: dict[int, dict[str, float]] = {}
+    for part in [*parts, path]:
+        if not part.is_file():
+            continue
+        for line in part.read_text().splitlines():
+            entry = json.loads(line)
+            result.setdefault(int(entry["step"]), {}).update(entry["data"])
+    return result
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """The text beside the bar for one step's metrics; what is not known yet is left out."""
+    shown = (
+        ("reward", "embedrl/reward/mean", "{:.3f}"),
+        ("Hit@1", "embedrl/hit@1/mean", "{:.2f}"),
+        ("well-formed", "embedrl/well_formed/mean", "{:.2f}"),
+        ("s/step", "timing_s/step", "{:.1f}"),
+        ("val Hit@1", "val-core/all/hit@1", "{:.3f}"),
+    )
+    return "  ".join(f"{label} {form.format(metrics[key])}" for label, key, form in shown if key in metrics)
+
+
+class ProgressLine:
+    """Context manager that follows the metrics file while the run goes on; without a file it does nothing."""
+
+    def __init__(self, path: Path | None, *, interval: float = 1.0) -> None:
+        self._path = path
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> ProgressLine:
+        if self._path is not None:
+            self._thread = threading.Thread(target=self._follow, args=(self._path,), daemon=True, name="progress")
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _follow(self, path: Path) -> None:
+        bar: tqdm[Any] | None = None
+        offset = 0
+        latest: dict[str, float] = {}
+        while True:
+            last_look = self._stop.is_set()
+            if path.is_file():
+                with path.open() as handle:
+                    handle.seek(offset)
+                    lines = handle.read()
+                complete = lines.rfind("\n") + 1
+                offset += len(lines[:complete].encode())
+                for line in lines[:complete].splitlines():
+                    entry = json.loads(line)
+                    latest.update(entry["data"])
+                    if entry["step"] == 0:
+                        tqdm.write(f"before training  {describe(latest)}")
+                        continue
+                    if bar is None:
+                        total = int(latest.get("embedrl/total_steps", 0)) or None
+                        bar = tqdm(total=total, initial=entry["step"] - 1, desc="EG-RL", unit="step", leave=True)
+                    bar.set_postfix_str(describe(latest), refresh=False)
+                    bar.update(entry["step"] - bar.n)
+            if last_look:
+                break
+            self._stop.wait(self._interval)
+        if bar is not None:
+            bar.close()

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m embedrl_verl.train [hydra overrides]`: EG-RL on stock verl.
+
+The same run can be started by verl's own entry point, because the installed plugin registers the trainer mode there:
+
+    python -m verl.trainer.main_ppo --config-dir <folder of egrl_trainer.yaml> --config-name egrl_trainer ...
+
+This one adds what a person wants around it: the configuration checked before any process starts, a plan without starting
+anything (DRY_RUN=1), the machine's resources checked, one progress line, and errors as one message with an exit code
+(2 configuration, 3 data, 4 anything else that this package refuses).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+
+from embedrl_verl.errors import EmbedRLError, PluginError
+
+
+def run(config: Any) -> None:
+    """Check everything that can be checked here, then hand over to verl's own `run_ppo`.
+
+    Raises:
+        EmbedRLError: something that this package refuses; errors of the trainer process are raised as themselves.
+    """
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+    from verl.utils.config import validate_config
+    from verl.utils.device import auto_set_device
+
+    from embedrl_verl.doctor import check_ray_cpus
+    from embedrl_verl.progress import ProgressLine, metrics_file
+    from embedrl_verl.trainer.checks import check_files, check_run_config
+
+    mode = config.trainer.v1.trainer_mode
+    if mode not in TRAINER_REGISTRY:
+        raise PluginError(
+            f"trainer mode {mode!r} is not registered in verl, so the plugin is not loaded "
+            f"(VERL_USE_EXTERNAL_PLUGINS={os.environ.get('VERL_USE_EXTERNAL_PLUGINS', 'auto')}). "
+            "Install the package (pip install -e .) and let verl load plugins; `embedrl doctor` says more"
+        )
+    auto_set_device(config)
+    check_run_config(config)
+    validate_config(
+        config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+    )
+    check_files(config)
+    check_ray_cpus(config)
+    with ProgressLine(metrics_file(config)):
+        run_ppo(config, task_runner_class=TaskRunnerV1)
+
+
+def _own_error(error: BaseException) -> EmbedRLError | None:
+    """The error of this package inside what Ray raised, if there is one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, EmbedRLError):
+            cause = getattr(seen, "cause", None)  # Ray raises a class that is both its own and the remote error's
+            return cause if isinstance(cause, EmbedRLError) else seen
+        seen = seen.__cause__
+    return None
+
+
+@hydra.main(config_path="config", config_name="egrl_trainer", version_base=None)
+def _main(config: Any) -> None:
+    if os.environ.get("DRY_RUN", "") not in ("", "0"):
+        from embedrl_verl.plan import print_plan
+
+        print_plan(config)
+        return
+    try:
+        run(config)
+    except Exception as error:
+        own = _own_error(error)
+        if own is None:
+            raise
+        print(f"\n{type(own).__name__}: {own}", file=sys.stderr)
+        sys.stderr.flush()
+        raise SystemExit(own.exit_code) from error
+
+
+def main() -> None:
+    """Entry point; keeps hydra from changing the working directory or writing its own log folder."""
+    sys.argv[1:1] = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.path.insert(0, str(Path.cwd()))
+    _main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward stage of a step: rows out of TransferQueue, embeddings, the reward function, scores back in.
+
+Rows are linked by fields (pair, side, session), never by position. A row without an embedding is unknown: it is nobody's
+candidate, its reward stays NaN, and in training it gets no gradient. Too many of them stop the run with their causes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import transfer_queue as tq
+from verl.utils import tensordict_utils as tu
+
+from embedrl_verl.errors import EmbedderError
+from embedrl_verl.rewards import RewardBatch, batch_metrics
+from embedrl_verl.tcot import TCoT, parse_tcot
+from embedrl_verl.trainer.agent_loop import EMBED_PARTITION, ROW_INFO
+
+SIDES = ("query", "target")
+
+_FIELDS = [
+    "responses",
+    "extra_fields",
+    "embedrl_pair_id",
+    "embedrl_side",
+    "embedrl_content",
+    "embedrl_required",
+    "data_source",
+]
+
+
+class EmbedsRows(Protocol):
+    """What the stage needs of an Embedder: (N, D) float32, and why each failed row failed (by position)."""
+
+    def embed_rows(self, keys: Sequence[str], partition_id: str) -> tuple[torch.Tensor, Mapping[int, str]]: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished rollout. `side` is 0 for the query and 1 for the target; `session` counts a prompt's rollouts from 0."""
+
+    key: str
+    pair_id: str
+    side: int
+    session: int
+    content: int
+    required: str
+    source: str
+    tcot: TCoT
+    evidence: int
+    failure: str | None
+    response_tokens: int
+
+    @property
+    def uid(self) -> str:
+        return self.key.split("_")[0]
+
+
+@dataclass
+class ScoredRows:
+    """The stage's result, in the order of `rows`. `parts` are (N,) float32 with NaN for unknown."""
+
+    rows: list[Row]
+    embeddings: torch.Tensor
+    failures: dict[int, str]
+    parts: dict[str, torch.Tensor]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """What a rollout dump says of one row (JSON values; unknown numbers are null)."""
+        row, tcot = self.rows[index], self.rows[index].tcot
+        return {
+            "pair_id": row.pair_id,
+            "side": SIDES[row.side],
+            "data_source": row.source,
+            "rollout": row.session,
+            "well_formed": tcot.is_well_formed,
+            "problems": list(tcot.problems),
+            "required": row.required,
+            "text_keywords": list(tcot.text_keywords),
+            "bbox_2d": [[box.x1, box.y1, box.x2, box.y2, box.image] for box in tcot.boxes],
+            "key_frames": list(tcot.key_frames),
+            "evidence": row.evidence,
+            "failure": self.failures.get(index),
+            "reward": {name: _finite(value[index].item()) for name, value in self.parts.items()},
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value else None
+
+
+def read_rows(keys: Sequence[str], partition_id: str) -> list[Row]:
+    """The finished rollouts of a batch, sorted by (pair, side, session) so that arrival order never matters.
+
+    Raises:
+        EmbedderError: TransferQueue lost rows or the rows were not written by the agent loop `tcot`.
+    """
+    data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=_FIELDS)
+    missing = [name for name in _FIELDS if name not in data.keys()]
+    if missing or len(data) != len(keys):
+        raise EmbedderError(
+            f"asked the queue for {len(keys)} rows with {_FIELDS}, got {len(data)} without {missing or 'nothing'}; rollouts "
+            "must come from the agent loop `tcot` over TCoTDataset (actor_rollout_ref.rollout.agent.default_agent_loop)"
+        )
+    lengths = data["responses"].offsets().diff().tolist()
+    columns = {name: tu_list(data, name) for name in _FIELDS if name != "responses"}
+    rows = []
+    for i, key in enumerate(keys):
+        info = columns["extra_fields"][i][ROW_INFO]
+        tcot = parse_tcot(info["text"], num_frames=info["num_frames"] or None, num_images=info["num_images"] or None)
+        rows.append(
+            Row(
+                key=key,
+                pair_id=str(columns["embedrl_pair_id"][i]),
+                side=SIDES.index(str(columns["embedrl_side"][i])),
+                session=int(key.split("_")[1]),
+                content=int(columns["embedrl_content"][i]),
+                required=str(columns["embedrl_required"][i]),
+                source=str(columns["data_source"][i]),
+                tcot=tcot,
+                evidence=int(info["evidence"]),
+                failure=info["failure"],
+                response_tokens=int(lengths[i]),
+            )
+        )
+    return sorted(rows, key=lambda row: (row.pair_id, row.side, row.session, row.key))
+
+
+def tu_list(data: Any, name: str) -> list[Any]:
+    """A non-tensor (or one-value-per-row tensor) column as a plain list."""
+    column = data.get(name)
+    return list(column.tolist())
+
+
+def score_rows(
+    rows: list[Row],
+    embedder: EmbedsRows,
+    score_batch: Any,
+    *,
+    max_failed_share: float,
+    expected_rows: int,
+) -> ScoredRows:
+    """Embed the rows, build the RewardBatch and call the reward function once.
+
+    Args:
+        rows: finished rollouts, in the order of `read_rows`.
+        score_batch: `EmbedderGuidedRewardManager.score_batch`.
+        max_failed_share: share of `expected_rows` that may be missing or without embedding.
+        expected_rows: rows that a complete batch has; the rest are rollouts that failed.
+
+    Raises:
+        EmbedderError: more failures than `max_failed_share`; the message counts them by cause.
+    """
+    start = time.perf_counter()
+    failures = {i: row.failure for i, row in enumerate(rows) if row.failure is not None}
+    present = [i for i in range(len(rows)) if i not in failures]
+    embeddings = torch.empty(0)
+    if present:
+        vectors, failed = embedder.embed_rows([rows[i].key for i in present], EMBED_PARTITION)
+        failures.update({present[j]: reason for j, reason in failed.items()})
+        embeddings = torch.full((len(rows), vectors.shape[1]), float("nan"), dtype=torch.float32)
+        embeddings[torch.tensor(present)] = vectors.float()
+    embed_s = time.perf_counter() - start
+    _check_failures(rows, failures, max_failed_share, expected_rows)
+
+    start = time.perf_counter()
+    valid = torch.tensor([i not in failures for i in range(len(rows))])
+    pairs = {pair_id: number for number, pair_id in enumerate(sorted({row.pair_id for row in rows}))}
+    batch = RewardBatch.build(
+        side=torch.tensor([row.side for row in rows]),
+        pair=torch.tensor([pairs[row.pair_id] for row in rows]),
+        rollout=torch.tensor([row.session for row in rows]),
+        content=torch.tensor([row.content for row in rows]),
+        tcots=[row.tcot for row in rows],
+        required=[row.required for row in rows],
+        embeddings=embeddings,
+        valid=valid,
+    )
+    parts = score_batch(batch)
+    metrics = batch_metrics(batch, parts, evidence=torch.tensor([row.evidence for row in rows]))
+    metrics["embedrl/rollouts_missing"] = float(max(expected_rows - len(rows), 0))
+    metrics["timing_s/reward_embed"] = embed_s
+    metrics["timing_s/reward_score"] = time.perf_counter() - start
+    return ScoredRows(rows, embeddings, failures, parts, metrics)
+
+
+def _check_failures(rows: list[Row], failures: Mapping[int, str], max_share: float, expected: int) -> None:
+    lost = max(expected - len(rows), 0)
+    total = max(expected, len(rows))
+    if (len(failures) + lost) / total <= max_share:
+        return
+    causes = Counter(failures.values())
+    if lost:
+        causes["the rollout failed (see the agent loop worker's log)"] = lost
+    listed = "; ".join(f"{count} x {cause}" for cause, count in causes.most_common(5))
+    raise EmbedderError(
+        f"{len(failures) + lost} of {total} rows have no embedding, more than embedrl.reward.max_failed_share="
+        f"{max_share}. Causes: {listed}"
+    )
+
+
+def write_scores(scored: ScoredRows, partition_id: str, *, training: bool) -> None:
+    """Put `rm_scores` (the reward on the last response token), and mask unknown rows out of training.
+
+    An unknown row gets the mean of its group's known rewards, so that it does not shift the others' advantages, and a
+    zero response mask, so that it has no gradient itself.
+    """
+    rows, score = scored.rows, scored.parts["score"]
+    filled = _fill_unknown(score, [row.uid for row in rows])
+    values = []
+    for row, value in zip(rows, filled.tolist(), strict=True):
+        tokens = torch.zeros(row.response_tokens)
+        tokens[-1:] = value
+        values.append(tokens)
+    fields: dict[str, Any] = {"rm_scores": torch.nested.as_nested_tensor(values, layout=torch.jagged)}
+    if training:
+        tq.kv_batch_put(keys=[r.key for r in rows], partition_id=partition_id, fields=tu.get_tensordict(fields))
+        unknown = [row for row, value in zip(rows, score.tolist(), strict=True) if value != value]
+        if unknown:
+            zeros = [torch.zeros(row.response_tokens, dtype=torch.int64) for row in unknown]
+            masks = torch.nested.as_nested_tensor(zeros, layout=torch.jagged)
+            tq.kv_batch_put(
+                keys=[row.key for row in unknown],
+                partition_id=partition_id,
+                fields=tu.get_tensordict({"response_mask": masks, "loss_mask": masks.clone()}),
+            )
+        return
+    # Validation reads its per-row numbers from extra_fields["reward_extra_info"]; an unknown number is left out.
+    data = tq.kv_batch_get(keys=[r.key for r in rows], partition_id=partition_id, select_fields=["extra_fields"])
+    extras = tu_list(data, "extra_fields")
+    for i, extra in enumerate(extras):
+        numbers = {name: _finite(value[i].item()) for name, value in scored.parts.items()}
+        extra["reward_extra_info"] = {name: value for name, value in numbers.items() if value is not None}
+    fields["extra_fields"] = extras
+    tq.kv_batch_put(keys=[row.key for row in rows], partition_id=partition_id, fields=tu.get_tensordict(fields))
+
+
+def _fill_unknown(score: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
+    """Replace NaN by the mean of the known scores of the same group (0 where a group has none)."""
+    filled = score.clone()
+    known: dict[str, list[float]] = {}
+    for group, value in zip(groups, score.tolist(), strict=True):
+        if value == value:
+            known.setdefault(group, []).append(value)
+    for i, group in enumerate(groups):
+        if torch.isnan(score[i]):
+            values = known.get(group, [])
+            filled[i] = sum(values) / len(values) if values else 0.0
+    return filled
+
+
+def clear_embed_rows(uids: set[str]) -> None:
+    """Drop everything that rollouts of these prompts left in the embed partition, also of failed sessions."""
+    listed = tq.kv_list(EMBED_PARTITION) or {}
+    keys = [key for key in listed.get(EMBED_PARTITION, {}) if key.split("_")[0] in uids]
+    if keys:
+        tq.kv_clear(keys=keys, partition_id=EMBED_PARTITION)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a whole run configuration that need no process to be started.
+
+Called by the trainer, by `python -m embedrl_verl.train` and by dry runs, so that a mistake is one clear line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from embedrl_verl.config import load_embedrl_config
+from embedrl_verl.errors import ConfigError
+
+
+def check_run_config(config: Any) -> None:
+    """Check what EG-RL needs of verl's own keys.
+
+    Raises:
+        ConfigError: the first rule that does not hold, with the value found and the fix.
+    """
+    load_embedrl_config(config)
+    prompts = int(config.data.train_batch_size)
+    rollouts = int(config.actor_rollout_ref.rollout.n)
+    mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)
+    devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    rules = [
+        (
+            prompts >= 2 and prompts % 2 == 0,
+            f"data.train_batch_size counts prompts, two for each pair, so it must be even; got {prompts}",
+        ),
+        (prompts % mini == 0, f"data.train_batch_size ({prompts}) must be divisible by "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size ({mini}), both in prompts"),
+        (
+            (mini * rollouts) % devices == 0,
+            f"one update has ppo_mini_batch_size x rollout.n = {mini} x {rollouts} = {mini * rollouts} rows, which must be "
+            f"divisible by the {devices} devices (trainer.nnodes x trainer.n_gpus_per_node)",
+        ),
+        (
+            config.data.get("gen_batch_size") in (None, prompts),
+            "data.gen_batch_size must be null: a smaller fetch could split a pair; "
+            f"got {config.data.get('gen_batch_size')}",
+        ),
+        (
+            config.reward.reward_manager.name == "embedder_guided",
+            f"reward.reward_manager.name must be embedder_guided; got {config.reward.reward_manager.name}",
+        ),
+        (
+            int(config.reward.num_workers) == 0,
+            f"reward.num_workers must be 0: the reward needs the whole batch; got {config.reward.num_workers}",
+        ),
+        (
+            not config.algorithm.get("filter_groups", {}).get("enable", False),
+            "algorithm.filter_groups.enable must be False: it needs rewards before the batch is complete",
+        ),
+        (
+            not config.trainer.v1.sampler.get("sync_refill_failed_groups", False),
+            "trainer.v1.sampler.sync_refill_failed_groups must be False: single prompts would break the pairs",
+        ),
+        (
+            config.actor_rollout_ref.rollout.agent.default_agent_loop == "tcot",
+            "actor_rollout_ref.rollout.agent.default_agent_loop must be tcot; "
+            f"got {config.actor_rollout_ref.rollout.agent.default_agent_loop}",
+        ),
+        (
+            bool(config.reward.custom_reward_function.path),
+            "reward.custom_reward_function.path must name a reward function (see reward/); got null",
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)
+
+
+def check_files(config: Any) -> None:
+    """Check that every local file and folder a run names is there. Hub ids (no such local path, one slash) pass.
+
+    Raises:
+        ConfigError: a file is missing; the message names the key.
+    """
+    for key in ("data.train_files", "data.val_files"):
+        value = OmegaConf.select(config, key)
+        files = [value] if isinstance(value, str) else list(value or [])
+        if not files:
+            raise ConfigError(f"{key} must name at least one parquet file of pair records; got {value!r}")
+        for file in files:
+            if "://" not in file and not Path(file).expanduser().is_file():
+                raise ConfigError(f"{key}: no such file: {file}")
+    for key in ("actor_rollout_ref.model.path", "embedrl.embedder.path"):
+        value = str(OmegaConf.select(config, key))
+        looks_like_hub_id = value.count("/") == 1 and not value.startswith((".", "/", "~"))
+        if not looks_like_hub_id and "://" not in value and not Path(value).expanduser().is_dir():
+            raise ConfigError(f"{key}: no such folder: {value}")
+    root = config.data.get("media_root")
+    if root and not Path(root).expanduser().is_dir():
+        raise ConfigError(f"data.media_root: no such folder: {root}")
+    function = str(config.reward.custom_reward_function.path)
+    if not function.startswith("pkg://") and not Path(function.removeprefix("file://")).is_file():
+        raise ConfigError(f"reward.custom_reward_function.path: no such file: {function}")

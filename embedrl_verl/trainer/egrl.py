@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainer mode `egrl_sync`: verl's synchronous trainer with EG-RL's stages.
+
+What differs from `sync`:
+
+1. batches hold complete pairs of one data source (own sampler in verl's dataloader);
+2. an Embedder worker group lives beside the actor's, on the same devices;
+3. the reward stage scores the whole batch at once (training and validation);
+4. validation adds Hit@1 and NDCG over the whole set;
+5. checkpoints name the Embedder that gave the rewards, and resuming with another one is refused.
+
+Everything else (rollout, log-probs, GRPO, the update) is verl's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.reward import load_reward_manager
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+from verl.utils.dataset.rl_dataset import collate_fn
+
+from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
+from embedrl_verl.data.dataset import TCoTDataset
+from embedrl_verl.data.sampler import PairBatchSampler
+from embedrl_verl.embedder.worker import EmbedderClient, build_embedder_worker_group
+from embedrl_verl.platforms.trainer import WorkerClassesMixin
+from embedrl_verl.trainer import agent_loop, checks  # noqa: F401  (agent_loop: registers `tcot`)
+from embedrl_verl.trainer.batch_reward import ScoredRows, clear_embed_rows, read_rows, score_rows, write_scores
+from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
+from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
+from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow
+
+logger = logging.getLogger(__name__)
+
+
+class _BatchRewardOnly:
+    """verl's reward loop manager without its per-row workers: verl then calls the trainer's reward stage."""
+
+    reward_loop_worker_handles = None
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class EGRLMixin(WorkerClassesMixin):
+    """The stages of EG-RL, to be put before one of verl's trainer classes. `parent_mode` is that class's own mode name."""
+
+    parent_mode: str
+    embedrl: EmbedRLConfig
+
+    def __init__(self, config: Any) -> None:
+        checks.check_run_config(config)
+        self.embedrl = load_embedrl_config(config)
+        mode = config.trainer.v1.trainer_mode
+        # verl compares the mode with its own literals while it builds itself.
+        config.trainer.v1.trainer_mode = self.parent_mode
+        super().__init__(config=config)  # type: ignore[call-arg]  # verl's trainer follows in the MRO
+        config.trainer.v1.trainer_mode = mode
+        self._validation = RetrievalValidation(self.embedrl.validation.ndcg_k)
+        self._dump_parts: dict[str, dict[str, Any]] = {}
+
+    # ------------------------------------------------------------------ set-up
+
+    def _setup(self) -> None:
+        super()._setup()  # type: ignore[misc]
+        self.reward_loop_manager = _BatchRewardOnly(self.reward_loop_manager)
+        manager = load_reward_manager(self.config, self.tokenizer)
+        assert isinstance(manager, EmbedderGuidedRewardManager), type(manager)
+        self.reward_manager = manager
+        pool = self.resource_pool_manager.resource_pool_dict["global_pool"]
+        group = build_embedder_worker_group(self.config, self.embedrl.embedder, pool)
+        self.embedder = EmbedderClient(group)
+        if self.global_steps > 0:
+            check_embedder_record(self._step_folder(self.global_steps), self.embedrl.embedder)
+        logger.warning(
+            "EG-RL: Embedder %s on %d device(s), reward function %s",
+            self.embedrl.embedder.path,
+            group.world_size,
+            self.config.reward.custom_reward_function.path,
+        )
+
+    def get_reward_handles(self) -> None:
+        """No per-row reward workers: the reward needs the whole batch."""
+        return None
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()  # type: ignore[misc]
+        if not isinstance(self.train_dataset, TCoTDataset):
+            raise TypeError(f"data.custom_cls must be TCoTDataset or a subclass; got {type(self.train_dataset)}")
+        batch_size = self.config.data.train_batch_size
+        sampler = PairBatchSampler(
+            self.train_dataset, batch_size=batch_size, seed=self.config.data.get("seed") or 0
+        )
+        self.train_dataloader = StatefulDataLoader(
+            dataset=self.train_dataset,
+            batch_size=batch_size,
+            num_workers=self.config.data["dataloader_num_workers"],
+            drop_last=True,
+            collate_fn=collate_fn,
+            sampler=sampler,
+        )
+        # Blocks hold one data source each, so an epoch can be shorter than rows // batch_size.
+        self.steps_per_epoch = len(sampler) // batch_size
+        if self.config.trainer.total_training_steps is None:
+            self.total_training_steps = self.steps_per_epoch * self.config.trainer.total_epochs
+            self.config.actor_rollout_ref.actor.optim.total_training_steps = self.total_training_steps
+
+    # ------------------------------------------------------------------ the reward stage
+
+    def _compute_reward_colocate(self, batch: KVBatchMeta, metrics: dict[str, float] | None = None) -> KVBatchMeta:
+        start = time.perf_counter()
+        training = batch.partition_id == "train"
+        rows = read_rows(batch.keys, batch.partition_id)
+        expected = len(rows)
+        if training:
+            expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        scored = score_rows(
+            rows,
+            self.embedder,
+            self.reward_manager.score_batch,
+            max_failed_share=self.embedrl.reward.max_failed_share,
+            expected_rows=expected,
+        )
+        write_scores(scored, batch.partition_id, training=training)
+        clear_embed_rows({row.uid for row in rows})
+        self._remember(scored, training)
+        if metrics is not None:
+            metrics.update(scored.metrics)
+            metrics["timing_s/reward_stage"] = time.perf_counter() - start
+            metrics["embedrl/total_steps"] = float(self.total_training_steps)
+        # Sorted rows: the same rollouts give the same mini-batches, whatever the order of arrival.
+        position = {key: i for i, key in enumerate(batch.keys)}
+        batch.reorder([position[row.key] for row in rows])
+        return batch
+
+    def _remember(self, scored: ScoredRows, training: bool) -> None:
+        if training:
+            self._dump_parts = {}
+        if self.config.trainer.get("rollout_data_dir") or self.config.trainer.get("validation_data_dir"):
+            self._dump_parts.update({row.key: scored.describe(i) for i, row in enumerate(scored.rows)})
+        if not training:
+            self._validation.add(
+                [
+                    ValidationRow(
+                        row.source,
+                        row.side,
+                        row.session,
+                        row.content,
+                        None if i in scored.failures else scored.embeddings[i],
+                    )
+                    for i, row in enumerate(scored.rows)
+                ]
+            )
+
+    # ------------------------------------------------------------------ validation, dumps, checkpoints
+
+    def _validate(self) -> dict[str, float]:
+        metrics = dict(super()._validate())  # type: ignore[misc]
+        metrics.update(self._validation.metrics())
+        return metrics
+
+    def _dump_generations(
+        self, inputs: Any, outputs: Any, gts: Any, scores: Any, reward_extra_infos_dict: Any, dump_path: Any
+    ) -> None:
+        """verl's dump with the T-CoT's parts beside each text; rows that verl added as padding are left out."""
+        keys = reward_extra_infos_dict["uid"]
+        kept = [i for i, key in enumerate(keys) if key in self._dump_parts]
+        extra = {name: [values[i] for i in kept] for name, values in reward_extra_infos_dict.items()}
+        parts = [self._dump_parts[keys[i]] for i in kept]
+        if parts:
+            extra.update({name: [part[name] for part in parts] for name in parts[0]})
+            # An unknown reward is null in the dump, not the stand-in that keeps the group's advantages unmoved.
+            scores = {i: part["reward"]["score"] for i, part in zip(kept, parts, strict=True)}
+        super()._dump_generations(  # type: ignore[misc]
+            inputs=[inputs[i] for i in kept],
+            outputs=[outputs[i] for i in kept],
+            gts=[gts[i] for i in kept],
+            scores=[scores[i] for i in kept],
+            reward_extra_infos_dict=extra,
+            dump_path=dump_path,
+        )
+
+    def _step_folder(self, step: int) -> str:
+        if self.config.trainer.resume_mode == "resume_path":
+            return str(self.config.trainer.resume_from_path)
+        return f"{self.config.trainer.default_local_dir}/global_step_{step}"
+
+    def _save_checkpoint(self) -> None:
+        folder = f"{self.config.trainer.default_local_dir}/global_step_{self.global_steps}"
+        # Before verl's part, whose tracker file comes last: a checkpoint that the tracker names is complete.
+        write_embedder_record(folder, self.embedrl.embedder)
+        super()._save_checkpoint()  # type: ignore[misc]
+
+
+@register_trainer("egrl_sync")
+class EGRLTrainerSync(EGRLMixin, PPOTrainerSync):  # type: ignore[misc]
+    """EG-RL, synchronous: rollout, reward and update of one batch follow one another on the same devices."""
+
+    parent_mode = "sync"

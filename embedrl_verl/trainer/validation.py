@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retrieval metrics of one validation pass: every query against every target of its data source.
+
+verl validates in batches and averages per-row numbers; retrieval is a property of the whole set. The reward stage adds
+its rows here, and after verl's own pass the trainer asks for Hit@1 and NDCG@k. Targets with the same content are
+all relevant. A query whose embedding failed counts as not retrieved, and the failures are reported beside.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from embedrl_verl.evaluation.metrics import hit_at_k, ndcg_at_k
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """One embedded T-CoT: `session` counts the rollouts of a prompt from 0; `embedding` is (D,) float32 or None."""
+
+    source: str
+    side: int
+    session: int
+    content: int
+    embedding: torch.Tensor | None
+
+
+class RetrievalValidation:
+    """Collects the rows of a validation pass and scores them."""
+
+    def __init__(self, ndcg_k: int) -> None:
+        self._ndcg_k = ndcg_k
+        self._rows: list[ValidationRow] = []
+
+    def add(self, rows: list[ValidationRow]) -> None:
+        """Add the rows of one validation batch."""
+        self._rows.extend(rows)
+
+    def metrics(self) -> dict[str, float]:
+        """Scores of everything added, and forget it.
+
+        Returns:
+            `val-core/<source>/hit@1` and `.../ndcg@k` in [0, 1] for every data source, the plain mean over sources
+            under `val-core/all/...`, and `val-aux/<source>/failed_rows`. With several rollouts a prompt the metrics are
+            averaged over them. Empty when there are no rows.
+        """
+        by_source: dict[str, list[ValidationRow]] = defaultdict(list)
+        for row in self._rows:
+            by_source[row.source].append(row)
+        self._rows = []
+        result: dict[str, float] = {}
+        means: dict[str, list[float]] = defaultdict(list)
+        for source, rows in sorted(by_source.items()):
+            result[f"val-aux/{source}/failed_rows"] = float(sum(row.embedding is None for row in rows))
+            sessions = sorted({row.session for row in rows})
+            scores = [self._score([row for row in rows if row.session == session]) for session in sessions]
+            for name in scores[0]:
+                values = [score[name] for score in scores]
+                result[f"val-core/{source}/{name}"] = sum(values) / len(values)
+                means[name].append(result[f"val-core/{source}/{name}"])
+        for name, values in means.items():
+            result[f"val-core/all/{name}"] = sum(values) / len(values)
+        return result
+
+    def _score(self, rows: list[ValidationRow]) -> dict[str, float]:
+        queries = [row for row in rows if row.side == 0]
+        targets = [row for row in rows if row.side == 1]
+        names = ("hit@1", f"ndcg@{self._ndcg_k}")
+        if not queries or not targets:
+            return dict.fromkeys(names, 0.0)
+        similarity = _stack(queries) @ _stack(targets).T
+        relevant = _contents(queries)[:, None] == _contents(targets)[None, :]
+        return {
+            names[0]: float(hit_at_k(similarity, relevant, 1)),
+            names[1]: float(ndcg_at_k(similarity, relevant, self._ndcg_k)),
+        }
+
+
+def _contents(rows: list[ValidationRow]) -> torch.Tensor:
+    return torch.tensor([row.content for row in rows], dtype=torch.int64)
+
+
+def _stack(rows: list[ValidationRow]) -> torch.Tensor:
+    """(rows, D) float32; a failed row is NaN, which the metrics count as not retrieved."""
+    width = next((row.embedding.numel() for row in rows if row.embedding is not None), 1)
+    missing = torch.full((width,), float("nan"))
+    return torch.stack([missing if row.embedding is None else row.embedding.float() for row in rows])
