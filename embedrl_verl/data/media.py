@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Media of an item: safe references, decoding of originals, and the size at which a model sees them.
+
+Two sizes matter. Evidence is cut from the *original* (`load_item`), while a model reads a *fitted* copy (`fit_image`)
+whose sides are whole visual tokens within `MediaLimits`. The length filter, the rollout and the Embedder all call these
+functions, so what is counted is what runs.
+
+Images keep their stored orientation (EXIF rotation is not applied), transparent pixels become white.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from embedrl_verl.data.schema import Item, Media, Video
+from embedrl_verl.data.video import DEFAULT_FPS, even_indices, read_video
+from embedrl_verl.errors import ConfigError, MediaError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 89_478_485
+"""Largest accepted image in pixels (a quarter GiB of RGB, Pillow's own warning level): guards against bombs."""
+MAX_ASPECT = 200.0
+"""Largest ratio of sides that the Qwen-VL processors accept."""
+
+# What Pillow's decoders raise on broken files; OSError covers "truncated" and "cannot identify".
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class LoadedItem:
+    """An item with decoded originals (RGB, full resolution).
+
+    Attributes:
+        text, instruction, kind: as in `Item`.
+        images: the images in order.
+        frames: the sampled frames of the video in order; key frame k (from 1) is `frames[k - 1]`.
+        fps: frames per second of `frames`; None without a video.
+    """
+
+    text: str
+    instruction: str
+    images: tuple[Image.Image, ...]
+    frames: tuple[Image.Image, ...]
+    fps: float | None
+    kind: str | None
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """How large media may be for a model, in visual tokens; one token shows token_side x token_side pixels.
+
+    Attributes:
+        token_side: 28 (Qwen2-VL, Qwen2.5-VL) or 32 (Qwen3-VL) pixels.
+        image_min_tokens, image_max_tokens: tokens of one image.
+        frame_min_tokens, frame_max_tokens: tokens of one video frame (before frames are merged in twos).
+        max_frames: frames drawn from a video.
+
+    Raises:
+        ConfigError: a value is not positive, or a minimum is above its maximum.
+    """
+
+    token_side: int
+    image_min_tokens: int = 4
+    image_max_tokens: int = 768
+    frame_min_tokens: int = 4
+    frame_max_tokens: int = 300
+    max_frames: int = 8
+
+    def __post_init__(self) -> None:
+        if self.token_side not in (28, 32):
+            raise ConfigError(
+                f"token_side must be 28 (Qwen2-VL, Qwen2.5-VL) or 32 (Qwen3-VL) px; got {self.token_side}"
+            )
+        for name in ("image", "frame"):
+            low, high = self.tokens(is_frame=name == "frame")
+            if not 1 <= low <= high:
+                raise ConfigError(f"{name} tokens must satisfy 1 <= minimum <= maximum; got {low} and {high}")
+        if self.max_frames < 1:
+            raise ConfigError(f"max_frames must be at least 1; got {self.max_frames}")
+
+    def tokens(self, *, is_frame: bool) -> tuple[int, int]:
+        """(minimum, maximum) tokens of a frame or of an image."""
+        if is_frame:
+            return self.frame_min_tokens, self.frame_max_tokens
+        return self.image_min_tokens, self.image_max_tokens
+
+
+def smart_resize(height: int, width: int, *, token_side: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+    """Size (height, width) in pixels at which a Qwen-VL model reads an image: both multiples of `token_side`.
+
+    Each side is rounded to the nearest multiple (halves to even), then both are scaled down or up together until
+    the tokens, (height / token_side) * (width / token_side), lie within the limits.
+
+    Raises:
+        MediaError: a side is not positive, or one side is over 200 times the other.
+    """
+    if min(height, width) < 1:
+        raise MediaError(f"an image must have at least 1x1 pixels; got {width}x{height}")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise MediaError(f"an image's sides may differ by a factor of {MAX_ASPECT:.0f} at most; got {width}x{height}")
+    new_height = max(token_side, round(height / token_side) * token_side)
+    new_width = max(token_side, round(width / token_side) * token_side)
+    pixels, min_pixels, max_pixels = new_height * new_width, min_tokens * token_side**2, max_tokens * token_side**2
+    if pixels > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(token_side, math.floor(height / shrink / token_side) * token_side)
+        new_width = max(token_side, math.floor(width / shrink / token_side) * token_side)
+    elif pixels < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / token_side) * token_side
+        new_width = math.ceil(width * grow / token_side) * token_side
+    return new_height, new_width
+
+
+def fit_image(image: Image.Image, limits: MediaLimits, is_frame: bool = False) -> Image.Image:
+    """The RGB image as a model with these limits reads it; a processor with wider limits leaves it as it is.
+
+    Raises:
+        MediaError: sides differ by more than a factor of 200.
+    """
+    low, high = limits.tokens(is_frame=is_frame)
+    height, width = smart_resize(
+        image.height, image.width, token_side=limits.token_side, min_tokens=low, max_tokens=high
+    )
+    rgb = to_rgb(image)
+    return rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB copy: transparency over white, 16-bit grey scaled to 8 bits. An RGB image is returned as it is."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.int64)
+        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
+    """Absolute path of a media reference, after proof that it is a file inside the media root.
+
+    Raises:
+        MediaError: no media root; an absolute path; a path that leaves the root by `..` or a symbolic link; no file.
+    """
+    if media_root is None:
+        raise MediaError(f"media path {path!r} needs a media root, and none is set; set data.media_root")
+    if "\0" in path:
+        raise MediaError(f"media path {path!r} holds a null character")
+    if Path(path).is_absolute():
+        raise MediaError(f"media path {path!r} is absolute; paths must be relative to the media root {media_root}")
+    try:
+        root = Path(media_root).resolve()
+        full = (root / path).resolve()
+        is_file = full.is_file()
+    except (OSError, RuntimeError) as error:  # no permission, name too long, loop of symbolic links
+        raise MediaError(f"media path {path!r} cannot be looked up in the media root {media_root}: {error}") from error
+    if not full.is_relative_to(root):
+        raise MediaError(f"media path {path!r} leaves the media root {root}; keep media inside it")
+    if not is_file:
+        raise MediaError(f"media path {path!r}: no such file in the media root {root}")
+    return full
+
+
+def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
+    """Decode one image completely: RGB, full resolution. Of an animation, the first frame.
+
+    Raises:
+        MediaError: path refused or missing, not an image of `IMAGE_FORMATS`, corrupt, truncated, or too many pixels.
+    """
+    name = describe(media)
+    source = resolve_media_path(media, media_root) if isinstance(media, str) else io.BytesIO(media)
+    try:
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise MediaError(f"{name}: {image.width}x{image.height} is over the limit of {MAX_PIXELS} pixels")
+            if image.mode == "F":
+                raise MediaError(f"{name}: floating point pixels have no known range; save with 8 or 16 bits")
+            image.load()
+            return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name}: over the limit of {MAX_PIXELS} pixels ({error})") from error
+    except DECODE_ERRORS as error:
+        raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def load_frames(video: Video, media_root: str | Path | None, max_frames: int) -> tuple[tuple[Image.Image, ...], float]:
+    """At most `max_frames` frames, evenly spaced from first to last, and their frames per second.
+
+    A file is sampled at `video.fps` (2.0 if unset) as `embedrl_verl.data.video.read_video` describes; of a list of
+    frames all are kept, or `max_frames` of them.
+
+    Raises:
+        MediaError: as `load_image`; a video without frames.
+    """
+    if video.path is not None:
+        full = resolve_media_path(video.path, media_root)
+        return read_video(full, video.path, video.fps or DEFAULT_FPS, max_frames, MAX_PIXELS)
+    total = len(video.frames)
+    keep = even_indices(total, min(total, max_frames))
+    fps = (video.fps or DEFAULT_FPS) * len(keep) / total
+    return tuple(load_image(video.frames[index], media_root) for index in keep), fps
+
+
+def load_item(item: Item, media_root: str | Path | None, *, max_frames: int = 8) -> LoadedItem:
+    """Decode all media of an item.
+
+    Raises:
+        MediaError: naming the path (or the bytes) and the reason.
+    """
+    frames: tuple[Image.Image, ...] = ()
+    fps: float | None = None
+    if item.video is not None:
+        frames, fps = load_frames(item.video, media_root, max_frames)
+    images = tuple(load_image(media, media_root) for media in item.images)
+    return LoadedItem(item.text, item.instruction, images, frames, fps, item.kind)
+
+
+def describe(media: Media) -> str:
+    """Name of a media reference for messages: the path, or the length of the bytes."""
+    return f"media path {media!r}" if isinstance(media, str) else f"media of {len(media)} bytes"
