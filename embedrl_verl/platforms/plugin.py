@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What verl imports to load this plugin (entry point `verl.plugins`, name `embedrl`; verl imports it and never calls it).
+
+verl hides an exception of a plugin at debug level and goes on without it, so this module logs one line in every process: a WARNING when it
+is in, an ERROR when it cannot be. It registers the platform `cpu`, and arranges that the trainer modes of this package are registered
+as soon as verl's trainer package is imported, in those processes only: they import the whole training stack, which the many other
+processes of a run need not pay for.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from embedrl_verl import __version__
+from embedrl_verl.errors import PluginError
+from embedrl_verl.platforms import vllm_metadata
+from embedrl_verl.platforms.versions import VERL_VERSION, require_version
+
+logger = logging.getLogger("embedrl_verl")
+
+TRAINER_PACKAGE = "verl.trainer.ppo.v1"
+# Modules whose import registers a trainer mode (verl.trainer.ppo.v1.register_trainer).
+TRAINER_MODULES: tuple[str, ...] = ("embedrl_verl.platforms.trainer",)
+
+
+class _LoaderThenTrainers(importlib.abc.Loader):
+    """Loads TRAINER_PACKAGE with its own loader, then imports TRAINER_MODULES."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """As the package's own loader does."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Runs the package, then our registrations; an error in either is the import's error."""
+        self._loader.exec_module(module)
+        for name in TRAINER_MODULES:
+            importlib.import_module(name)
+
+
+class TrainerFinder(importlib.abc.MetaPathFinder):
+    """Meta path finder that wraps the loader of TRAINER_PACKAGE and finds nothing else."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec that the import system would find, with our loader around it."""
+        if fullname != TRAINER_PACKAGE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoaderThenTrainers(spec.loader)
+        return spec
+
+
+def register() -> None:
+    """Registers everything once per process. Raises PluginError when the installed verl is not the supported one."""
+    import verl
+
+    try:
+        require_version("verl", verl.__version__, VERL_VERSION, "embedrl-verl")
+    except PluginError as error:
+        logger.error("embedrl-verl %s is NOT loaded in verl: %s", __version__, error)
+        raise
+    from embedrl_verl.platforms import cpu  # noqa: F401  (registers the platform)
+
+    vllm_metadata.install()
+    if not any(isinstance(finder, TrainerFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, TrainerFinder())
+    if TRAINER_PACKAGE in sys.modules:
+        for name in TRAINER_MODULES:
+            importlib.import_module(name)
+    platform = os.environ.get("VERL_PLATFORM", "") or "auto"
+    logger.warning("embedrl-verl %s is loaded in verl %s (platform %s)", __version__, verl.__version__, platform)
+
+
+register()

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainer mode `plain_sync`: verl's own synchronous trainer with this package's worker classes and nothing else.
+
+It runs plain GRPO on a CPU, and on GPUs it is the baseline that EG-RL's step time is compared with. `WorkerClassesMixin` is also the
+base of this package's own modes.
+"""
+
+from typing import Any
+
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+
+from embedrl_verl.platforms.training_worker import use_nested_position_ids_workers
+
+
+class WorkerClassesMixin:
+    """Mixin before one of verl's trainer classes: swaps the worker classes (see platforms.training_worker)."""
+
+    role_worker_mapping: dict[Any, Any]
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()  # type: ignore[misc]  # verl's trainer follows in the MRO
+        use_nested_position_ids_workers(self.role_worker_mapping)
+
+
+@register_trainer("plain_sync")
+class PlainSyncTrainer(WorkerClassesMixin, PPOTrainerSync):
+    """verl's PPOTrainerSync; the mode's literal is restored, because verl compares it with "sync"."""
+
+    def __init__(self, config: Any) -> None:
+        config.trainer.v1.trainer_mode = "sync"
+        super().__init__(config=config)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock verl's `main_ppo` with plain GRPO, a toy reward and a tiny Qwen2-VL: what the platform tests run, and a person can too.
+
+`python tests/platforms/plain_grpo.py OUT_DIR [hydra overrides]` builds model and data in OUT_DIR and runs three steps.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from embedrl_verl.tiny.models import build_tiny_model
+
+ENV = {
+    "VERL_PLATFORM": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **kwargs: object) -> float:
+    """Toy reward: the share of digits among the characters of the answer."""
+    return sum(character.isdigit() for character in solution_str) / max(len(solution_str), 1)
+
+
+def write_prompts(path: Path, rows: int) -> None:
+    """`rows` prompts of verl's stock dataset format, each with one 56x56 image and a text of its own length."""
+    generator = np.random.default_rng(0)
+    records = []
+    for index in range(rows):
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(buffer, format="PNG")
+        records.append(
+            {
+                "data_source": "toy",
+                "prompt": [{"role": "user", "content": "<image>" + "read " * (1 + index % 3)}],
+                "images": [{"bytes": buffer.getvalue()}],
+                "reward_model": {"style": "rule", "ground_truth": "7"},
+                "extra_info": {"index": index},
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(records), path)
+
+
+def overrides(out_dir: Path, steps: int = 3, ranks: int = 1) -> list[str]:
+    """The hydra overrides of a run of `steps` steps on `ranks` data-parallel CPU ranks."""
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    return [
+        "trainer.v1.trainer_mode=plain_sync",
+        "trainer.device=cpu",
+        "algorithm.adv_estimator=grpo",
+        f"data.train_files={out_dir / 'train.parquet'}",
+        f"data.val_files={out_dir / 'train.parquet'}",
+        "data.train_batch_size=4",
+        "data.max_prompt_length=128",
+        "data.max_response_length=32",
+        "data.image_key=images",
+        "data.dataloader_num_workers=0",
+        f"actor_rollout_ref.model.path={out_dir / 'model'}",
+        "actor_rollout_ref.model.use_remove_padding=False",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
+        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+        f"{actor}.strategy=fsdp2",
+        f"{actor}.fsdp_config.strategy=fsdp2",
+        f"{actor}.fsdp_config.use_torch_compile=False",
+        f"{actor}.use_torch_compile=False",
+        f"{actor}.ppo_mini_batch_size=4",
+        f"{actor}.ppo_micro_batch_size_per_gpu=16",
+        f"{actor}.use_kl_loss=False",
+        f"{actor}.optim.lr=1e-3",
+        f"{rollout}.name=vllm",
+        f"{rollout}.n=4",
+        f"{rollout}.dtype=float32",
+        f"{rollout}.load_format=safetensors",
+        f"{rollout}.enforce_eager=True",
+        f"{rollout}.free_cache_engine=False",
+        f"+{rollout}.enable_sleep_mode=False",
+        f"{rollout}.calculate_log_probs=True",
+        f"{rollout}.log_prob_micro_batch_size_per_gpu=16",
+        f"{rollout}.tensor_model_parallel_size=1",
+        f"{rollout}.max_model_len=512",
+        f"{rollout}.max_num_batched_tokens=2048",
+        f"{rollout}.max_num_seqs=32",
+        f"{rollout}.agent.num_workers=1",
+        f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes=64",
+        f"+{rollout}.engine_kwargs.vllm.worker_extension_cls="
+        "embedrl_verl.platforms.vllm_worker.CpuColocateWorkerExtension",
+        "reward.num_workers=1",
+        f"reward.custom_reward_function.path={Path(__file__).resolve()}",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        "ray_kwargs.ray_init.num_cpus=16",
+        f"+ray_kwargs.ray_init.num_gpus={ranks}",
+        "+ray_kwargs.ray_init.include_dashboard=False",
+        "trainer.nnodes=1",
+        f"trainer.n_gpus_per_node={ranks}",
+        f"trainer.total_training_steps={steps}",
+        "trainer.total_epochs=100",
+        "trainer.logger=[console]",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+        f"trainer.default_local_dir={out_dir / 'checkpoints'}",
+    ]
+
+
+def run(out_dir: Path, extra: list[str], *, timeout_s: float = 600) -> str:
+    """Builds model and data in `out_dir`, runs `python -m verl.trainer.main_ppo` and returns its output, stderr included."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not (out_dir / "model").exists():
+        build_tiny_model(out_dir / "model")
+    write_prompts(out_dir / "train.parquet", rows=12)
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(out_dir), *extra]
+    process = subprocess.run(
+        command, env={**os.environ, **ENV}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s
+    )
+    (out_dir / "log.txt").write_text(process.stdout)
+    if process.returncode != 0:
+        raise RuntimeError(f"main_ppo must exit with 0; got {process.returncode}. Output:\n{process.stdout[-6000:]}")
+    return process.stdout
+
+
+if __name__ == "__main__":
+    start = time.time()
+    text = run(Path(sys.argv[1]), sys.argv[2:])
+    print("\n".join(line for line in text.splitlines() if "step:" in line))
+    print(f"{time.time() - start:.1f} s in all")
