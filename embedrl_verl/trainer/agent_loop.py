@@ -9,25 +9,26 @@ key, so that pixels never travel through the trainer. A row that cannot be encod
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import transfer_queue as tq
+from PIL import Image
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from embedrl_verl.config import load_embedrl_config
-from embedrl_verl.data.dataset import row_item
+from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
+from embedrl_verl.data.dataset import family_of_config, row_item
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import Item
-from embedrl_verl.embedder import EmbedInput, EmbedProcessor
+from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
+from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError, MediaError
-from embedrl_verl.tcot import TCoT, cut_evidence, parse_tcot
+from embedrl_verl.tcot import Family, cut_evidence, parse_tcot
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +36,116 @@ EMBED_PARTITION = "embed"
 ROW_INFO = "embedrl"
 
 
-def row_key(uid: str, session_id: int) -> str:
-    """Key under which verl stores the single output of a session (extension of its `{uid}_{session}_{index}`)."""
-    return f"{uid}_{session_id}_0"
+@dataclass(frozen=True)
+class _Settings:
+    """What a process needs of the run's configuration; `config` is kept so that its id stays its own."""
+
+    config: Any
+    embedrl: EmbedRLConfig
+    processor: EmbedProcessor
+    family: Family
+    media_root: str | None
+    max_frames: int
 
 
-@functools.lru_cache(maxsize=1)
-def _processor(settings: Any) -> EmbedProcessor:
-    """One EmbedProcessor per process: agent loops are created anew for every rollout."""
-    return EmbedProcessor.from_settings(settings)
+_SETTINGS: dict[int, _Settings] = {}
+
+
+def _settings(config: Any, hf_model_type: str | None) -> _Settings:
+    """The settings of this run; agent loops are created anew for every rollout, these are not."""
+    known = _SETTINGS.get(id(config))
+    if known is None:
+        embedrl = load_embedrl_config(config)
+        known = _SETTINGS[id(config)] = _Settings(
+            config=config,
+            embedrl=embedrl,
+            processor=processor_for(embedrl.embedder, max_frames=int(config.data.embedrl.max_frames)),
+            family=family_of_config(config.data, hf_model_type),
+            media_root=config.data.get("media_root"),
+            max_frames=int(config.data.embedrl.max_frames),
+        )
+    return known
 
 
 @functools.lru_cache(maxsize=64)
 def _originals(item: Item, media_root: str | None, max_frames: int) -> LoadedItem:
     """Decoded originals of a prompt; its G rollouts share them."""
     return load_item(item, media_root, max_frames=max_frames)
+
+
+@register("tcot")
+class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
+    """verl's single-turn loop, followed by the row's evidence and Embedder input."""
+
+    def __init__(self, *args: Any, hf_model_type: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, hf_model_type=hf_model_type, **kwargs)
+        self._settings = _settings(self.config, hf_model_type)
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
+        """Generate one T-CoT. `extra_fields["embedrl"]` tells its text, media counts, evidence and failure (or None)."""
+        output: AgentLoopOutput = await super().run(sampling_params, **row)
+        images = (output.multi_modal_data or {}).get("images") or []
+        info, encoded = await self.loop.run_in_executor(
+            None, self._prepare, row, output.response_ids, [image.size for image in images]
+        )
+        if encoded is not None:
+            # verl stores a session's single output as {uid}_{session}_{index}, index 0.
+            key = f"{row['uid']}_{row['session_id']}_0"
+            await tq.async_kv_batch_put(keys=[key], partition_id=EMBED_PARTITION, fields=encoded.to_tensordict(), tags=[{}])
+        output.extra_fields[ROW_INFO] = info
+        return output
+
+    def _prepare(
+        self, row: dict[str, Any], response_ids: list[int], resized: list[tuple[int, int]]
+    ) -> tuple[dict[str, Any], Encoded | None]:
+        """Parse, cut evidence and encode (in a thread). `resized` are (width, height) of the images the Reasoner saw."""
+        settings = self._settings
+        item = row_item(row)
+        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        info: dict[str, Any] = {
+            "text": text,
+            "num_images": len(item.images),
+            "num_frames": 0,
+            "evidence": 0,
+            "evidence_problems": [],
+            "failure": None,
+        }
+        try:
+            loaded = _originals(item, settings.media_root, settings.max_frames)
+            info["num_frames"] = len(loaded.frames)
+            tcot = parse_tcot(text, num_frames=len(loaded.frames) or None, num_images=len(item.images) or None)
+            evidence = self._evidence(tcot, loaded, resized)
+            info["evidence"] = len(evidence.images)
+            info["evidence_problems"] = list(evidence.problems)
+            encoded = settings.processor.encode(EmbedInput(loaded, tcot, evidence.images))
+        except (MediaError, EmbedderError) as error:
+            logger.warning("row %s has no Embedder input: %s", row.get("uid"), error)
+            info["failure"] = str(error)
+            return info, None
+        return info, encoded
+
+    def _evidence(self, tcot: Any, loaded: LoadedItem, resized: list[tuple[int, int]]) -> Any:
+        limits = self._settings.embedrl.evidence
+        frames: tuple[Image.Image, ...] = loaded.frames
+        return cut_evidence(
+            tcot,
+            images=loaded.images,
+            frames=frames,
+            family=self._settings.family,
+            resized_sizes=resized,
+            min_side=limits.min_side,
+            max_aspect=limits.max_aspect,
+            max_evidence=limits.max_items,
+        )
+
+
+class TCoTAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,name-defined]
+    """verl's worker; being defined here, it imports this module and with it the loop `tcot` wherever it runs."""
+
+
+class TCoTAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
+    """verl's manager over workers that know the loop `tcot`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(TCoTAgentLoopWorker)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The progress line follows the metrics file and loses no part of it."""
+
+import json
+import time
+
+from omegaconf import OmegaConf
+
+from embedrl_verl.progress import ProgressLine, describe, metrics_file, read_metrics
+
+
+def _line(step, **data):
+    return json.dumps({"step": step, "data": data}) + "\n"
+
+
+def test_an_earlier_part_of_a_resumed_run_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(path))
+    config = OmegaConf.create({"trainer": {"logger": ["console", "file"], "project_name": "p", "experiment_name": "e"}})
+    path.write_text(_line(1, reward=0.1) + _line(2, reward=0.2))
+    assert metrics_file(config) == path
+    assert not path.exists()
+    path.write_text(_line(2, reward=0.25) + _line(3, reward=0.3))
+    assert metrics_file(config) == path
+    path.write_text(_line(4, reward=0.4))
+    values = {step: metrics["reward"] for step, metrics in read_metrics(path).items()}
+    assert values == {1: 0.1, 2: 0.25, 3: 0.3, 4: 0.4}
+
+
+def test_without_the_file_logger_there_is_no_line():
+    config = OmegaConf.create({"trainer": {"logger": "console", "project_name": "p", "experiment_name": "e"}})
+    assert metrics_file(config) is None
+    with ProgressLine(None):
+        pass
+
+
+def test_the_line_shows_every_step_that_was_written(tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    with ProgressLine(path, interval=0.01):
+        path.write_text(_line(0, **{"val-core/all/hit@1": 0.5}))
+        with path.open("a") as handle:
+            for step in (1, 2):
+                handle.write(_line(step, **{"embedrl/total_steps": 2, "embedrl/reward/mean": step / 10}))
+                handle.flush()
+                time.sleep(0.05)
+            handle.write('{"step": 3, "da')  # a line that is still being written
+    shown = capfd.readouterr()
+    assert "before training  val Hit@1 0.500" in shown.out + shown.err
+    assert "2/2" in shown.err
+    assert "reward 0.200" in shown.err
+
+
+def test_unknown_numbers_are_left_out():
+    assert describe({"timing_s/step": 3.25}) == "s/step 3.2"
