@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pair records in parquet: one row a pair.
+
+| column | type |
+|---|---|
+| pair_id, data_source, instruction, target_id | string |
+| query, target | struct {text: string, images: list<media>, video: video, kind: string, instruction: string} |
+| negatives (optional) | list of the same struct |
+
+media = struct {path: string, bytes: binary}; video = struct {frames: list<media>, path: string, fps: double}. Null
+means empty everywhere, and of a struct only the fields that are used need to exist. A media struct with bytes is
+those bytes (its path is then only a name, as in files written by `datasets`). Other columns are ignored.
+
+Rows are counted from 0 over the whole file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedrl_verl.data.schema import Item, Media, PairRecord, Video
+from embedrl_verl.errors import DataError
+
+MEDIA = pa.struct([("path", pa.string()), ("bytes", pa.binary())])
+VIDEO = pa.struct([("frames", pa.list_(MEDIA)), ("path", pa.string()), ("fps", pa.float64())])
+ITEM = pa.struct(
+    [
+        ("text", pa.string()),
+        ("images", pa.list_(MEDIA)),
+        ("video", VIDEO),
+        ("kind", pa.string()),
+        ("instruction", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("data_source", pa.string()),
+        ("instruction", pa.string()),
+        ("query", ITEM),
+        ("target", ITEM),
+        ("target_id", pa.string()),
+        ("negatives", pa.list_(ITEM)),
+    ]
+)
+OPTIONAL_COLUMNS = ("negatives",)
+ROWS_PER_BATCH = 256
+
+
+def read_pairs(path: str | Path) -> Iterator[PairRecord]:
+    """The records of a file, in order, read in small batches.
+
+    Raises:
+        DataError: at the first malformed row; the message names file, row (from 0) and field.
+    """
+    for _, record in scan_pairs(path):
+        if isinstance(record, DataError):
+            raise record
+        yield record
+
+
+def scan_pairs(path: str | Path) -> Iterator[tuple[int, PairRecord | DataError]]:
+    """Every row number (from 0) with its record, or with the error that says why it is none.
+
+    Raises:
+        DataError: the file cannot be read, a column is missing or has another type.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+    with file:
+        _check_schema(file.schema_arrow, path)
+        columns = [name for name in SCHEMA.names if name in file.schema_arrow.names]
+        row = 0
+        try:
+            for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
+                for values in batch.to_pylist():
+                    yield row, _record_or_error(values, path, row)
+                    row += 1
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
+
+
+def write_pairs(records: Iterable[PairRecord], path: str | Path) -> None:
+    """Write records to a parquet file, in order; the folder is made if missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        for record in records:
+            rows.append(_row_from_record(record))
+            if len(rows) == ROWS_PER_BATCH:
+                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                rows = []
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def _check_schema(found: pa.Schema, path: str | Path) -> None:
+    for field in SCHEMA:
+        if field.name in found.names:
+            _check_type(found.field(field.name).type, field.type, f"{path}, field {field.name}")
+        elif field.name not in OPTIONAL_COLUMNS:
+            raise DataError(f"{path}: column {field.name!r} is missing; the file has {', '.join(found.names)}")
+
+
+def _check_type(found: pa.DataType, wanted: pa.DataType, where: str) -> None:
+    """Recursive check; an all-null column passes, string widths and float widths do not matter."""
+    if pa.types.is_null(found):
+        return
+    if pa.types.is_struct(wanted):
+        if not pa.types.is_struct(found):
+            raise DataError(f"{where}: must be a struct; got {found}")
+        names = [field.name for field in wanted]
+        for field in found:
+            if field.name not in names:
+                raise DataError(f"{where}.{field.name}: unknown field; known are {', '.join(names)}")
+            _check_type(field.type, wanted.field(field.name).type, f"{where}.{field.name}")
+        return
+    if pa.types.is_list(wanted):
+        if not (pa.types.is_list(found) or pa.types.is_large_list(found)):
+            raise DataError(f"{where}: must be a list; got {found}")
+        _check_type(found.value_type, wanted.value_type, f"{where}[]")
+        return
+    accepted: dict[pa.DataType, tuple[Callable[[pa.DataType], bool], ...]] = {
+        pa.string(): (pa.types.is_string, pa.types.is_large_string),
+        pa.binary(): (pa.types.is_binary, pa.types.is_large_binary),
+        pa.float64(): (pa.types.is_floating, pa.types.is_integer),
+    }
+    if not any(test(found) for test in accepted[wanted]):
+        raise DataError(f"{where}: must be {wanted}; got {found}")
+
+
+def _record_or_error(values: dict[str, Any], path: str | Path, row: int) -> PairRecord | DataError:
+    try:
+        return _record(values)
+    except DataError as error:
+        return DataError(f"{path}, row {row}: {error}")
+
+
+def _record(values: dict[str, Any]) -> PairRecord:
+    for side, other in (("query", "target"), ("target", "query")):
+        if values[side] is None:
+            raise DataError(f"field {side}: null; a pair needs both sides, and this {other} has no partner")
+    return PairRecord(
+        pair_id=values["pair_id"] or "",
+        data_source=values["data_source"] or "",
+        instruction=values["instruction"] or "",
+        query=_item(values["query"], "query"),
+        target=_item(values["target"], "target"),
+        target_id=values["target_id"] or "",
+        negatives=tuple(_item(item, f"negatives[{i}]") for i, item in enumerate(values.get("negatives") or ())),
+    )
+
+
+def _item(values: dict[str, Any] | None, field: str) -> Item:
+    if values is None:
+        raise DataError(f"field {field}: null")
+    video = values.get("video")
+    try:
+        return Item(
+            text=values.get("text") or "",
+            images=_media_list(values.get("images"), f"{field}.images"),
+            video=None if video is None else _video(video, f"{field}.video"),
+            instruction=values.get("instruction") or "",
+            kind=values.get("kind"),
+        )
+    except DataError as error:
+        raise _in_field(error, field) from error
+
+
+def _video(values: dict[str, Any], field: str) -> Video:
+    frames = _media_list(values.get("frames"), f"{field}.frames")
+    fps = values.get("fps")
+    try:
+        return Video(frames=frames, path=values.get("path"), fps=None if fps is None else float(fps))
+    except DataError as error:
+        raise _in_field(error, field) from error
+
+
+def _in_field(error: DataError, field: str) -> DataError:
+    """The error with the name of its field, once."""
+    return error if str(error).startswith("field ") else DataError(f"field {field}: {error}")
+
+
+def _media_list(values: list[dict[str, Any] | None] | None, field: str) -> tuple[Media, ...]:
+    media: list[Media] = []
+    for index, value in enumerate(values or ()):
+        reference = value and (value.get("bytes") or value.get("path"))
+        if not reference:
+            raise DataError(f"field {field}[{index}]: must have a path or bytes; both are empty")
+        media.append(reference)
+    return tuple(media)
+
+
+def _row_from_record(record: PairRecord) -> dict[str, Any]:
+    return {
+        "pair_id": record.pair_id,
+        "data_source": record.data_source,
+        "instruction": record.instruction,
+        "query": _row_from_item(record.query),
+        "target": _row_from_item(record.target),
+        "target_id": record.target_id,
+        "negatives": [_row_from_item(item) for item in record.negatives],
+    }
+
+
+def _row_from_item(item: Item) -> dict[str, Any]:
+    video = item.video
+    return {
+        "text": item.text,
+        "images": [_row_from_media(media) for media in item.images],
+        "video": video
+        and {"frames": [_row_from_media(media) for media in video.frames], "path": video.path, "fps": video.fps},
+        "kind": item.kind,
+        "instruction": item.instruction,
+    }
+
+
+def _row_from_media(media: Media) -> dict[str, str | bytes | None]:
+    return {"path": media, "bytes": None} if isinstance(media, str) else {"path": None, "bytes": media}
