@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of input, and the evidence that each kind calls for.
 
-A kind picks the prompt template and the evidence key (table in section 2 of the T-CoT language: text → keywords, images and
-pages → boxes, video → key frames). This module imports nothing of the package, so that every room may import it.
+A kind picks the prompt template and the evidence key: text → keywords, images and pages → boxes, video → key frames.
+This module imports nothing of the package, so that every room may import it.
 """
 
 from __future__ import annotations
