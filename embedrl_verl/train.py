@@ -47,9 +47,7 @@ def run(config: Any) -> None:
         )
     auto_set_device(config)
     check_run_config(config)
-    validate_config(
-        config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
-    )
+    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     check_files(config)
     check_ray_cpus(config)
     with ProgressLine(metrics_file(config)):
@@ -87,7 +85,12 @@ def _main(config: Any) -> None:
 
 def main() -> None:
     """Entry point; keeps hydra from changing the working directory or writing its own log folder."""
-    sys.argv[1:1] = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv[1:1] = [
+        "hydra.run.dir=.",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
     sys.path.insert(0, str(Path.cwd()))
     _main()
 

@@ -91,7 +91,9 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         if encoded is not None:
             # verl stores a session's single output as {uid}_{session}_{index}, index 0.
             key = f"{row['uid']}_{row['session_id']}_0"
-            await tq.async_kv_batch_put(keys=[key], partition_id=EMBED_PARTITION, fields=encoded.to_tensordict(), tags=[{}])
+            await tq.async_kv_batch_put(
+                keys=[key], partition_id=EMBED_PARTITION, fields=encoded.to_tensordict(), tags=[{}]
+            )
         output.extra_fields[ROW_INFO] = info
         return output
 

@@ -55,7 +55,9 @@ def check_embedder_record(step_folder: str, config: EmbedderConfig) -> None:
     """
     file = Path(step_folder) / RECORD
     if not file.is_file():
-        raise ConfigError(f"{file} is missing: the checkpoint was not written by an EG-RL trainer. Start a new run folder")
+        raise ConfigError(
+            f"{file} is missing: the checkpoint was not written by an EG-RL trainer. Start a new run folder"
+        )
     saved, now = json.loads(file.read_text()), _record(config)
     same_weights = saved["weights"] == now["weights"] if now["weights"] else saved["path"] == now["path"]
     if same_weights and saved["settings"] == now["settings"]:

@@ -31,8 +31,11 @@ def check_run_config(config: Any) -> None:
             prompts >= 2 and prompts % 2 == 0,
             f"data.train_batch_size counts prompts, two for each pair, so it must be even; got {prompts}",
         ),
-        (prompts % mini == 0, f"data.train_batch_size ({prompts}) must be divisible by "
-            f"actor_rollout_ref.actor.ppo_mini_batch_size ({mini}), both in prompts"),
+        (
+            prompts % mini == 0,
+            f"data.train_batch_size ({prompts}) must be divisible by "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size ({mini}), both in prompts",
+        ),
         (
             (mini * rollouts) % devices == 0,
             f"one update has ppo_mini_batch_size x rollout.n = {mini} x {rollouts} = {mini * rollouts} rows, which must be "

@@ -96,9 +96,7 @@ class EGRLMixin(WorkerClassesMixin):
         if not isinstance(self.train_dataset, TCoTDataset):
             raise TypeError(f"data.custom_cls must be TCoTDataset or a subclass; got {type(self.train_dataset)}")
         batch_size = self.config.data.train_batch_size
-        sampler = PairBatchSampler(
-            self.train_dataset, batch_size=batch_size, seed=self.config.data.get("seed") or 0
-        )
+        sampler = PairBatchSampler(self.train_dataset, batch_size=batch_size, seed=self.config.data.get("seed") or 0)
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
             batch_size=batch_size,

@@ -27,6 +27,4 @@ class EGRLReplayBuffer(ReplayBuffer):
         if "poll_interval" not in sampler_kwargs:
             raise ConfigError("trainer.v1.sampler.sampler_kwargs.poll_interval (seconds) is missing")
         interval = float(sampler_kwargs["poll_interval"])
-        super().__init__(
-            trainer_mode=trainer_mode, sampler_kwargs=sampler_kwargs, poll_interval=interval, **kwargs
-        )
+        super().__init__(trainer_mode=trainer_mode, sampler_kwargs=sampler_kwargs, poll_interval=interval, **kwargs)
