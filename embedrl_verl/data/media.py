@@ -161,7 +161,7 @@ def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
     if Path(path).is_absolute():
         raise MediaError(f"media path {path!r} is absolute; paths must be relative to the media root {media_root}")
     try:
-        root = Path(media_root).resolve()
+        root = Path(media_root).expanduser().resolve()
         full = (root / path).resolve()
         is_file = full.is_file()
     except (OSError, RuntimeError) as error:  # no permission, name too long, loop of symbolic links

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data set that verl trains on: two prompts a pair, `data.custom_cls=TCoTDataset`.
+
+Prompt 2k asks for the T-CoT of pair k's query, prompt 2k + 1 for its target's. Before the first step all media are
+loaded once, and a pair with a side over `data.max_prompt_length` is left out as a whole and reported. Other than verl's
+own data set it keeps media as references (see `embedrl_verl.data.prompts`) and never takes an error for "too long".
+
+Columns of a row: `raw_prompt`, `index`, `data_source`, `reward_model` and `extra_info` as verl wants them, and
+
+| column | content |
+|---|---|
+| embedrl_pair_id | str, links the two sides |
+| embedrl_side | "query" or "target" |
+| embedrl_content | int in int64: equal for pairs whose targets have the same content |
+| embedrl_kind | `InputKind`, as "query_image" |
+| embedrl_required | evidence key that the T-CoT must hold |
+| embedrl_row | "FILE:ROW", where the pair was read |
+| embedrl_item | dict, the side's item with media references; `row_item` reads it |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from verl.utils.fs import copy_to_local
+
+from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.inspection import LocatedPair, PairFacts, PairInspector, default_threads, locate_pairs
+from embedrl_verl.data.lengths import PromptMeter
+from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
+from embedrl_verl.data.schema import SIDES, Item, Video, input_kind
+from embedrl_verl.data.settings import DataSettings, resolve_family
+from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
+from embedrl_verl.tcot import token_side
+
+logger = logging.getLogger(__name__)
+SHOWN = 10
+
+
+class TCoTDataset(Dataset[dict[str, Any]]):
+    """Pair records as prompts for T-CoTs.
+
+    Args:
+        data_files: parquet file(s) of pair records.
+        tokenizer, processor: the Reasoner's.
+        config: verl's `data` section; used keys are `media_root`, `embedrl`, `max_prompt_length`,
+            `filter_overlong_prompts`, `filter_overlong_prompts_workers`, `apply_chat_template_kwargs`,
+            `mm_processor_kwargs`, `cache_dir`, `shuffle`, `seed`.
+        max_samples: prompts to use (two a pair), drawn by `seed` if `shuffle` is on, else the first; -1 for all.
+
+    Attributes:
+        pair_sources: data source of each pair.
+        overlong: pairs left out, with the tokens of the sides that are too long.
+        fingerprint: hash of the pairs in order.
+
+    Raises:
+        ConfigError: unknown key in `data.embedrl`, no Qwen-VL processor, or a family that is not the processor's.
+        DataError: malformed records, media that cannot be used, or no pair left; the message names them.
+    """
+
+    def __init__(
+        self,
+        data_files: str | Sequence[str],
+        tokenizer: Any,
+        config: Any,
+        processor: Any = None,
+        max_samples: int = -1,
+    ) -> None:
+        self.settings = DataSettings.from_config(config)
+        self.family = resolve_family(self.settings.family, processor)
+        _check_token_side(self.family, processor)
+        self.media_root = media_root_of(config)
+        files = [data_files] if isinstance(data_files, str) else list(data_files)
+        local_files = [copy_to_local(src=file, cache_dir=config.get("cache_dir")) for file in files]
+        pairs, problems = locate_pairs(local_files)
+        _raise_if_any([problem.message for problem in problems], local_files)
+        if not pairs:
+            raise DataError(f"no pair records in {', '.join(local_files)}")
+        pairs = _select(pairs, max_samples, config)
+        meter = PromptMeter(tokenizer, processor, self.family, config)
+        facts = self._inspect(pairs, meter, config)
+        limit = int(config.get("max_prompt_length", 1024))
+        self.overlong = {
+            str(pair): sides for pair, found in zip(pairs, facts, strict=True) if (sides := found.overlong(limit))
+        }
+        self._report_overlong(limit, len(pairs))
+        kept = [(pair, found) for pair, found in zip(pairs, facts, strict=True) if str(pair) not in self.overlong]
+        self._pairs = [pair for pair, _ in kept]
+        self._file_frames = [found.file_frames for _, found in kept]
+        self._contents = [content_id(pair.record, self.media_root) for pair in self._pairs]
+        self.pair_sources = [pair.record.data_source for pair in self._pairs]
+        names = "\n".join(f"{pair.record.data_source}\t{pair.record.pair_id}" for pair in self._pairs)
+        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
+
+    def _inspect(self, pairs: list[LocatedPair], meter: PromptMeter, config: Any) -> list[PairFacts]:
+        threads = config.get("filter_overlong_prompts_workers") or default_threads()
+        count_all = config.get("filter_overlong_prompts", True)
+        inspector = PairInspector(self.settings, self.family, self.media_root, meter if count_all else None)
+        results = list(inspector.inspect_all(pairs, threads))
+        _raise_if_any([str(result) for result in results if isinstance(result, DataError)], [p.file for p in pairs])
+        if not count_all:  # the processor is still proved to take fitted media as they are
+            PairInspector(self.settings, self.family, self.media_root, meter).inspect(pairs[0])
+        return [result for result in results if isinstance(result, PairFacts)]
+
+    def _report_overlong(self, limit: int, total: int) -> None:
+        if not self.overlong:
+            return
+        listed = [f"{name} ({_lengths(sides)})" for name, sides in list(self.overlong.items())[:SHOWN]]
+        message = (
+            f"{len(self.overlong)} of {total} pairs have a prompt over data.max_prompt_length={limit} tokens and are "
+            f"left out: {'; '.join(listed)}{'; ...' if len(self.overlong) > SHOWN else ''}"
+        )
+        if len(self.overlong) == total:
+            raise DataError(
+                f"{message}. Nothing is left: raise data.max_prompt_length or lower data.embedrl.*_max_tokens"
+            )
+        logger.warning(message)
+
+    def __len__(self) -> int:
+        """Prompts: two a pair."""
+        return 2 * len(self._pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        pair, side = self._pairs[index // 2], SIDES[index % 2]
+        record = pair.record
+        kind = input_kind(record, side)
+        partner = record.target if side == "query" else record.query
+        messages = prompt_messages(
+            record,
+            side,
+            family=self.family,
+            style=self.settings.prompt_style,
+            few_shot=self.settings.few_shot,
+            max_frames=self.settings.max_frames,
+            file_frames=self._file_frames[index // 2][side],
+        )
+        return {
+            "raw_prompt": messages,
+            "index": index,
+            "data_source": record.data_source,
+            "reward_model": {"style": "rule", "ground_truth": partner.text or record.target_id or record.pair_id},
+            "extra_info": {"index": index, "pair_id": record.pair_id, "side": side},
+            "embedrl_pair_id": record.pair_id,
+            "embedrl_side": side,
+            "embedrl_content": self._contents[index // 2],
+            "embedrl_kind": kind,
+            "embedrl_required": EVIDENCE_KEY_OF_KIND[kind],
+            "embedrl_row": f"{pair.file}:{pair.row}",
+            "embedrl_item": asdict(record.item(side)),
+        }
+
+    @classmethod
+    async def process_multi_modal_info(
+        cls, messages: list[dict[str, Any]], image_patch_size: int, config: Any
+    ) -> tuple[list[Any] | None, list[Any] | None, None]:
+        """Called by verl's agent loops: (images, videos, audios) of a prompt, fitted to the limits of `data.embedrl`.
+
+        Raises:
+            MediaError: a medium has become unreadable since the data set was checked.
+        """
+        limits = DataSettings.from_config(config).limits(2 * image_patch_size)
+        loop = asyncio.get_running_loop()
+        images, videos = await loop.run_in_executor(None, load_prompt_media, messages, limits, media_root_of(config))
+        return images, videos, None
+
+
+def row_item(row: Mapping[str, Any]) -> Item:
+    """The item of a row (column `embedrl_item`), from which its original media can be loaded."""
+    values = dict(row["embedrl_item"])
+    video = values["video"]
+    values["images"] = tuple(values["images"])
+    if video is not None:
+        values["video"] = Video(frames=tuple(video["frames"]), path=video["path"], fps=video["fps"])
+    return Item(**values)
+
+
+def media_root_of(config: Any) -> str | None:
+    """`data.media_root`; None if unset or empty."""
+    root = config.get("media_root")
+    return str(root) if root else None
+
+
+def _check_token_side(family: str, processor: Any) -> None:
+    found = processor.image_processor.patch_size * processor.image_processor.merge_size
+    if found != token_side(family):
+        raise ConfigError(
+            f"data.embedrl.family={family} has visual tokens of {token_side(family)} px a side, but the processor's "
+            f"have {found} px; set the model's own family, or auto"
+        )
+
+
+def _select(pairs: list[LocatedPair], max_samples: int, config: Any) -> list[LocatedPair]:
+    wanted = max_samples // 2
+    if max_samples < 0 or wanted >= len(pairs):
+        return pairs
+    if wanted == 0:
+        raise ConfigError(f"max_samples counts prompts, two a pair, so it must be at least 2 or -1; got {max_samples}")
+    if not config.get("shuffle"):
+        return pairs[:wanted]
+    chosen = np.random.default_rng(config.get("seed")).choice(len(pairs), size=wanted, replace=False)
+    return [pairs[index] for index in sorted(chosen)]
+
+
+def _raise_if_any(messages: list[str], files: Sequence[str]) -> None:
+    if messages:
+        more = f"\n... and {len(messages) - SHOWN} more" if len(messages) > SHOWN else ""
+        raise DataError(
+            f"{len(messages)} row(s) cannot be used; `embedrl data check {files[0]}` lists them:\n"
+            + "\n".join(messages[:SHOWN])
+            + more
+        )
+
+
+def _lengths(sides: Mapping[Any, int]) -> str:
+    return ", ".join(f"{side} {tokens}" for side, tokens in sides.items())

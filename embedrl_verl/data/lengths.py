@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt length in tokens, counted with the code that the rollout runs.
+
+verl's agent loop renders a prompt with its "continuous token" builder; this is the same builder on the same fitted
+media. On the way it proves that the processor leaves fitted media as they are: if its own size limits were narrower
+than ours, the model would see other pixels than those that box coordinates and token limits speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+from embedrl_verl.data.prompts import Messages, VideoInput
+from embedrl_verl.errors import ConfigError
+
+
+class PromptMeter:
+    """Counts prompt tokens for one tokenizer and processor. Safe to call from several threads."""
+
+    def __init__(self, tokenizer: Any, processor: Any, family: str, data_config: Mapping[str, Any]) -> None:
+        self._patch = processor.image_processor.patch_size
+        self._builder = create_continuous_token_builder(
+            tokenizer,
+            hf_model_type=family,
+            chat_template_kwargs=dict(data_config.get("apply_chat_template_kwargs") or {}),
+            mm_processor_kwargs=dict(data_config.get("mm_processor_kwargs") or {}),
+            processor=processor,
+        )
+
+    def count(
+        self, messages: Messages, images: Sequence[Image.Image] | None, videos: Sequence[VideoInput] | None
+    ) -> int:
+        """Tokens of the prompt with its media expanded, generation prompt included.
+
+        Raises:
+            ConfigError: the processor resizes a fitted image or frame.
+        """
+        features: dict[str, Any] = {}
+        ids = self._builder.build_initial_tokens(messages, images=images, videos=videos, mm_inputs_out=features)
+        self._check_sizes("image", [(image.height, image.width) for image in images or ()], features, "image_grid_thw")
+        self._check_sizes("frame", [video.shape[2:] for video, _ in videos or ()], features, "video_grid_thw")
+        return len(ids)
+
+    def _check_sizes(self, name: str, sizes: Sequence[Sequence[int]], features: dict[str, Any], grid_name: str) -> None:
+        """Compare (height, width) of what went in with the patches of what came out."""
+        grids = features[grid_name].tolist() if sizes else []
+        for (height, width), (_, rows, columns) in zip(sizes, grids, strict=True):
+            seen_height, seen_width = rows * self._patch, columns * self._patch
+            if (seen_height, seen_width) != (height, width):
+                raise ConfigError(
+                    f"the processor resizes a {name} from {width}x{height} to {seen_width}x{seen_height} pixels: its "
+                    f"own limits are narrower than data.embedrl.{name}_min_tokens .. {name}_max_tokens; change one of them"
+                )

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts whose media are references, and the pixels that the model gets for them.
+
+A row of verl's queue is copied for every rollout, so a prompt carries paths (or encoded bytes), not pixels. The T-CoT
+templates are filled with stand-ins, one for each medium, which are then exchanged for references; the agent loop turns
+references into fitted media with `load_prompt_media`. Length filter and rollout both call that function, so the prompt
+that is counted is the prompt that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+from embedrl_verl.data.media import LoadedItem, MediaLimits, describe, fit_image, load_frames, load_image, to_rgb
+from embedrl_verl.data.schema import Media, PairRecord, Side, Video, input_kind
+from embedrl_verl.data.video import DEFAULT_FPS, even_indices
+from embedrl_verl.errors import ConfigError, MediaError
+from embedrl_verl.tcot import build_prompt
+
+Messages: TypeAlias = list[dict[str, Any]]
+VideoInput: TypeAlias = tuple[torch.Tensor, dict[str, Any]]
+CACHED_PROMPTS = 32
+
+
+def prompt_messages(
+    record: PairRecord, side: Side, *, family: str, style: str, few_shot: bool, max_frames: int, file_frames: int = 0
+) -> Messages:
+    """Chat messages that ask for the T-CoT of one side, with references in place of media.
+
+    Args:
+        record, side: which prompt.
+        family, style, few_shot: choose the template, see `embedrl_verl.tcot.build_prompt`.
+        max_frames: frames drawn from a list of frames.
+        file_frames: frames that a video *file* yields (it has to be decoded to know).
+
+    Returns:
+        Messages whose image parts hold {"image": path or bytes} and whose video part holds {"video": list of these or
+        the path of a file, "fps": float}; both as `load_prompt_media` reads them.
+
+    Raises:
+        ConfigError: the template adds media of its own.
+    """
+    item = record.item(side)
+    video = item.video and _sampled(item.video, max_frames)
+    num_frames = 0 if video is None else len(video.frames) or file_frames
+    stand_ins = LoadedItem(
+        text=item.text,
+        instruction=item.instruction,
+        images=tuple(Image.new("RGB", (1, 1)) for _ in item.images),
+        frames=tuple(Image.new("RGB", (1, 1)) for _ in range(num_frames)),
+        fps=video.fps if video else None,
+        kind=item.kind,
+    )
+    messages = build_prompt(
+        input_kind(record, side), stand_ins, family=family, style=style, few_shot=few_shot, gold_answer=None
+    )
+    reference_of = {id(image): media for image, media in zip(stand_ins.images, item.images, strict=True)}
+    return [{**message, "content": _with_references(message["content"], reference_of, video)} for message in messages]
+
+
+def _sampled(video: Video, max_frames: int) -> Video:
+    """The clip with the frames that `load_frames` would keep; a file stays a file."""
+    fps = video.fps or DEFAULT_FPS
+    if video.path is not None:
+        return Video(path=video.path, fps=fps)
+    total = len(video.frames)
+    keep = even_indices(total, min(total, max_frames))
+    return Video(frames=tuple(video.frames[index] for index in keep), fps=fps * len(keep) / total)
+
+
+def _with_references(content: Any, reference_of: dict[int, Media], video: Video | None) -> Any:
+    if isinstance(content, str):
+        return content
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part["type"] == "image":
+            if id(part["image"]) not in reference_of:
+                raise ConfigError("a prompt template must not hold images of its own")
+            parts.append({"type": "image", "image": reference_of[id(part["image"])]})
+        elif part["type"] == "video":
+            if video is None:
+                raise ConfigError("a prompt template must not hold a video of its own")
+            parts.append({"type": "video", "video": video.path or list(video.frames), "fps": video.fps})
+        else:
+            parts.append(part)
+    return parts
+
+
+def load_prompt_media(
+    messages: Sequence[dict[str, Any]], limits: MediaLimits, media_root: str | None
+) -> tuple[list[Image.Image] | None, list[VideoInput] | None]:
+    """The media of a prompt in order, decoded and fitted, in the form that verl hands to processor and vLLM.
+
+    Media parts may hold references or decoded images. The rollouts of one prompt share the result: do not change it.
+
+    Returns:
+        Images, and videos as (uint8 tensor (T, 3, H, W), metadata). T is even: an odd clip repeats its last frame,
+        since one visual token spans two frames. None instead of an empty list.
+
+    Raises:
+        MediaError: naming the medium and the reason.
+    """
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    images = [part["image"] for part in parts if part["type"] == "image"]
+    clips = [part for part in parts if part["type"] == "video"]
+    fitted = [
+        _fit(image, "image", limits) if isinstance(image, Image.Image) else _fitted_image(image, limits, media_root)
+        for image in images
+    ]
+    videos = [_clip(part, limits, media_root) for part in clips]
+    return fitted or None, videos or None
+
+
+def _clip(part: dict[str, Any], limits: MediaLimits, media_root: str | None) -> VideoInput:
+    clip, fps = part["video"], float(part["fps"])
+    if not isinstance(clip, str) and isinstance(clip[0], Image.Image):
+        return _video_input(tuple(clip), fps, "video", limits)
+    video = Video(path=clip, fps=fps) if isinstance(clip, str) else Video(frames=tuple(clip), fps=fps)
+    return _fitted_video(video, limits, media_root)
+
+
+@lru_cache(maxsize=CACHED_PROMPTS)
+def _fitted_image(media: Media, limits: MediaLimits, media_root: str | None) -> Image.Image:
+    return _fit(load_image(media, media_root), describe(media), limits)
+
+
+@lru_cache(maxsize=CACHED_PROMPTS)
+def _fitted_video(video: Video, limits: MediaLimits, media_root: str | None) -> VideoInput:
+    frames, fps = load_frames(video, media_root, limits.max_frames)
+    return _video_input(frames, fps, f"video {video.path!r}" if video.path else "video frame", limits)
+
+
+def _fit(image: Image.Image, name: str, limits: MediaLimits, is_frame: bool = False) -> Image.Image:
+    try:
+        return fit_image(image, limits, is_frame=is_frame)
+    except MediaError as error:
+        raise MediaError(f"{name}: {error}") from error
+
+
+def _video_input(frames: tuple[Image.Image, ...], fps: float, name: str, limits: MediaLimits) -> VideoInput:
+    """Frames at the size that the first one calls for, and metadata with which no processor samples them again."""
+    first = _fit(frames[0], name, limits, is_frame=True)
+    fitted = [first] + [to_rgb(frame).resize(first.size, Image.Resampling.BICUBIC) for frame in frames[1:]]
+    fitted += fitted[-1:] * (len(fitted) % 2)
+    frames_THWC = np.stack([np.asarray(frame) for frame in fitted])
+    video_TCHW = torch.from_numpy(frames_THWC).permute(0, 3, 1, 2).contiguous()
+    metadata = {"fps": fps, "frames_indices": list(range(len(fitted))), "total_num_frames": len(fitted)}
+    return video_TCHW, metadata

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Order of the prompts in an epoch: complete pairs side by side, one data source a batch.
+
+The order is a function of (seed, epoch) alone. A source's pairs are shuffled and cut into blocks of one batch, then the
+blocks of all sources are shuffled. What is left of a source after its last full block sits out this epoch, and other
+pairs will the next. The position is (epoch, indices yielded), which is all that a checkpoint holds; torchdata's
+`StatefulDataLoader` takes it from the iterator for every batch that it hands out, prefetched ones not included.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from embedrl_verl.errors import ConfigError
+
+
+class PairedDataset(Protocol):
+    """A data set whose prompts 2k and 2k + 1 are the query and the target of pair k."""
+
+    @property
+    def pair_sources(self) -> Sequence[str]:
+        """Data source of each pair."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the pairs and their order."""
+
+
+class PairBatchSampler(Sampler[int]):
+    """Yields prompt indices for a data loader with the same `batch_size` (in prompts) and `drop_last`.
+
+    Every pass over the sampler is the next epoch; a pass that was broken off is the same epoch again.
+
+    Raises:
+        ConfigError: `batch_size` is odd or below 2, the seed is negative, or a source cannot fill one batch.
+    """
+
+    def __init__(self, dataset: PairedDataset, batch_size: int, seed: int = 0) -> None:
+        if batch_size < 2 or batch_size % 2:
+            raise ConfigError(
+                f"the batch counts prompts, two a pair, so it must be even and positive; got {batch_size}"
+            )
+        if seed < 0:
+            raise ConfigError(f"data.seed must not be negative; got {seed}")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.fingerprint = dataset.fingerprint
+        pairs_of: dict[str, list[int]] = defaultdict(list)
+        for pair, source in enumerate(dataset.pair_sources):
+            pairs_of[source].append(pair)
+        self._pairs_of = {source: np.array(pairs_of[source], dtype=np.int64) for source in sorted(pairs_of)}
+        need = batch_size // 2
+        short = [f"{source} ({len(pairs)})" for source, pairs in self._pairs_of.items() if len(pairs) < need]
+        if short or not self._pairs_of:
+            raise ConfigError(
+                f"a batch of {batch_size} prompts holds {need} pairs of one data source; too few pairs in: "
+                f"{', '.join(short) or 'the empty data set'}. Lower data.train_batch_size or leave the source out"
+            )
+
+    def __len__(self) -> int:
+        """Prompts in an epoch, a multiple of the batch size."""
+        need = self.batch_size // 2
+        return sum(len(pairs) // need for pairs in self._pairs_of.values()) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        return _PairIterator(self)
+
+    def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Prompt indices of an epoch, int64 (len(self),)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        need = self.batch_size // 2
+        blocks = []
+        for pairs in self._pairs_of.values():
+            shuffled = rng.permutation(pairs)
+            blocks.append(shuffled[: len(pairs) // need * need].reshape(-1, need))
+        pairs_BP = rng.permutation(np.concatenate(blocks))  # B batches, P pairs
+        return np.stack([2 * pairs_BP, 2 * pairs_BP + 1], axis=-1).reshape(-1)
+
+
+class _PairIterator(Iterator[int]):
+    """One epoch, with the state that `StatefulDataLoader` saves and loads."""
+
+    def __init__(self, sampler: PairBatchSampler) -> None:
+        self._sampler = sampler
+        self._start(sampler.epoch, 0)
+
+    def _start(self, epoch: int, yielded: int) -> None:
+        self._epoch = epoch
+        self._yielded = yielded
+        self._order = self._sampler.order(epoch)
+        self._sampler.epoch = epoch + (yielded >= len(self._order))
+
+    def __next__(self) -> int:
+        if self._yielded >= len(self._order):
+            self._sampler.epoch = self._epoch + 1
+            raise StopIteration
+        index = int(self._order[self._yielded])
+        self._yielded += 1
+        return index
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and position, and what they are a position in."""
+        return {"epoch": self._epoch, "yielded": self._yielded, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            ConfigError: seed, batch size or data have changed, so the position means something else.
+        """
+        for name, value in self._identity().items():
+            if state_dict[name] != value:
+                raise ConfigError(
+                    f"cannot resume: the checkpoint's {name} is {state_dict[name]!r} and this run's is {value!r}; "
+                    "go on with the same data, data.seed and data.train_batch_size, or start a new run"
+                )
+        self._start(state_dict["epoch"], state_dict["yielded"])
+
+    def _identity(self) -> dict[str, Any]:
+        sampler = self._sampler
+        return {"seed": sampler.seed, "batch_size": sampler.batch_size, "data": sampler.fingerprint}
