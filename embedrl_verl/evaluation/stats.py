@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means with intervals: over a few seeds (Student's t) and over many queries (bootstrap)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    """A mean and the two ends of its interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Mean of independent runs (seeds) with Student's t interval; for a gain, pass the differences of paired runs.
+
+    Raises:
+        ValueError: fewer than two values, a value is not finite, or confidence outside (0, 1).
+    """
+    _check(values, confidence)
+    count = len(values)
+    mean = math.fsum(values) / count
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    half = _t_quantile(confidence, count - 1) * math.sqrt(variance / count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | Tensor, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean over queries with its percentile bootstrap interval; the same seed gives the same interval.
+
+    Args:
+        values: (Q,) one number a query; for a gain, the differences of two systems query by query.
+
+    Raises:
+        ValueError: as in `mean_interval`, or resamples < 1.
+    """
+    data = torch.as_tensor(values, dtype=torch.float64).cpu()
+    _check(data.tolist(), confidence)
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1; got {resamples}")
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack(
+        [data[torch.randint(len(data), data.shape, generator=generator)].mean() for _ in range(resamples)]
+    )
+    tail = (1 - confidence) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(float(data.mean()), low, high)
+
+
+def _check(values: Sequence[float], confidence: float) -> None:
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least two values; got {len(values)}")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"values must be finite; got {list(values)}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1); got {confidence}")
+
+
+def _t_quantile(confidence: float, degrees: int) -> float:
+    """t with P(|T| < t) = confidence. With T = sqrt(degrees) tan(a), the density of a is proportional to
+    cos(a)**(degrees - 1).
+    """
+    steps = 2000
+    width = math.pi / 2 / steps
+    density = [math.cos(i * width) ** (degrees - 1) for i in range(steps + 1)]
+    area = [0.0]  # Simpson's rule over each pair of steps
+    for i in range(0, steps, 2):
+        area.append(area[-1] + width / 3 * (density[i] + 4 * density[i + 1] + density[i + 2]))
+    wanted = confidence * area[-1]
+    i = next(i for i, value in enumerate(area) if value >= wanted)
+    share = (wanted - area[i - 1]) / (area[i] - area[i - 1])
+    return math.sqrt(degrees) * math.tan((i - 1 + share) * 2 * width)

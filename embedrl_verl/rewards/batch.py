@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RewardBatch: everything a reward function may look at, for all rollouts of one step.
+
+A row is one rollout of one side of one pair. Rows stand in the caller's order and every result has that order; who
+belongs together is said by `pair` and `side`, never by position, so any number of rollouts a side works, and a missing
+partner too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from embedrl_verl.rewards.exact import similarity_matrix
+from embedrl_verl.rewards.outcome import Accuracy, OutcomeReward, Retrieval, retrieval
+from embedrl_verl.tcot import TCoT, format_reward
+
+Side = Literal["query", "target"]
+SIDES: tuple[Side, Side] = ("query", "target")
+# A float32 embedding that was normalised in bfloat16 is off by up to 0.004.
+_LENGTH_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction of the retrieval: rows of one side over columns of the other.
+
+    `similarity`: (R, C) float32 cosines, NaN where a row or column is invalid. `rows` (R,), `cols` (C,): int64 indices
+    into the batch. `row_pair` (R,), `col_pair` (C,), `col_content` (C,): int64. `row_valid` (R,), `col_valid` (C,):
+    bool.
+    """
+
+    similarity: Tensor
+    rows: Tensor
+    cols: Tensor
+    row_pair: Tensor
+    col_pair: Tensor
+    col_content: Tensor
+    row_valid: Tensor
+    col_valid: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RewardBatch:
+    """All rollouts of a step. N rows, of which N_q are query rows and N_t target rows. Make one with `build`.
+
+    side: (N,) int64, 0 = query, 1 = target.
+    pair: (N,) int64. content: (N,) int64, id of the pair's target content (same id = false negatives of each other).
+    rollout: (N,) int64, index among the rollouts of the same side of the same pair.
+    tcots: N parsed T-CoTs. required: N evidence keys that the rows' inputs call for.
+    valid: (N,) bool, the row has an embedding.
+    similarity: (N_q, N_t) float32 cosines, NaN in rows and columns without embedding.
+    query_rows: (N_q,), target_rows: (N_t,) int64, which rows of the batch the rows and columns of `similarity` are.
+    judge: None, or an awaitable of the process term (N,) float, NaN = unknown, that no event loop has started yet.
+    """
+
+    side: Tensor
+    pair: Tensor
+    rollout: Tensor
+    tcots: tuple[TCoT, ...]
+    required: tuple[str, ...]
+    valid: Tensor
+    content: Tensor
+    similarity: Tensor
+    query_rows: Tensor
+    target_rows: Tensor
+    judge: Awaitable[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        rows = self.side.numel()
+        for name in ("side", "pair", "rollout", "valid", "content"):
+            value: Tensor = getattr(self, name)
+            dtype = torch.bool if name == "valid" else torch.int64
+            if value.shape != (rows,) or value.dtype != dtype:
+                raise ValueError(f"{name} must be ({rows},) {dtype}; got {tuple(value.shape)} {value.dtype}")
+        for name, size in (("tcots", len(self.tcots)), ("required", len(self.required))):
+            if size != rows:
+                raise ValueError(f"{name} must have one entry for each of {rows} rows; got {size}")
+        shape = (self.query_rows.numel(), self.target_rows.numel())
+        if self.similarity.shape != shape or sum(shape) != rows:
+            raise ValueError(
+                f"similarity must be (query rows, target rows) = {shape} of {rows} rows; "
+                f"got {tuple(self.similarity.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.side.numel()
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        side: Tensor,
+        pair: Tensor,
+        rollout: Tensor,
+        content: Tensor,
+        tcots: Sequence[TCoT],
+        required: Sequence[str],
+        embeddings: Tensor,
+        valid: Tensor | None = None,
+        judge: Awaitable[Tensor] | None = None,
+    ) -> RewardBatch:
+        """Link the rows and compute the similarity matrix. Row order is free; it is the order of every result.
+
+        Args:
+            side, pair, rollout, content, tcots, required, judge: see the class; integer tensors of any width.
+            embeddings: (N, D) float, each of length 1. A row with NaN or infinity has no embedding: it is not valid.
+            valid: (N,) bool, False where the embedding failed. Default: every row with a finite embedding.
+
+        Raises:
+            ValueError: an embedding is not of length 1 (a zero vector is no embedding: pass NaN or valid=False), a row
+                occurs twice, a pair has two contents, a side is neither 0 nor 1, or shapes differ.
+        """
+        side, pair, rollout, content = (t.to(torch.int64).cpu() for t in (side, pair, rollout, content))
+        embeddings = embeddings.detach().cpu()
+        if embeddings.dim() != 2 or not len(embeddings) == len(side) == len(pair) == len(rollout) == len(content):
+            raise ValueError(
+                f"embeddings must be (N, D) with N = {len(side)} rows of side, pair, rollout and content; got "
+                f"{tuple(embeddings.shape)} and {len(pair)} pairs, {len(rollout)} rollouts, {len(content)} contents"
+            )
+        finite = embeddings.isfinite().all(dim=1)
+        valid = finite if valid is None else valid.cpu() & finite
+        _check_rows(side, pair, rollout, content)
+        _check_lengths(embeddings, valid)
+        order = _lexicographic(pair, rollout)  # rows of a pair side by side: the masks are made once a pair
+        query_rows, target_rows = order[side[order] == 0], order[side[order] == 1]
+        vectors = embeddings.masked_fill(~valid[:, None], 0.0)
+        similarity = similarity_matrix(vectors[query_rows], vectors[target_rows])
+        similarity[~valid[query_rows]] = torch.nan
+        similarity[:, ~valid[target_rows]] = torch.nan
+        return cls(
+            side=side,
+            pair=pair,
+            rollout=rollout,
+            tcots=tuple(tcots),
+            required=tuple(required),
+            valid=valid,
+            content=content,
+            similarity=similarity,
+            query_rows=query_rows,
+            target_rows=target_rows,
+            judge=judge,
+        )
+
+    def direction(self, side: Side) -> Direction:
+        """The direction whose rows are of `side`; "target" is the transpose of "query" (paper: symmetric)."""
+        if side not in SIDES:
+            raise ValueError(f"side must be query or target; got {side!r}")
+        query = side == "query"
+        rows, cols = (self.query_rows, self.target_rows) if query else (self.target_rows, self.query_rows)
+        return Direction(
+            similarity=self.similarity if query else self.similarity.T,
+            rows=rows,
+            cols=cols,
+            row_pair=self.pair[rows],
+            col_pair=self.pair[cols],
+            col_content=self.content[cols],
+            row_valid=self.valid[rows],
+            col_valid=self.valid[cols],
+        )
+
+    def format(self) -> Tensor:
+        """F: (N,) float32, 1 where the T-CoT is well formed and carries the evidence its input calls for, else 0."""
+        return torch.tensor([format_reward(t, r) for t, r in zip(self.tcots, self.required, strict=True)])
+
+    def retrieval(self, *, temperature: float = 0.5, accuracy: Accuracy = "share") -> Retrieval:
+        """Outcome reward of both directions, Hit@1 and false negatives: (N,) each, NaN where unknown."""
+        numbers = torch.full((4, len(self)), torch.nan)
+        false_negatives = torch.zeros(len(self), dtype=torch.int64)
+        for side in SIDES:
+            way = self.direction(side)
+            found = retrieval(
+                way.similarity,
+                way.row_pair,
+                way.col_pair,
+                col_content=way.col_content,
+                col_valid=way.col_valid,
+                row_valid=way.row_valid,
+                temperature=temperature,
+                accuracy=accuracy,
+            )
+            numbers[:, way.rows] = torch.stack((*found.reward, found.hit))
+            false_negatives[way.rows] = found.false_negatives
+        acc, margin, outcome, hit = numbers
+        return Retrieval(OutcomeReward(acc, margin, outcome), hit, false_negatives)
+
+    def process(self) -> Tensor:
+        """J: (N,) float32 from the judge, NaN = unknown. Waits for it; call once, in a thread without a running event
+        loop.
+
+        Raises:
+            ValueError: the batch has no judge, or it returned another shape.
+        """
+        if self.judge is None:
+            raise ValueError("the batch has no judge; pass judge= to RewardBatch.build or leave the process term out")
+        scores = asyncio.run(_result(self.judge))
+        if scores.shape != (len(self),):
+            raise ValueError(
+                f"the judge must return one value per row, shape ({len(self)},); got {tuple(scores.shape)}"
+            )
+        return scores.to(torch.float32).cpu()
+
+    def groups(self) -> Tensor:
+        """(N,) int64: rows of one side of one pair (one prompt, one GRPO group) share an id."""
+        pair: Tensor = torch.unique(self.pair, return_inverse=True)[1]
+        return pair * len(SIDES) + self.side
+
+
+async def _result(judge: Awaitable[Tensor]) -> Tensor:
+    return await judge
+
+
+def _lexicographic(pair: Tensor, rollout: Tensor) -> Tensor:
+    by_rollout = rollout.argsort(stable=True)
+    return by_rollout[pair[by_rollout].argsort(stable=True)]
+
+
+def _check_rows(side: Tensor, pair: Tensor, rollout: Tensor, content: Tensor) -> None:
+    odd = ((side != 0) & (side != 1)).nonzero()
+    if len(odd):
+        raise ValueError(f"side must be 0 (query) or 1 (target); row {int(odd[0])} has {int(side[odd[0]])}")
+    keys, counts = torch.unique(torch.stack((pair, side, rollout), dim=1), dim=0, return_counts=True)
+    twice = (counts > 1).nonzero()
+    if len(twice):
+        p, s, r = keys[twice[0, 0]].tolist()
+        raise ValueError(
+            f"each rollout may occur once; pair {p}, {SIDES[s]}, rollout {r} occurs {int(counts[twice[0, 0]])} times. "
+            "Drop padding rows before building the batch"
+        )
+    contents = torch.unique(torch.stack((pair, content), dim=1), dim=0)[:, 0]
+    values, kinds = torch.unique(contents, return_counts=True)
+    if (kinds > 1).any():
+        raise ValueError(f"all rows of a pair must have one content id; pair {int(values[kinds > 1][0])} has several")
+
+
+def _check_lengths(embeddings: Tensor, valid: Tensor) -> None:
+    length = embeddings.float().norm(dim=1)
+    off = (valid & ~((length - 1).abs() <= _LENGTH_TOLERANCE)).nonzero()
+    if len(off):
+        row = int(off[0])
+        raise ValueError(
+            f"embeddings must have length 1; row {row} has length {float(length[row]):.4g}. "
+            "Normalise them, and mark failed ones with NaN or valid=False instead of a zero vector"
+        )

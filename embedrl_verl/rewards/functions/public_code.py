@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""R = alpha F + beta J max(M, 0) + gamma (A M / 2), alpha 0.05, beta 0.2, gamma 0.8: the published code's weights.
+
+There the judge's pick was worth the margin, so that a negative margin made a right pick a penalty: here it is worth at
+least 0. The code used G = 4 rollouts a side.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from embedrl_verl.rewards.batch import RewardBatch
+from embedrl_verl.rewards.presets import PUBLIC_CODE, reward_parts, row_scores
+
+
+def compute_score(batch: RewardBatch, **reward_kwargs: object) -> Mapping[str, Tensor]:
+    """Format, the judge's pick weighted by the margin, half of accuracy times margin.
+
+    Arguments, result and errors as in `functions.paper`, defaults `PUBLIC_CODE`; "process" is the bare pick (0 or 1).
+    """
+    config = PUBLIC_CODE.override(reward_kwargs)
+    parts = reward_parts(batch, config)
+    pick = parts["process"] * parts["margin"].clamp(min=0) if "process" in parts else None
+    return {"score": row_scores(batch, config, parts["format"], pick, parts["outcome"] / 2), **parts}

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outcome reward: how well a row's embedding retrieves its pair (method section 4; paper equations 3 and 7).
+
+O_i = A_i * M_i. A_i: are the positives on top? M_i: by how much do they beat the negatives, hard ones counting more?
+One direction at a time: query rows over target columns with S, target rows over query columns with S.T. All arithmetic
+is float64 and independent of order (see `exact`), so permuting rows or columns permutes the result bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from embedrl_verl.rewards.candidates import Block, iter_blocks
+from embedrl_verl.rewards.exact import snap_
+
+Accuracy = Literal["share", "all"]
+ACCURACIES = ("share", "all")
+# exp(-40) is below half a step of the grid of any matrix that fits into memory: such a weight is 0.
+_LOWEST_EXPONENT = -40.0
+
+
+class OutcomeReward(NamedTuple):
+    """(R,) each, NaN where unknown. `accuracy` in [0, 1]; `margin` in [-2, 2] for cosines; `outcome` = their
+    product.
+    """
+
+    accuracy: Tensor
+    margin: Tensor
+    outcome: Tensor
+
+
+class Retrieval(NamedTuple):
+    """One direction's reward, and per row (R,) what only metrics need.
+
+    `hit`: 1.0 if the best positive is above every negative, else 0.0 (NaN where unknown). `false_negatives`: int64
+    count.
+    """
+
+    reward: OutcomeReward
+    hit: Tensor
+    false_negatives: Tensor
+
+
+def outcome_reward(
+    similarity: Tensor,
+    row_pair: Tensor,
+    col_pair: Tensor,
+    *,
+    col_content: Tensor | None = None,
+    col_valid: Tensor | None = None,
+    row_valid: Tensor | None = None,
+    temperature: float = 0.5,
+    accuracy: Accuracy = "share",
+) -> OutcomeReward:
+    """Accuracy, margin and outcome of every row of one direction.
+
+    Args:
+        similarity: (R, C) float. NaN marks an unknown candidate: it counts neither as positive nor as negative of that
+            row.
+        row_pair: (R,) int, pair of each row.
+        col_pair: (C,) int, pair of each column.
+        col_content: (C,) int, same id = same content. A column of another pair that shows the content of one of the
+            row's own columns (valid or not) is a false negative and left out. Without it every other pair is a
+            negative.
+        col_valid: (C,) bool, False where the embedding failed: nobody's candidate.
+        row_valid: (R,) bool, False where the embedding failed: the row is unknown.
+        temperature: tau of the softmax weights of the negatives.
+        accuracy: with G valid positives, "share" = the share of the row's top G that are positives; "all" = 1 if all
+            are, else 0. A negative that ties with a positive ranks above it.
+
+    Returns:
+        (R,) tensors of the dtype of `similarity` (float32 for half precision). NaN for rows that are invalid or have no
+        valid positive. Without any negative the margin is the mean of the positives.
+
+    Raises:
+        ValueError: shapes, dtypes, temperature or accuracy are wrong, or a valid row's similarities are infinite.
+    """
+    return retrieval(
+        similarity,
+        row_pair,
+        col_pair,
+        col_content=col_content,
+        col_valid=col_valid,
+        row_valid=row_valid,
+        temperature=temperature,
+        accuracy=accuracy,
+    ).reward
+
+
+@torch.no_grad()
+def retrieval(
+    similarity: Tensor,
+    row_pair: Tensor,
+    col_pair: Tensor,
+    *,
+    col_content: Tensor | None = None,
+    col_valid: Tensor | None = None,
+    row_valid: Tensor | None = None,
+    temperature: float = 0.5,
+    accuracy: Accuracy = "share",
+) -> Retrieval:
+    """`outcome_reward` with Hit@1 and the false negatives of every row; same arguments and errors."""
+    _check(similarity, row_pair, col_pair, col_content, col_valid, row_valid)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    if accuracy not in ACCURACIES:
+        raise ValueError(f"accuracy must be one of {', '.join(ACCURACIES)}; got {accuracy!r}")
+    rows, cols = similarity.shape
+    result = torch.full((3, rows), torch.nan, dtype=torch.float64, device=similarity.device)
+    false_negatives = torch.zeros(rows, dtype=torch.int64, device=similarity.device)
+    if cols:
+        scratch: list[Tensor] = []
+        for block in iter_blocks(similarity, row_pair, col_pair, col_content, col_valid):
+            result[:, block.rows] = _score(block, scratch, temperature, accuracy)
+            false_negatives[block.rows] = block.false_negatives
+    if row_valid is not None:
+        result[:, ~row_valid] = torch.nan
+        false_negatives[~row_valid] = 0
+    overflow = (~result[0].isnan() & ~result[1].isfinite()).nonzero()
+    if len(overflow):
+        raise ValueError(
+            f"similarities of positives and negatives must be finite, or NaN for unknown; row {int(overflow[0])} of "
+            f"{rows} has an infinite one. Mark failed embeddings in row_valid and col_valid"
+        )
+    acc, margin, hit = result.to(torch.promote_types(similarity.dtype, torch.float32))
+    return Retrieval(OutcomeReward(acc, margin, acc * margin), hit, false_negatives)
+
+
+def _score(block: Block, scratch: list[Tensor], temperature: float, accuracy: Accuracy) -> Tensor:
+    """(3, r) float64: accuracy, margin, Hit@1; NaN for rows without positives. `scratch` keeps work buffers."""
+    count = block.positive_count
+    width = block.positives.shape[1]
+    place = torch.arange(width, device=count.device)
+    # The m-th best positive (from 0) is among the top G if fewer than G - m negatives reach it: compare it with the
+    # (G - m)-th best negative.
+    rival = (count[:, None] - 1 - place).clamp_(min=0)
+    on_top = (block.positives > block.top_negatives.gather(1, rival)) & (place < count[:, None])
+    share = on_top.sum(dim=1) / count.double()  # 0 / 0: NaN
+    if accuracy == "all":
+        share = share.floor()
+
+    total = torch.zeros_like(share)
+    for m in range(width):  # in falling order of the scores, so independent of the order of the columns
+        total += block.positives[:, m].double().masked_fill(m >= count, 0.0)
+    margin = total / count - _soft_maximum(block, scratch, temperature)
+    hit = (block.positives[:, 0] > block.top_negatives[:, 0]).double()
+    return torch.stack((share, margin, hit.masked_fill_(count == 0, torch.nan)))
+
+
+def _soft_maximum(block: Block, scratch: list[Tensor], temperature: float) -> Tensor:
+    """(r,) float64: sum over the negatives of softmax(S / tau) * S (eq. 7); 0 where a row has none."""
+    rows, cols = block.negatives.shape
+    if not scratch:
+        scratch.extend(torch.empty(rows, cols, dtype=torch.float64, device=block.negatives.device) for _ in range(2))
+    exponent, weight = scratch[0][:rows], scratch[1][:rows]
+    peak = block.top_negatives[:, :1].double()
+    present = peak[:, 0] > -torch.inf
+    exponent.copy_(block.negatives).sub_(peak).mul_(1.0 / temperature)
+    # In units of tau below the best negative, weights are in [0, 1] and weight * exponent in [-1/e, 0]: both fit the
+    # grid.
+    exponent.clamp_(min=_LOWEST_EXPONENT)
+    torch.exp(exponent, out=weight)
+    snap_(exponent.mul_(weight), cols)
+    snap_(weight, cols)
+    mean = exponent.sum(dim=1) / weight.sum(dim=1)
+    return (peak[:, 0] + temperature * mean).masked_fill(~present, 0.0)
+
+
+def _check(
+    similarity: Tensor,
+    row_pair: Tensor,
+    col_pair: Tensor,
+    col_content: Tensor | None,
+    col_valid: Tensor | None,
+    row_valid: Tensor | None,
+) -> None:
+    if similarity.dim() != 2 or not similarity.is_floating_point():
+        raise ValueError(
+            f"similarity must be a (R, C) float tensor; got shape {tuple(similarity.shape)}, {similarity.dtype}"
+        )
+    rows, cols = similarity.shape
+    for name, value, size, boolean in (
+        ("row_pair", row_pair, rows, False),
+        ("col_pair", col_pair, cols, False),
+        ("col_content", col_content, cols, False),
+        ("col_valid", col_valid, cols, True),
+        ("row_valid", row_valid, rows, True),
+    ):
+        if value is None:
+            continue
+        if value.shape != (size,):
+            raise ValueError(
+                f"{name} must have shape ({size},) for similarity {(rows, cols)}; got {tuple(value.shape)}"
+            )
+        if (value.dtype == torch.bool) != boolean or value.is_floating_point():
+            raise ValueError(f"{name} must be {'bool' if boolean else 'an integer tensor'}; got {value.dtype}")
