@@ -2,13 +2,13 @@
 """Seconds a step of EG-RL against plain GRPO with a constant reward, by stage, in one sitting on one machine.
 
 Both run verl's own trainer with the same models, prompts, batch and update settings. Plain GRPO uses trainer mode
-`plain_sync` (verl's PPOTrainerSync), verl's single-turn agent loop and a per-row reward of 0, so what EG-RL adds is all the
-difference: parsing, evidence and encoding beside the rollout, the Embedder, the reward maths. Runs alternate A B A B.
+`plain_sync` (verl's PPOTrainerSync), verl's single-turn agent loop and a per-row reward of 0, so what EG-RL adds is
+all the difference: parsing, evidence and encoding beside the rollout, the Embedder, the reward maths. Runs alternate.
 
     python benchmarks/bench_step.py --inputs RUN_FOLDER --rounds 2 --steps 12
 
 `RUN_FOLDER` is the output of recipes/run_egrl_tiny_cpu.sh (trained models, so that answers have their real length).
-Prints medians a stage, the ratio of the step medians, and the share of the reward stage. Steps 1 and 2 are left out (warm-up).
+Prints medians a stage, the ratio of the step medians, and the share of the reward stage, without the first two steps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One progress line in the terminal of a run: steps, reward, Hit@1 and seconds a step.
 
-verl's own bar lives in a Ray actor and shows none of that. This one reads the JSONL that verl's logger `file` writes, in a
-thread of the process that started the run.
+verl's own bar lives in a Ray actor and shows none of that. This one reads the JSONL that verl's logger `file` writes,
+in a thread of the process that started the run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def metrics_file(config: Any) -> Path | None:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step, from all parts of a run; a step that was run again after a resume counts with its last values."""
+    """Metrics by step, from all parts of a run; a step run again after a resume counts with its last values."""
     parts = sorted(path.parent.glob(f"{path.name}.*"), key=lambda part: int(part.suffix[1:]))
     result: dict[int, dict[str, float]] = {}
     for part in [*parts, path]:

@@ -5,9 +5,9 @@ The same run can be started by verl's own entry point, because the installed plu
 
     python -m verl.trainer.main_ppo --config-dir <folder of egrl_trainer.yaml> --config-name egrl_trainer ...
 
-This one adds what a person wants around it: the configuration checked before any process starts, a plan without starting
-anything (DRY_RUN=1), the machine's resources checked, one progress line, and errors as one message with an exit code
-(2 configuration, 3 data, 4 anything else that this package refuses).
+This one adds what a person wants around it: the configuration checked before any process starts, a plan without
+starting anything (DRY_RUN=1), the machine's resources checked, one progress line, and errors as one message with an
+exit code (2 configuration, 3 data, 4 anything else that this package refuses).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ logger = logging.getLogger("embedrl_verl")
 
 TRAINER_PACKAGE = "verl.trainer.ppo.v1"
 # Modules whose import registers a trainer mode (verl.trainer.ppo.v1.register_trainer).
-TRAINER_MODULES: tuple[str, ...] = ("embedrl_verl.platforms.trainer",)
+TRAINER_MODULES: tuple[str, ...] = ("embedrl_verl.platforms.trainer", "embedrl_verl.trainer.egrl")
 
 
 class _LoaderThenTrainers(importlib.abc.Loader):

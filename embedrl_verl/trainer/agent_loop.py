@@ -16,19 +16,19 @@ from typing import Any
 
 import ray
 import transfer_queue as tq
-from PIL import Image
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
-from embedrl_verl.data.dataset import family_of_config, row_item
+from embedrl_verl.data.dataset import media_root_of, row_item
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import Item
+from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError, MediaError
-from embedrl_verl.tcot import Family, cut_evidence, parse_tcot
+from embedrl_verl.tcot import Evidence, Family, TCoT, cut_evidence, parse_tcot
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ ROW_INFO = "embedrl"
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a process needs of the run's configuration; `config` is kept so that its id stays its own."""
+    """What a process needs of the configuration; `config` is kept so that its id stays its own."""
 
     config: Any
     embedrl: EmbedRLConfig
@@ -51,18 +51,18 @@ class _Settings:
 _SETTINGS: dict[int, _Settings] = {}
 
 
-def _settings(config: Any, hf_model_type: str | None) -> _Settings:
+def _settings(config: Any, processor: Any) -> _Settings:
     """The settings of this run; agent loops are created anew for every rollout, these are not."""
     known = _SETTINGS.get(id(config))
     if known is None:
-        embedrl = load_embedrl_config(config)
+        embedrl, data = load_embedrl_config(config), DataSettings.from_config(config.data)
         known = _SETTINGS[id(config)] = _Settings(
             config=config,
             embedrl=embedrl,
-            processor=processor_for(embedrl.embedder, max_frames=int(config.data.embedrl.max_frames)),
-            family=family_of_config(config.data, hf_model_type),
-            media_root=config.data.get("media_root"),
-            max_frames=int(config.data.embedrl.max_frames),
+            processor=processor_for(embedrl.embedder, max_frames=data.max_frames),
+            family=resolve_family(data.family, processor),
+            media_root=media_root_of(config.data),
+            max_frames=data.max_frames,
         )
     return known
 
@@ -77,9 +77,9 @@ def _originals(item: Item, media_root: str | None, max_frames: int) -> LoadedIte
 class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
     """verl's single-turn loop, followed by the row's evidence and Embedder input."""
 
-    def __init__(self, *args: Any, hf_model_type: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, hf_model_type=hf_model_type, **kwargs)
-        self._settings = _settings(self.config, hf_model_type)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = _settings(self.config, self.processor)
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Generate one T-CoT. `extra_fields["embedrl"]` tells its text, media counts, evidence and failure (or None)."""
@@ -126,13 +126,12 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
             return info, None
         return info, encoded
 
-    def _evidence(self, tcot: Any, loaded: LoadedItem, resized: list[tuple[int, int]]) -> Any:
+    def _evidence(self, tcot: TCoT, loaded: LoadedItem, resized: list[tuple[int, int]]) -> Evidence:
         limits = self._settings.embedrl.evidence
-        frames: tuple[Image.Image, ...] = loaded.frames
         return cut_evidence(
             tcot,
             images=loaded.images,
-            frames=frames,
+            frames=loaded.frames,
             family=self._settings.family,
             resized_sizes=resized,
             min_side=limits.min_side,

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reward stage of a step: rows out of TransferQueue, embeddings, the reward function, scores back in.
 
-Rows are linked by fields (pair, side, session), never by position. A row without an embedding is unknown: it is nobody's
-candidate, its reward stays NaN, and in training it gets no gradient. Too many of them stop the run with their causes.
+Rows are linked by fields (pair, side, session), never by position. A row without an embedding is unknown: it is
+nobody's candidate, its reward stays NaN, and in training it gets no gradient. Too many of them stop the run.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import transfer_queue as tq
 from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.rewards import RewardBatch, batch_metrics
+from embedrl_verl.rewards import RewardBatch, batch_metrics, fill_with_group_mean
 from embedrl_verl.tcot import TCoT, parse_tcot
 from embedrl_verl.trainer.agent_loop import EMBED_PARTITION, ROW_INFO
 
@@ -43,7 +43,7 @@ class EmbedsRows(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One finished rollout. `side` is 0 for the query and 1 for the target; `session` counts a prompt's rollouts from 0."""
+    """One finished rollout. `side` is 0 for the query, 1 for the target; `session` counts a prompt's rollouts from 0."""
 
     key: str
     pair_id: str
@@ -103,11 +103,12 @@ def read_rows(keys: Sequence[str], partition_id: str) -> list[Row]:
         EmbedderError: TransferQueue lost rows or the rows were not written by the agent loop `tcot`.
     """
     data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=_FIELDS)
-    missing = [name for name in _FIELDS if name not in data.keys()]
+    missing = [name for name in _FIELDS if name not in set(data.keys())]
     if missing or len(data) != len(keys):
         raise EmbedderError(
-            f"asked the queue for {len(keys)} rows with {_FIELDS}, got {len(data)} without {missing or 'nothing'}; rollouts "
-            "must come from the agent loop `tcot` over TCoTDataset (actor_rollout_ref.rollout.agent.default_agent_loop)"
+            f"asked the queue for {len(keys)} rows with {_FIELDS}, got {len(data)} without {missing or 'nothing'}; "
+            "rollouts must come from the agent loop `tcot` over TCoTDataset "
+            "(actor_rollout_ref.rollout.agent.default_agent_loop)"
         )
     lengths = data["responses"].offsets().diff().tolist()
     columns = {name: tu_list(data, name) for name in _FIELDS if name != "responses"}
@@ -142,7 +143,7 @@ def tu_list(data: Any, name: str) -> list[Any]:
 def score_rows(
     rows: list[Row],
     embedder: EmbedsRows,
-    score_batch: Any,
+    score_batch: Callable[[RewardBatch], dict[str, torch.Tensor]],
     *,
     max_failed_share: float,
     expected_rows: int,
@@ -213,7 +214,9 @@ def write_scores(scored: ScoredRows, partition_id: str, *, training: bool) -> No
     zero response mask, so that it has no gradient itself.
     """
     rows, score = scored.rows, scored.parts["score"]
-    filled = _fill_unknown(score, [row.uid for row in rows])
+    groups = {uid: number for number, uid in enumerate(sorted({row.uid for row in rows}))}
+    filled = fill_with_group_mean(score, torch.tensor([groups[row.uid] for row in rows]))
+    filled = filled.nan_to_num(nan=0.0)  # a group that is unknown as a whole: every row is masked below
     values = []
     for row, value in zip(rows, filled.tolist(), strict=True):
         tokens = torch.zeros(row.response_tokens)
@@ -240,20 +243,6 @@ def write_scores(scored: ScoredRows, partition_id: str, *, training: bool) -> No
         extra["reward_extra_info"] = {name: value for name, value in numbers.items() if value is not None}
     fields["extra_fields"] = extras
     tq.kv_batch_put(keys=[row.key for row in rows], partition_id=partition_id, fields=tu.get_tensordict(fields))
-
-
-def _fill_unknown(score: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
-    """Replace NaN by the mean of the known scores of the same group (0 where a group has none)."""
-    filled = score.clone()
-    known: dict[str, list[float]] = {}
-    for group, value in zip(groups, score.tolist(), strict=True):
-        if value == value:
-            known.setdefault(group, []).append(value)
-    for i, group in enumerate(groups):
-        if torch.isnan(score[i]):
-            values = known.get(group, [])
-            filled[i] = sum(values) / len(values) if values else 0.0
-    return filled
 
 
 def clear_embed_rows(uids: set[str]) -> None:

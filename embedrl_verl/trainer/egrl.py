@@ -51,7 +51,7 @@ class _BatchRewardOnly:
 
 
 class EGRLMixin(WorkerClassesMixin):
-    """The stages of EG-RL, to be put before one of verl's trainer classes. `parent_mode` is that class's own mode name."""
+    """The stages of EG-RL, put before one of verl's trainer classes. `parent_mode` is that class's own mode name."""
 
     parent_mode: str
     embedrl: EmbedRLConfig

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tiny EG-RL run through the real engines: models and data made on the spot, `python -m embedrl_verl.train` as a user runs it.
+"""One tiny EG-RL run through the real engines: models and data made on the spot, started as a user starts it.
 
 `python tests/e2e/harness.py OUT_DIR [hydra overrides]` does the same from a shell.
 """

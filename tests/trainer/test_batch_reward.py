@@ -3,11 +3,11 @@
 
 import pytest
 import torch
+from embedrl_verl.tcot import parse_tcot
 
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import RewardBatch
-from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.trainer.batch_reward import Row, _fill_unknown, score_rows
+from embedrl_verl.trainer.batch_reward import Row, score_rows
 
 WELL_FORMED = '<thinking>It is {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
 
@@ -77,8 +77,3 @@ def test_too_many_failures_stop_the_step_and_name_their_causes():
     assert "2 x image missing" in message
     assert "1 x the rollout failed" in message
     assert "max_failed_share=0.2" in message
-
-
-def test_an_unknown_reward_does_not_move_its_group():
-    filled = _fill_unknown(torch.tensor([1.0, float("nan"), 3.0, float("nan")]), ["a", "a", "a", "b"])
-    assert filled.tolist() == [1.0, 2.0, 3.0, 0.0]
