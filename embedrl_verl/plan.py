@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a run: what would be started, with which numbers, without starting anything.
+
+    DRY_RUN=1 bash recipes/run_egrl_qwen2vl.sh            # a recipe's plan
+    python -m embedrl_verl.plan [--config-name NAME] [hydra overrides]
+
+The configuration is composed as a run composes it, checked by verl's own validator and by this package, and the batch
+arithmetic is written out. Devices are only counted in the configuration, so a plan for 4 nodes of 8 GPUs can be made on
+a laptop. Files that are not there are marked, not refused: a plan may be made on another machine than the run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
+from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.errors import ConfigError
+
+SIDES = 2
+# Model types that Megatron-Bridge, the weight converter of verl 0.9.1's Megatron engine, can load.
+MEGATRON_FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The arithmetic of one step. Prompts count both sides of a pair; rows are rollouts.
+
+    Raises:
+        ConfigError: a number does not divide what it must divide; the message names the keys.
+    """
+
+    prompts: int
+    rollouts: int
+    mini_prompts: int
+    devices: int
+    model_parallel: int
+    rollout_parallel: int
+
+    def __post_init__(self) -> None:
+        rules = (
+            (
+                self.prompts > 0 and self.prompts % SIDES == 0,
+                f"data.train_batch_size counts prompts, two for each pair, so it must be even; got {self.prompts}",
+            ),
+            (
+                self.rollouts >= 2,
+                "actor_rollout_ref.rollout.n must be at least 2: GRPO compares the rollouts of one prompt; "
+                f"got {self.rollouts}",
+            ),
+            (
+                self.mini_prompts > 0 and self.prompts % self.mini_prompts == 0,
+                f"data.train_batch_size ({self.prompts}) must be divisible by "
+                f"actor_rollout_ref.actor.ppo_mini_batch_size ({self.mini_prompts}); both count prompts",
+            ),
+            (
+                self.devices % self.model_parallel == 0,
+                f"{self.devices} devices (trainer.nnodes x trainer.n_gpus_per_node) must be divisible by the actor's "
+                f"model-parallel size ({self.model_parallel})",
+            ),
+            (
+                self.devices % self.rollout_parallel == 0,
+                f"{self.devices} devices (trainer.nnodes x trainer.n_gpus_per_node) must be divisible by the size of "
+                f"one rollout replica ({self.rollout_parallel}: tensor x data x pipeline parallel size)",
+            ),
+        )
+        for holds, message in rules:
+            if not holds:
+                raise ConfigError(message)
+        if self.mini_rows % self.data_parallel:
+            raise ConfigError(
+                f"one update has ppo_mini_batch_size x rollout.n = {self.mini_prompts} x {self.rollouts} = "
+                f"{self.mini_rows} rows, which must be divisible by the {self.data_parallel} data-parallel ranks; "
+                "change data.train_batch_size and actor_rollout_ref.actor.ppo_mini_batch_size, or the number of devices"
+            )
+
+    @property
+    def pairs(self) -> int:
+        """P: pairs a step."""
+        return self.prompts // SIDES
+
+    @property
+    def rows(self) -> int:
+        """Rollouts a step, both sides."""
+        return self.prompts * self.rollouts
+
+    @property
+    def mini_rows(self) -> int:
+        """Rollouts of one update."""
+        return self.mini_prompts * self.rollouts
+
+    @property
+    def updates(self) -> int:
+        """Actor updates a step."""
+        return self.prompts // self.mini_prompts
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that share the rows of an update."""
+        return self.devices // self.model_parallel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run as lines of (topic, text)."""
+
+    batch: BatchPlan
+    lines: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        width = max(len(topic) for topic, _ in self.lines) + 2
+        head = "EG-RL plan (checked by verl's validator; nothing is started)"
+        return "\n".join([head, *(f"  {topic.ljust(width)}{text}" for topic, text in self.lines)])
+
+
+def compose(overrides: Sequence[str], config_name: str = "egrl_trainer") -> Any:
+    """The run's configuration (DictConfig) for hydra overrides as on a command line.
+
+    Raises:
+        ConfigError: hydra cannot compose it: an unknown key, group or file, or an override that cannot be parsed.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_module("embedrl_verl.config", version_base=None):
+            return hydra_compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        reasons: list[str] = []
+        cause: BaseException | None = error
+        while cause is not None:
+            text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+            if text not in reasons:
+                reasons.append(text)
+            cause = cause.__cause__
+        raise ConfigError(f"the configuration cannot be composed: {'; '.join(reasons)}") from error
+
+
+def make_plan(config: Any) -> Plan:
+    """Check a composed configuration and write out what it would do.
+
+    Raises:
+        ConfigError: verl's validator or a check of this package refuses it.
+    """
+    from embedrl_verl.trainer.checks import check_run_config
+
+    batch = _batch_plan(config)
+    check_run_config(config)
+    _check_with_verl(config)
+    section = load_embedrl_config(config)
+    family = _model_type(config)
+    if _is_megatron(config) and family not in (*MEGATRON_FAMILIES, None):
+        raise ConfigError(
+            f"verl 0.9.1's Megatron engine cannot load {family}: its weight converter has "
+            f"{', '.join(MEGATRON_FAMILIES)}. Use the FSDP recipe of that family"
+        )
+    lines = (
+        *_device_lines(config, batch, section),
+        *_batch_lines(config, batch),
+        *_training_lines(config),
+        *_file_lines(config, batch, section, family),
+    )
+    return Plan(batch=batch, lines=lines)
+
+
+def print_plan(config: Any) -> None:
+    """Print the plan of a composed configuration to standard output. Raises ConfigError as `make_plan` does."""
+    print(make_plan(config))
+
+
+def _is_megatron(config: Any) -> bool:
+    return str(config.actor_rollout_ref.actor.strategy) == "megatron"
+
+
+def _batch_plan(config: Any) -> BatchPlan:
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if _is_megatron(config):
+        mesh = actor.megatron
+        model_parallel = (
+            mesh.tensor_model_parallel_size * mesh.pipeline_model_parallel_size * mesh.context_parallel_size
+        )
+    else:
+        model_parallel = actor.get("ulysses_sequence_parallel_size", 1)
+    return BatchPlan(
+        prompts=int(config.data.train_batch_size),
+        rollouts=int(rollout.n),
+        mini_prompts=int(actor.ppo_mini_batch_size),
+        devices=int(config.trainer.nnodes) * int(config.trainer.n_gpus_per_node),
+        model_parallel=int(model_parallel),
+        rollout_parallel=int(
+            rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+        ),
+    )
+
+
+def _check_with_verl(config: Any) -> None:
+    """verl's validator, and the one rule on lengths that it leaves to the first update."""
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    try:
+        validate_config(
+            config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+        )
+        OmegaConf.to_container(config, resolve=True)
+    except (AssertionError, ValueError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"verl's validator refuses the configuration: {error}") from error
+    actor = config.actor_rollout_ref.actor
+    longest = int(config.data.max_prompt_length) + int(config.data.max_response_length)
+    if actor.use_dynamic_bsz and int(actor.ppo_max_token_len_per_gpu) < longest:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu ({actor.ppo_max_token_len_per_gpu}) must hold the "
+            f"longest row: data.max_prompt_length + data.max_response_length = {longest}"
+        )
+
+
+def _model_type(config: Any) -> str | None:
+    """The Reasoner's family: as configured, else as its local folder says, else None (a hub id says nothing here)."""
+    named = DataSettings.from_config(config.data).family
+    if named != "auto":
+        return named
+    file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
+    return str(json.loads(file.read_text())["model_type"]) if file.is_file() else None
+
+
+def _device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[tuple[str, str]]:
+    import torch
+
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    nodes, per_node = int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node)
+    if str(config.trainer.device) == "cpu":
+        devices = f"{batch.devices} process(es) on the CPU (gloo)"
+        unit = "CPU process"
+    else:
+        here = torch.cuda.device_count()
+        known = "as here" if nodes == 1 and here == per_node else f"simulated: this machine has {here}"
+        devices = f"{nodes} x {per_node} = {batch.devices} GPUs ({known})"
+        unit = "GPU"
+    if _is_megatron(config):
+        mesh = actor.megatron
+        engine = (
+            f"Megatron, TP {mesh.tensor_model_parallel_size} x PP {mesh.pipeline_model_parallel_size} x "
+            f"CP {mesh.context_parallel_size}, {batch.data_parallel} data-parallel rank(s)"
+        )
+    else:
+        engine = f"{actor.strategy}, {batch.data_parallel} data-parallel rank(s)"
+    embedder = section.embedder
+    return [
+        ("devices", devices),
+        ("actor", engine),
+        (
+            "rollout",
+            f"{rollout.name}, {batch.devices // batch.rollout_parallel} replica(s) of {batch.rollout_parallel} {unit}",
+        ),
+        (
+            "embedder",
+            f"{embedder.strategy} in {batch.devices} process(es) of its own on the same devices, {embedder.dtype}, "
+            f"at most {embedder.max_tokens_per_gpu} tokens a micro-batch"
+            + (", offloaded between uses" if embedder.offload else ""),
+        ),
+    ]
+
+
+def _batch_lines(config: Any, batch: BatchPlan) -> list[tuple[str, str]]:
+    side = batch.pairs * batch.rollouts
+    share, left = divmod(batch.rows, batch.data_parallel)
+    return [
+        (
+            "batch",
+            f"{batch.pairs} pairs x {SIDES} sides = {batch.prompts} prompts, x {batch.rollouts} rollouts = "
+            f"{batch.rows} rows a step, {share}{'+' if left else ''} a rank",
+        ),
+        (
+            "updates",
+            f"{batch.updates} a step: {batch.mini_prompts} prompts = {batch.mini_rows} rows each, "
+            f"{batch.mini_rows // batch.data_parallel} a rank",
+        ),
+        ("reward", f"{side} x {side} similarities a direction, {batch.prompts} GRPO groups of {batch.rollouts}"),
+        (
+            "lengths",
+            f"prompt up to {config.data.max_prompt_length}, response up to {config.data.max_response_length} tokens",
+        ),
+    ]
+
+
+def _training_lines(config: Any) -> list[tuple[str, str]]:
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    function = config.reward.custom_reward_function
+    kl = f"{actor.kl_loss_coef} ({actor.kl_loss_type})" if actor.use_kl_loss else "off"
+    kwargs = ", ".join(f"{key}={value}" for key, value in (function.reward_kwargs or {}).items())
+    steps = config.trainer.total_training_steps
+    length = f"{steps} steps" if steps is not None else f"{config.trainer.total_epochs} epoch(s)"
+    return [
+        (
+            "optimiser",
+            f"lr {actor.optim.lr}, clip {actor.clip_ratio}, KL loss {kl}, temperature {rollout.temperature}, {length}",
+        ),
+        ("reward function", f"{function.path}:{function.name}({kwargs})"),
+    ]
+
+
+def _file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: str | None) -> list[tuple[str, str]]:
+    lines = [
+        ("reasoner", f"{_folder(config.actor_rollout_ref.model.path)}, family {family or 'known when it is loaded'}"),
+        ("embedder model", f"{_folder(section.embedder.path)}, profile {section.embedder.profile}"),
+    ]
+    for topic, key in (("training pairs", "train_files"), ("validation pairs", "val_files")):
+        value = config.data[key]
+        files = [value] if isinstance(value, str) else list(value or [])
+        counts = [_pairs_in(file) for file in files]
+        total = sum(count for count in counts if count is not None)
+        described = "; ".join(
+            f"{file} ({'not found here' if count is None else f'{count} pairs'})"
+            for file, count in zip(files, counts, strict=True)
+        )
+        if topic == "training pairs" and total and None not in counts:
+            described += f" = {total // batch.pairs} steps an epoch"
+        lines.append((topic, described or "none"))
+    root = config.data.media_root
+    lines.append(("media root", "none: media are bytes in the rows" if root is None else _folder(root)))
+    lines.append(("checkpoints", str(config.trainer.default_local_dir)))
+    return lines
+
+
+def _folder(path: object) -> str:
+    text = str(path)
+    if Path(text).expanduser().is_dir():
+        return text
+    return f"{text} (not a folder here" + (": a hub id)" if text.count("/") == 1 and text[0] not in "./~" else ")")
+
+
+def _pairs_in(file: str) -> int | None:
+    """Rows of a parquet file, None when it is not there. Raises ConfigError when it is not parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(file).expanduser()
+    if not path.is_file():
+        return None
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{path} must be a parquet file of pair records; it cannot be read: {error}") from error
+
+
+if __name__ == "__main__":
+    from embedrl_verl.cli import main
+
+    sys.exit(main(["plan", *sys.argv[1:]]))
