@@ -82,7 +82,7 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         self._settings = _settings(self.config, self.processor)
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
-        """Generate one T-CoT. `extra_fields["embedrl"]` tells its text, media counts, evidence and failure (or None)."""
+        """Generate one T-CoT. `extra_fields["embedrl"]` tells its text, media counts, evidence and failure."""
         output: AgentLoopOutput = await super().run(sampling_params, **row)
         images = (output.multi_modal_data or {}).get("images") or []
         info, encoded = await self.loop.run_in_executor(
@@ -100,7 +100,7 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
     def _prepare(
         self, row: dict[str, Any], response_ids: list[int], resized: list[tuple[int, int]]
     ) -> tuple[dict[str, Any], Encoded | None]:
-        """Parse, cut evidence and encode (in a thread). `resized` are (width, height) of the images the Reasoner saw."""
+        """Parse, cut evidence and encode (in a thread). `resized`: (width, height) of the images the Reasoner saw."""
         settings = self._settings
         item = row_item(row)
         text = self.tokenizer.decode(response_ids, skip_special_tokens=True)

@@ -43,7 +43,7 @@ class EmbedsRows(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One finished rollout. `side` is 0 for the query, 1 for the target; `session` counts a prompt's rollouts from 0."""
+    """One finished rollout. `side`: 0 query, 1 target; `session` counts a prompt's rollouts from 0."""
 
     key: str
     pair_id: str

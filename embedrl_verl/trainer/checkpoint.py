@@ -64,5 +64,5 @@ def check_embedder_record(step_folder: str, config: EmbedderConfig) -> None:
         return
     raise ConfigError(
         f"the run at {step_folder} was rewarded by the Embedder {saved['path']} with {saved['settings']}, but "
-        f"embedrl.embedder is now {now['path']} with {now['settings']}. Resume with the same Embedder or start a new run"
+        f"embedrl.embedder is now {now['path']} with {now['settings']}. Resume with the same Embedder, or start anew"
     )

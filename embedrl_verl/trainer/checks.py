@@ -38,8 +38,8 @@ def check_run_config(config: Any) -> None:
         ),
         (
             (mini * rollouts) % devices == 0,
-            f"one update has ppo_mini_batch_size x rollout.n = {mini} x {rollouts} = {mini * rollouts} rows, which must "
-            f"be divisible by the {devices} devices (trainer.nnodes x trainer.n_gpus_per_node)",
+            f"one update has ppo_mini_batch_size x rollout.n = {mini} x {rollouts} = {mini * rollouts} rows, which "
+            f"must be divisible by the {devices} devices (trainer.nnodes x trainer.n_gpus_per_node)",
         ),
         (
             config.data.get("gen_batch_size") in (None, prompts),
