@@ -11,11 +11,14 @@ import argparse
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem, default_threads, locate_pairs
 from embedrl_verl.data.schema import input_kind
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.errors import ConfigError, DataError, MediaError
+
+if TYPE_CHECKING:  # the other commands of `embedrl` need not wait for torch
+    from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem
 
 DEFAULT_FAMILY = "qwen2_vl"
 UNKNOWN_SOURCE = "(unreadable)"
@@ -57,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: options that contradict each other, or media limits that the processor does not share.
     """
+    from embedrl_verl.data.inspection import Problem, default_threads, locate_pairs
+
     inspector = _inspector(args)
     pairs, problems = locate_pairs(args.files)
     for pair, facts in zip(pairs, inspector.inspect_all(pairs, default_threads()), strict=True):
@@ -73,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspector(args: argparse.Namespace) -> PairInspector:
+    from embedrl_verl.data.inspection import PairInspector
+
     settings = DataSettings(
         family=args.family,
         prompt_style=args.prompt_style,

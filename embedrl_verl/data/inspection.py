@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from embedrl_verl.data.lengths import PromptMeter
 from embedrl_verl.data.media import load_frames, load_item, resolve_media_path
 from embedrl_verl.data.parquet import scan_pairs
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
@@ -21,6 +21,9 @@ from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import DataError, MediaError
 from embedrl_verl.tcot import token_side
+
+if TYPE_CHECKING:  # imports verl, which only counting needs
+    from embedrl_verl.data.lengths import PromptMeter
 
 
 @dataclass(frozen=True)

@@ -53,5 +53,5 @@ class PromptMeter:
             if (seen_height, seen_width) != (height, width):
                 raise ConfigError(
                     f"the processor resizes a {name} from {width}x{height} to {seen_width}x{seen_height} pixels: its "
-                    f"own limits are narrower than data.embedrl.{name}_min_tokens .. {name}_max_tokens; change one of them"
+                    f"own limits are narrower than data.embedrl.{name}_min_tokens .. {name}_max_tokens; change either"
                 )

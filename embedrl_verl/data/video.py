@@ -15,6 +15,8 @@ from embedrl_verl.errors import MediaError
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES = 4
+TRUNCATED_BELOW = 0.9
+"""Share of the frames that the header promises; less is a truncated file, a little less is a careless header."""
 
 
 def even_indices(total: int, count: int) -> list[int]:
@@ -57,9 +59,11 @@ def read_video(
             if width * height > max_pixels:
                 raise MediaError(f"media path {name!r}: {width}x{height} is over the limit of {max_pixels} pixels")
             native_fps = float(stream.average_rate or 0) or DEFAULT_FPS
-            total = sum(1 for packet in container.demux(stream) if packet.size)
+            total, promised = sum(1 for packet in container.demux(stream) if packet.size), stream.frames
         if total == 0:
             raise MediaError(f"media path {name!r}: the video has no frames")
+        if total < TRUNCATED_BELOW * promised:
+            raise MediaError(f"media path {name!r}: the video ends early; it has {total} of {promised} frames")
         wanted = even_indices(total, sample_count(total, native_fps, fps, max_frames))
         picked: dict[int, Image.Image] = {}
         with av.open(str(path)) as container:
@@ -69,5 +73,5 @@ def read_video(
     except (av.error.FFmpegError, EOFError) as error:
         raise MediaError(f"media path {name!r}: not a readable video ({type(error).__name__}: {error})") from error
     if len(picked) < len(wanted):
-        raise MediaError(f"media path {name!r}: the video ends early; {len(picked)} of {len(wanted)} frames decode")
+        raise MediaError(f"media path {name!r}: only {len(picked)} of {len(wanted)} sampled frames can be decoded")
     return tuple(picked[index] for index in wanted), len(wanted) / total * native_fps

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from embedrl_verl.data import media
+from embedrl_verl.data.media import MediaLimits, fit_image, load_image, load_item, resolve_media_path, smart_resize
+from embedrl_verl.data.schema import Item, Video
+from embedrl_verl.errors import ConfigError, MediaError
+
+# token side, min and max tokens, height and width in, height and width out (measured on the Qwen-VL processors)
+VECTORS = [
+    (28, 4, 16384, 428, 640, 420, 644),
+    (28, 4, 1280, 1080, 1920, 728, 1316),
+    (28, 4, 16384, 1080, 1920, 1092, 1932),
+    (28, 4, 1280, 3000, 4000, 840, 1148),
+    (28, 4, 1280, 20, 20, 56, 56),
+    (28, 4, 1280, 100, 30, 112, 28),
+    (28, 4, 1280, 42, 70, 56, 56),
+    (28, 256, 1280, 224, 224, 448, 448),
+    (32, 4, 16384, 428, 640, 416, 640),
+    (32, 4, 16384, 1080, 1920, 1088, 1920),
+    (32, 4, 16384, 48, 80, 64, 64),
+    (32, 4, 1800, 1080, 1920, 992, 1792),
+    (32, 128, 768, 1080, 1920, 640, 1152),
+    (32, 128, 768, 480, 640, 480, 640),
+    (32, 128, 768, 224, 224, 384, 384),
+    (32, 128, 300, 360, 640, 352, 640),
+    (32, 128, 300, 720, 1280, 384, 736),
+    (32, 128, 300, 1000, 1000, 544, 544),
+    (32, 128, 300, 240, 320, 320, 448),
+]
+
+
+@pytest.mark.parametrize(("side", "low", "high", "h", "w", "new_h", "new_w"), VECTORS)
+def test_sizes_are_those_of_the_processors(
+    side: int, low: int, high: int, h: int, w: int, new_h: int, new_w: int
+) -> None:
+    assert smart_resize(h, w, token_side=side, min_tokens=low, max_tokens=high) == (new_h, new_w)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([28, 32]))
+def test_a_fitted_size_stays_as_it_is_under_the_processors_wider_limits(h: int, w: int, side: int) -> None:
+    if max(h, w) > 200 * min(h, w):
+        with pytest.raises(MediaError, match="factor of 200"):
+            smart_resize(h, w, token_side=side, min_tokens=128, max_tokens=768)
+        return
+    fitted = smart_resize(h, w, token_side=side, min_tokens=128, max_tokens=768)
+    assert all(length % side == 0 for length in fitted)
+    assert smart_resize(*fitted, token_side=side, min_tokens=4, max_tokens=1280) == fitted
+
+
+def test_fit_image_uses_frame_limits_for_frames() -> None:
+    limits = MediaLimits(32, 128, 768, 128, 300)
+    image = Image.new("RGB", (1920, 1080))
+    assert fit_image(image, limits).size == (1152, 640)
+    assert fit_image(image, limits, is_frame=True).size == (736, 384)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"token_side": 14}, "token_side must be 28"),
+        ({"token_side": 28, "image_min_tokens": 900}, "image tokens must satisfy"),
+        ({"token_side": 28, "frame_min_tokens": 0}, "frame tokens must satisfy"),
+        ({"token_side": 28, "max_frames": 0}, "max_frames must be at least 1"),
+    ],
+)
+def test_impossible_limits_are_refused(values: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MediaLimits(**values)
+
+
+def test_path_and_bytes_give_the_same_pixels(root: Path) -> None:
+    by_path = load_image("a.png", root)
+    by_bytes = load_image((root / "a.png").read_bytes(), None)
+    assert by_path.mode == "RGB" and by_path.size == (56, 56)
+    assert by_path.tobytes() == by_bytes.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gone.png", r"'gone.png': no such file in the media root"),
+        ("sub", "'sub': no such file"),
+        ("../outside.png", r"'../outside.png' leaves the media root"),
+        ("sub/../../outside.png", "leaves the media root"),
+        ("corrupt.png", r"'corrupt.png': not a readable image"),
+        ("truncated.png", r"'truncated.png': not a readable image"),
+        ("nul\0.png", "null character"),
+        ("x" * 5000, "cannot be looked up|no such file"),
+    ],
+)
+def test_unusable_path_is_an_error_that_names_it(root: Path, path: str, message: str) -> None:
+    with pytest.raises(MediaError, match=message):
+        load_image(path, root)
+
+
+def test_absolute_path_is_refused_even_inside_the_root(root: Path) -> None:
+    with pytest.raises(MediaError, match="is absolute"):
+        resolve_media_path(str(root / "a.png"), root)
+
+
+def test_symbolic_link_may_point_inside_the_root_only(root: Path) -> None:
+    (root / "inside.png").symlink_to(root / "a.png")
+    (root / "leaves.png").symlink_to(root.parent / "outside.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    assert load_image("inside.png", root).size == (56, 56)
+    with pytest.raises(MediaError, match="leaves the media root"):
+        load_image("leaves.png", root)
+    with pytest.raises(MediaError, match=r"loop\.png"):
+        load_image("loop.png", root)
+
+
+def test_path_without_a_media_root_names_the_key() -> None:
+    with pytest.raises(MediaError, match=r"set data\.media_root"):
+        load_image("a.png", None)
+
+
+def test_decompression_bomb_is_refused_by_its_header() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    with pytest.raises(MediaError, match=f"over the limit of {media.MAX_PIXELS} pixels"):
+        load_image(bomb, None)
+
+
+def test_image_just_over_the_pixel_limit_is_refused(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.setattr(media, "MAX_PIXELS", 56 * 56)
+    assert load_image("a.png", root).size == (56, 56)
+    with pytest.raises(MediaError, match=r"b\.png': 84x56 is over the limit of 3136 pixels"):
+        load_image("sub/b.png", root)
+
+
+def test_only_plain_image_formats_are_opened() -> None:
+    with pytest.raises(MediaError, match="not a readable image"):
+        load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", None)
+
+
+def encode(image: Image.Image, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format)
+    return buffer.getvalue()
+
+
+def test_every_mode_becomes_rgb() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert load_image(encode(clear, "PNG"), None).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((4, 4), 257 * 100, dtype=np.uint16))
+    assert load_image(encode(deep, "PNG"), None).getpixel((0, 0)) == (100, 100, 100)
+    assert load_image(encode(Image.new("1", (4, 4), 1), "PNG"), None).getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(MediaError, match="floating point"):
+        load_image(encode(Image.new("F", (4, 4)), "TIFF"), None)
+
+
+def test_originals_keep_their_size_and_order(root: Path) -> None:
+    loaded = load_item(Item(text="t", images=("sub/b.png", "a.png"), instruction="i", kind="page"), root)
+    assert [image.size for image in loaded.images] == [(84, 56), (56, 56)]
+    assert (loaded.text, loaded.instruction, loaded.kind, loaded.frames, loaded.fps) == ("t", "i", "page", (), None)
+
+
+def test_frames_are_drawn_evenly_and_tell_their_rate(root: Path) -> None:
+    for index in range(9):
+        Image.new("RGB", (28, 28), (index, 0, 0)).save(root / f"{index}.png")
+    video = Video(frames=tuple(f"{index}.png" for index in range(9)), fps=3.0)
+    loaded = load_item(Item(video=video), root, max_frames=3)
+    assert [frame.getpixel((0, 0)) for frame in loaded.frames] == [(0, 0, 0), (4, 0, 0), (8, 0, 0)]
+    assert loaded.fps == pytest.approx(1.0)
+    assert load_item(Item(video=video), root).fps == pytest.approx(3.0 * 8 / 9)

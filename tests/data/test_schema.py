@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from embedrl_verl.data.schema import Item, PairRecord, Side, Video, input_kind
+from embedrl_verl.errors import DataError
+
+TEXT, IMAGE, CLIP = Item(text="a"), Item(images=("a.png",)), Item(video=Video(frames=("a.png", "b.png")))
+PAGE = Item(images=("a.png",), kind="page")
+
+
+def record(query: Item, target: Item) -> PairRecord:
+    return PairRecord("p", "s", "Find it.", query, target, "")
+
+
+@pytest.mark.parametrize(
+    ("query", "target", "side", "kind"),
+    [
+        (TEXT, TEXT, "query", "query_text"),
+        (TEXT, CLIP, "query", "query_text_to_video"),
+        (IMAGE, TEXT, "query", "query_image"),
+        (IMAGE, CLIP, "query", "query_image"),
+        (PAGE, TEXT, "query", "query_page"),
+        (CLIP, CLIP, "query", "query_video"),
+        (TEXT, TEXT, "target", "target_text"),
+        (TEXT, IMAGE, "target", "target_image"),
+        (TEXT, PAGE, "target", "target_page"),
+        (TEXT, CLIP, "target", "target_video"),
+        (Item(text="a", images=("a.png",), video=CLIP.video), TEXT, "query", "query_video"),
+    ],
+)
+def test_kind_follows_the_main_medium(query: Item, target: Item, side: Side, kind: str) -> None:
+    assert input_kind(record(query, target), side) == kind
+
+
+def test_query_carries_the_instruction_and_target_does_not() -> None:
+    pair = record(TEXT, TEXT)
+    assert pair.item("query").instruction == "Find it."
+    assert pair.item("target").instruction == ""
+    assert record(Item(text="a", instruction="own"), TEXT).item("query").instruction == "own"
+
+
+@pytest.mark.parametrize(
+    ("frames", "path", "fps", "message"),
+    [
+        ((), None, None, "exactly one of frames and path; got 0 frames"),
+        (("a.png",), "a.mp4", None, "exactly one of frames and path; got 1 frames"),
+        (("a.png",), None, 0.0, "positive number or null; got 0.0"),
+        (("a.png",), None, float("nan"), "positive number or null; got nan"),
+    ],
+)
+def test_impossible_video_is_refused(
+    frames: tuple[str, ...], path: str | None, fps: float | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        Video(frames, path, fps)
+
+
+def test_impossible_record_is_refused() -> None:
+    with pytest.raises(DataError, match="kind must be null or 'page'; got 'pages'"):
+        Item(text="a", kind="pages")
+    with pytest.raises(DataError, match="the item has no image"):
+        Item(text="a", kind="page")
+    with pytest.raises(DataError, match="target must have text, images or a video"):
+        record(TEXT, Item(text="  \n"))
+    with pytest.raises(DataError, match="pair_id must not be empty"):
+        PairRecord("", "s", "", TEXT, TEXT, "")
+    with pytest.raises(DataError, match=r"negatives\[1\] must have"):
+        PairRecord("p", "s", "", TEXT, TEXT, "", (TEXT, Item()))

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from embedrl_verl.data import media
+from embedrl_verl.data.media import load_item
+from embedrl_verl.data.schema import Item, Video
+from embedrl_verl.data.video import even_indices, sample_count
+from embedrl_verl.errors import MediaError
+
+
+def write_clip(path: Path, frames: int, rate: int = 10, header_first: bool = False) -> None:
+    """A 64x64 clip whose frame k has grey level 5k."""
+    options = {"movflags": "faststart"} if header_first else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for index in range(frames):
+            grey = np.full((64, 64, 3), 5 * index, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("total", "native", "fps", "limit", "count"),
+    [(300, 30, 2, 768, 20), (50, 25, 2, 768, 4), (10000, 25, 2, 768, 768), (5, 25, 2, 768, 4), (300, 30, 2, 8, 8)],
+)
+def test_number_of_frames_is_that_of_the_public_sampler(
+    total: int, native: float, fps: float, limit: int, count: int
+) -> None:
+    assert sample_count(total, native, fps, limit) == count
+
+
+def test_short_clips_and_small_limits_still_give_a_frame() -> None:
+    assert [sample_count(total, 25, 2, 8) for total in (1, 2, 3)] == [1, 2, 2]
+    assert sample_count(100, 25, 2, 1) == 1
+
+
+def test_indices_are_even_from_first_to_last() -> None:
+    assert even_indices(40, 8) == [0, 6, 11, 17, 22, 28, 33, 39]
+    assert even_indices(3, 1) == [0]
+
+
+def test_file_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", frames=40)
+    loaded = load_item(Item(video=Video(path="clip.mp4", fps=2.0)), tmp_path)
+    levels = [np.asarray(frame).mean() / 5 for frame in loaded.frames]
+    assert np.allclose(levels, even_indices(40, 8), atol=1.0)
+    assert loaded.fps == pytest.approx(2.0)
+    assert loaded.frames[0].size == (64, 64)
+
+
+def test_empty_video_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(MediaError, match=r"'empty\.mp4': not a readable video"):
+        load_item(Item(video=Video(path="empty.mp4")), tmp_path)
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+    with pytest.raises(MediaError, match="no video stream"):
+        load_item(Item(video=Video(path="sound.wav")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header_first", "reason"), [(False, "(no video stream|not a readable video)"), (True, "ends early")]
+)
+def test_truncated_video_is_an_error(tmp_path: Path, header_first: bool, reason: str) -> None:
+    write_clip(tmp_path / "clip.mp4", frames=40, header_first=header_first)
+    whole = (tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(MediaError, match=rf"'cut\.mp4': .*{reason}"):
+        load_item(Item(video=Video(path="cut.mp4")), tmp_path)
+
+
+def test_oversized_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_clip(tmp_path / "clip.mp4", frames=2)
+    monkeypatch.setattr(media, "MAX_PIXELS", 64 * 64 - 1)
+    with pytest.raises(MediaError, match="64x64 is over the limit of 4095 pixels"):
+        load_item(Item(video=Video(path="clip.mp4")), tmp_path)
+
+
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="no such file"):
+        load_item(Item(video=Video(path="gone.mp4")), tmp_path)
