@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
-from embedrl_verl.errors import EmbedRLError, PluginError
+from embedrl_verl.errors import ConfigError, EmbedRLError, PluginError
 
 
 def run(config: Any) -> None:
@@ -71,28 +72,30 @@ def _main(config: Any) -> None:
         from embedrl_verl.plan import print_plan
 
         print_plan(config)
-        return
-    try:
+    else:
         run(config)
+
+
+def main() -> None:
+    """Entry point: runs, and turns every refusal into one message and its exit code."""
+    # hydra must neither change the working directory nor write a log folder, and must let errors through to us.
+    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv[1:1] = quiet
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        _main()
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(ConfigError(str(error)), error)
     except Exception as error:
         own = _own_error(error)
         if own is None:
             raise
-        print(f"\n{type(own).__name__}: {own}", file=sys.stderr)
-        sys.stderr.flush()
-        raise SystemExit(own.exit_code) from error
+        _refuse(own, error)
 
 
-def main() -> None:
-    """Entry point; keeps hydra from changing the working directory or writing its own log folder."""
-    sys.argv[1:1] = [
-        "hydra.run.dir=.",
-        "hydra.output_subdir=null",
-        "hydra/job_logging=none",
-        "hydra/hydra_logging=none",
-    ]
-    sys.path.insert(0, str(Path.cwd()))
-    _main()
+def _refuse(own: EmbedRLError, error: BaseException) -> None:
+    print(f"\n{type(own).__name__}: {own}", file=sys.stderr, flush=True)
+    raise SystemExit(own.exit_code) from error
 
 
 if __name__ == "__main__":
