@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of real handwritten digits on a grid of cells, one cell = one visual token.
+
+The 1,797 scans of scikit-learn's `load_digits` (8 x 8 pixels, 43 writers) are split by index and never mixed: a scan is
+used either in training or in the held-out evaluation. A canvas is white paper; a strip of digits lies in one row of
+cells, so the true box of a strip is known exactly.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.datasets import load_digits
+
+from embedrl_verl.errors import ConfigError
+
+# Scan indices [first, past the last). The cold start sees few scans; RL and the Embedder see all training scans.
+SFT_SCANS = (0, 500)
+TRAIN_SCANS = (0, 1300)
+HELD_OUT_SCANS = (1300, 1797)
+_INK = 15.0  # darkness of full ink: scans hold 0..16
+
+
+@cache
+def _scans() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    digits = load_digits()
+    return digits.images, digits.target.astype(np.int64)
+
+
+class ScanBox:
+    """Hands out scans of one index range, digit by digit, at random."""
+
+    def __init__(self, span: tuple[int, int], rng: np.random.Generator) -> None:
+        labels = _scans()[1][span[0] : span[1]]
+        self._rng = rng
+        self._of_digit = [np.flatnonzero(labels == digit) + span[0] for digit in range(10)]
+        if any(len(scans) == 0 for scans in self._of_digit):
+            raise ConfigError(f"scan range must hold every digit 0-9; got {span}: take a wider range")
+
+    def draw(self, code: str) -> list[int]:
+        """One random scan index for each digit of `code`."""
+        return [int(self._rng.choice(self._of_digit[int(digit)])) for digit in code]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Scans side by side in one row of cells; row and column count cells from 0."""
+
+    row: int
+    column: int
+    scans: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Size of a canvas in cells and the side of a cell in pixels (28, for Qwen3-VL 32)."""
+
+    rows: int
+    columns: int
+    cell: int = 28
+
+    def box(self, strip: Strip, *, relative: bool = True) -> tuple[int, int, int, int]:
+        """True box (x1, y1, x2, y2) of a strip: 0..1000 of width and height, or pixels of the canvas."""
+        edges = (strip.column, strip.row, strip.column + len(strip.scans), strip.row + 1)
+        if not relative:
+            return tuple(edge * self.cell for edge in edges)  # type: ignore[return-value]
+        sizes = (self.columns, self.rows, self.columns, self.rows)
+        return tuple(round(1000 * edge / size) for edge, size in zip(edges, sizes, strict=True))  # type: ignore[return-value]
+
+
+def draw_canvas(grid: Grid, strips: Sequence[Strip], *, rng: np.random.Generator, printed: str = "") -> Image.Image:
+    """Draw strips of scans, and optionally a printed line in the first row of cells, on slightly speckled paper.
+
+    Returns:
+        A grey image (mode L) of (rows * cell) x (columns * cell) pixels, dark on white.
+    """
+    images = _scans()[0]
+    paper = 255.0 - rng.uniform(0.0, 12.0, size=(grid.rows * grid.cell, grid.columns * grid.cell))
+    for strip in strips:
+        for offset, scan in enumerate(strip.scans):
+            ink = Image.fromarray(np.clip(255.0 - _INK * images[scan], 0.0, 255.0).astype(np.uint8))
+            top, left = strip.row * grid.cell, (strip.column + offset) * grid.cell
+            cell = paper[top : top + grid.cell, left : left + grid.cell]
+            np.minimum(cell, ink.resize((grid.cell, grid.cell), Image.Resampling.BICUBIC), out=cell)
+    canvas = Image.fromarray(paper.astype(np.uint8))
+    if printed:
+        font = ImageFont.load_default(size=0.75 * grid.cell)
+        ImageDraw.Draw(canvas).text((grid.cell / 7, 0), printed, fill=0, font=font)
+    return canvas
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode losslessly; the same bytes for the same pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=False)
+    return buffer.getvalue()
