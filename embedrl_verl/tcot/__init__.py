@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The T-CoT language: parsing, well-formedness, box and frame conventions, evidence cut from media, prompts."""
+
+from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
+from embedrl_verl.tcot.families import (
+    FAMILIES,
+    BoxConvention,
+    Family,
+    box_convention,
+    family_of,
+    token_side,
+)
+from embedrl_verl.tcot.format_reward import format_reward
+from embedrl_verl.tcot.parse import parse_tcot
+from embedrl_verl.tcot.schema import Box, TCoT
+
+__all__ = [
+    "EVIDENCE_KEY_OF_KIND",
+    "FAMILIES",
+    "Box",
+    "BoxConvention",
+    "Family",
+    "TCoT",
+    "box_convention",
+    "family_of",
+    "format_reward",
+    "parse_tcot",
+    "token_side",
+]
