@@ -1,0 +1,217 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
+# What the recipes share. Sourced, not run. Every knob is an environment variable; hydra overrides of the command line
+# come last, so they win over everything a recipe sets.
+set -euo pipefail
+
+RECIPES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$RECIPES")
+
+say() { echo "[recipe] $*"; }
+# fail CODE MESSAGE...: 2 usage or configuration, 4 something is missing on this machine (as the package's own errors).
+fail() {
+    echo "[recipe] ${*:2}" >&2
+    exit "$1"
+}
+is_dry_run() { [[ -n "${DRY_RUN:-}" && "$DRY_RUN" != 0 ]]; }
+
+has_verl() {
+    command -v "$1" >/dev/null && "$1" - >/dev/null 2>&1 <<'PY'
+import importlib.util, sys
+sys.exit(any(importlib.util.find_spec(name) is None for name in ("verl", "embedrl_verl")))
+PY
+}
+
+# Sets PYTHON: the one given, the active environment's, or .venv, which a dry run makes if need be.
+choose_python() {
+    if [[ -n "${PYTHON:-}" ]]; then
+        return
+    fi
+    if has_verl python3; then
+        PYTHON=python3
+        return
+    fi
+    if ! has_verl "$ROOT/.venv/bin/python"; then
+        is_dry_run || fail 4 "this Python has no verl and embedrl_verl. Install them (README.md, On GPUs), or name an" \
+            "environment that has them: PYTHON=/path/to/python bash ${0##*/}"
+        bash "$ROOT/scripts/setup_env.sh"
+    fi
+    PYTHON="$ROOT/.venv/bin/python"
+}
+
+count_gpus() {
+    if command -v nvidia-smi >/dev/null; then
+        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+    else
+        find /dev -maxdepth 1 -name 'nvidia[0-9]*' 2>/dev/null | wc -l
+    fi
+}
+
+# Without a GPU there is nothing to run here, unless this machine only drives a cluster (RAY_ADDRESS).
+require_gpus() {
+    local present
+    if is_dry_run || [[ -n "${RAY_ADDRESS:-}" ]]; then
+        return
+    fi
+    present=$(count_gpus)
+    if ((present == 0)); then
+        fail 4 "${0##*/} needs NVIDIA GPUs and this machine has none. Without a GPU run:" \
+            "bash recipes/run_egrl_tiny_cpu.sh (the same code with tiny models)," \
+            "or look at this recipe's plan: DRY_RUN=1 bash recipes/${0##*/}"
+    fi
+    if ((present < GPUS_PER_NODE)); then
+        fail 4 "GPUS_PER_NODE=$GPUS_PER_NODE, but this machine has $present GPU(s); set GPUS_PER_NODE=$present"
+    fi
+}
+
+# One node: verl starts Ray. Several: join the cluster of RAY_ADDRESS, or make one from NODE_RANK and MASTER_ADDR,
+# with this recipe started on every node; only rank 0 goes on from here.
+start_or_join_ray() {
+    if is_dry_run || [[ -n "${RAY_ADDRESS:-}" ]] || ((NNODES == 1)); then
+        return
+    fi
+    local port=${MASTER_PORT:-6379}
+    if [[ -z "${NODE_RANK:-}" || -z "${MASTER_ADDR:-}" ]]; then
+        fail 2 "NNODES=$NNODES needs a Ray cluster: either start one (ray start --head on the first node," \
+            "ray start --address=HEAD:$port on the others) and set RAY_ADDRESS=HEAD:$port here, or run this recipe on" \
+            "every node with NODE_RANK=0..$((NNODES - 1)) and MASTER_ADDR=the first node's address"
+    fi
+    local ray=("$PYTHON" -m ray.scripts.scripts)
+    if ((NODE_RANK > 0)); then
+        say "node $NODE_RANK joins $MASTER_ADDR:$port and works until the head stops"
+        "${ray[@]}" start --address="$MASTER_ADDR:$port" --num-gpus="$GPUS_PER_NODE" --block ||
+            say "the head has stopped"
+        exit 0
+    fi
+    say "starting the Ray head on $MASTER_ADDR:$port"
+    "${ray[@]}" start --head --node-ip-address="$MASTER_ADDR" --port="$port" --num-gpus="$GPUS_PER_NODE"
+    trap '"$PYTHON" -m ray.scripts.scripts stop' EXIT
+    export RAY_ADDRESS="$MASTER_ADDR:$port"
+    "$PYTHON" - "$NNODES" "${RAY_WAIT_SECONDS:-600}" <<'PY'
+import sys, time
+import ray
+
+wanted, patience_s = int(sys.argv[1]), float(sys.argv[2])
+ray.init(log_to_driver=False)
+start = time.monotonic()
+while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
+    if time.monotonic() - start > patience_s:
+        raise SystemExit(f"[recipe] {alive} of {wanted} nodes joined within {patience_s:.0f} s (RAY_WAIT_SECONDS)")
+    time.sleep(2)
+print(f"[recipe] all {wanted} nodes are in")
+PY
+}
+
+# "a.parquet,b.parquet" as a hydra list whose elements may hold any character but a quote.
+hydra_list() {
+    local IFS=, item out=
+    for item in $1; do
+        out+="${out:+,}'$item'"
+    done
+    echo "[$out]"
+}
+
+# Knobs of the GPU recipes; the settings of the paper (docs/configuration.md names their hydra keys).
+gpu_knobs() {
+    NNODES=${NNODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+    EMBEDDER_PATH=${EMBEDDER_PATH:-Qwen/Qwen3-VL-Embedding-2B}
+    TRAIN_FILES=${TRAIN_FILES:-data/train.parquet} VAL_FILES=${VAL_FILES:-data/val.parquet} MEDIA_ROOT=${MEDIA_ROOT:-}
+    REWARD=${REWARD:-$ROOT/reward/no_judge.py}
+    OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)}
+    PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
+    ROLLOUT_TP=${ROLLOUT_TP:-1}
+}
+
+# The overrides of every GPU recipe, in OVERRIDES. The family comes first: gpu_overrides qwen2_vl
+gpu_overrides() {
+    OVERRIDES=(
+        platform=gpu
+        "data.embedrl.family=$1"
+        "data.train_files=$(hydra_list "$TRAIN_FILES")"
+        "data.val_files=$(hydra_list "$VAL_FILES")"
+        "data.train_batch_size=$((2 * PAIRS))"
+        data.max_prompt_length=14336
+        data.max_response_length=2048
+        "actor_rollout_ref.model.path='$MODEL_PATH'"
+        "actor_rollout_ref.actor.ppo_mini_batch_size=$PAIRS"
+        "actor_rollout_ref.actor.optim.lr=$LR"
+        "actor_rollout_ref.actor.clip_ratio=$CLIP"
+        actor_rollout_ref.actor.use_kl_loss=True
+        "actor_rollout_ref.actor.kl_loss_coef=$KL"
+        actor_rollout_ref.actor.kl_loss_type=low_var_kl
+        "actor_rollout_ref.rollout.n=$G"
+        "actor_rollout_ref.rollout.temperature=$TEMPERATURE"
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=$ROLLOUT_TP"
+        "embedrl.embedder.path='$EMBEDDER_PATH'"
+        "reward.custom_reward_function.path='$REWARD'"
+        "trainer.nnodes=$NNODES"
+        "trainer.n_gpus_per_node=$GPUS_PER_NODE"
+        "trainer.experiment_name=$(basename "$0" .sh)"
+        "trainer.default_local_dir='$OUT/checkpoints'"
+        "trainer.rollout_data_dir='$OUT/rollouts'"
+        "trainer.validation_data_dir='$OUT/validation'"
+        trainer.logger=[console,file]
+        trainer.save_freq=50
+        trainer.test_freq=25
+    )
+    [[ -z "$MEDIA_ROOT" ]] || OVERRIDES+=("data.media_root='$MEDIA_ROOT'")
+}
+
+# FSDP2 actor; the reference model rests on the CPU between uses.
+fsdp_overrides() {
+    OVERRIDES+=(
+        actor_rollout_ref.actor.strategy=fsdp2
+        actor_rollout_ref.ref.strategy=fsdp2
+        actor_rollout_ref.ref.fsdp_config.param_offload=True
+        "actor_rollout_ref.actor.fsdp_config.param_offload=${OFFLOAD:-False}"
+        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=${OFFLOAD:-False}"
+    )
+}
+
+# Megatron actor by verl's own engine switch. The Embedder stays on FSDP2: it is another process.
+megatron_overrides() {
+    local split=1 tp pp role
+    ((NNODES * GPUS_PER_NODE < 4)) || split=2
+    tp=${ACTOR_TP:-$split} pp=${ACTOR_PP:-$split}
+    OVERRIDES+=(
+        model_engine=megatron
+        # The FSDP keys of egrl_trainer.yaml, in Megatron's terms.
+        actor_rollout_ref.actor.strategy=megatron
+        actor_rollout_ref.ref.strategy=megatron
+        '~actor_rollout_ref.actor.grad_clip'
+        actor_rollout_ref.actor.optim.clip_grad=1.0
+    )
+    for role in actor ref; do
+        OVERRIDES+=(
+            "actor_rollout_ref.$role.megatron.tensor_model_parallel_size=$tp"
+            "actor_rollout_ref.$role.megatron.pipeline_model_parallel_size=$pp"
+        )
+    done
+    OVERRIDES+=("actor_rollout_ref.actor.megatron.param_offload=${OFFLOAD:-False}"
+        "actor_rollout_ref.actor.megatron.optimizer_offload=${OFFLOAD:-False}"
+        actor_rollout_ref.ref.megatron.param_offload=True)
+}
+
+# The plan in a dry run, else the training; arguments are hydra overrides.
+train() {
+    if is_dry_run; then
+        "$PYTHON" -m embedrl_verl.plan "$@"
+    else
+        mkdir -p "$OUT"
+        export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl"
+        "$PYTHON" -m embedrl_verl.train "$@"
+    fi
+}
+
+# A whole GPU recipe: run_gpu_recipe FAMILY ENGINE "$@", with MODEL_PATH set.
+run_gpu_recipe() {
+    local family=$1 engine=$2
+    shift 2
+    gpu_knobs
+    require_gpus
+    choose_python
+    start_or_join_ray
+    gpu_overrides "$family"
+    "${engine}_overrides"
+    train "${OVERRIDES[@]}" "$@"
+}

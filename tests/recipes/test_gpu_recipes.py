@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU recipes: their plans on simulated machines, what they pass on, and what they refuse.
+
+A recipe is run with a stand-in for Python that writes down its arguments; those are then planned in this process, which
+has verl imported already. One recipe is also run as a person runs it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedrl_verl.plan import Plan, compose, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+FSDP = ("run_egrl_qwen2vl.sh", "run_egrl_qwen2_5vl.sh", "run_egrl_qwen3vl.sh")
+MEGATRON = ("run_egrl_qwen2_5vl_megatron.sh", "run_egrl_qwen3vl_megatron.sh")
+SHAPES = {"1 GPU": (1, 1), "8 GPUs": (1, 8), "4 x 8 GPUs": (4, 8)}
+
+
+def run_recipe(
+    name: str, *arguments: str, path: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a recipe with an environment that holds only what is named here (and PATH, HOME)."""
+    env = {"PATH": path or os.environ["PATH"], "HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1", **variables}
+    command = ["bash", str(ROOT / "recipes" / name), *arguments]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def command_of(tmp_path: Path, name: str, *arguments: str, **variables: str) -> list[str]:
+    """The arguments that a recipe's dry run gives to Python."""
+    stand_in, written = tmp_path / "python", tmp_path / "arguments"
+    stand_in.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" >'{written}'\n")
+    stand_in.chmod(0o755)
+    result = run_recipe(name, *arguments, DRY_RUN="1", PYTHON=str(stand_in), **variables)
+    assert result.returncode == 0, result.stderr
+    return written.read_text().split("\0")[:-1]
+
+
+def plan_of(tmp_path: Path, name: str, *arguments: str, **variables: str) -> Plan:
+    command = command_of(tmp_path, name, *arguments, **variables)
+    assert command[:2] == ["-m", "embedrl_verl.plan"]
+    return make_plan(compose(command[2:]))
+
+
+def no_gpu_path(tmp_path: Path) -> str:
+    """A PATH whose nvidia-smi lists no GPU."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.write_text("#!/usr/bin/env bash\n")
+    fake.chmod(0o755)
+    return f"{fake.parent}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [*FSDP, *MEGATRON])
+def test_the_plan_of_every_recipe_has_the_papers_batch_on_any_machine(tmp_path: Path, name: str, shape: str) -> None:
+    nodes, gpus = SHAPES[shape]
+    plan = plan_of(tmp_path, name, NNODES=str(nodes), GPUS_PER_NODE=str(gpus))
+    batch = plan.batch
+    assert (batch.pairs, batch.rollouts, batch.rows, batch.updates) == (32, 8, 512, 2)
+    assert batch.devices == nodes * gpus
+    split = 4 if name in MEGATRON and batch.devices >= 4 else 1
+    assert batch.data_parallel == batch.devices // split
+    text = str(plan)
+    assert f"{nodes} x {gpus} = {nodes * gpus} GPUs" in text
+    assert "lr 3e-06, clip 0.2, KL loss 0.01 (low_var_kl), temperature 1.0" in text
+    assert "prompt up to 14336, response up to 2048" in text
+    assert ("Megatron, TP" if name in MEGATRON else "fsdp2, ") in text
+
+
+def test_knobs_and_overrides_reach_the_plan_and_the_command_line_wins(tmp_path: Path) -> None:
+    knobs = {"MODEL_PATH": "/models/my reasoner", "EMBEDDER_PATH": "/models/emb", "MEDIA_ROOT": "/data/media"}
+    files = {"TRAIN_FILES": "/data/a.parquet,/data/b c.parquet", "VAL_FILES": "/data/v.parquet"}
+    command = command_of(tmp_path, FSDP[0], "actor_rollout_ref.rollout.n=4", PAIRS="16", G="2", **knobs, **files)
+    config = compose(command[2:])
+    assert config.actor_rollout_ref.model.path == knobs["MODEL_PATH"]
+    assert config.embedrl.embedder.path == knobs["EMBEDDER_PATH"]
+    assert config.data.media_root == knobs["MEDIA_ROOT"]
+    assert list(config.data.train_files) == ["/data/a.parquet", "/data/b c.parquet"]
+    assert make_plan(config).batch.rows == 16 * 2 * 4
+
+
+@pytest.mark.parametrize("name", MEGATRON)
+def test_megatron_recipes_train_the_actor_and_the_reference_with_verls_megatron_engine(
+    tmp_path: Path, name: str
+) -> None:
+    config = compose(command_of(tmp_path, name)[2:])
+    for role in ("actor", "ref"):
+        section = config.actor_rollout_ref[role]
+        assert section.strategy == "megatron"
+        assert "McoreEngineConfig" in section.megatron._target_
+    assert config.actor_rollout_ref.actor.optim.clip_grad == 1.0
+    assert config.embedrl.embedder.strategy == "fsdp2"
+
+
+def test_there_is_no_megatron_recipe_for_qwen2_vl_and_asking_for_it_is_refused(tmp_path: Path) -> None:
+    assert not list((ROOT / "recipes").glob("*qwen2vl_megatron*"))
+    from embedrl_verl.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="Megatron engine cannot load qwen2_vl"):
+        plan_of(tmp_path, MEGATRON[0], "data.embedrl.family=qwen2_vl")
+
+
+@pytest.mark.parametrize("name", [*FSDP, *MEGATRON])
+def test_without_a_gpu_a_recipe_says_so_and_names_the_cpu_recipe(tmp_path: Path, name: str) -> None:
+    result = run_recipe(name, path=no_gpu_path(tmp_path))
+    assert result.returncode == 4
+    assert "needs NVIDIA GPUs and this machine has none" in result.stderr
+    assert "bash recipes/run_egrl_tiny_cpu.sh" in result.stderr
+    assert (ROOT / "recipes" / "run_egrl_tiny_cpu.sh").is_file()
+
+
+def test_fewer_gpus_than_asked_for_is_refused(tmp_path: Path) -> None:
+    path = no_gpu_path(tmp_path)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/usr/bin/env bash\necho 'GPU 0: one'\n")
+    result = run_recipe(FSDP[0], path=path)
+    assert result.returncode == 4
+    assert "GPUS_PER_NODE=8, but this machine has 1 GPU(s); set GPUS_PER_NODE=1" in result.stderr
+
+
+def test_several_nodes_without_a_cluster_are_refused_with_both_ways_out(tmp_path: Path) -> None:
+    path = no_gpu_path(tmp_path)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/usr/bin/env bash\necho 'GPU 0: one'\n")
+    result = run_recipe(FSDP[0], path=path, NNODES="2", GPUS_PER_NODE="1", PYTHON=sys.executable)
+    assert result.returncode == 2
+    assert "RAY_ADDRESS" in result.stderr
+    assert "NODE_RANK=0..1" in result.stderr
+
+
+def test_a_dry_run_as_a_person_runs_it_prints_the_plan_and_refuses_with_exit_code_2() -> None:
+    good = run_recipe(FSDP[0], DRY_RUN="1", NNODES="4", PYTHON=sys.executable)
+    assert good.returncode == 0, good.stderr
+    assert "32 pairs x 2 sides = 64 prompts, x 8 rollouts = 512 rows a step" in good.stdout
+    bad = run_recipe(FSDP[0], DRY_RUN="1", NNODES="3", PYTHON=sys.executable)
+    assert bad.returncode == 2
+    assert "ConfigError: one update has ppo_mini_batch_size x rollout.n = 32 x 8 = 256 rows" in bad.stderr
+    assert "Traceback" not in bad.stderr

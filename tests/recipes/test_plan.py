@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a run: its arithmetic, and every mistake as one message with exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedrl_verl.cli import main
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.plan import BatchPlan, compose, make_plan
+
+REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
+
+
+def batch(**changes: int) -> BatchPlan:
+    numbers = {
+        "prompts": 64,
+        "rollouts": 8,
+        "mini_prompts": 32,
+        "devices": 32,
+        "model_parallel": 1,
+        "rollout_parallel": 1,
+    }
+    return BatchPlan(**{**numbers, **changes})
+
+
+def test_every_number_of_a_step_follows_from_six() -> None:
+    plan = batch(model_parallel=4, rollout_parallel=2)
+    assert (plan.pairs, plan.rows, plan.updates, plan.mini_rows, plan.data_parallel) == (32, 512, 2, 256, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": 63}, "must be even; got 63"),
+        ({"rollouts": 1}, "rollout.n must be at least 2"),
+        ({"mini_prompts": 48}, "must be divisible by actor_rollout_ref.actor.ppo_mini_batch_size \\(48\\)"),
+        ({"devices": 24}, "must be divisible by the 24 data-parallel ranks"),
+        ({"devices": 8, "model_parallel": 3}, "model-parallel size \\(3\\)"),
+        ({"devices": 8, "rollout_parallel": 3}, "one rollout replica \\(3"),
+    ],
+)
+def test_a_number_that_does_not_divide_is_named_with_its_key(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        batch(**changes)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train_batch_size=66", "must be divisible by actor_rollout_ref.actor.ppo_mini_batch_size"),
+        ("embedrl.embeder.path=x", "cannot be composed"),
+        ("+embedrl.embedder.pth=x", "embedrl.embedder has no key pth"),
+        ("+data.embedrl.famly=x", "unknown key data.embedrl.famly"),
+        ("actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1024", "must hold the longest row"),
+        ("actor_rollout_ref.actor.ppo_micro_batch_size=1", "verl's validator refuses"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["actor_rollout_ref.actor.use_dynamic_bsz=False"] if "micro_batch_size" in override else []
+    assert main(["plan", *REQUIRED, *extra, override]) == 2
+    error = capsys.readouterr().err
+    assert "ConfigError: " in error
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_files_are_counted_in_pairs_and_missing_ones_marked(tmp_path: Path) -> None:
+    train = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"pair_id": [str(number) for number in range(96)]}), train)
+    plan = str(make_plan(compose([*REQUIRED, f"data.train_files=[{train}]", f"data.val_files={tmp_path}/val.parquet"])))
+    assert f"{train} (96 pairs) = 3 steps an epoch" in plan
+    assert f"{tmp_path}/val.parquet (not found here)" in plan
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    file.write_text("pair_id,query\n")
+    with pytest.raises(ConfigError, match="must be a parquet file of pair records"):
+        make_plan(compose([*REQUIRED, f"data.train_files={file}"]))
+
+
+def test_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a plan must not start Ray")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    make_plan(compose(REQUIRED))
+    assert not ray.is_initialized()
