@@ -2,6 +2,8 @@
 """The T-CoT language: parsing, well-formedness, box and frame conventions, evidence cut from media, prompts."""
 
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
+from embedrl_verl.tcot.boxes import boxes_to_pixels
+from embedrl_verl.tcot.evidence import Evidence, cut_evidence
 from embedrl_verl.tcot.families import (
     FAMILIES,
     BoxConvention,
@@ -10,7 +12,7 @@ from embedrl_verl.tcot.families import (
     family_of,
     token_side,
 )
-from embedrl_verl.tcot.format_reward import format_reward
+from embedrl_verl.tcot.form import format_reward
 from embedrl_verl.tcot.parse import parse_tcot
 from embedrl_verl.tcot.schema import Box, TCoT
 
@@ -19,9 +21,12 @@ __all__ = [
     "FAMILIES",
     "Box",
     "BoxConvention",
+    "Evidence",
     "Family",
     "TCoT",
     "box_convention",
+    "boxes_to_pixels",
+    "cut_evidence",
     "family_of",
     "format_reward",
     "parse_tcot",

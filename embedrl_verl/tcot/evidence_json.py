@@ -52,7 +52,7 @@ class EvidenceReader:
 
     def read(self, found: JsonObject) -> None:
         """Read one object; a key that is written twice counts with all its values."""
-        image = self._image_of(found, 1)
+        image = self._image_of(found, 1) if found.values_of("bbox_2d") else None
         for key, value in found:
             if key in EVIDENCE_KEYS and value in ([], {}):
                 self.problems.add(f"{key} must not be empty")
@@ -110,7 +110,8 @@ class EvidenceReader:
         elif self.num_images is not None and image > self.num_images:
             self.problems.add(f"a box's image must not be above the number of images, {self.num_images}", image)
         else:
-            self.boxes.append(Box(*map(float, value), image=image))
+            x1, y1, x2, y2 = map(float, value)
+            self.boxes.append(Box(x1, y1, x2, y2, image))
 
     def _image_of(self, found: JsonObject, outer: int) -> int | None:
         """The image that an object names, else `outer`; None if what it names is no image."""

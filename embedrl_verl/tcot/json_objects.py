@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON objects in free text, in linear time and without recursion on what a policy wrote.
 
-From each "{" the matching "}" is looked for (strings skipped), and what lies between is given to `json`. A look-out
+From each "{" that a key or "}" follows, the matching "}" is looked for (strings skipped), and what lies between is given to `json`. A look-out
 ends at `MAX_DEPTH` open brackets, so at most a fixed number of look-outs pass over any one character, and `json` never
 recurses deeper than that. Objects keep their pairs, because a key that is written twice counts twice.
 """
@@ -19,6 +19,7 @@ MAX_INT_DIGITS = 18
 """Integers with more digits are read as floats: they fit no int64, and int() is quadratic in the digits."""
 
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+_OPENING = re.compile(r'\{(?=\s*["}])')
 _TOKEN = re.compile(rf'{_STRING}|["{{}}\[\]]', re.DOTALL)
 
 
@@ -60,10 +61,10 @@ def find_objects(text: str) -> Iterator[tuple[int, int, JsonObject]]:
 
     Inside something in braces that is not JSON, the search goes on.
     """
-    start = text.find("{")
-    while start >= 0:
+    opening = _OPENING.search(text)
+    while opening:
+        start, following = opening.span()
         end = _end_of_object(text, start)
-        following = start + 1
         if end is not None:
             try:
                 value = _DECODER.decode(text[start:end])
@@ -72,4 +73,4 @@ def find_objects(text: str) -> Iterator[tuple[int, int, JsonObject]]:
             else:
                 yield start, end, value
                 following = end
-        start = text.find("{", following)
+        opening = _OPENING.search(text, following)

@@ -49,9 +49,9 @@ def parse_tcot(text: str, *, num_frames: int | None = None, num_images: int | No
     first, last = spans.get("thinking", (0, 0))
     inside = [found for start, end, found in objects if first <= start and end <= last]
     if len(inside) != 1:
-        problems.add("<thinking> must hold exactly one JSON object", f"{len(inside)}")
+        problems.add("<thinking> must hold exactly one JSON object", len(inside))
     if len(objects) > len(inside):
-        problems.add("no JSON object may stand outside <thinking>", f"{len(objects) - len(inside)}")
+        problems.add("no JSON object may stand outside <thinking>", len(objects) - len(inside))
     read = inside or [found for _, _, found in objects]
     for found in read:
         reader.read(found)

@@ -67,7 +67,7 @@ class TCoT:
 
     @property
     def is_well_formed(self) -> bool:
-        """Three parts in order, none empty, nothing outside, one JSON object in `<thinking>`, all its evidence valid."""
+        """Three parts in order, none empty, nothing outside; one JSON object, in `<thinking>`; valid evidence only."""
         return not self.problems
 
     def has_evidence(self, key: str) -> bool:
@@ -83,7 +83,7 @@ class TCoT:
     def sections(self) -> tuple[str, str]:
         """The raw text cut after its first `</thinking>`; the two parts joined are the text, character by character.
 
-        Without `</thinking>` all of the text is the first part and the second is "". Evidence crops belong between them.
+        Without `</thinking>` all of the text is the first part. Evidence crops belong between the two.
         """
         thinking, tag, rest = self.text.partition(THINKING_END)
         return thinking + tag, rest
