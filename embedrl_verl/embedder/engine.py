@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl engine `embedding_model`: an Embedder under FSDP or FSDP2, for inference and for training.
+
+Importing this module registers it for the devices `cuda` and `cpu`. From verl's engine come the device mesh, sharding,
+offload between uses, optimiser and checkpoints. Its own are the model (complete weights, no logits: `lm_head` stays for
+export only) and the micro-batches: sorted by length under a token budget, the same number on every rank because FSDP
+gathers weights at every layer of every pass. A rank that has fewer runs its shortest row again and drops the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from transformers import AutoModelForImageTextToText
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+from embedrl_verl.embedder.batching import PaddedRows, pad_rows, token_budget_batches
+from embedrl_verl.embedder.forward import embed_padded
+from embedrl_verl.embedder.loading import load_generation_model
+from embedrl_verl.embedder.processor import Encoded
+from embedrl_verl.errors import EmbedderError
+
+MODEL_TYPE = "embedding_model"
+ROW_FIELDS = ("input_ids", "position_ids", "multi_modal_inputs")
+INFERENCE = {"compute_loss": False}
+"""Batch information for `infer_batch`: vectors only, also when a loss for training is set."""
+
+
+def rows_of(data: TensorDict) -> list[Encoded]:
+    """The rows of a batch: jagged `input_ids` (B, L), jagged `position_ids` (B, 4, L) and `multi_modal_inputs`.
+
+    Raises:
+        EmbedderError: a field is missing, or a row's parts do not fit together.
+    """
+    missing = sorted(set(ROW_FIELDS) - set(data.keys()))
+    if missing:
+        raise EmbedderError(
+            f"a row for the Embedder needs the fields {', '.join(ROW_FIELDS)}; missing: {', '.join(missing)}"
+        )
+    lengths = data["input_ids"].offsets().diff().tolist()
+    ids = data["input_ids"].values().split(lengths)
+    positions = data["position_ids"].values().split(lengths, dim=-1)
+    media = data.get("multi_modal_inputs").tolist()
+    return [Encoded(*parts) for parts in zip(ids, positions, media, strict=True)]
+
+
+def tensordict_of(rows: list[Encoded]) -> TensorDict:
+    """The batch that `rows_of` reads back: what `infer_batch` and `train_batch` of the worker take."""
+    positions = [row.position_ids for row in rows]
+    return tu.get_tensordict(
+        {
+            "input_ids": torch.nested.as_nested_tensor([row.input_ids for row in rows], layout=torch.jagged),
+            "position_ids": tu.nested_tensor_from_tensor_list(positions, ragged_idx=2),
+            "multi_modal_inputs": [row.multi_modal_inputs for row in rows],
+        },
+        INFERENCE,
+    )
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "cpu"])
+class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
+    """FSDP engine whose model output is {"embeddings": float32 (rows, D)}, rows in the order of the batch."""
+
+    def _build_module(self) -> torch.nn.Module:
+        config = self.model_config.hf_config
+        dtype = PrecisionType.to_dtype(self.engine_config.model_dtype)
+        # Only the first rank of a shard group reads the weights, FSDP broadcasts them; tied weights are read by all.
+        if config.tie_word_embeddings or self.device_mesh.get_coordinate()[-1] == 0:
+            module = load_generation_model(
+                self.model_config.local_path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=config._attn_implementation,
+            )
+        else:
+            with torch.device("meta"):
+                module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        if self.model_config.enable_gradient_checkpointing:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner, several_ranks = module.model, torch.distributed.get_world_size() > 1
+
+        def forward(
+            input_ids: torch.Tensor, position_ids: torch.Tensor, last: torch.Tensor, media: dict[str, torch.Tensor]
+        ) -> torch.Tensor:
+            rows = PaddedRows(input_ids, position_ids, last, media)
+            return embed_padded(inner, rows, always_run_vision=several_ranks)
+
+        module.forward = forward
+        return module  # type: ignore[no-any-return]
+
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool = False
+    ) -> dict[str, Any]:
+        """Embed the rows; with a loss, also its gradients.
+
+        Args:
+            data: as `tensordict_of`, with `max_token_len_per_gpu` (rows x longest row of a micro-batch).
+            loss_function: called with model_output={"embeddings": (b, D)}, data (the other columns of those b rows) and
+                dp_group; returns (loss, metrics). Losses of micro-batches add up.
+
+        Returns:
+            {"model_output": {"embeddings": (n, D) float32 on the CPU}, "loss": list of floats, "metrics": lists}.
+        """
+        rows = rows_of(data)
+        others = data.exclude(*ROW_FIELDS)
+        plan = token_budget_batches([len(row) for row in rows], int(tu.get(data, "max_token_len_per_gpu")))
+        group = self.get_data_parallel_group()
+        total = torch.tensor(len(plan), device=get_device_id())
+        torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MAX, group=group)
+
+        embeddings: torch.Tensor | None = None
+        losses: list[float] = []
+        metrics: dict[str, list[Any]] = {}
+        for number in range(int(total)):
+            real = number < len(plan)
+            batch = plan[number] if real else plan[-1][-1:]
+            last = number == int(total) - 1
+            sync = nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=last)
+            with torch.no_grad() if forward_only else nullcontext(), sync:
+                padded = pad_rows([rows[i] for i in batch], get_device_id())
+                vectors = self.module(padded.input_ids, padded.position_ids, padded.last, padded.media)
+                if loss_function is not None:
+                    part = tu.index_select_tensor_dict(others, batch).to(get_device_id())
+                    loss, values = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
+                    if not forward_only:
+                        (loss if real else 0.0 * loss).backward()
+            if not real:
+                continue
+            if embeddings is None:
+                embeddings = torch.empty(len(rows), vectors.shape[-1])
+            embeddings[batch] = vectors.detach().float().cpu()
+            if loss_function is not None:
+                losses.append(loss.item())
+                for name, value in values.items():
+                    metrics.setdefault(name, []).append(value)
+        return {"model_output": {"embeddings": embeddings}, "loss": losses or [0.0], "metrics": metrics}

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one message builder: what an Embedder reads of an item, its T-CoT and the evidence (method section 3).
+
+Contrastive training, reward, evaluation and serving all call `build_messages`, so the Embedder sees the same thing
+everywhere. Order of the user turn: media, instruction and text, the `<thinking>` block, evidence crops and key frames
+as images, the rest of the T-CoT, the suffix. A T-CoT without `</thinking>` is given whole, evidence after it.
+
+Text can hold anything, also what a policy wrote; control tokens in it are broken up, so that it can neither forge a
+turn nor add media placeholders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from embedrl_verl.embedder.profiles import EMB_TOKEN, EMBED_RL, EmbedderProfile
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from embedrl_verl.data.media import LoadedItem
+    from embedrl_verl.tcot import TCoT
+
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+DEFAULT_FPS = 2.0
+_CONTROL = re.compile(r"<(\|\w+\||" + EMB_TOKEN.strip("<>") + ")>")
+
+
+@dataclass(frozen=True)
+class EmbedInput:
+    """One thing to embed: decoded media and text, what the Reasoner wrote about it, and the evidence cut for it."""
+
+    item: LoadedItem
+    tcot: TCoT | None = None
+    evidence: tuple[Image.Image, ...] = ()
+
+
+def build_messages(
+    item: LoadedItem,
+    tcot: TCoT | None = None,
+    evidence: Sequence[Image.Image] = (),
+    *,
+    profile: EmbedderProfile = EMBED_RL,
+) -> list[dict[str, Any]]:
+    """Chat messages whose content parts are {"type": "image" | "video" | "text", ...} in reading order.
+
+    A video part holds its frames as a list of images and their "fps". With a tail in the profile the last message is
+    the assistant's, and the embedding is read at its end; without one, at the end of the opened assistant turn.
+    """
+    messages: list[dict[str, Any]] = []
+    instruction = item.instruction.strip()
+    if profile.instruction_in_system:
+        instruction = instruction or profile.default_instruction
+        if profile.end_instruction_with_stop and instruction[-1:].isalnum():
+            instruction += "."
+        messages.append({"role": "system", "content": [_text(instruction)]})
+        instruction = ""
+
+    content: list[dict[str, Any]] = []
+    if item.frames and not profile.frames_as_images:
+        content.append({"type": "video", "video": list(item.frames), "fps": item.fps or DEFAULT_FPS})
+    images = [*item.images, *(item.frames if profile.frames_as_images else ())]
+    content += [{"type": "image", "image": image} for image in images]
+    text = " ".join(part for part in (instruction, item.text) if part)
+    thinking, rest = ("", "") if tcot is None else tcot.sections()
+    thinking, rest = thinking.lstrip(), rest.rstrip()
+    if not (content or text or thinking):
+        text = profile.empty_text
+    before, after = _lines(text, thinking), _lines(rest, profile.suffix)
+    if evidence:
+        content.append(_text(before))
+        content += [{"type": "image", "image": image} for image in evidence]
+        content.append(_text(after))
+    else:
+        content.append(_text(before + after if rest else _lines(before, after)))
+    messages.append({"role": "user", "content": [part for part in content if part.get("text") != ""]})
+    if profile.tail:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": profile.tail}]})
+    return messages
+
+
+def render_prompt(messages: Sequence[dict[str, Any]], *, chat: bool = True) -> str:
+    """The prompt string, one placeholder per image or video, ending at the token that is pooled.
+
+    With `chat`, ChatML as all Qwen-VL templates write it, without the default system turn that some add. Without, the
+    user turn alone: bare placeholders and text joined by single spaces.
+    """
+    if not chat:
+        parts = [part for message in messages if message["role"] == "user" for part in message["content"]]
+        return " ".join(_placeholder(part, bare=True) for part in parts)
+    turns = []
+    for message in messages:
+        body = "".join(_placeholder(part) for part in message["content"])
+        turns.append(f"<|im_start|>{message['role']}\n{body}")
+    opened = "" if messages[-1]["role"] == "assistant" else "<|im_end|>\n<|im_start|>assistant\n"
+    return "<|im_end|>\n".join(turns) + opened
+
+
+def _placeholder(part: dict[str, Any], *, bare: bool = False) -> str:
+    if part["type"] == "text":
+        return str(part["text"])
+    pad = IMAGE_PAD if part["type"] == "image" else VIDEO_PAD
+    return pad if bare else f"{VISION_START}{pad}{VISION_END}"
+
+
+def _lines(*parts: str) -> str:
+    return "\n".join(part for part in parts if part)
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": _CONTROL.sub(r"< \1 >", text)}

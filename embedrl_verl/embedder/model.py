@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Embedder in this process: load a checkpoint, embed a list of inputs.
+
+    embedder = Embedder.from_pretrained("path/to/checkpoint")
+    vectors = embedder.embed([EmbedInput(item), EmbedInput(item, tcot, evidence)])     # (2, D), length 1
+
+The same vectors as the verl worker and as a stock vLLM pooling server fed with `EmbedProcessor.prepare` (cosine at
+least 0.999); the vector of a row does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from embedrl_verl.data.media import MediaLimits
+from embedrl_verl.embedder.batching import pad_rows, token_budget_batches
+from embedrl_verl.embedder.forward import embed_padded
+from embedrl_verl.embedder.loading import load_config, load_generation_model
+from embedrl_verl.embedder.messages import EmbedInput
+from embedrl_verl.embedder.processor import EmbedProcessor, Encoded
+from embedrl_verl.embedder.profiles import EmbedderProfile
+from embedrl_verl.errors import EmbedderError
+
+MAX_BATCH_TOKENS = 16384
+WINDOW_BATCHES = 4
+"""Rows are encoded and sorted in windows of so many batches: enough to sort well, few enough to hold their pixels."""
+
+
+class Embedder:
+    """A checkpoint and its processor on one device. Use `from_pretrained`."""
+
+    def __init__(self, model: PreTrainedModel, processor: EmbedProcessor) -> None:
+        self.model = model
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        profile: str | EmbedderProfile = "auto",
+        limits: MediaLimits | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attn_implementation: str = "sdpa",
+    ) -> Embedder:
+        """Load a checkpoint.
+
+        Args:
+            path: folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL generation checkpoint.
+            profile: how it is prompted; "auto" takes `embed_rl` if the tokenizer has `<emb>`.
+            limits: sizes of media; None = those of the profile.
+            dtype, device, attn_implementation: of the model; vectors are float32 anyway.
+
+        Raises:
+            EmbedderError: the profile's token is missing, weights are missing, or an unsupported family.
+        """
+        processor = EmbedProcessor.from_pretrained(path, profile, limits, pixel_dtype=dtype)
+        model = load_generation_model(
+            path, config=load_config(path), dtype=dtype, attn_implementation=attn_implementation
+        )
+        return cls(model.to(device).eval(), processor)
+
+    @property
+    def dim(self) -> int:
+        """D, the length of a vector in numbers."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def embed(
+        self, items: Sequence[EmbedInput], *, batch_size: int | None = None, max_batch_tokens: int = MAX_BATCH_TOKENS
+    ) -> torch.Tensor:
+        """Embed inputs.
+
+        Args:
+            items: what to embed, in any order and mix of kinds.
+            batch_size: most rows of one batch; None = only the token budget counts.
+            max_batch_tokens: rows x longest row of one batch.
+
+        Returns:
+            float32 (n, D) on the CPU, in the order of `items`, each of length 1.
+
+        Raises:
+            MediaError, EmbedderError: an input that cannot be encoded, or a vector that is not finite (with its index).
+        """
+        vectors = torch.empty(len(items), self.dim)
+        for start, rows in self._windows(items, max_batch_tokens):
+            vectors[start : start + len(rows)] = self.embed_encoded(
+                rows, batch_size=batch_size, max_batch_tokens=max_batch_tokens
+            )
+        failed = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if failed:
+            raise EmbedderError(
+                f"{len(failed)} of {len(items)} vectors are not finite (inputs {failed[:5]}); the checkpoint is broken "
+                "or overflows in this dtype, try float32"
+            )
+        return vectors
+
+    @torch.no_grad()
+    def embed_encoded(
+        self, rows: Sequence[Encoded], *, batch_size: int | None = None, max_batch_tokens: int = MAX_BATCH_TOKENS
+    ) -> torch.Tensor:
+        """Embed encoded rows: float32 (n, D) on the CPU in their order; a failed row is NaN."""
+        vectors = torch.empty(len(rows), self.dim)
+        for batch in token_budget_batches([len(row) for row in rows], max_batch_tokens, batch_size):
+            padded = pad_rows([rows[i] for i in batch], self.model.device)
+            vectors[batch] = embed_padded(self.model.model, padded).cpu()
+        return vectors
+
+    def _windows(self, items: Sequence[EmbedInput], max_batch_tokens: int) -> Iterator[tuple[int, list[Encoded]]]:
+        """Encoded stretches of `items` with the index of their first one."""
+        start, tokens = 0, 0
+        rows: list[Encoded] = []
+        for item in items:
+            rows.append(self.processor.encode(item))
+            tokens += len(rows[-1])
+            if tokens >= WINDOW_BATCHES * max_batch_tokens:
+                yield start, rows
+                start, tokens, rows = start + len(rows), 0, []
+        if rows:
+            yield start, rows

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""M-RoPE positions of a prompt with images and videos, as the Qwen-VL checkpoints were trained with.
+
+Text advances all three axes (time, height, width) together. A medium of t x h x w merged tokens starts right after
+the text before it and counts time, rows and columns from there; the text after it goes on behind the largest position
+used so far. A video's time axis advances by `time_step` a temporal patch. Qwen3-VL writes its time stamps as text, so
+each of its temporal patches is a medium of its own with t = 1.
+
+Implementations disagree here for videos: transformers 5.9 goes on behind max(h, w) and forgets the time axis, verl
+0.9.1 doubles Qwen2-VL's time axis. This is the original rule, which vLLM follows; positions are always passed to the
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Grid = tuple[int, int, int]
+
+
+def mrope_positions(length: int, media: Sequence[tuple[int, Grid, float]]) -> torch.Tensor:
+    """Positions of one prompt.
+
+    Args:
+        length: L, tokens with placeholders expanded.
+        media: per medium in reading order: index of its first placeholder, its grid (t, h, w) in merged tokens, and the
+            time step between temporal patches (1.0 for images).
+
+    Returns:
+        int64 (4, L): the index of the token, then time, height and width.
+    """
+    pieces: list[torch.Tensor] = []
+    cursor, start = 0, 0
+    for offset, (t, h, w), time_step in media:
+        text = torch.arange(start, start + offset - cursor).expand(3, -1)
+        start += offset - cursor
+        time = (torch.arange(t) * time_step).long()
+        grid = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1)
+        pieces += [text, grid + start]
+        start += int(grid.max()) + 1
+        cursor = offset + t * h * w
+    pieces.append(torch.arange(start, start + length - cursor).expand(3, -1))
+    return torch.cat([torch.arange(length)[None], torch.cat(pieces, dim=1)])

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a checkpoint wants to be prompted: one profile per family of public embedders.
+
+All profiles share one property: the prompt *ends* at the token whose last hidden state is the embedding. So pooling is
+always "the last token", in process, in the worker and in a stock vLLM pooling server (LAST pooling) alike.
+
+| profile | checkpoints | prompt | pooled token |
+|---|---|---|---|
+| `embed_rl` | Embed-RL 2B/4B, and what this package trains | chat, no system turn, "one word" suffix | `<emb>` |
+| `qwen3_vl_embedding` | Qwen3-VL-Embedding 2B/8B | chat, instruction in the system turn | last of the opened answer |
+| `gme` | GME-Qwen2-VL 2B/7B | chat, instruction in the system turn, frames as images | `<|endoftext|>` |
+| `vlm2vec_v2` | VLM2Vec-V2.0 (its adapter merged) | no chat template, bare media placeholders | last of the text |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from embedrl_verl.errors import EmbedderError
+
+EMB_TOKEN = "<emb>"
+
+
+@dataclass(frozen=True)
+class EmbedderProfile:
+    """The prompt of one family of checkpoints.
+
+    Attributes:
+        name: key in `PROFILES`.
+        chat: ChatML turns; False = one plain string with bare placeholders.
+        instruction_in_system: the instruction is the system turn; else it opens the user's text.
+        default_instruction: system turn of an item without an instruction (only with `instruction_in_system`).
+        end_instruction_with_stop: add "." to an instruction that ends without punctuation.
+        suffix: text after everything else of the user turn.
+        tail: what follows the opening of the assistant turn; the prompt ends here.
+        emb_token: the token that `tail` must be, checked against the tokenizer; None = any last token.
+        empty_text: stands for an item with neither text nor media.
+        frames_as_images: the checkpoint has never seen videos; each frame is an image.
+        image_tokens, frame_tokens: (minimum, maximum) visual tokens of one image and one frame.
+        families: model families that the profile fits; empty = all.
+        max_length: longest prompt in tokens; None = what the model's position table allows.
+    """
+
+    name: str
+    chat: bool = True
+    instruction_in_system: bool = False
+    default_instruction: str = ""
+    end_instruction_with_stop: bool = False
+    suffix: str = ""
+    tail: str = ""
+    emb_token: str | None = None
+    empty_text: str = ""
+    frames_as_images: bool = False
+    image_tokens: tuple[int, int] = (4, 1280)
+    frame_tokens: tuple[int, int] = (128, 300)
+    families: tuple[str, ...] = ()
+    max_length: int | None = None
+
+
+EMBED_RL = EmbedderProfile(
+    name="embed_rl",
+    suffix="Summarize the above content in one word:",
+    tail=EMB_TOKEN,
+    emb_token=EMB_TOKEN,
+    image_tokens=(128, 768),
+    frame_tokens=(128, 300),
+)
+
+PROFILES: dict[str, EmbedderProfile] = {
+    profile.name: profile
+    for profile in (
+        EMBED_RL,
+        EmbedderProfile(
+            name="qwen3_vl_embedding",
+            instruction_in_system=True,
+            default_instruction="Represent the user's input.",
+            end_instruction_with_stop=True,
+            empty_text="NULL",
+            image_tokens=(4, 1800),
+            frame_tokens=(4, 768),
+            families=("qwen3_vl",),
+            max_length=8192,
+        ),
+        EmbedderProfile(
+            name="gme",
+            instruction_in_system=True,
+            default_instruction="You are a helpful assistant.",
+            tail="<|endoftext|>",
+            emb_token="<|endoftext|>",
+            frames_as_images=True,
+            image_tokens=(4, 1280),
+            families=("qwen2_vl",),
+        ),
+        EmbedderProfile(
+            name="vlm2vec_v2",
+            chat=False,
+            image_tokens=(4, 1280),
+            frame_tokens=(4, 768),
+            families=("qwen2_vl",),
+        ),
+    )
+}
+
+
+def resolve_profile(path: str | Path, name: str = "auto") -> EmbedderProfile:
+    """The profile called `name`; with "auto", `embed_rl` if the tokenizer at `path` has `<emb>`.
+
+    Raises:
+        EmbedderError: an unknown name, or "auto" on a checkpoint without `<emb>`: nothing in a last-token checkpoint
+            tells how it was prompted, so it is not guessed.
+    """
+    if name != "auto":
+        if name not in PROFILES:
+            raise EmbedderError(f"embedder profile must be auto or one of {', '.join(PROFILES)}; got {name!r}")
+        return PROFILES[name]
+    if token_id(load_tokenizer(path), EMB_TOKEN) is not None:
+        return EMBED_RL
+    raise EmbedderError(
+        f"{path}: profile auto needs the token {EMB_TOKEN} in the tokenizer, and it has none. Train the Embedder with "
+        f"it, or name the checkpoint's own profile: {', '.join(key for key in PROFILES if key != EMBED_RL.name)}"
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; no code from the checkpoint is run.
+
+    Raises:
+        EmbedderError: there is none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise EmbedderError(f"{path}: the Embedder's tokenizer cannot be loaded: {error}") from error
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    """Id of `token` if the tokenizer knows it as one token, else None."""
+    number: int | None = tokenizer.get_vocab().get(token)
+    return number
