@@ -117,7 +117,9 @@ hydra_list() {
 # Knobs of the GPU recipes; the settings of the paper (docs/configuration.md names their hydra keys).
 gpu_knobs() {
     NNODES=${NNODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-    EMBEDDER_PATH=${EMBEDDER_PATH:-Qwen/Qwen3-VL-Embedding-2B}
+    # A checkpoint without <emb> does not tell how it is prompted, so its profile is named.
+    [[ -n "${EMBEDDER_PATH:-}" ]] || EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-qwen3_vl_embedding}
+    EMBEDDER_PATH=${EMBEDDER_PATH:-Qwen/Qwen3-VL-Embedding-2B} EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-auto}
     TRAIN_FILES=${TRAIN_FILES:-data/train.parquet} VAL_FILES=${VAL_FILES:-data/val.parquet} MEDIA_ROOT=${MEDIA_ROOT:-}
     REWARD=${REWARD:-$ROOT/reward/no_judge.py}
     OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)}
@@ -146,6 +148,7 @@ gpu_overrides() {
         "actor_rollout_ref.rollout.temperature=$TEMPERATURE"
         "actor_rollout_ref.rollout.tensor_model_parallel_size=$ROLLOUT_TP"
         "embedrl.embedder.path='$EMBEDDER_PATH'"
+        "embedrl.embedder.profile=$EMBEDDER_PROFILE"
         "reward.custom_reward_function.path='$REWARD'"
         "trainer.nnodes=$NNODES"
         "trainer.n_gpus_per_node=$GPUS_PER_NODE"
