@@ -14,6 +14,7 @@ from embedrl_verl.tcot.families import (
 )
 from embedrl_verl.tcot.form import format_reward
 from embedrl_verl.tcot.parse import parse_tcot
+from embedrl_verl.tcot.prompts import build_prompt
 from embedrl_verl.tcot.schema import Box, TCoT
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TCoT",
     "box_convention",
     "boxes_to_pixels",
+    "build_prompt",
     "cut_evidence",
     "family_of",
     "format_reward",
