@@ -3,7 +3,8 @@
 
 From each "{" that a key or "}" follows, the matching "}" is looked for (strings skipped), and what lies between is
 given to `json`. A look-out ends at `MAX_DEPTH` open brackets, so at most a fixed number of look-outs pass over any one
-character, and `json` never recurses deeper than that. Objects keep their pairs, because a key that is written twice counts twice.
+character, and `json` never recurses deeper than that. Objects keep their pairs, because a key that is written twice
+counts twice.
 """
 
 from __future__ import annotations
