@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from embedrl_verl.data.schema import input_kind
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.errors import ConfigError, DataError, MediaError
+from embedrl_verl.tcot import family_of
 
 if TYPE_CHECKING:  # the other commands of `embedrl` need not wait for torch
     from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem
@@ -92,7 +93,7 @@ def _inspector(args: argparse.Namespace) -> PairInspector:
     if args.tokenizer is None:
         if args.max_prompt_length is not None:
             raise ConfigError("--max-prompt-length counts tokens and needs --tokenizer DIR, the Reasoner's folder")
-        family = DEFAULT_FAMILY if args.family == "auto" else args.family
+        family = family_of(DEFAULT_FAMILY if args.family == "auto" else args.family)
         return PairInspector(settings, family, args.media_root, meter=None)
     from verl.utils.tokenizer import hf_processor, hf_tokenizer  # heavy, and needed only to count tokens
 

@@ -39,7 +39,7 @@ from embedrl_verl.data.schema import SIDES, Item, Video, input_kind
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
-from embedrl_verl.tcot import token_side
+from embedrl_verl.tcot import Family, token_side
 
 logger = logging.getLogger(__name__)
 SHOWN = 10
@@ -52,8 +52,8 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         data_files: parquet file(s) of pair records.
         tokenizer, processor: the Reasoner's.
         config: verl's `data` section; used keys are `media_root`, `embedrl`, `max_prompt_length`,
-            `filter_overlong_prompts`, `filter_overlong_prompts_workers`, `apply_chat_template_kwargs`,
-            `mm_processor_kwargs`, `cache_dir`, `shuffle`, `seed`.
+            `filter_overlong_prompts`, `apply_chat_template_kwargs`, `mm_processor_kwargs`, `cache_dir`, `shuffle`,
+            `seed`.
         max_samples: prompts to use (two a pair), drawn by `seed` if `shuffle` is on, else the first; -1 for all.
 
     Attributes:
@@ -101,10 +101,9 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def _inspect(self, pairs: list[LocatedPair], meter: PromptMeter, config: Any) -> list[PairFacts]:
-        threads = config.get("filter_overlong_prompts_workers") or default_threads()
         count_all = config.get("filter_overlong_prompts", True)
         inspector = PairInspector(self.settings, self.family, self.media_root, meter if count_all else None)
-        results = list(inspector.inspect_all(pairs, threads))
+        results = list(inspector.inspect_all(pairs, default_threads()))
         _raise_if_any([str(result) for result in results if isinstance(result, DataError)], [p.file for p in pairs])
         if not count_all:  # the processor is still proved to take fitted media as they are
             PairInspector(self.settings, self.family, self.media_root, meter).inspect(pairs[0])
@@ -191,7 +190,7 @@ def media_root_of(config: Any) -> str | None:
     return str(root) if root else None
 
 
-def _check_token_side(family: str, processor: Any) -> None:
+def _check_token_side(family: Family, processor: Any) -> None:
     found = processor.image_processor.patch_size * processor.image_processor.merge_size
     if found != token_side(family):
         raise ConfigError(

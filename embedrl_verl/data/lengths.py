@@ -16,12 +16,13 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 
 from embedrl_verl.data.prompts import Messages, VideoInput
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.tcot import Family
 
 
 class PromptMeter:
     """Counts prompt tokens for one tokenizer and processor. Safe to call from several threads."""
 
-    def __init__(self, tokenizer: Any, processor: Any, family: str, data_config: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, processor: Any, family: Family, data_config: Mapping[str, Any]) -> None:
         self._patch = processor.image_processor.patch_size
         self._builder = create_continuous_token_builder(
             tokenizer,

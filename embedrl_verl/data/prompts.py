@@ -21,7 +21,7 @@ from embedrl_verl.data.media import LoadedItem, MediaLimits, describe, fit_image
 from embedrl_verl.data.schema import Media, PairRecord, Side, Video, input_kind
 from embedrl_verl.data.video import DEFAULT_FPS, even_indices
 from embedrl_verl.errors import ConfigError, MediaError
-from embedrl_verl.tcot import build_prompt
+from embedrl_verl.tcot import Family, build_prompt
 
 Messages: TypeAlias = list[dict[str, Any]]
 VideoInput: TypeAlias = tuple[torch.Tensor, dict[str, Any]]
@@ -29,7 +29,7 @@ CACHED_PROMPTS = 32
 
 
 def prompt_messages(
-    record: PairRecord, side: Side, *, family: str, style: str, few_shot: bool, max_frames: int, file_frames: int = 0
+    record: PairRecord, side: Side, *, family: Family, style: str, few_shot: bool, max_frames: int, file_frames: int = 0
 ) -> Messages:
     """Chat messages that ask for the T-CoT of one side, with references in place of media.
 

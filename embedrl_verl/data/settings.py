@@ -9,9 +9,10 @@ from typing import Any
 
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.tcot import Family, family_of
 
 SECTION = "data.embedrl"
-FAMILY_OF_PROCESSOR = {
+FAMILY_OF_PROCESSOR: dict[str, Family] = {
     "Qwen2VLProcessor": "qwen2_vl",
     "Qwen2_5_VLProcessor": "qwen2_5_vl",
     "Qwen3VLProcessor": "qwen3_vl",
@@ -72,14 +73,14 @@ class DataSettings:
         )
 
 
-def resolve_family(family: str, processor: object) -> str:
+def resolve_family(family: str, processor: object) -> Family:
     """The family named in the settings, or for "auto" the one of the processor's class.
 
     Raises:
-        ConfigError: "auto" and the processor is none of Qwen-VL's.
+        ConfigError: an unknown family, or "auto" and the processor is none of Qwen-VL's.
     """
     if family != "auto":
-        return family
+        return family_of(family)
     name = type(processor).__name__
     if name not in FAMILY_OF_PROCESSOR:
         raise ConfigError(

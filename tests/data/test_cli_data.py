@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedrl_verl import cli_data
+from embedrl_verl.data.parquet import write_pairs
+from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.tiny.models import build_tiny_model
+
+MakePair = Callable[..., PairRecord]
+
+
+def check(*arguments: object) -> int:
+    """Exit code of `embedrl data check ARGUMENTS`."""
+    parser = argparse.ArgumentParser()
+    cli_data.add_parser(parser.add_subparsers(dest="command"))
+    return cli_data.run(parser.parse_args(["data", "check", *map(str, arguments)]))
+
+
+def test_sound_file_gives_a_table_and_zero(
+    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [pair("a", "vqa", query=Item(images=("a.png",))), pair("b", "vqa"), pair("c", "text")]
+    write_pairs(records, tmp_path / "f.parquet")
+    assert check(tmp_path / "f.parquet", "--media-root", root) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["data", "source", "pairs", "bad", "rows", "kinds"],
+        ["text", "1", "0", "query_text", ">", "target_text", "(1)"],
+        ["vqa", "2", "0", "query_image", ">", "target_text", "(1),", "query_text", ">", "target_text", "(1)"],
+    ]
+    assert lines[-1] == "3 pairs, 0 problem(s)"
+
+
+def test_every_bad_row_is_listed_and_the_exit_code_is_three(
+    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "link.png").symlink_to(root.parent / "outside.png")
+    (root / "empty.mp4").write_bytes(b"")
+    bad = [
+        ("gone.png", "no such file in the media root"),
+        ("corrupt.png", "not a readable image"),
+        ("truncated.png", "not a readable image"),
+        ("../outside.png", "leaves the media root"),
+        ("/etc/passwd", "is absolute"),
+        ("link.png", "leaves the media root"),
+    ]
+    records = [pair(path, query=Item(images=(path,))) for path, _ in bad]
+    records += [pair("clip", target=Item(video=Video(path="empty.mp4"))), pair("ok"), pair("ok", "other")]
+    records += [pair("negative", negatives=(Item(text="fine"), Item(images=("gone.png",))))]
+    write_pairs(records, tmp_path / "f.parquet")
+    assert check(tmp_path / "f.parquet", "--media-root", root) == 3
+    out = capsys.readouterr().out
+    for row, (path, reason) in enumerate(bad):
+        (line,) = [line for line in out.splitlines() if f"row {row}," in line and line.startswith("BAD")]
+        assert f"pair '{path}', field query: media path '{path}'" in line and reason in line
+    assert "row 6, pair 'clip', field target: media path 'empty.mp4': not a readable video" in out
+    assert "row 8, pair 'ok': pair_id must be unique;" in out and "row 7 has it too" in out
+    assert "row 9, pair 'negative', field negatives[1]: media path 'gone.png'" in out
+    assert out.splitlines()[-1] == "9 pairs, 9 problem(s)"
+
+
+def test_malformed_rows_and_files_are_problems_too(
+    tmp_path: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {
+        "pair_id": "p",
+        "data_source": "s",
+        "instruction": "",
+        "query": {"text": "q"},
+        "target": None,
+        "target_id": "",
+    }
+    whole = {**row, "pair_id": "q", "target": {"text": "t"}}
+    pq.write_table(pa.Table.from_pylist([row, whole]), tmp_path / "partner.parquet")
+    pq.write_table(pa.Table.from_pylist([{"pair_id": "p"}]), tmp_path / "column.parquet")
+    pq.write_table(pa.Table.from_pylist([{**whole, "instruction": 5}]), tmp_path / "type.parquet")
+    assert check(tmp_path / "partner.parquet", tmp_path / "column.parquet", tmp_path / "type.parquet") == 3
+    out = capsys.readouterr().out
+    assert "partner.parquet, row 0: field target: null; a pair needs both sides" in out
+    assert "column.parquet: column 'data_source' is missing" in out
+    assert "type.parquet, field instruction: must be string; got int64" in out
+    assert out.splitlines()[-1] == "1 pairs, 3 problem(s)"
+
+
+def test_overlong_prompts_are_listed_with_their_length(
+    tmp_path: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_tiny_model(tmp_path / "model")
+    write_pairs([pair("short"), pair("long", target=Item(text="word " * 500))], tmp_path / "f.parquet")
+    options = ["--tokenizer", model, "--prompt-style", "compact", "--max-prompt-length"]
+    assert check(tmp_path / "f.parquet", *options, 4000) == 0
+    assert check(tmp_path / "f.parquet", *options, 400) == 3
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BAD")]
+    assert "row 1, pair 'long', field target: prompt has " in line and line.endswith("tokens, over the limit of 400")
+
+
+def test_length_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs --tokenizer"):
+        check(tmp_path / "f.parquet", "--max-prompt-length", 100)
+
+
+def test_the_parser_is_there_without_torch() -> None:
+    code = "import sys, embedrl_verl.cli_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data set with real tokenizers and processors of the three families (tiny models made on the spot)."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torchdata.stateful_dataloader import StatefulDataLoader
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.rl_dataset import collate_fn, get_dataset_class
+from verl.utils.tokenizer import hf_processor, hf_tokenizer
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+from embedrl_verl.data.dataset import TCoTDataset, row_item
+from embedrl_verl.data.media import load_item
+from embedrl_verl.data.parquet import write_pairs
+from embedrl_verl.data.sampler import PairBatchSampler
+from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.tiny.models import build_tiny_model
+
+MakePair = Callable[..., PairRecord]
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SMALL = {"image_min_tokens": 1, "image_max_tokens": 16, "frame_min_tokens": 1, "frame_max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+    """Tokenizer and processor of each family."""
+    found = {}
+    for family in FAMILIES:
+        folder = build_tiny_model(tmp_path_factory.mktemp("models") / family, family=family)  # type: ignore[arg-type]
+        found[family] = (hf_tokenizer(str(folder)), hf_processor(str(folder)))
+    return found
+
+
+@pytest.fixture
+def records(root: Path, png: Callable[..., bytes], pair: MakePair) -> list[PairRecord]:
+    """One pair for every combination of media that a data set may hold."""
+    for index in range(3):
+        Image.new("RGB", (60, 90), (80 * index, 0, 0)).save(root / f"{index}.png")
+    clip = Video(frames=("0.png", "1.png", "2.png"), fps=1.0)
+    return [
+        pair("text", target=Item(text="a cat"), target_id="cat"),
+        pair("image", query=Item(text="who", images=("a.png",)), target=Item(text="other words"), target_id="cat"),
+        pair("images", query=Item(images=("sub/b.png", png(9))), target=Item(images=(png(8, 200, 90),))),
+        pair("video", query=Item(text="when", video=clip), target=Item(images=("a.png",), kind="page")),
+        pair("to-video", target=Item(video=clip), source="v"),
+    ]
+
+
+def config_of(root: Path, **values: Any) -> DictConfig:
+    base = {"media_root": str(root), "max_prompt_length": 4000, "embedrl": {"prompt_style": "compact", **SMALL}}
+    return OmegaConf.create(base | values)
+
+
+@pytest.fixture
+def make(
+    tmp_path: Path, root: Path, records: list[PairRecord], models: dict[str, tuple[Any, Any]]
+) -> Callable[..., TCoTDataset]:
+    """`make(records=..., family=..., max_samples=..., **data_keys)`: a data set over a file of these records."""
+
+    def build(
+        records: list[PairRecord] = records, family: str = "qwen2_vl", max_samples: int = -1, **keys: Any
+    ) -> TCoTDataset:
+        write_pairs(records, tmp_path / "pairs.parquet")
+        tokenizer, processor = models[family]
+        return TCoTDataset(
+            [str(tmp_path / "pairs.parquet")], tokenizer, config_of(root, **keys), processor, max_samples
+        )
+
+    return build
+
+
+def rollout_prompt(data: TCoTDataset, row: dict[str, Any], config: DictConfig, model: tuple[Any, Any]) -> list[int]:
+    """Token ids of a row's prompt, by the steps of verl's single-turn agent loop."""
+    tokenizer, processor = model
+    media = type(data).process_multi_modal_info(
+        row["raw_prompt"], image_patch_size=processor.image_processor.patch_size, config=config
+    )
+    images, videos, audios = asyncio.run(media)
+    builder = create_continuous_token_builder(tokenizer, hf_model_type=data.family, processor=processor)
+    ids: list[int] = builder.build_initial_tokens(row["raw_prompt"], images=images, videos=videos, audios=audios)
+    return ids
+
+
+def test_two_prompts_a_pair_query_first(make: Callable[..., TCoTDataset], records: list[PairRecord]) -> None:
+    data = make()
+    assert len(data) == 2 * len(records)
+    assert data.pair_sources == [record.data_source for record in records]
+    for index in range(len(data)):
+        row, record = data[index], records[index // 2]
+        side = ("query", "target")[index % 2]
+        assert (row["index"], row["embedrl_pair_id"], row["embedrl_side"]) == (index, record.pair_id, side)
+        assert row["data_source"] == record.data_source
+        assert row["embedrl_row"].endswith(f"pairs.parquet:{index // 2}")
+        assert row["extra_info"] == {"index": index, "pair_id": record.pair_id, "side": side}
+    assert [data[index]["embedrl_required"] for index in range(0, 10, 2)] == [
+        "text_keywords", "bbox_2d", "bbox_2d", "key_frames", "text_keywords",
+    ]  # fmt: skip
+    assert [data[index]["embedrl_kind"] for index in (7, 8, 9)] == [
+        "target_page",
+        "query_text_to_video",
+        "target_video",
+    ]
+    assert data[2]["reward_model"]["ground_truth"] == "other words"
+    with pytest.raises(IndexError, match="prompt 10 of 10"):
+        data[10]
+
+
+def test_content_tells_which_targets_are_the_same(make: Callable[..., TCoTDataset]) -> None:
+    contents = [make()[index]["embedrl_content"] for index in range(10)]
+    assert contents[::2] == contents[1::2]
+    assert contents[0] == contents[2]
+    assert len(set(contents)) == 4
+
+
+def test_original_media_can_be_loaded_from_a_row(
+    make: Callable[..., TCoTDataset], records: list[PairRecord], root: Path
+) -> None:
+    data = make()
+    for index in range(len(data)):
+        item = row_item(data[index])
+        assert item == records[index // 2].item(("query", "target")[index % 2])
+        load_item(item, root)
+    assert hash(row_item(data[4])) == hash(row_item(data[4]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompt_that_is_counted_is_the_prompt_that_runs(
+    make: Callable[..., TCoTDataset], root: Path, models: dict[str, tuple[Any, Any]], family: str
+) -> None:
+    data = make(family=family)
+    lengths = [len(rollout_prompt(data, data[index], config_of(root), models[family])) for index in range(len(data))]
+    by_pair = [max(lengths[index : index + 2]) for index in range(0, len(data), 2)]
+    for limit in sorted(set(by_pair)):
+        if limit == max(by_pair):
+            assert make(family=family, max_prompt_length=limit).overlong == {}
+            continue
+        kept = make(family=family, max_prompt_length=limit)
+        names = {name.split("pair ")[1].strip("'") for name in kept.overlong}
+        ids = [data[index]["embedrl_pair_id"] for index in range(0, len(data), 2)]
+        assert names == {name for name, length in zip(ids, by_pair, strict=True) if length > limit}
+        assert len(kept) == 2 * sum(length <= limit for length in by_pair)
+        counted = {tokens for sides in kept.overlong.values() for tokens in sides.values()}
+        assert counted <= set(lengths) and min(counted) > limit
+
+
+def test_an_overlong_side_drops_the_pair_and_says_so(
+    make: Callable[..., TCoTDataset], pair: MakePair, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = pair("long", target=Item(text="word " * 500))
+    with caplog.at_level("WARNING"):
+        data = make(records=[pair("a"), long, pair("b")], max_prompt_length=400)
+    assert [data[index]["embedrl_pair_id"] for index in range(len(data))] == ["a", "a", "b", "b"]
+    (message,) = [record.message for record in caplog.records if "left out" in record.message]
+    assert "1 of 3 pairs have a prompt over data.max_prompt_length=400 tokens" in message
+    assert "row 1, pair 'long' (target " in message and "query" not in message.split("(")[-1]
+    with pytest.raises(DataError, match=r"1 of 1 pairs have a prompt over .*Nothing is left"):
+        make(records=[long], max_prompt_length=400)
+    assert len(make(records=[long], max_prompt_length=400, filter_overlong_prompts=False)) == 2
+
+
+def test_bad_media_stop_the_run_before_it_starts(make: Callable[..., TCoTDataset], pair: MakePair) -> None:
+    bad = [pair("ok")] + [pair(name, query=Item(images=(name,))) for name in ("gone.png", "truncated.png")]
+    with pytest.raises(DataError) as error:
+        make(records=bad)
+    assert "2 row(s) cannot be used; `embedrl data check" in str(error.value)
+    assert "row 1, pair 'gone.png', field query: media path 'gone.png': no such file" in str(error.value)
+    assert "row 2, pair 'truncated.png', field query: media path 'truncated.png': not a readable" in str(error.value)
+    with pytest.raises(DataError, match="gone.png"):
+        make(records=bad, filter_overlong_prompts=False)
+
+
+def test_a_frame_that_no_prompt_draws_must_exist_too(make: Callable[..., TCoTDataset], pair: MakePair) -> None:
+    frames = ("a.png",) * 4 + ("gone.png",) + ("a.png",) * 5
+    with pytest.raises(DataError, match=r"field target: media path 'gone\.png'"):
+        make(records=[pair("p", target=Item(video=Video(frames=frames)))])
+
+
+def test_duplicate_pair_id_is_refused_across_files(
+    make: Callable[..., TCoTDataset], tmp_path: Path, pair: MakePair, models: dict[str, tuple[Any, Any]], root: Path
+) -> None:
+    write_pairs([pair("a"), pair("b")], tmp_path / "one.parquet")
+    write_pairs([pair("c"), pair("b")], tmp_path / "two.parquet")
+    tokenizer, processor = models["qwen2_vl"]
+    files = OmegaConf.create([str(tmp_path / "one.parquet"), str(tmp_path / "two.parquet")])
+    with pytest.raises(
+        DataError, match=r"two\.parquet, row 1, pair 'b': pair_id must be unique; .*one\.parquet, row 1"
+    ):
+        TCoTDataset(files, tokenizer, config_of(root), processor)
+
+
+def test_max_samples_counts_prompts(make: Callable[..., TCoTDataset]) -> None:
+    assert [make(max_samples=5)[index]["embedrl_pair_id"] for index in range(4)] == ["text", "text", "image", "image"]
+    drawn = [make(max_samples=4, shuffle=True, seed=seed).fingerprint for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    with pytest.raises(ConfigError, match="at least 2 or -1; got 1"):
+        make(max_samples=1)
+
+
+def test_wrong_family_is_refused(
+    make: Callable[..., TCoTDataset], models: dict[str, tuple[Any, Any]], root: Path
+) -> None:
+    assert make(family="qwen3_vl").family == "qwen3_vl"
+    with pytest.raises(
+        ConfigError, match="family=qwen2_vl has visual tokens of 28 px a side, but the processor's have 32"
+    ):
+        make(family="qwen3_vl", embedrl={"family": "qwen2_vl", "prompt_style": "compact"})
+    with pytest.raises(ConfigError, match="got NoneType"):
+        TCoTDataset([], models["qwen2_vl"][0], config_of(root))
+
+
+def test_processor_with_narrower_limits_is_refused(
+    make: Callable[..., TCoTDataset], pair: MakePair, root: Path
+) -> None:
+    Image.new("RGB", (3000, 2000)).save(root / "large.png")
+    large = [pair("large", query=Item(images=("large.png",)))]
+    section = {"prompt_style": "compact", "image_max_tokens": 2000}
+    with pytest.raises(
+        ConfigError, match=r"processor resizes a image from 1512x1008 .*data\.embedrl\.image_min_tokens"
+    ):
+        make(records=large, embedrl=section, max_prompt_length=4000)
+    with pytest.raises(ConfigError, match="processor resizes a image"):
+        make(records=large, embedrl=section, filter_overlong_prompts=False)
+
+
+def test_rows_pass_verls_collation_and_tensordict(make: Callable[..., TCoTDataset], records: list[PairRecord]) -> None:
+    data = make()
+    sampler = PairBatchSampler(data, batch_size=2)
+    loader = StatefulDataLoader(
+        data, batch_size=2, num_workers=2, drop_last=True, sampler=sampler, collate_fn=collate_fn
+    )
+    seen = []
+    for batch in loader:
+        uids = np.array(["u0", "u1"], dtype=object)
+        batch = tu.get_tensordict({**batch, "uid": uids})
+        ids = list(batch["embedrl_pair_id"])
+        assert ids[0] == ids[1] and list(batch["embedrl_side"]) == ["query", "target"]
+        record = next(record for record in records if record.pair_id == ids[0])
+        assert row_item({"embedrl_item": next(iter(batch["embedrl_item"]))}) == record.item("query")
+        assert list(batch["raw_prompt"])[1] == data[2 * records.index(record) + 1]["raw_prompt"]
+        seen += ids
+    assert sorted(set(seen)) == sorted(record.pair_id for record in records)
+
+
+def test_a_row_carries_no_pixels(make: Callable[..., TCoTDataset], pair: MakePair, root: Path) -> None:
+    Image.new("RGB", (1000, 1000)).save(root / "large.png")
+    row = make(records=[pair("p", query=Item(images=("large.png",)))])[0]
+    assert len(pickle.dumps(row)) < 10_000
+
+
+def test_verl_finds_the_class_by_its_config_keys() -> None:
+    keys = {"custom_cls": {"path": "pkg://embedrl_verl.data.dataset", "name": "TCoTDataset"}}
+    assert get_dataset_class(OmegaConf.create(keys)) is TCoTDataset
