@@ -45,8 +45,12 @@ def test_boxes_are_clamped_to_the_image() -> None:
     ]
 
 
-@pytest.mark.parametrize("box", [[5, 5, 5, 50], [50, 5, 5, 50], [5, 50, 50, 5], [1000, 0, 1100, 9], [-9, 0, 0, 9], [1, 1, 4, 900]])  # fmt: skip
-def test_boxes_without_an_area_are_dropped_and_the_others_stay(box: list[int]) -> None:
+@pytest.mark.parametrize(
+    "box",
+    [(5, 5, 5, 50), (50, 5, 5, 50), (5, 50, 50, 5), (1000, 0, 1100, 9), (-9, 0, 0, 9), (1, 1, 4, 900)],
+    ids=["no width", "x reversed", "y reversed", "right of the image", "left of it", "under a pixel"],
+)
+def test_boxes_without_an_area_are_dropped_and_the_others_stay(box: tuple[int, ...]) -> None:
     pixels = boxes_to_pixels([box, [0, 0, 500, 500]], convention="relative_1000", width=100, height=100)
     assert pixels == [(0, 0, 50, 50)]
 
