@@ -60,6 +60,10 @@ def test_a_key_written_twice_counts_with_all_its_values() -> None:
     assert read.boxes == (BOX, Box(5, 6, 7, 8)) and read.text_keywords == ("a",)
 
 
+def test_keys_that_are_no_evidence_are_ignored() -> None:
+    assert parse_tcot(tcot({"text_keywords": ["a"], "image": "a bus", "note": {"x": [1]}})).is_well_formed
+
+
 @pytest.mark.parametrize("fence", ["```json\n{}\n```", "```\n{}\n```", "evidence={}!", "{}"])
 def test_the_object_may_stand_in_a_fence_or_in_a_sentence(fence: str) -> None:
     read = parse_tcot(tcot(fence.replace("{}", '{"key_frames": [1, 3]}')), num_frames=3)
@@ -134,6 +138,7 @@ EVIDENCE = '{"text_keywords": ["a"]}'
         "Sure! " + "".join(PARTS),
         "".join(PARTS) + " Done.",
         PARTS[0] + "and" + "".join(PARTS[1:]),
+        "".join(PARTS[:2]) + "so" + PARTS[2],
         "".join(PARTS).replace("</rethink>", ""),
         "".join(PARTS).replace("Yes.", " \n"),
         "".join(PARTS).replace("No.", ""),
