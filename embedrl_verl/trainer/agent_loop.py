@@ -29,11 +29,9 @@ from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.tcot import Evidence, Family, TCoT, cut_evidence, parse_tcot
+from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
 
 logger = logging.getLogger(__name__)
-
-EMBED_PARTITION = "embed"
-ROW_INFO = "embedrl"
 
 
 @dataclass(frozen=True)

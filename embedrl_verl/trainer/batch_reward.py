@@ -20,7 +20,7 @@ from verl.utils import tensordict_utils as tu
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import RewardBatch, batch_metrics, fill_with_group_mean
 from embedrl_verl.tcot import TCoT, parse_tcot
-from embedrl_verl.trainer.agent_loop import EMBED_PARTITION, ROW_INFO
+from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
 
 SIDES = ("query", "target")
 

@@ -29,7 +29,7 @@ from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.embedder.worker import EmbedderClient, build_embedder_worker_group
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
-from embedrl_verl.trainer import agent_loop, checks  # noqa: F401  (agent_loop: registers `tcot`)
+from embedrl_verl.trainer import checks
 from embedrl_verl.trainer.batch_reward import ScoredRows, clear_embed_rows, read_rows, score_rows, write_scores
 from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
 from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager

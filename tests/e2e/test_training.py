@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EG-RL through the real engines (verl's trainer, FSDP2, vLLM, Ray, TransferQueue) on tiny models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.e2e import harness
+from tests.e2e.rescore import rescore
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+ROWS = 8 * 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    harness.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(inputs, tmp_path_factory):
+    """3 steps with one agent-loop worker and one rank, and a checkpoint at step 2."""
+    folder = tmp_path_factory.mktemp("one")
+    first = harness.run(inputs, folder, ["trainer.save_freq=2"], steps=3)
+    assert first.code == 0, first.output[-6000:]
+    return first
+
+
+@pytest.fixture(scope="module")
+def two_ranks(inputs, tmp_path_factory):
+    """2 steps with two agent-loop workers, two data-parallel ranks and micro-batches of about one row."""
+    extra = ["actor_rollout_ref.rollout.agent.num_workers=2", "embedrl.embedder.max_tokens_per_gpu=64"]
+    run = harness.run(inputs, tmp_path_factory.mktemp("two"), extra, steps=2, ranks=2)
+    assert run.code == 0, run.output[-6000:]
+    return run
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("one_rank", 1), ("one_rank", 32), ("two_ranks", 32)])
+def test_rewards_depend_on_the_rollouts_alone(name, batch_size, inputs, request):
+    """The same rollouts rescored in one process, row by row or in a batch, have the rewards that the run gave them,
+    whatever its number of agent-loop workers, ranks and micro-batches."""
+    run = request.getfixturevalue(name)
+    for step in (1, 2):
+        rows = run.dump("rollouts", step)
+        assert len(rows) == ROWS
+        expected = torch.tensor([row["score"] for row in rows])
+        found = rescore(rows, inputs / "data" / "train.parquet", inputs / "embedder", batch_size=batch_size)
+        assert expected.std() > 1e-3, "rewards that are all equal would prove nothing"
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_every_trained_batch_holds_complete_pairs_of_one_source(one_rank):
+    for step in (1, 2, 3):
+        rows = one_rank.dump("rollouts", step)
+        assert len({row["data_source"] for row in rows}) == 1
+        seen = {(row["pair_id"], row["side"], row["rollout"]) for row in rows}
+        pairs = {row["pair_id"] for row in rows}
+        assert seen == {(pair, side, g) for pair in pairs for side in ("query", "target") for g in range(4)}
+
+
+@pytest.mark.parametrize("name", ["one_rank", "two_ranks"])
+def test_rollout_and_actor_agree_and_weights_are_synced_after_updates(name, request):
+    """vLLM's log-probs follow the actor's after updates that moved the actor away from where it began."""
+    metrics = request.getfixturevalue(name).metrics
+    last = max(metrics)
+    for step in range(1, last + 1):
+        assert metrics[step]["training/rollout_actor_probs_pearson_corr"] >= 0.99
+    # The actor moved: its distance to the (initial) reference grows from nothing, far above the rollout's distance.
+    assert metrics[1]["actor/kl_loss"] < 1e-3 < metrics[last]["actor/kl_loss"]
+    assert metrics[last]["training/rollout_probs_diff_mean"] < 1e-3
+
+
+def test_validation_reports_retrieval_over_the_whole_set(one_rank):
+    metrics = one_rank.metrics[0]
+    sources = {name.split("/")[1] for name in metrics if name.startswith("val-core/") and name.endswith("/hit@1")}
+    assert {"all", "digits_i2t", "digits_video"} <= sources
+    for source in sources:
+        assert 0 <= metrics[f"val-core/{source}/hit@1"] <= metrics[f"val-core/{source}/ndcg@5"] <= 1
+
+
+def test_dumps_hold_the_tcot_and_every_reward_part(one_rank):
+    rows = one_rank.dump("rollouts", 1)
+    for row in rows:
+        assert {"format", "outcome", "score"} <= set(row["reward"])
+        assert row["reward"]["score"] == pytest.approx(row["score"])
+        assert row["failure"] is None
+        assert isinstance(row["problems"], list)
+    assert len(one_rank.dump("validation", 0)) == 2 * 4 * 6
+
+
+def test_metrics_of_a_step_name_every_part(one_rank):
+    metrics = one_rank.metrics[1]
+    for name in ("reward", "format", "outcome", "hit@1", "well_formed", "evidence", "false_negatives"):
+        assert f"embedrl/{name}/mean" in metrics
+    assert metrics["embedrl/rows"] == ROWS
+    assert metrics["embedrl/failed_rows"] == metrics["embedrl/rollouts_missing"] == 0
+    assert metrics["timing_s/reward_embed"] > 0
+
+
+def test_a_run_resumes_where_it_stopped_with_the_same_batches(one_rank, inputs):
+    """Step 3 after a resume from step 2 trains the same pairs as the unbroken run's step 3."""
+    folder = one_rank.folder
+    unbroken = {row["pair_id"] for row in one_rank.dump("rollouts", 3)}
+    before = one_rank.metrics
+    step_2 = folder / "checkpoints" / "global_step_2"
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={step_2}"]
+    resumed = harness.run(inputs, folder, [*resume, "trainer.val_before_train=False"], steps=3)
+    assert resumed.code == 0, resumed.output[-6000:]
+    assert {row["pair_id"] for row in resumed.dump("rollouts", 3)} == unbroken
+    assert json.loads((step_2 / "embedder.json").read_text())["path"]
+    assert set(resumed.metrics) == set(before)  # the first part of the log is kept
+
+
+def test_stock_main_ppo_runs_the_mode_because_the_plugin_is_installed(inputs, tmp_path):
+    """The same configuration through verl's own entry point."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import embedrl_verl.config
+
+    config = Path(embedrl_verl.config.__file__).parent
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-dir={config}", "--config-name=egrl_trainer"]
+    environment = {**os.environ, **harness.ENV, "VERL_FILE_LOGGER_PATH": str(tmp_path / "metrics.jsonl")}
+    arguments = [*harness.overrides(inputs, tmp_path, steps=1), "trainer.val_before_train=False"]
+    process = subprocess.run([*command, *arguments], env=environment, text=True, capture_output=True, timeout=900)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    assert "embedrl-verl" in process.stdout + process.stderr
+    assert "is loaded in verl" in process.stdout + process.stderr
+    assert harness.Run(tmp_path, "", 0).metrics[1]["embedrl/rows"] == ROWS
