@@ -6,8 +6,7 @@
 - `EmbedRLActorRolloutRefWorker`: verl's hybrid worker with the class above for actor and reference (verl's own class attributes).
 - `use_nested_position_ids_workers`: puts both into a trainer's `role_worker_mapping`.
 
-Importing this module registers verl's FSDP engines for the device `cpu` (they are plain torch; FSDP2 runs on gloo), and unpickling one of the
-classes in a Ray actor imports it there.
+Importing this module registers the engines for the device `cpu`; unpickling one of the classes in a Ray actor imports it there.
 """
 
 import os
@@ -18,16 +17,11 @@ import torch.distributed
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils.device import get_device_name
-from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from embedrl_verl.errors import PluginError
+from embedrl_verl.platforms import cpu_engines  # noqa: F401  (registers them)
 from embedrl_verl.platforms.position_ids import rebuild_position_ids
-
-# FSDP1 refuses CPU modules with sync_module_states, so only fsdp2 is offered.
-EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(FSDPEngineWithLMHead)
-EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(FSDPEngineWithValueHead)
 
 
 def init_cpu_process_group() -> None:

@@ -25,6 +25,8 @@ ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    # With the executor "uni": the model runs in vLLM's engine process instead of one more process.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
 
@@ -76,7 +78,10 @@ def overrides(out_dir: Path, steps: int = 3, ranks: int = 1) -> list[str]:
         f"{actor}.use_torch_compile=False",
         f"{actor}.ppo_mini_batch_size=4",
         f"{actor}.ppo_micro_batch_size_per_gpu=16",
-        f"{actor}.use_kl_loss=False",
+        f"{actor}.use_kl_loss=True",
+        f"+{actor}.fsdp_config.mixed_precision={{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}}",
+        "+actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
         f"{actor}.optim.lr=1e-3",
         f"{rollout}.name=vllm",
         f"{rollout}.n=4",
@@ -95,6 +100,7 @@ def overrides(out_dir: Path, steps: int = 3, ranks: int = 1) -> list[str]:
         f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes=64",
         f"+{rollout}.engine_kwargs.vllm.worker_extension_cls="
         "embedrl_verl.platforms.vllm_worker.CpuColocateWorkerExtension",
+        f"+{rollout}.engine_kwargs.vllm.distributed_executor_backend=uni",
         "reward.num_workers=1",
         f"reward.custom_reward_function.path={Path(__file__).resolve()}",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
