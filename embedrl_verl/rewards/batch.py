@@ -118,13 +118,13 @@ class RewardBatch:
         """
         side, pair, rollout, content = (t.to(torch.int64).cpu() for t in (side, pair, rollout, content))
         embeddings = embeddings.detach().cpu()
-        if embeddings.dim() != 2 or not len(embeddings) == len(side) == len(pair) == len(rollout) == len(content):
-            raise ValueError(
-                f"embeddings must be (N, D) with N = {len(side)} rows of side, pair, rollout and content; got "
-                f"{tuple(embeddings.shape)} and {len(pair)} pairs, {len(rollout)} rollouts, {len(content)} contents"
-            )
-        finite = embeddings.isfinite().all(dim=1)
-        valid = finite if valid is None else valid.cpu() & finite
+        valid = torch.ones_like(side, dtype=torch.bool) if valid is None else valid.to(torch.bool).cpu()
+        shapes = {"pair": pair, "rollout": rollout, "content": content, "valid": valid, "embeddings": embeddings}
+        for name, value in shapes.items():
+            if value.dim() != (2 if name == "embeddings" else 1) or len(value) != len(side):
+                kind = "(N, D)" if name == "embeddings" else "(N,)"
+                raise ValueError(f"{name} must be {kind} with N = {len(side)} as side has; got {tuple(value.shape)}")
+        valid = valid & embeddings.isfinite().all(dim=1)
         _check_rows(side, pair, rollout, content)
         _check_lengths(embeddings, valid)
         order = _lexicographic(pair, rollout)  # rows of a pair side by side: the masks are made once a pair

@@ -42,9 +42,11 @@ def similarity_matrix(query: Tensor, target: Tensor) -> Tensor:
     """
     right = _snap_components(target).T
     result = torch.empty(query.shape[0], target.shape[0], dtype=torch.float32, device=query.device)
+    buffer = torch.empty(_BLOCK_ROWS, target.shape[0], dtype=torch.float64, device=query.device)
     for start in range(0, query.shape[0], _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        result[block] = _snap_components(query[block]) @ right
+        rows = result[start : start + _BLOCK_ROWS]
+        left = _snap_components(query[start : start + _BLOCK_ROWS])
+        rows.copy_(torch.mm(left, right, out=buffer[: len(rows)]))
     return result
 
 

@@ -112,9 +112,8 @@ def retrieval(
     result = torch.full((3, rows), torch.nan, dtype=torch.float64, device=similarity.device)
     false_negatives = torch.zeros(rows, dtype=torch.int64, device=similarity.device)
     if cols:
-        scratch: list[Tensor] = []
         for block in iter_blocks(similarity, row_pair, col_pair, col_content, col_valid):
-            result[:, block.rows] = _score(block, scratch, temperature, accuracy)
+            result[:, block.rows] = _score(block, temperature, accuracy)
             false_negatives[block.rows] = block.false_negatives
     if row_valid is not None:
         result[:, ~row_valid] = torch.nan
@@ -129,44 +128,42 @@ def retrieval(
     return Retrieval(OutcomeReward(acc, margin, acc * margin), hit, false_negatives)
 
 
-def _score(block: Block, scratch: list[Tensor], temperature: float, accuracy: Accuracy) -> Tensor:
-    """(3, r) float64: accuracy, margin, Hit@1; NaN for rows without positives. `scratch` keeps work buffers."""
+def _score(block: Block, temperature: float, accuracy: Accuracy) -> Tensor:
+    """(3, r) float64: accuracy, margin, Hit@1; NaN for rows without positives."""
     count = block.positive_count
-    width = block.positives.shape[1]
-    place = torch.arange(width, device=count.device)
+    place = torch.arange(block.positives.shape[1], device=count.device)
+    listed = place < count[:, None]
     # The m-th best positive (from 0) is among the top G if fewer than G - m negatives reach it: compare it with the
     # (G - m)-th best negative.
     rival = (count[:, None] - 1 - place).clamp_(min=0)
-    on_top = (block.positives > block.top_negatives.gather(1, rival)) & (place < count[:, None])
+    on_top = (block.positives > block.top_negatives.gather(1, rival)) & listed
     share = on_top.sum(dim=1) / count.double()  # 0 / 0: NaN
     if accuracy == "all":
         share = share.floor()
 
     total = torch.zeros_like(share)
-    for m in range(width):  # in falling order of the scores, so independent of the order of the columns
-        total += block.positives[:, m].double().masked_fill(m >= count, 0.0)
-    margin = total / count - _soft_maximum(block, scratch, temperature)
+    for scores in block.positives.masked_fill(~listed, 0.0).unbind(dim=1):
+        total += scores  # in falling order, so independent of the order of the columns
+    margin = total / count - _soft_maximum(block.negatives, block.top_negatives[:, :1], block.scratch, temperature)
     hit = (block.positives[:, 0] > block.top_negatives[:, 0]).double()
     return torch.stack((share, margin, hit.masked_fill_(count == 0, torch.nan)))
 
 
-def _soft_maximum(block: Block, scratch: list[Tensor], temperature: float) -> Tensor:
-    """(r,) float64: sum over the negatives of softmax(S / tau) * S (eq. 7); 0 where a row has none."""
-    rows, cols = block.negatives.shape
-    if not scratch:
-        scratch.extend(torch.empty(rows, cols, dtype=torch.float64, device=block.negatives.device) for _ in range(2))
-    exponent, weight = scratch[0][:rows], scratch[1][:rows]
-    peak = block.top_negatives[:, :1].double()
-    present = peak[:, 0] > -torch.inf
-    exponent.copy_(block.negatives).sub_(peak).mul_(1.0 / temperature)
-    # In units of tau below the best negative, weights are in [0, 1] and weight * exponent in [-1/e, 0]: both fit the
-    # grid.
-    exponent.clamp_(min=_LOWEST_EXPONENT)
-    torch.exp(exponent, out=weight)
-    snap_(exponent.mul_(weight), cols)
-    snap_(weight, cols)
+def _soft_maximum(scores: Tensor, peak: Tensor, scratch: Tensor, temperature: float) -> Tensor:
+    """(r,) float64: sum over j of softmax(S_j / tau) * S_j (eq. 7), 0 for a row without candidates.
+
+    Args:
+        scores: (r, C) float64, -inf = no candidate; overwritten.
+        peak: (r, 1) their maximum.
+        scratch: (r, C) float64; overwritten.
+    """
+    # In units of tau below the peak, weights are in [0, 1] and weight * exponent in [-1/e, 0]: both fit the grid.
+    exponent = scores.sub_(peak).mul_(1.0 / temperature).clamp_(min=_LOWEST_EXPONENT)
+    weight = torch.exp(exponent, out=scratch)
+    snap_(exponent.mul_(weight), scores.shape[1])
+    snap_(weight, scores.shape[1])
     mean = exponent.sum(dim=1) / weight.sum(dim=1)
-    return (peak[:, 0] + temperature * mean).masked_fill(~present, 0.0)
+    return (peak[:, 0] + temperature * mean).masked_fill(peak[:, 0] == -torch.inf, 0.0)
 
 
 def _check(
