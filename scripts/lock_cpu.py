@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resolve requirements/cpu.in into requirements/cpu.txt for Linux x86_64 and every supported Python.
 
-One resolution for each minor version, merged into one list: a package whose version is the same everywhere is one plain line,
-another gets a line with a marker for each version. The list is complete, so it is installed with --no-deps (pip or uv), and it
-names no package index. Versions of the present list are kept where they still fit; pass --upgrade to take the newest.
+One resolution for each minor version, merged into one list: a package whose version is the same everywhere is one plain
+line, another gets a line with a marker for each version. The list is complete, so it is installed with --no-deps (pip
+or uv), and it names no package index. Versions of the present list are kept where they still fit; pass --upgrade to take the newest.
 
     .venv/bin/python scripts/lock_cpu.py [--upgrade]
 """
@@ -21,6 +21,9 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 MINORS = ("3.10", "3.11", "3.12")
+HEADER = (
+    "# Made by scripts/lock_cpu.py from cpu.in: complete, so install it with --no-deps. Linux x86_64, Python 3.10-3.12."
+)
 LINE = re.compile(r"^(?P<pin>[A-Za-z0-9._-]+==\S+?)(?: ; (?P<marker>.+))?$")
 
 
@@ -72,8 +75,7 @@ def main() -> int:
     target = REQUIREMENTS / "cpu.txt"
     present = {minor: read_pins(target, minor) if target.exists() else [] for minor in MINORS}
     merged = merge({minor: resolve(uv, minor, present[minor], arguments.upgrade) for minor in MINORS})
-    header = "# Made by scripts/lock_cpu.py from cpu.in: complete, so install it with --no-deps. Linux x86_64, Python 3.10-3.12."
-    target.write_text("\n".join([header, *merged]) + "\n")
+    target.write_text("\n".join([HEADER, *merged]) + "\n")
     print(f"{target.name}: {len(merged)} lines")
     return 0
 
