@@ -4,7 +4,8 @@
 
 One resolution for each minor version, merged into one list: a package whose version is the same everywhere is one plain
 line, another gets a line with a marker for each version. The list is complete, so it is installed with --no-deps (pip
-or uv), and it names no package index. Versions of the present list are kept where they still fit; pass --upgrade to take the newest.
+or uv), and it names no package index. Versions of the present list are kept where they still fit; pass --upgrade to
+take the newest.
 
     .venv/bin/python scripts/lock_cpu.py [--upgrade]
 """
