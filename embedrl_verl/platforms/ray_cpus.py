@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says before a run whether Ray can place its actors. verl and TransferQueue wait for ever, without a word, when it cannot.
+
+What holds resources in verl 0.9.1 (everything else asks for none): a resource pool reserves 3 CPUs and 1 "GPU" for each device, all of a node's
+together on that node; the TransferQueue controller and each of its storage units hold one CPU. These are slots of Ray's own book-keeping, not
+cores: on a small machine `ray_kwargs.ray_init.num_cpus` may be larger than the number of cores.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from embedrl_verl.errors import ResourceError
+
+CPUS_PER_DEVICE = 3  # verl.single_controller.ray.base.ResourcePoolManager.max_colocate_count
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """Slots of one Ray node."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class RayNeeds:
+    """Slots a run holds. A pool is (nodes, devices a node)."""
+
+    pools: tuple[tuple[int, int], ...]
+    storage_units: int
+
+    @property
+    def cpus(self) -> int:
+        """CPUs in all: 3 a device, the TransferQueue controller, its storage units."""
+        return CPUS_PER_DEVICE * self.gpus + 1 + self.storage_units
+
+    @property
+    def gpus(self) -> int:
+        """Devices in all."""
+        return sum(nodes * devices for nodes, devices in self.pools)
+
+    def describe(self) -> str:
+        """The sum, term by term."""
+        return (
+            f"{self.cpus} CPUs ({CPUS_PER_DEVICE} for each of {self.gpus} devices, 1 TransferQueue controller, "
+            f"{self.storage_units} storage units) and {self.gpus} GPU slots"
+        )
+
+
+def ray_needs(config: Any) -> RayNeeds:
+    """What a run with this verl config (DictConfig) holds in Ray."""
+    pools = [(config.trainer.nnodes, config.trainer.n_gpus_per_node)]
+    judge = config.reward.reward_model
+    if judge.enable_resource_pool:
+        pools.append((judge.nnodes, judge.n_gpus_per_node))
+    backend = config.transfer_queue.backend
+    units = backend.SimpleStorage.num_data_storage_units if backend.storage_backend == "SimpleStorage" else 0
+    return RayNeeds(pools=tuple(pools), storage_units=units)
+
+
+def ray_nodes(config: Any) -> list[NodeResources]:
+    """Slots of each node that a run with this config will see: of the cluster it joins, else of the one it starts here.
+
+    Raises ResourceError when a cluster is named (RAY_ADDRESS or ray_kwargs.ray_init.address) and does not answer.
+    """
+    import ray
+
+    address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        return _alive_nodes()
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except ConnectionError as error:
+            raise ResourceError(
+                f"the Ray cluster at {address} must answer; got: {error}. Start it (ray start --head), or unset RAY_ADDRESS."
+            ) from error
+        try:
+            return _alive_nodes()
+        finally:
+            ray.shutdown()
+    return [_local_node(config)]
+
+
+def _alive_nodes() -> list[NodeResources]:
+    import ray
+
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [NodeResources(cpus=slots.get("CPU", 0.0), gpus=slots.get("GPU", 0.0)) for slots in found]
+
+
+def _local_node(config: Any) -> NodeResources:
+    import torch
+    from ray._private.utils import get_num_cpus
+
+    ray_init = config.ray_kwargs.ray_init
+    cpus, gpus = ray_init.get("num_cpus"), ray_init.get("num_gpus")
+    return NodeResources(
+        cpus=get_num_cpus() if cpus is None else cpus, gpus=torch.cuda.device_count() if gpus is None else gpus
+    )
+
+
+def check_ray_cpus(config: Any, nodes: Sequence[NodeResources] | None = None) -> RayNeeds:
+    """Raises ResourceError that names what is missing when Ray cannot place the run; returns the needs otherwise.
+
+    config: verl's whole config; nodes: the cluster's nodes, by default `ray_nodes(config)`. Takes well under a second when Ray has not been
+    started, since nothing is started for it.
+    """
+    needs = ray_needs(config)
+    nodes = ray_nodes(config) if nodes is None else nodes
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    found = f"Ray has {cpus:g} CPUs and {gpus:g} GPU slots on {len(nodes)} node(s)"
+    if cpus < needs.cpus:
+        raise ResourceError(
+            f"the run needs {needs.describe()}; {found}, {needs.cpus - cpus:g} CPUs too few. Set "
+            f"ray_kwargs.ray_init.num_cpus={needs.cpus} (slots, not cores), or lower "
+            "transfer_queue.backend.SimpleStorage.num_data_storage_units."
+        )
+    if gpus < needs.gpus:
+        raise ResourceError(
+            f"the run needs {needs.describe()}; {found}, {needs.gpus - gpus:g} GPU slots too few. Lower trainer.n_gpus_per_node or "
+            f"trainer.nnodes; on the platform cpu declare the slots: +ray_kwargs.ray_init.num_gpus={needs.gpus}."
+        )
+    for count, devices in needs.pools:
+        fitting = sum(node.cpus >= CPUS_PER_DEVICE * devices and node.gpus >= devices for node in nodes)
+        if fitting < count:
+            raise ResourceError(
+                f"a pool needs {count} node(s) with {devices} GPU slots and {CPUS_PER_DEVICE * devices} CPUs each; {fitting} of {len(nodes)} "
+                "node(s) have them. Lower trainer.n_gpus_per_node, or start Ray on these nodes with more --num-cpus."
+            )
+    return needs
