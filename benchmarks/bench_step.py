@@ -36,7 +36,6 @@ ENV = {
 PLAIN = [
     "trainer.v1.trainer_mode=plain_sync",
     "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
-    "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null",
     "reward.num_workers=1",
     "reward.reward_manager.name=naive",
     f"reward.custom_reward_function.path={Path(__file__).resolve()}",

@@ -14,11 +14,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import transfer_queue as tq
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
-from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.dataset import media_root_of, row_item
@@ -71,7 +69,6 @@ def _originals(item: Item, media_root: str | None, max_frames: int) -> LoadedIte
     return load_item(item, media_root, max_frames=max_frames)
 
 
-@register("tcot")
 class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
     """verl's single-turn loop, followed by the row's evidence and Embedder input."""
 
@@ -136,15 +133,3 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
             max_aspect=limits.max_aspect,
             max_evidence=limits.max_items,
         )
-
-
-class TCoTAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,name-defined]
-    """verl's worker; being defined here, it imports this module and with it the loop `tcot` wherever it runs."""
-
-
-class TCoTAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
-    """verl's manager over workers that know the loop `tcot`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ray.remote(TCoTAgentLoopWorker)

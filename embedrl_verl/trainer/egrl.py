@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -24,6 +25,7 @@ from verl.trainer.ppo.reward import load_reward_manager
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils.dataset.rl_dataset import collate_fn
 
+import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.data.sampler import PairBatchSampler
@@ -36,6 +38,8 @@ from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
 from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow
 
 logger = logging.getLogger(__name__)
+
+AGENT_LOOPS = Path(embedrl_verl.config.__file__).with_name("agent_loops.yaml")
 
 
 class _BatchRewardOnly:
@@ -64,6 +68,9 @@ class EGRLMixin(WorkerClassesMixin):
         config.trainer.v1.trainer_mode = self.parent_mode
         super().__init__(config=config)  # type: ignore[call-arg]  # verl's trainer follows in the MRO
         config.trainer.v1.trainer_mode = mode
+        agent = config.actor_rollout_ref.rollout.agent
+        if agent.agent_loop_config_path is None:
+            agent.agent_loop_config_path = str(AGENT_LOOPS)
         self._validation = RetrievalValidation(self.embedrl.validation.ndcg_k)
         self._dump_parts: dict[str, dict[str, Any]] = {}
 
