@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says before a run whether Ray can place its actors. verl and TransferQueue wait for ever, without a word, when it cannot.
+"""Says before a run whether Ray can place its actors. verl and TransferQueue wait for ever, without a word, when it
+cannot.
 
-What holds resources in verl 0.9.1 (everything else asks for none): a resource pool reserves 3 CPUs and 1 "GPU" for each device, all of a node's
-together on that node; the TransferQueue controller and each of its storage units hold one CPU. These are slots of Ray's own book-keeping, not
-cores: on a small machine `ray_kwargs.ray_init.num_cpus` may be larger than the number of cores.
+What holds resources in verl 0.9.1 (everything else asks for none): a resource pool reserves 3 CPUs and 1 "GPU" for
+each device, all of a node's together on that node; the TransferQueue controller and each of its storage units hold
+one CPU. These are slots of Ray's own book-keeping, not cores: on a small machine `ray_kwargs.ray_init.num_cpus` may
+be larger than the number of cores.
 """
 
 import os
@@ -70,12 +72,13 @@ def ray_nodes(config: Any) -> list[NodeResources]:
     address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         return _alive_nodes()
-    if address:
+    if address and address != "local":
         try:
             ray.init(address=address, log_to_driver=False)
         except ConnectionError as error:
             raise ResourceError(
-                f"the Ray cluster at {address} must answer; got: {error}. Start it (ray start --head), or unset RAY_ADDRESS."
+                f"the Ray cluster at {address} must answer; got: {error}. "
+                "Start it (ray start --head), or unset RAY_ADDRESS."
             ) from error
         try:
             return _alive_nodes()
@@ -105,8 +108,8 @@ def _local_node(config: Any) -> NodeResources:
 def check_ray_cpus(config: Any, nodes: Sequence[NodeResources] | None = None) -> RayNeeds:
     """Raises ResourceError that names what is missing when Ray cannot place the run; returns the needs otherwise.
 
-    config: verl's whole config; nodes: the cluster's nodes, by default `ray_nodes(config)`. Takes well under a second when Ray has not been
-    started, since nothing is started for it.
+    config: verl's whole config; nodes: the cluster's nodes, by default `ray_nodes(config)`. Takes well under a second
+    when Ray has not been started, since nothing is started for it.
     """
     needs = ray_needs(config)
     nodes = ray_nodes(config) if nodes is None else nodes
@@ -120,14 +123,16 @@ def check_ray_cpus(config: Any, nodes: Sequence[NodeResources] | None = None) ->
         )
     if gpus < needs.gpus:
         raise ResourceError(
-            f"the run needs {needs.describe()}; {found}, {needs.gpus - gpus:g} GPU slots too few. Lower trainer.n_gpus_per_node or "
-            f"trainer.nnodes; on the platform cpu declare the slots: +ray_kwargs.ray_init.num_gpus={needs.gpus}."
+            f"the run needs {needs.describe()}; {found}, {needs.gpus - gpus:g} GPU slots too few. "
+            f"Lower trainer.n_gpus_per_node or trainer.nnodes; on the platform cpu declare the slots: "
+            f"+ray_kwargs.ray_init.num_gpus={needs.gpus}."
         )
     for count, devices in needs.pools:
         fitting = sum(node.cpus >= CPUS_PER_DEVICE * devices and node.gpus >= devices for node in nodes)
         if fitting < count:
             raise ResourceError(
-                f"a pool needs {count} node(s) with {devices} GPU slots and {CPUS_PER_DEVICE * devices} CPUs each; {fitting} of {len(nodes)} "
-                "node(s) have them. Lower trainer.n_gpus_per_node, or start Ray on these nodes with more --num-cpus."
+                f"a pool needs {count} node(s) with {devices} GPU slots and {CPUS_PER_DEVICE * devices} CPUs each; "
+                f"{fitting} of {len(nodes)} node(s) have them. "
+                "Lower trainer.n_gpus_per_node, or start Ray on these nodes with more --num-cpus."
             )
     return needs
