@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed inputs for the Embedder: text, one image, three images, a video, each with and without T-CoT and evidence."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from embedrl_verl.data.media import LoadedItem, MediaLimits
+from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.tcot import parse_tcot
+
+LIMITS = {
+    family: MediaLimits(side, 1, 64, 1, 64)
+    for family, side in zip(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (28, 28, 32), strict=True)
+}
+TCOT = (
+    '<thinking>Two digits at the left. {"bbox_2d": [[0, 0, 500, 1000]]}</thinking>\n'
+    "<rethink>The box holds both.</rethink>\n<answer>4 2</answer>"
+)
+
+
+def picture(seed: int, height: int = 56, width: int = 112) -> Image.Image:
+    """Random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def item(
+    text: str = "",
+    images: tuple[Image.Image, ...] = (),
+    frames: tuple[Image.Image, ...] = (),
+    instruction: str = "",
+    fps: float = 2.0,
+) -> LoadedItem:
+    return LoadedItem(text, instruction, images, frames, fps if frames else None, None)
+
+
+def mixed_inputs(count: int) -> list[EmbedInput]:
+    """`count` different inputs; every combination of medium and T-CoT is among the first 12."""
+    result = []
+    for i in range(count):
+        images: tuple[Image.Image, ...] = ()
+        frames: tuple[Image.Image, ...] = ()
+        if i % 4 == 1:
+            images = (picture(i),)
+        elif i % 4 == 2:
+            images = (picture(i, 56, 56), picture(i + 1000, 90, 30), picture(i + 2000, 28, 112))
+        elif i % 4 == 3:
+            frames = tuple(picture(i + 1000 * k, 56, 84) for k in range(3 + i % 3))
+        tcot = parse_tcot(TCOT.replace("4 2", f"{i} 2")) if i % 3 else None
+        evidence = (picture(i + 7, 40, 60),) if i % 3 == 2 else ()
+        text = f"number {i} " + "is written here " * (i % 5)
+        result.append(EmbedInput(item(text, images, frames, "Find the same digits."), tcot, evidence))
+    return result
