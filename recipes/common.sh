@@ -79,6 +79,10 @@ start_or_join_ray() {
             "ray start --address=HEAD:$port on the others) and set RAY_ADDRESS=HEAD:$port here, or run this recipe on" \
             "every node with NODE_RANK=0..$((NNODES - 1)) and MASTER_ADDR=the first node's address"
     fi
+    # Recent Ray asks for a token, and every node must have the same one.
+    [[ -z "${RAY_AUTH_TOKEN:-}" ]] || export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+    [[ -n "${RAY_AUTH_MODE:-}" ]] || fail 2 "set RAY_AUTH_TOKEN to the same secret on every node (or" \
+        "RAY_AUTH_MODE=disabled in a network that you trust)"
     local ray=("$PYTHON" -m ray.scripts.scripts)
     if ((NODE_RANK > 0)); then
         say "node $NODE_RANK joins $MASTER_ADDR:$port and works until the head stops"
@@ -87,20 +91,26 @@ start_or_join_ray() {
         exit 0
     fi
     say "starting the Ray head on $MASTER_ADDR:$port"
-    "${ray[@]}" start --head --node-ip-address="$MASTER_ADDR" --port="$port" --num-gpus="$GPUS_PER_NODE"
-    trap '"$PYTHON" -m ray.scripts.scripts stop' EXIT
+    "${ray[@]}" start --head --node-ip-address="$MASTER_ADDR" --port="$port" --num-gpus="$GPUS_PER_NODE" \
+        --disable-usage-stats --block &
+    # Only this head is stopped at the end: ray stop would end every Ray on the node.
+    trap "kill $! 2>/dev/null; wait $!" EXIT
     export RAY_ADDRESS="$MASTER_ADDR:$port"
     "$PYTHON" - "$NNODES" "${RAY_WAIT_SECONDS:-600}" <<'PY'
 import sys, time
 import ray
 
 wanted, patience_s = int(sys.argv[1]), float(sys.argv[2])
-ray.init(log_to_driver=False)
-start = time.monotonic()
-while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
+start, alive = time.monotonic(), 0
+while alive < wanted:
     if time.monotonic() - start > patience_s:
         raise SystemExit(f"[recipe] {alive} of {wanted} nodes joined within {patience_s:.0f} s (RAY_WAIT_SECONDS)")
     time.sleep(2)
+    try:
+        ray.init(log_to_driver=False, ignore_reinit_error=True)
+    except ConnectionError:
+        continue  # the head is still starting
+    alive = sum(node["Alive"] for node in ray.nodes())
 print(f"[recipe] all {wanted} nodes are in")
 PY
 }

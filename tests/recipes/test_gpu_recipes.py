@@ -130,6 +130,10 @@ def test_several_nodes_without_a_cluster_are_refused_with_both_ways_out(tmp_path
     assert result.returncode == 2
     assert "RAY_ADDRESS" in result.stderr
     assert "NODE_RANK=0..1" in result.stderr
+    nodes = {"NNODES": "2", "GPUS_PER_NODE": "1", "NODE_RANK": "0", "MASTER_ADDR": "192.0.2.1"}
+    result = run_recipe(FSDP[0], path=path, PYTHON=sys.executable, **nodes)
+    assert result.returncode == 2
+    assert "set RAY_AUTH_TOKEN to the same secret on every node" in result.stderr
 
 
 def test_a_dry_run_as_a_person_runs_it_prints_the_plan_and_refuses_with_exit_code_2() -> None:
