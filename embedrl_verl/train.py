@@ -35,9 +35,11 @@ def run(config: Any) -> None:
     from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
+    from embedrl_verl.config import load_embedrl_config
     from embedrl_verl.doctor import check_ray_cpus
     from embedrl_verl.progress import ProgressLine, metrics_file
     from embedrl_verl.trainer.checks import check_files, check_run_config
+    from embedrl_verl.trainer.preflight import check_embedder, check_reward_function
 
     mode = config.trainer.v1.trainer_mode
     if mode not in TRAINER_REGISTRY:
@@ -50,6 +52,8 @@ def run(config: Any) -> None:
     check_run_config(config)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     check_files(config)
+    check_reward_function(config)
+    check_embedder(load_embedrl_config(config).embedder)
     check_ray_cpus(config)
     with ProgressLine(metrics_file(config)):
         run_ppo(config, task_runner_class=TaskRunnerV1)

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from embedrl_verl.config import load_embedrl_config
+from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
 
 
@@ -22,6 +23,7 @@ def check_run_config(config: Any) -> None:
         ConfigError: the first rule that does not hold, with the value found and the fix.
     """
     load_embedrl_config(config)
+    DataSettings.from_config(config.data)
     prompts = int(config.data.train_batch_size)
     rollouts = int(config.actor_rollout_ref.rollout.n)
     mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)

@@ -59,6 +59,16 @@ class EGRLMixin(WorkerClassesMixin):
 
     parent_mode: str
     embedrl: EmbedRLConfig
+    # Set by verl's trainer.
+    config: Any
+    tokenizer: Any
+    global_steps: int
+    total_training_steps: int
+    steps_per_epoch: int
+    resource_pool_manager: Any
+    reward_loop_manager: Any
+    train_dataset: Any
+    train_dataloader: Any
 
     def __init__(self, config: Any) -> None:
         checks.check_run_config(config)

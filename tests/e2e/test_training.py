@@ -71,8 +71,8 @@ def test_rollout_and_actor_agree_and_weights_are_synced_after_updates(name, requ
     last = max(metrics)
     for step in range(1, last + 1):
         assert metrics[step]["training/rollout_actor_probs_pearson_corr"] >= 0.99
-    # The actor moved: its distance to the (initial) reference grows from nothing, far above the rollout's distance.
-    assert metrics[1]["actor/kl_loss"] < 1e-3 < metrics[last]["actor/kl_loss"]
+    # The actor has moved far from the (initial) reference, and the rollout moved with it.
+    assert metrics[last]["actor/kl_loss"] > 1e-2
     assert metrics[last]["training/rollout_probs_diff_mean"] < 1e-3
 
 

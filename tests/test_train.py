@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m embedrl_verl.train` refuses what cannot work before it starts anything: one message, an exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+
+import embedrl_verl.train
+from tests.e2e import harness
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    harness.prepare(folder, pairs=4)
+    return folder
+
+
+@pytest.fixture
+def refuse(inputs, tmp_path, monkeypatch, capsys):
+    """Call `main` with overrides on top of a run that would work; returns (exit code, stderr)."""
+    import verl.trainer.main_ppo
+
+    def never(*_args, **_kwargs):
+        pytest.fail("the run was started")
+
+    monkeypatch.setattr(verl.trainer.main_ppo, "run_ppo", never)
+
+    def call(*extra: str) -> tuple[int, str]:
+        arguments = [*harness.overrides(inputs, tmp_path, steps=1), *extra]
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            embedrl_verl.train.main()
+        return int(stop.value.code), capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "words"),
+    [
+        (["data.train_batch_siz=8"], 2, ["train_batch_siz"]),
+        (["+embedrl.rewrd=1"], 2, ["embedrl", "rewrd"]),
+        (["+data.embedrl.prompt_stile=compact"], 2, ["data.embedrl", "prompt_stile"]),
+        (["data.train_batch_size=7"], 2, ["data.train_batch_size", "even", "7"]),
+        (["actor_rollout_ref.actor.ppo_mini_batch_size=3"], 2, ["divisible", "ppo_mini_batch_size", "3"]),
+        (["trainer.n_gpus_per_node=3"], 2, ["16 rows", "3"]),
+        (["reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.paper"], 2, ["judge", "no_judge"]),
+        (["+reward.custom_reward_function.reward_kwargs.gama=1"], 2, ["reward_kwargs", "gama", "gamma"]),
+        (["reward.custom_reward_function.path=missing.py"], 2, ["custom_reward_function.path", "missing.py"]),
+        (["reward.num_workers=2"], 2, ["reward.num_workers", "2"]),
+        (["embedrl.embedder.path=null"], 2, ["embedrl.embedder.path", "EMBEDDER_PATH"]),
+        (["embedrl.embedder.path=/nowhere"], 2, ["embedrl.embedder.path", "/nowhere"]),
+        (["data.train_files=none.parquet"], 2, ["data.train_files", "none.parquet"]),
+        (["ray_kwargs.ray_init.num_cpus=2"], 4, ["needs 5 CPUs", "has 2 CPUs", "num_cpus=5"]),
+        (["trainer.v1.trainer_mode=egrl_snyc"], 4, ["egrl_snyc", "plugin", "embedrl doctor"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_an_exit_code(refuse, extra, code, words):
+    found, message = refuse(*extra)
+    assert found == code, message
+    for word in words:
+        assert word in message
+    assert "Traceback" not in message.split("Error: ")[-1]
+
+
+def test_an_embedder_without_its_token_is_refused(refuse, inputs, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(inputs / "embedder", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = folder / name
+        if file.exists():
+            file.write_text(file.read_text().replace("<emb>", "<other>"))
+    assert json.loads((folder / "config.json").read_text())["architectures"]
+    code, message = refuse(f"embedrl.embedder.path={folder}", "embedrl.embedder.profile=embed_rl")
+    assert code == 4
+    assert "<emb>" in message
