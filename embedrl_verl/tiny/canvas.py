@@ -3,7 +3,7 @@
 
 The 1,797 scans of scikit-learn's `load_digits` (8 x 8 pixels, 43 writers) are split by index and never mixed: a scan is
 used either in training or in the held-out evaluation. A canvas is white paper; a strip of digits lies in one row of
-cells, so the true box of a strip is known exactly.
+cells, so the true box of a strip, and the digit that each visual token shows, are known exactly.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ _INK = 15.0  # darkness of full ink: scans hold 0..16
 def _scans() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     digits = load_digits()
     return digits.images, digits.target.astype(np.int64)
+
+
+@cache
+def _cell_ink(scan: int, side: int) -> npt.NDArray[np.uint8]:
+    """One scan, dark on white, as uint8 (side, side)."""
+    ink = np.clip(255.0 - _INK * _scans()[0][scan], 0.0, 255.0).astype(np.uint8)
+    return np.asarray(Image.fromarray(ink).resize((side, side), Image.Resampling.BICUBIC))
 
 
 class ScanBox:
@@ -74,29 +81,35 @@ class Grid:
         return tuple(round(1000 * edge / size) for edge, size in zip(edges, sizes, strict=True))  # type: ignore[return-value]
 
 
-def draw_canvas(grid: Grid, strips: Sequence[Strip], *, rng: np.random.Generator, printed: str = "") -> Image.Image:
-    """Draw strips of scans, and optionally a printed line in the first row of cells, on slightly speckled paper.
+def draw_canvas(grid: Grid, strips: Sequence[Strip], *, printed: str = "") -> Image.Image:
+    """Draw strips of scans, and optionally a printed line in the first row of cells, on white paper.
 
     Returns:
         A grey image (mode L) of (rows * cell) x (columns * cell) pixels, dark on white.
     """
-    images = _scans()[0]
-    paper = 255.0 - rng.uniform(0.0, 12.0, size=(grid.rows * grid.cell, grid.columns * grid.cell))
+    paper = np.full((grid.rows * grid.cell, grid.columns * grid.cell), 255, dtype=np.uint8)
     for strip in strips:
         for offset, scan in enumerate(strip.scans):
-            ink = Image.fromarray(np.clip(255.0 - _INK * images[scan], 0.0, 255.0).astype(np.uint8))
             top, left = strip.row * grid.cell, (strip.column + offset) * grid.cell
-            cell = paper[top : top + grid.cell, left : left + grid.cell]
-            np.minimum(cell, ink.resize((grid.cell, grid.cell), Image.Resampling.BICUBIC), out=cell)
-    canvas = Image.fromarray(paper.astype(np.uint8))
+            paper[top : top + grid.cell, left : left + grid.cell] = _cell_ink(scan, grid.cell)
+    canvas = Image.fromarray(paper)
     if printed:
         font = ImageFont.load_default(size=0.75 * grid.cell)
         ImageDraw.Draw(canvas).text((grid.cell / 7, 0), printed, fill=0, font=font)
     return canvas
 
 
+def digit_of_cells(grid: Grid, strips: Sequence[Strip]) -> tuple[int, ...]:
+    """The digit shown in each cell, row by row; -1 where there is none."""
+    cells = [-1] * (grid.rows * grid.columns)
+    for strip in strips:
+        for offset, scan in enumerate(strip.scans):
+            cells[strip.row * grid.columns + strip.column + offset] = int(_scans()[1][scan])
+    return tuple(cells)
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """Encode losslessly; the same bytes for the same pixels."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=False)
+    image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -13,8 +13,9 @@ Six data sources, all about reading a number off a canvas:
 | digits_page | page with a printed word and a handwritten number | word and number |
 
 Numbers come in families of four that differ in one or two digits, so that a single misread digit finds the wrong
-candidate. Three files: `sft.parquet` (few scans, with T-CoTs for the cold start), `train.parquet` (contrastive stage
-and RL), `heldout.parquet` (scans that no stage trains on). Each has a `.tcots.jsonl` beside it: {pair_id, query, target}.
+candidate. Three files: `sft.parquet` (few scans, for the cold start), `train.parquet` (contrastive stage and RL),
+`heldout.parquet` (scans that no stage trains on). Beside each lies a `.truths.jsonl` with the true T-CoTs:
+{"pair_id", "query": {"tcot", "cells"}, "target": {"tcot", "cells"}}; RL never reads it.
 
 Command: `python -m embedrl_verl.tiny.digits --out DIR [--family qwen2_vl] [--seed 0]`.
 """
@@ -24,14 +25,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TypeAlias, get_args
 
 import numpy as np
 
-from embedrl_verl.data.schema import Item, PairRecord, Video, write_pairs
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.tcot import box_convention, token_side
 from embedrl_verl.tiny.canvas import (
     HELD_OUT_SCANS,
@@ -40,6 +42,7 @@ from embedrl_verl.tiny.canvas import (
     Grid,
     ScanBox,
     Strip,
+    digit_of_cells,
     draw_canvas,
     png_bytes,
 )
@@ -50,12 +53,25 @@ WORDS = ("parcel", "ticket", "receipt", "invoice", "locker", "report", "voucher"
 
 
 @dataclass(frozen=True)
+class Truth:
+    """What is known of one side.
+
+    Attributes:
+        tcot: the true T-CoT.
+        cells: the digit that each visual token shows, row by row, -1 where there is none; empty without media.
+    """
+
+    tcot: str
+    cells: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One pair and the true T-CoT of each side."""
+    """One pair and the truth of each side."""
 
     record: PairRecord
-    query_tcot: str
-    target_tcot: str
+    query: Truth
+    target: Truth
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,9 @@ class WorldSize:
                 raise ConfigError(f"{name} must be a positive multiple of {FAMILY_SIZE} (families); got {value}")
 
 
+_Side: TypeAlias = tuple[Item, Truth]
+
+
 @dataclass(frozen=True)
 class _Pen:
     """Everything that drawing one file's pictures needs."""
@@ -81,27 +100,27 @@ class _Pen:
     scans: ScanBox
     family: TinyFamily
 
-    @property
-    def cell(self) -> int:
-        return token_side(self.family)
+    def grid(self, rows: int, columns: int) -> Grid:
+        return Grid(rows, columns, token_side(self.family))
 
     def strip(self, code: str, grid: Grid, *, row: int | None = None) -> Strip:
         """A strip of `code` at a random column, in the given row or a random one."""
         column = int(self.rng.integers(grid.columns - len(code) + 1))
         return Strip(int(self.rng.integers(grid.rows)) if row is None else row, column, tuple(self.scans.draw(code)))
 
-    def draw(self, grid: Grid, strips: Sequence[Strip], printed: str = "") -> bytes:
-        return png_bytes(draw_canvas(grid, strips, rng=self.rng, printed=printed))
+    def picture(self, code: str) -> _Side:
+        """A picture of `code` alone."""
+        grid = self.grid(2, 6)
+        return self.boxed(grid, [self.strip(code, grid)], code)
 
-    def picture(self, code: str) -> tuple[Item, str]:
-        """A picture of `code` and its true T-CoT."""
-        grid = Grid(2, 6, self.cell)
-        strip = self.strip(code, grid)
-        return Item(images=(self.draw(grid, [strip]),)), self.tcot_of_box(grid, strip, code)
-
-    def tcot_of_box(self, grid: Grid, strip: Strip, answer: str) -> str:
-        box = grid.box(strip, relative=box_convention(self.family) == "relative_1000")
-        return render_tcot({"bbox_2d": list(box)}, answer)
+    def boxed(
+        self, grid: Grid, strips: Sequence[Strip], answer: str, *, asked: int = 0, text: str = "", printed: str = ""
+    ) -> _Side:
+        """A picture of strips whose T-CoT points at one of them."""
+        image = png_bytes(draw_canvas(grid, strips, printed=printed))
+        box = grid.box(strips[asked], relative=box_convention(self.family) == "relative_1000")
+        tcot = render_tcot({"bbox_2d": list(box)}, answer)
+        return Item(text, (image,), kind="page" if printed else None), Truth(tcot, digit_of_cells(grid, strips))
 
 
 def render_tcot(evidence: dict[str, list[int] | list[str]], answer: str) -> str:
@@ -110,57 +129,65 @@ def render_tcot(evidence: dict[str, list[int] | list[str]], answer: str) -> str:
     return f"<thinking>{thinking}</thinking><rethink>ok</rethink><answer>{answer}</answer>"
 
 
-def _text(text: str) -> tuple[Item, str]:
-    return Item(text=text), render_tcot({"text_keywords": text.split()}, text)
+def _text(text: str) -> _Side:
+    return Item(text=text), Truth(render_tcot({"text_keywords": text.split()}, text))
 
 
-def _i2t(pen: _Pen, code: str) -> tuple[tuple[Item, str], tuple[Item, str], str]:
-    return pen.picture(code), _text(code), "Read the digits."
+def _i2t(pen: _Pen, code: str) -> tuple[_Side, _Side]:
+    return pen.picture(code), _text(code)
 
 
-def _t2i(pen: _Pen, code: str) -> tuple[tuple[Item, str], tuple[Item, str], str]:
-    return _text(code), pen.picture(code), "Find the picture with these digits."
+def _t2i(pen: _Pen, code: str) -> tuple[_Side, _Side]:
+    return _text(code), pen.picture(code)
 
 
-def _i2i(pen: _Pen, code: str) -> tuple[tuple[Item, str], tuple[Item, str], str]:
-    return pen.picture(code), pen.picture(code), "Find the same digits."
+def _i2i(pen: _Pen, code: str) -> tuple[_Side, _Side]:
+    return pen.picture(code), pen.picture(code)
 
 
-def _vqa(pen: _Pen, code: str) -> tuple[tuple[Item, str], tuple[Item, str], str]:
-    grid = Grid(2, 5, pen.cell)
+def _vqa(pen: _Pen, code: str) -> tuple[_Side, _Side]:
+    grid = pen.grid(2, 5)
     asked = int(pen.rng.integers(2))
     other = "".join(str(digit) for digit in pen.rng.integers(10, size=len(code)))
     strips = [pen.strip(code if row == asked else other, grid, row=row) for row in range(2)]
-    query = Item(text=("upper", "lower")[asked], images=(pen.draw(grid, strips),))
-    return (query, pen.tcot_of_box(grid, strips[asked], code)), _text(code), "Read this row."
+    return pen.boxed(grid, strips, code, asked=asked, text=("upper", "lower")[asked]), _text(code)
 
 
-def _video(pen: _Pen, code: str) -> tuple[tuple[Item, str], tuple[Item, str], str]:
-    grid = Grid(1, 4, pen.cell)
-    keys = sorted(int(frame) + 1 for frame in pen.rng.choice(4, size=2, replace=False))
+def _video(pen: _Pen, code: str) -> tuple[_Side, _Side]:
+    """Four frames, two of them with two digits each. One visual token spans two frames (temporal patch)."""
+    grid = pen.grid(1, 4)
+    keys = sorted(int(frame) for frame in pen.rng.choice(4, size=2, replace=False))
     shown = dict(zip(keys, (code[:2], code[2:]), strict=True))
-    frames = tuple(pen.draw(grid, [pen.strip(shown[n], grid)] if n in shown else []) for n in range(1, 5))
-    query = Item(video=Video(frames=frames, fps=1.0))
-    return (query, render_tcot({"key_frames": keys}, code)), _text(code), "Read the clip."
+    frames = [[pen.strip(shown[n], grid)] if n in shown else [] for n in range(4)]
+    images = tuple(png_bytes(draw_canvas(grid, strips)) for strips in frames)
+    seen = [digit_of_cells(grid, strips) for strips in frames]
+    # Where both frames of a token show a digit there is no single one to name.
+    cells = [-1 if min(pair) >= 0 else max(pair) for n in (0, 2) for pair in zip(seen[n], seen[n + 1], strict=True)]
+    truth = Truth(render_tcot({"key_frames": [key + 1 for key in keys]}, code), tuple(cells))
+    return (Item(video=Video(images, fps=1.0)), truth), _text(code)
 
 
-def _page(pen: _Pen, code: str) -> tuple[tuple[Item, str], tuple[Item, str], str]:
-    grid = Grid(3, 5, pen.cell)
+def _page(pen: _Pen, code: str) -> tuple[_Side, _Side]:
+    grid = pen.grid(3, 5)
     word = str(pen.rng.choice(WORDS))
     strip = pen.strip(code, grid, row=int(pen.rng.integers(1, 3)))
-    query = Item(images=(pen.draw(grid, [strip], printed=word),), kind="page")
-    return (query, pen.tcot_of_box(grid, strip, f"{word} {code}")), _text(f"{word} {code}"), "Read the page."
+    return pen.boxed(grid, [strip], f"{word} {code}", printed=word), _text(f"{word} {code}")
 
 
-_Maker = Callable[[_Pen, str], tuple[tuple[Item, str], tuple[Item, str], str]]
-# Source -> (digits of a number, maker).
-SOURCES: dict[str, tuple[int, _Maker]] = {
-    "digits_i2t": (5, _i2t),
-    "digits_vqa": (4, _vqa),
-    "digits_t2i": (5, _t2i),
-    "digits_i2i": (5, _i2i),
-    "digits_video": (4, _video),
-    "digits_page": (4, _page),
+@dataclass(frozen=True)
+class _Source:
+    length: int  # digits of a number
+    instruction: str
+    make: Callable[[_Pen, str], tuple[_Side, _Side]]
+
+
+SOURCES: dict[str, _Source] = {
+    "digits_i2t": _Source(5, "Read the digits.", _i2t),
+    "digits_vqa": _Source(4, "Read this row.", _vqa),
+    "digits_t2i": _Source(5, "Find the picture with these digits.", _t2i),
+    "digits_i2i": _Source(5, "Find the same digits.", _i2i),
+    "digits_video": _Source(4, "Read the clip.", _video),
+    "digits_page": _Source(4, "Read the page.", _page),
 }
 
 
@@ -194,15 +221,15 @@ def make_samples(
         family: decides the cell size (28 or 32 px) and the box units of the true T-CoTs.
         name: first part of the pair ids.
     """
-    length, maker = SOURCES[source]
+    task = SOURCES[source]
     rng = np.random.default_rng([seed, *scans, list(SOURCES).index(source)])
     pen = _Pen(rng, ScanBox(scans, rng), family)
     samples = []
-    for index, code in enumerate(number_families(count, length, rng)):
-        (query, query_tcot), (target, target_tcot), instruction = maker(pen, code)
+    for index, code in enumerate(number_families(count, task.length, rng)):
+        (query, query_truth), (target, target_truth) = task.make(pen, code)
         content = f"{source}:{target.text or code}"
-        record = PairRecord(f"{name}-{source}-{index}", source, instruction, query, target, content)
-        samples.append(Sample(record, query_tcot, target_tcot))
+        record = PairRecord(f"{name}-{source}-{index}", source, task.instruction, query, target, content)
+        samples.append(Sample(record, query_truth, target_truth))
     return samples
 
 
@@ -227,11 +254,32 @@ def write_world(
         ]
         paths[name] = out / f"{name}.parquet"
         write_pairs([sample.record for sample in samples], paths[name])
-        lines = (
-            json.dumps({"pair_id": s.record.pair_id, "query": s.query_tcot, "target": s.target_tcot}) for s in samples
-        )
-        paths[name].with_suffix(".tcots.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = [
+            json.dumps({"pair_id": s.record.pair_id, "query": asdict(s.query), "target": asdict(s.target)}) + "\n"
+            for s in samples
+        ]
+        paths[name].with_suffix(".truths.jsonl").write_text("".join(lines), encoding="utf-8")
     return paths
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """The pairs of one of the world's files with their truths.
+
+    Raises:
+        DataError: the file of truths belongs to other pairs.
+    """
+    path = Path(path)
+    samples = []
+    with path.with_suffix(".truths.jsonl").open(encoding="utf-8") as lines:
+        for record, line in zip(read_pairs(path), lines, strict=True):
+            truth = json.loads(line)
+            if truth["pair_id"] != record.pair_id:
+                raise DataError(
+                    f"{path}: truths must be in the order of the pairs; got {truth['pair_id']} beside {record.pair_id}: write the world again"
+                )
+            sides = [Truth(truth[side]["tcot"], tuple(truth[side]["cells"])) for side in ("query", "target")]
+            samples.append(Sample(record, *sides))
+    return samples
 
 
 def main(argv: Sequence[str] | None = None) -> None:

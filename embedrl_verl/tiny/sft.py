@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cold start of the tiny Reasoner: supervised training on true T-CoTs, stopped while it still makes mistakes.
+
+A model with random weights has to learn to see, to point and to write in a minute. Two things make that possible:
+
+- next-token loss on the T-CoT as usual, and beside it on every visual token that shows a digit: its "next token" is
+  that digit. Reading is thus learnt locally, before the model has learnt where to look;
+- it stops as soon as it reads `stop_accuracy` of the digits of new pictures: RL is to do the rest.
+
+Command: `python -m embedrl_verl.tiny.sft --model DIR --world DIR --out DIR [--seed 0]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from embedrl_verl.data.schema import SIDES
+from embedrl_verl.embedder.batching import pad_rows
+from embedrl_verl.embedder.processor import Encoded
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.tcot import parse_tcot
+from embedrl_verl.tiny.digits import Sample, Truth, read_samples
+from embedrl_verl.tiny.reasoner import END, Prompt, Reasoner
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Settings of the cold start.
+
+    Attributes:
+        max_steps, batch_size, lr: AdamW with warm-up and linear decay to a tenth.
+        text_share: share of text-only prompts in a batch; they are learnt by copying and need few.
+        stop_accuracy: share of digits read right (greedy, new pictures) at which to stop.
+        check_every: steps between two measurements of it.
+        check_prompts: visual prompts of one measurement.
+    """
+
+    max_steps: int = 600
+    batch_size: int = 32
+    lr: float = 2e-3
+    warmup: int = 30
+    text_share: float = 0.15
+    stop_accuracy: float = 0.85
+    check_every: int = 50
+    check_prompts: int = 120
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.max_steps, self.batch_size, self.warmup, self.check_every, self.check_prompts) < 1:
+            raise ConfigError(f"counts of SftConfig must be at least 1; got {self}")
+        if not (0 <= self.text_share < 1 and 0 < self.stop_accuracy <= 1 and self.lr > 0):
+            raise ConfigError(f"text_share must be in [0, 1), stop_accuracy in (0, 1], lr positive; got {self}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    """One supervised row: labels int64 (L,) name the token that each position has to predict, or IGNORED."""
+
+    row: Encoded
+    labels: torch.Tensor
+
+
+def make_lesson(reasoner: Reasoner, prompt: Prompt, truth: Truth) -> _Lesson:
+    """The row of a prompt with its true T-CoT, labelled on the T-CoT and on the visual tokens that show a digit."""
+    tokenizer = reasoner.processor.tokenizer
+    response = truth.tcot + END
+    row = reasoner.encode(prompt, response)
+    labels = torch.full_like(row.input_ids, IGNORED)
+    length = len(tokenizer(response, add_special_tokens=False)["input_ids"])
+    labels[-length - 1 : -1] = row.input_ids[-length:]
+    config = reasoner.model.config
+    visual = (row.input_ids == config.image_token_id) | (row.input_ids == config.video_token_id)
+    digits = tokenizer.convert_tokens_to_ids([str(cell) if cell >= 0 else "0" for cell in truth.cells])
+    shown = [token if cell >= 0 else IGNORED for token, cell in zip(digits, truth.cells, strict=True)]
+    labels[visual] = torch.tensor(shown, dtype=torch.int64)
+    return _Lesson(row, labels)
+
+
+def lesson_loss(reasoner: Reasoner, lessons: Sequence[_Lesson]) -> torch.Tensor:
+    """Mean cross-entropy over all labelled positions of a batch."""
+    padded = pad_rows([lesson.row for lesson in lessons])
+    labels = torch.full_like(padded.input_ids, IGNORED)
+    for i, lesson in enumerate(lessons):
+        labels[i, : len(lesson.labels)] = lesson.labels
+    hidden = reasoner.model.model(
+        input_ids=padded.input_ids, position_ids=padded.position_ids, use_cache=False, **padded.media
+    ).last_hidden_state
+    labelled = labels != IGNORED
+    return functional.cross_entropy(reasoner.model.lm_head(hidden[labelled]), labels[labelled])
+
+
+def digit_accuracy(written: Sequence[str], truths: Sequence[Truth]) -> tuple[float, float]:
+    """Share of digits right (place by place in the answer), and share of answers that are entirely right."""
+    right = total = exact = 0
+    for text, truth in zip(written, truths, strict=True):
+        wanted, found = parse_tcot(truth.tcot).answer, parse_tcot(text).answer
+        exact += wanted == found
+        total += sum(sign.isdigit() for sign in wanted)
+        right += sum(a == b for a, b in zip(wanted, found, strict=False) if a.isdigit())
+    return right / total, exact / len(truths)
+
+
+def train_sft(reasoner: Reasoner, lessons: Sequence[Sample], checks: Sequence[Sample], config: SftConfig) -> float:
+    """Train in place; returns the share of digits read right at the end.
+
+    Args:
+        lessons: pairs to learn from, both sides.
+        checks: pairs whose visual sides are read to decide when to stop.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    sides = [(Prompt(s.record, side), s.query if side == "query" else s.target) for s in lessons for side in SIDES]
+    seeing = [make_lesson(reasoner, *side) for side in sides if side[1].cells]
+    reading = [make_lesson(reasoner, *side) for side in sides if not side[1].cells]
+    tests = [(Prompt(s.record, side), s.query if side == "query" else s.target) for s in checks for side in SIDES]
+    tests = [test for test in tests if test[1].cells]
+    picks = torch.randperm(len(tests), generator=generator)[: config.check_prompts].tolist()
+    prompts, truths = [tests[i][0] for i in picks], [tests[i][1] for i in picks]
+
+    optimizer = torch.optim.AdamW(reasoner.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / config.warmup, max(0.1, 1 - step / config.max_steps))
+    )
+    texts = round(config.text_share * config.batch_size)
+    accuracy, started = 0.0, time.monotonic()
+    for step in range(1, config.max_steps + 1):
+        batch = [seeing[i] for i in torch.randint(len(seeing), (config.batch_size - texts,), generator=generator)]
+        batch += [reading[i] for i in torch.randint(len(reading), (texts,), generator=generator)]
+        reasoner.model.train()
+        loss = lesson_loss(reasoner, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reasoner.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % config.check_every == 0 or step == config.max_steps:
+            reasoner.model.eval()
+            accuracy, exact = digit_accuracy(reasoner.generate(prompts), truths)
+            seconds = time.monotonic() - started
+            print(
+                f"cold start: step {step}, loss {loss.item():.3f}, digits right {accuracy:.1%}, "
+                f"answers right {exact:.1%}, {seconds:.0f} s",
+                flush=True,
+            )
+            if accuracy >= config.stop_accuracy:
+                break
+    return accuracy
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: cold-start a tiny Reasoner."""
+    parser = argparse.ArgumentParser(prog="python -m embedrl_verl.tiny.sft", description=train_sft.__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of embedrl_verl.tiny.models")
+    parser.add_argument("--world", type=Path, required=True, help="folder of embedrl_verl.tiny.digits")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the Reasoner to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-steps", type=int, default=SftConfig.max_steps)
+    parser.add_argument("--stop-accuracy", type=float, default=SftConfig.stop_accuracy)
+    args = parser.parse_args(argv)
+    reasoner = Reasoner.from_pretrained(args.model)
+    config = SftConfig(max_steps=args.max_steps, stop_accuracy=args.stop_accuracy, seed=args.seed)
+    lessons, checks = read_samples(args.world / "sft.parquet"), read_samples(args.world / "train.parquet")
+    train_sft(reasoner, lessons, checks, config)
+    reasoner.save(args.out)
+    print(f"wrote the cold-started Reasoner to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
