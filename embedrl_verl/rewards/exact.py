@@ -40,16 +40,17 @@ def similarity_matrix(query: Tensor, target: Tensor) -> Tensor:
         (R, C) float32. `similarity_matrix(b, a)` is exactly the transpose of `similarity_matrix(a, b)`.
         Components are rounded to 2**-26, which moves a cosine by less than a float32 product's own rounding does.
     """
-    right = _snap_components(target).T
+    right = snap_components(target).T
     result = torch.empty(query.shape[0], target.shape[0], dtype=torch.float32, device=query.device)
     buffer = torch.empty(_BLOCK_ROWS, target.shape[0], dtype=torch.float64, device=query.device)
     for start in range(0, query.shape[0], _BLOCK_ROWS):
         rows = result[start : start + _BLOCK_ROWS]
-        left = _snap_components(query[start : start + _BLOCK_ROWS])
+        left = snap_components(query[start : start + _BLOCK_ROWS])
         rows.copy_(torch.mm(left, right, out=buffer[: len(rows)]))
     return result
 
 
-def _snap_components(vectors: Tensor) -> Tensor:
+def snap_components(vectors: Tensor) -> Tensor:
+    """(N, D) float64 copy of unit vectors whose products and sums of products are exact."""
     magic = 1.5 * 2.0 ** (_MANTISSA_BITS - _COMPONENT_BITS)
     return vectors.to(torch.float64, copy=True).add_(magic).sub_(magic)

@@ -100,6 +100,11 @@ def test_hit_is_the_best_positive_above_every_negative(make_batch):
     assert 0 < hit.mean() < 1
 
 
+def test_a_tie_with_a_negative_is_no_hit(make_batch):
+    same = torch.eye(24)[:1].repeat(40, 1)
+    assert make_batch(embeddings=same).retrieval().hit.tolist() == [0.0] * 40
+
+
 def test_a_row_without_embedding_is_nan_everywhere(make_batch):
     embeddings = _embeddings(40)
     embeddings[7] = NAN

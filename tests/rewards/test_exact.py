@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from embedrl_verl.rewards.exact import similarity_matrix, snap_
+from embedrl_verl.rewards.exact import similarity_matrix, snap_, snap_components
 
 
 def _unit(rows, dim, seed=0):
@@ -33,6 +33,17 @@ def test_exp_of_a_value_does_not_depend_on_where_it_stands():
         assert short.exp().equal(expected[offset : 2 * offset])
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
     assert values[order].exp().equal(expected[order])
+
+
+def test_products_of_snapped_vectors_are_exact():
+    query, target = _unit(40, 500), _unit(30, 500, seed=1)
+    scale = 2**26
+    integers = [[[round(c * scale) for c in row] for row in snap_components(m).tolist()] for m in (query, target)]
+    exact = [[sum(a * b for a, b in zip(q, t, strict=True)) / scale**2 for t in integers[1]] for q in integers[0]]
+    assert (snap_components(query) @ snap_components(target).T).tolist() == exact
+    plain = query.double() @ target.double().T
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    assert not plain.equal(query[:, order].double() @ target[:, order].double().T)  # not vacuous
 
 
 @pytest.mark.parametrize("dim", [1, 3, 64, 1000])
