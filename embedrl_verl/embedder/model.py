@@ -11,6 +11,7 @@ least 0.999); the vector of a row does not depend on the rows beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -87,10 +88,15 @@ class Embedder:
             MediaError, EmbedderError: an input that cannot be encoded, or a vector that is not finite (with its index).
         """
         vectors = torch.empty(len(items), self.dim)
-        for start, rows in self._windows(items, max_batch_tokens):
-            vectors[start : start + len(rows)] = self.embed_encoded(
-                rows, batch_size=batch_size, max_batch_tokens=max_batch_tokens
-            )
+        with ThreadPoolExecutor(max_workers=1) as pool:  # encodes the next window while the model embeds this one
+            windows = self._windows(items, max_batch_tokens)
+            coming = pool.submit(next, windows, None)
+            while (window := coming.result()) is not None:
+                coming = pool.submit(next, windows, None)
+                start, rows = window
+                vectors[start : start + len(rows)] = self.embed_encoded(
+                    rows, batch_size=batch_size, max_batch_tokens=max_batch_tokens
+                )
         failed = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if failed:
             raise EmbedderError(

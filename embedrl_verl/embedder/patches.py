@@ -65,14 +65,14 @@ def patchify(frames: np.ndarray, spec: PatchSpec) -> tuple[torch.Tensor, tuple[i
     Returns:
         float32 (patches, 3 * frames * patch * patch), and the grid (t, h, w) in patches.
     """
-    pixels = torch.from_numpy(frames)
-    if len(pixels) == 1:
-        pixels = pixels.expand(spec.frames, -1, -1, -1)
-    total, height, width, channels = pixels.shape
+    if len(frames) == 1:
+        frames = np.broadcast_to(frames, (spec.frames, *frames.shape[1:]))
+    total, height, width, channels = frames.shape
     t, h, w = total // spec.frames, height // spec.patch, width // spec.patch
-    split = pixels.reshape(
+    split = frames.reshape(
         t, spec.frames, h // spec.merge, spec.merge, spec.patch, w // spec.merge, spec.merge, spec.patch, channels
     )
-    rows = split.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, -1).float()
-    mean, std = (torch.tensor(values).view(1, channels, 1) * spec.scale for values in (spec.mean, spec.std))
-    return rows.sub_(mean).div_(std).flatten(1), (t, h, w)
+    rows = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, -1).astype(np.float32)
+    rows -= np.array(spec.mean, np.float32)[:, None] * spec.scale
+    rows /= np.array(spec.std, np.float32)[:, None] * spec.scale
+    return torch.from_numpy(rows).flatten(1), (t, h, w)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 Grid = tuple[int, int, int]
@@ -31,15 +32,16 @@ def mrope_positions(length: int, media: Sequence[tuple[int, Grid, float]]) -> to
     Returns:
         int64 (4, L): the index of the token, then time, height and width.
     """
-    pieces: list[torch.Tensor] = []
+    positions = np.empty((4, length), np.int64)
+    positions[0] = np.arange(length)
     cursor, start = 0, 0
     for offset, (t, h, w), time_step in media:
-        text = torch.arange(start, start + offset - cursor).expand(3, -1)
+        positions[1:, cursor:offset] = np.arange(start, start + offset - cursor)
         start += offset - cursor
-        time = (torch.arange(t) * time_step).long()
-        grid = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1)
-        pieces += [text, grid + start]
-        start += int(grid.max()) + 1
+        grid = np.indices((t, h, w)).reshape(3, -1)
+        grid[0] = (grid[0] * time_step).astype(np.int64)
         cursor = offset + t * h * w
-    pieces.append(torch.arange(start, start + length - cursor).expand(3, -1))
-    return torch.cat([torch.arange(length)[None], torch.cat(pieces, dim=1)])
+        positions[1:, offset:cursor] = start + grid
+        start += int(grid.max()) + 1
+    positions[1:, cursor:] = np.arange(start, start + length - cursor)
+    return torch.from_numpy(positions)

@@ -236,7 +236,7 @@ class EmbedProcessor:
 
     def _encode(self, prepared: Prepared) -> Encoded:
         """Pixels and tokens of a prepared input."""
-        images = [patchify(np.array(image)[None], self._image_spec) for image in prepared.images]
+        images = [patchify(np.asarray(image)[None], self._image_spec) for image in prepared.images]
         videos = [patchify(frames, self._video_spec) for frames, _ in prepared.videos]
         inputs: dict[str, torch.Tensor] = {}
         for media, pixels, grid in (

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same 50 mixed inputs through two other engines, each in a process of its own that `test_engines.py` starts.
+
+`python tests/embedder/engines.py ray CHECKPOINT OUT`   verl worker groups with 1 and 2 data-parallel ranks, fed by the
+                                                        driver and by TransferQueue
+`python tests/embedder/engines.py vllm CHECKPOINT OUT`  stock vLLM, runner pooling, convert embed
+
+OUT is a file for `torch.load`: a dict of float32 (rows, D) tensors, and what went wrong in `failures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from inputs import ENV, LIMITS, ROWS, mixed_inputs  # a script: its own folder is on the path
+
+from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.embedder import EmbedProcessor
+from embedrl_verl.errors import EmbedderError
+
+
+def config_of(checkpoint: str) -> EmbedderConfig:
+    """float32, and a budget of a few rows a batch, so that there are several batches on each rank."""
+    limits = {name: value for name, value in dataclasses.asdict(LIMITS["qwen2_vl"]).items() if name.endswith("_tokens")}
+    return EmbedderConfig(path=checkpoint, dtype="float32", max_tokens_per_gpu=800, **limits)
+
+
+def through_verl(checkpoint: str) -> dict[str, Any]:
+    """Vectors of worker groups with 1 and 2 ranks; rows once from the driver, once from TransferQueue."""
+    import ray
+    import transfer_queue as tq
+    from omegaconf import OmegaConf
+    from verl.single_controller.ray import RayResourcePool
+
+    from embedrl_verl.embedder.settings import processor_for
+    from embedrl_verl.embedder.worker import EmbedderClient, build_embedder_worker_group
+
+    ray.init(address="local", num_cpus=8, num_gpus=3, include_dashboard=False, log_to_driver=False)
+    tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
+    config = config_of(checkpoint)
+    run_config = OmegaConf.create({"trainer": {"ray_wait_register_center_timeout": 300}})
+    processor = processor_for(config)
+    rows = [processor.encode(one) for one in mixed_inputs(ROWS)]
+    keys = [f"row_{i}_0" for i in range(ROWS)]
+    result: dict[str, Any] = {}
+    for ranks in (1, 2):
+        pool = RayResourcePool(process_on_nodes=[ranks], use_gpu=True, max_colocate_count=2)
+        group = build_embedder_worker_group(run_config, config, pool)
+        client = EmbedderClient(group)
+        result[f"driver_{ranks}"], failures = client.embed(rows)
+        for key, row in zip(keys, rows, strict=True):
+            tq.kv_batch_put(keys=[key], partition_id="embed", fields=row.to_tensordict(), tags=[{}])
+        result[f"queue_{ranks}"], more = client.embed_rows(keys, "embed")
+        result[f"failures_{ranks}"] = {**failures, **more}
+        # Fewer rows than ranks, rows of one length, and a key that is not there.
+        result[f"one_{ranks}"], _ = client.embed_rows(keys[5:6], "embed")
+        result[f"equal_{ranks}"], _ = client.embed([rows[3]] * 4)
+        try:
+            client.embed_rows([*keys[:3], "row_99_0"], "embed")
+        except (EmbedderError, ValueError, RuntimeError, ray.exceptions.RayTaskError) as error:
+            result[f"missing_{ranks}"] = f"{type(error).__name__}: {error}"
+        poisoned = dict(rows[1].multi_modal_inputs)
+        poisoned["pixel_values"] = torch.full_like(poisoned["pixel_values"], float("nan"))
+        bad = dataclasses.replace(rows[1], multi_modal_inputs=poisoned)
+        result[f"poisoned_{ranks}"], result[f"poisoned_failures_{ranks}"] = client.embed([rows[0], bad, rows[2]])
+        tq.kv_clear(keys=keys, partition_id="embed")
+    ray.shutdown()
+    return result
+
+
+def through_vllm(checkpoint: str) -> dict[str, Any]:
+    """Vectors of vLLM's pooling runner, fed with the prompt text and the fitted media."""
+    from vllm import LLM
+
+    processor = EmbedProcessor.from_pretrained(checkpoint, limits=LIMITS["qwen2_vl"])
+    llm = LLM(
+        model=checkpoint,
+        runner="pooling",
+        convert="embed",
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=16,
+        limit_mm_per_prompt={"image": 8, "video": 1},
+    )
+    requests: list[Any] = []
+    for one in mixed_inputs(ROWS):
+        prepared = processor.prepare(one)
+        media: dict[str, Any] = {}
+        if prepared.images:
+            media["image"] = list(prepared.images)
+        if prepared.videos:
+            media["video"] = [frames for frames, _ in prepared.videos]
+        requests.append(
+            {"prompt": prepared.prompt, "multi_modal_data": media} if media else {"prompt": prepared.prompt}
+        )
+    return {"vllm": torch.tensor([output.outputs.embedding for output in llm.embed(requests, use_tqdm=False)])}
+
+
+def main() -> None:
+    """Command line of the module docstring."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("engine", choices=("ray", "vllm"))
+    parser.add_argument("checkpoint")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    os.environ.update(ENV)
+    result = (through_verl if arguments.engine == "ray" else through_vllm)(arguments.checkpoint)
+    torch.save(result, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
