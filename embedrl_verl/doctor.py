@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`embedrl doctor`: what is installed, whether verl has loaded the plugin and why not, what the machine has, and what a recipe would use.
+"""`embedrl doctor`: what is installed, whether verl has loaded the plugin and why not, what the machine has, and what
+a recipe would use.
 
-Imports verl and vLLM's metadata, starts nothing. The exit code is 0 when a recipe could run here and 4 when something is missing; each line that
-is wrong starts with "!!" and says what to do.
+Imports verl and vLLM's metadata, starts nothing. The exit code is 0 when a recipe could run here and 4 when something
+is missing; each line that is wrong starts with "!!" and says what to do.
 """
 
 import argparse
@@ -20,7 +21,16 @@ from embedrl_verl.platforms.versions import VERL_VERSION, VLLM_VERSION, installe
 
 __all__ = ["Finding", "check_ray_cpus", "findings", "main", "run"]
 
-PACKAGES = ("torch", "transformers", "ray", "tensordict", "TransferQueue", "qwen-vl-utils", "sentence-transformers", "megatron-core")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "ray",
+    "tensordict",
+    "TransferQueue",
+    "qwen-vl-utils",
+    "sentence-transformers",
+    "megatron-core",
+)
 ENTRY_POINT_GROUP, ENTRY_POINT = "verl.plugins", "embedrl"
 GIB = 1024**3
 
@@ -58,7 +68,9 @@ def plugin_finding() -> Finding:
         return Finding("plugin", f"loaded by verl ({how[0] if how else 'VERL_USE_EXTERNAL_MODULES'})")
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     if not how:
-        reason = f"no entry point {ENTRY_POINT!r} in the group {ENTRY_POINT_GROUP!r}: install the package (pip install -e .)"
+        reason = (
+            f"no entry point {ENTRY_POINT!r} in the group {ENTRY_POINT_GROUP!r}: install the package (pip install -e .)"
+        )
     elif policy.strip().lower() != "auto" and ENTRY_POINT not in policy:
         reason = f"VERL_USE_EXTERNAL_PLUGINS={policy} leaves it out: unset it, or set it to {ENTRY_POINT}"
     else:
@@ -73,7 +85,11 @@ def _platform_findings() -> list[Finding]:
     try:
         chosen = get_platform().device_name
     except ValueError as error:
-        return [Finding("platform", f"VERL_PLATFORM={os.environ.get('VERL_PLATFORM')} is unknown to verl: {error}", ok=False)]
+        return [
+            Finding(
+                "platform", f"VERL_PLATFORM={os.environ.get('VERL_PLATFORM')} is unknown to verl: {error}", ok=False
+            )
+        ]
     count = torch.cuda.device_count()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
     lines = [Finding("GPUs", f"{count} ({names})" if count else "none")]
@@ -81,7 +97,7 @@ def _platform_findings() -> list[Finding]:
         return [Finding("platform", "cpu (VERL_PLATFORM=cpu)"), *lines]
     if count == 0:
         named = "VERL_PLATFORM" in os.environ
-        text = f"{chosen}, but there is no GPU here: for a CPU run set VERL_PLATFORM=cpu (recipes/run_egrl_tiny_cpu.sh does)"
+        text = f"{chosen}, but there is no GPU here: for a CPU run set VERL_PLATFORM=cpu (run_egrl_tiny_cpu.sh does)"
         return [Finding("platform", text, ok=not named), *lines]
     return [Finding("platform", chosen), *lines]
 
@@ -107,7 +123,7 @@ def _recipe_findings() -> list[Finding]:
 
     count = torch.cuda.device_count()
     if count:
-        text = f"run_egrl_qwen2vl.sh, run_egrl_qwen2_5vl.sh, run_egrl_qwen3vl.sh on GPUS_PER_NODE={count}; tiny: run_egrl_tiny_cpu.sh"
+        text = f"run_egrl_qwen2vl.sh, run_egrl_qwen2_5vl.sh, run_egrl_qwen3vl.sh with GPUS_PER_NODE={count}"
     else:
         text = "run_egrl_tiny_cpu.sh (platform cpu, FSDP2 on gloo, vLLM's CPU build, one data-parallel rank)"
     return [Finding("recipe", text)]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The platform `cpu` for verl's PlatformRegistry: real engines on a machine without an accelerator.
 
-Chosen only by `VERL_PLATFORM=cpu`; auto-detection never picks it, so a GPU node with a broken driver fails instead of training on its CPUs.
-Ray counts "GPU" slots for it (`+ray_kwargs.ray_init.num_gpus=N`), because verl's resource check knows no other name; N is the number of
-data-parallel ranks. Memory figures are resident bytes of this process.
+Chosen only by `VERL_PLATFORM=cpu`; auto-detection never picks it, so a GPU node with a broken driver fails instead of
+training on its CPUs. Ray counts "GPU" slots for it (`+ray_kwargs.ray_init.num_gpus=N`), because verl's resource check
+knows no other name; N is the number of data-parallel ranks. Memory figures are resident bytes of this process.
 """
 
 import resource
@@ -18,7 +18,9 @@ PLATFORM_NAME = "cpu"
 
 
 class CpuDeviceIndex(str):
-    """What `current_device()` returns: a torch device ("cpu") that prints as an index in `f"{device}:{index}"`; verl uses it both ways."""
+    """What `current_device()` returns: a torch device ("cpu") that prints as an index in `f"{device}:{index}"`; verl
+    uses it both ways.
+    """
 
     def __new__(cls) -> "CpuDeviceIndex":
         return super().__new__(cls, "cpu")
@@ -28,9 +30,11 @@ class CpuDeviceIndex(str):
 
 
 class CpuDevice:
-    """Stands where verl expects `torch.cuda`: random state, memory figures in bytes, and no-ops for streams and caches.
+    """Stands where verl expects `torch.cuda`: random state, memory figures in bytes, and no-ops for streams and
+    caches.
 
-    `is_available()` is False, as for any accelerator module on a machine without one: verl then skips its memory-fraction calls.
+    `is_available()` is False, as for any accelerator module on a machine without one: verl then skips its
+    memory-fraction calls.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's FSDP2 engines registered for the device `cpu`. They are plain torch and run on gloo; one thing must differ.
 
-verl keeps a forward-only model (the reference policy, a frozen Embedder) behind FSDP2's CPU offload policy with pinned memory. Pinning asks for
-a CUDA driver, and on a CPU there is nothing to offload from, so `ResidentOnCpuMixin` builds the module without that policy.
-FSDP1 is not offered: it refuses CPU modules with sync_module_states.
+verl keeps a forward-only model (the reference policy, a frozen Embedder) behind FSDP2's CPU offload policy with
+pinned memory. Pinning asks for a CUDA driver, and on a CPU there is nothing to offload from, so `ResidentOnCpuMixin`
+builds the module without that policy. FSDP1 is not offered: it refuses CPU modules with sync_module_states.
 """
 
 from typing import Any
@@ -14,7 +14,9 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 
 
 class ResidentOnCpuMixin:
-    """Before an FSDP engine class: on the platform `cpu`, a forward-only module is sharded like a trained one. No effect on a GPU."""
+    """Before an FSDP engine class: on the platform `cpu`, a forward-only module is sharded like a trained one. No
+    effect on a GPU.
+    """
 
     engine_config: Any
 

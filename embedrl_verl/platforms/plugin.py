@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verl imports to load this plugin (entry point `verl.plugins`, name `embedrl`; verl imports it and never calls it).
+"""What verl imports to load this plugin (entry point `verl.plugins`, name `embedrl`; verl imports it and never calls
+it).
 
-verl hides an exception of a plugin at debug level and goes on without it, so this module logs one line in every process: a WARNING when it
-is in, an ERROR when it cannot be. It registers the platform `cpu`, and arranges that the trainer modes of this package are registered
-as soon as verl's trainer package is imported, in those processes only: they import the whole training stack, which the many other
-processes of a run need not pay for.
+verl hides an exception of a plugin at debug level and goes on without it, so this module logs one line in every
+process: a WARNING when it is in, an ERROR when it cannot be. It registers the platform `cpu`, and arranges that the
+trainer modes of this package are registered as soon as verl's trainer package is imported, in those processes only:
+they import the whole training stack, which the many other processes of a run need not pay for.
 """
 
 import importlib

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts the Python processes of a run by forking one that has imported everything, instead of importing in each.
 
-A run has about ten Python processes (task runner, TransferQueue, actor, agent loop, rollout server, engine, ...), and importing torch,
-verl and vLLM costs each 10 to 40 CPU seconds: on two cores that is two minutes before the first step. Here one server process imports
-once; Ray is told to start workers with a small client instead of the interpreter (verl's own key
-`ray_kwargs.ray_init.runtime_env.py_executable`), and so is multiprocessing in those workers. The client asks the server to fork, with its
-command line, environment, folder and open files, and lives as long as the forked process. Memory is shared until written.
+A run has about ten Python processes (task runner, TransferQueue, actor, agent loop, rollout server, engine, ...), and
+importing torch, verl and vLLM costs each 10 to 40 CPU seconds: on two cores that is two minutes before the first
+step. Here one server process imports once; Ray is told to start workers with a small client instead of the
+interpreter (verl's own key `ray_kwargs.ray_init.runtime_env.py_executable`), and so is multiprocessing in those
+workers. The client asks the server to fork, with its command line, environment, folder and open files, and lives as
+long as the forked process. Memory is shared until written.
 
-For one machine without a GPU only: a CUDA context cannot be forked. The server refuses to fork when an import has left a thread behind.
-Log lines and random state behave as in a new process; modules that read the environment while being imported see the server's.
+For one machine without a GPU only: a CUDA context cannot be forked. The server refuses to fork when an import has
+left a thread behind. Log lines and random state behave as in a new process; modules that read the environment while
+being imported see the server's.
 """
 
 import contextlib
@@ -49,9 +51,13 @@ RUN_MODULES: tuple[str, ...] = (
     "transformers.models.qwen2_vl.modeling_qwen2_vl",
 )
 # Libraries that start threads while they are imported are told not to.
-SINGLE_THREAD_ENV = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-# Ray reads two variables once, when its library is loaded: a worker's job, which is always this one for the driver that starts a local cluster,
-# and the process whose end ends the worker, for which the server's starter stands.
+SINGLE_THREAD_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+# Ray reads two variables once, when its library is loaded: a worker's job, which is always this one for the driver
+# that starts a local cluster, and the process whose end ends the worker, for which the server's starter stands.
 FIRST_RAY_JOB = "01000000"
 _PR_SET_PDEATHSIG = 1
 _MAX_DESCRIPTORS = 250
@@ -119,7 +125,9 @@ class _Server:
             connection.close()
 
     def _client_gone(self, pid: int) -> None:
-        """A client sends nothing after its request, so readable means that it was killed; its process must not outlive it."""
+        """A client sends nothing after its request, so readable means that it was killed; its process must not
+        outlive it.
+        """
         connection = self._clients.get(pid)
         if connection is not None:
             self._selector.unregister(connection)
@@ -129,7 +137,9 @@ class _Server:
 
 
 def run_forked(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
-    """In the forked child: becomes what `python *request["argv"]` would be, with the client's environment, folder and files."""
+    """In the forked child: becomes what `python *request["argv"]` would be, with the client's environment, folder and
+    files.
+    """
     code = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -176,15 +186,16 @@ def _install_descriptors(numbers: Sequence[int], received: Sequence[int]) -> Non
 
 
 def _fresh_process_state() -> None:
-    """What a new process would have: settings that Ray reads from the environment once, a seed of its own (torch's generator has a fixed
-    start in any process), and output line by line."""
+    """What a new process would have: settings that Ray reads from the environment once, a seed of its own (torch's
+    generator has a fixed start in any process), and output line by line.
+    """
     import numpy
     from ray._raylet import Config
 
     job = os.environ.get("RAY_JOB_ID", FIRST_RAY_JOB)
     if job != FIRST_RAY_JOB:
         raise ResourceError(
-            f"prefork serves only a Ray cluster that the run has started itself, whose job is {FIRST_RAY_JOB}; got job {job}. "
+            f"prefork serves only a Ray cluster that the run started itself, whose job is {FIRST_RAY_JOB}; got {job}. "
             "Unset RAY_ADDRESS, or switch prefork off."
         )
     Config.initialize("")
@@ -207,16 +218,16 @@ def _finish(code: int) -> NoReturn:
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Imports `modules` and checks that the process may be forked. Raises ResourceError when an import has started a thread."""
+    """Imports `modules` and checks that the process may be forked. Raises ResourceError when an import has started a
+    thread.
+    """
     for name in modules:
         importlib.import_module(name)
-    threads = [
-        (Path("/proc/self/task") / task / "comm").read_text().strip() for task in os.listdir("/proc/self/task")
-    ]
+    threads = [(Path("/proc/self/task") / task / "comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     if len(threads) != 1:
         raise ResourceError(
             f"a process that forks must have one thread; after importing {', '.join(modules)} it has {threads}. "
-                "Set the variable that keeps it from starting (SINGLE_THREAD_ENV), or switch prefork off."
+            "Set the variable that keeps it from starting (SINGLE_THREAD_ENV), or switch prefork off."
         )
     gc.collect()
     gc.freeze()
@@ -228,8 +239,9 @@ def prefork_server(
 ) -> Iterator[dict[str, str]]:
     """Runs a server for the time of the block and yields the environment variables that make workers use it.
 
-    Set them before `ray.init` and pass `EMBEDRL_PREFORK_PYTHON` as `ray_kwargs.ray_init.runtime_env.py_executable`. Returns at once: workers that
-    ask early wait until the imports are done. `env` is added to the server's environment.
+    Set them before `ray.init` and pass `EMBEDRL_PREFORK_PYTHON` as `ray_kwargs.ray_init.runtime_env.py_executable`.
+    Returns at once: workers that ask early wait until the imports are done. `env` is added to the server's
+    environment.
     """
     folder = Path(tempfile.mkdtemp(prefix="embedrl-"))
     read_end, write_end = os.pipe()

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a Python command line in a process forked by the prefork server (see prefork.py); stands where an interpreter path is expected.
+"""Runs a Python command line in a process forked by the prefork server (see prefork.py); stands where an interpreter
+path is expected.
 
-Standard library only and started with `-I -S`, so that it is there in a few milliseconds. It hands its command line, environment, folder and
-open files to the server, forwards SIGTERM and SIGINT to the forked process, and ends with its exit status.
+Standard library only and started with `-I -S`, so that it is there in a few milliseconds. It hands its command line,
+environment, folder and open files to the server, forwards SIGTERM and SIGINT to the forked process, and ends with its
+exit status.
 """
 
 import array
@@ -42,7 +44,9 @@ def receive_exactly(connection: socket.socket, size: int) -> bytes:
 
 
 def main() -> NoReturn:
-    """Forks through the server, waits, exits with the child's status; without a server, replaces itself by the interpreter."""
+    """Forks through the server, waits, exits with the child's status; without a server, replaces itself by the
+    interpreter.
+    """
     arguments = sys.argv[1:]
     while arguments and arguments[0] in STARTUP_FLAGS:
         arguments.pop(0)

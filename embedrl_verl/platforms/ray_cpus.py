@@ -8,7 +8,7 @@ one CPU. These are slots of Ray's own book-keeping, not cores: on a small machin
 be larger than the number of cores.
 """
 
-import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from embedrl_verl.errors import ResourceError
 
 CPUS_PER_DEVICE = 3  # verl.single_controller.ray.base.ResourcePoolManager.max_colocate_count
+
+ANSWER_WITHIN_S = 10
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,39 @@ def ray_needs(config: Any) -> RayNeeds:
 def ray_nodes(config: Any) -> list[NodeResources]:
     """Slots of each node that a run with this config will see: of the cluster it joins, else of the one it starts here.
 
-    Raises ResourceError when a cluster is named (RAY_ADDRESS or ray_kwargs.ray_init.address) and does not answer.
+    Raises ResourceError when there is a cluster to join (an address in the config or in RAY_ADDRESS, or one that
+    `ray start` left on this machine) and it does not answer, or the config has slots that only a new cluster can take.
     """
     import ray
+    from ray._private.services import canonicalize_bootstrap_address
 
-    address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         return _alive_nodes()
-    if address and address != "local":
-        try:
-            ray.init(address=address, log_to_driver=False)
-        except ConnectionError as error:
-            raise ResourceError(
-                f"the Ray cluster at {address} must answer; got: {error}. "
-                "Start it (ray start --head), or unset RAY_ADDRESS."
-            ) from error
-        try:
-            return _alive_nodes()
-        finally:
-            ray.shutdown()
-    return [_local_node(config)]
+    ray_init = config.ray_kwargs.ray_init
+    address = canonicalize_bootstrap_address(ray_init.get("address"))  # the decision that ray.init will take
+    if address is None:
+        return [_local_node(config)]
+    own = [key for key in ("num_cpus", "num_gpus") if ray_init.get(key) is not None]
+    if own:
+        raise ResourceError(
+            f"ray_kwargs.ray_init.{own[0]} is for a cluster that the run starts itself; it would join the one at "
+            f"{address}. Set +ray_kwargs.ray_init.address=local to start one all the same, end that one (ray stop), or set "
+            f"{' and '.join(own)} to null."
+        )
+    host, _, port = address.rpartition(":")
+    try:
+        # Ray itself would try for minutes.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_WITHIN_S).close()
+    except OSError as error:
+        raise ResourceError(
+            f"the Ray cluster at {address} must answer within {ANSWER_WITHIN_S} s; got: {error}. "
+            "Start it (ray start --head), or unset RAY_ADDRESS."
+        ) from error
+    ray.init(address=address, log_to_driver=False)
+    try:
+        return _alive_nodes()
+    finally:
+        ray.shutdown()
 
 
 def _alive_nodes() -> list[NodeResources]:

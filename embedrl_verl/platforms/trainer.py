@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainer mode `plain_sync`: verl's own synchronous trainer with this package's worker classes and nothing else.
 
-It runs plain GRPO on a CPU, and on GPUs it is the baseline that EG-RL's step time is compared with. `WorkerClassesMixin` is also the
-base of this package's own modes.
+It runs plain GRPO on a CPU, and on GPUs it is the baseline that EG-RL's step time is compared with.
+`WorkerClassesMixin` is also the base of this package's own modes.
 """
 
 from typing import Any

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker classes that run verl's engines on any platform of this package, and rebuild nested position ids before verl uses them.
+"""Worker classes that run verl's engines on any platform of this package, and rebuild nested position ids before verl
+uses them.
 
-- `NestedPositionIdsTrainingWorker`: verl's TrainingWorker; on a CPU it creates the gloo group before verl asks torch for
-  "cpu:gloo,cpu:gloo", which torch rejects (verl skips its own call when a group exists).
-- `EmbedRLActorRolloutRefWorker`: verl's hybrid worker with the class above for actor and reference (verl's own class attributes).
+- `NestedPositionIdsTrainingWorker`: verl's TrainingWorker; on a CPU it creates the gloo group before verl asks torch
+  for "cpu:gloo,cpu:gloo", which torch rejects (verl skips its own call when a group exists).
+- `EmbedRLActorRolloutRefWorker`: verl's hybrid worker with the class above for actor and reference (verl's own class
+  attributes).
 - `use_nested_position_ids_workers`: puts both into a trainer's `role_worker_mapping`.
 
-Importing this module registers the engines for the device `cpu`; unpickling one of the classes in a Ray actor imports it there.
+Importing this module registers the engines for the device `cpu`; unpickling one of the classes in a Ray actor imports
+it there.
 """
 
 import os
@@ -25,7 +28,9 @@ from embedrl_verl.platforms.position_ids import rebuild_position_ids
 
 
 def init_cpu_process_group() -> None:
-    """On the platform `cpu`: joins the global gloo group from RANK, WORLD_SIZE and DIST_INIT_METHOD, if none exists yet."""
+    """On the platform `cpu`: joins the global gloo group from RANK, WORLD_SIZE and DIST_INIT_METHOD, if none exists
+    yet.
+    """
     if get_device_name() != "cpu" or torch.distributed.is_initialized():
         return
     torch.distributed.init_process_group(
@@ -76,10 +81,11 @@ _REPLACEMENT: dict[type, type] = {
 
 
 def use_nested_position_ids_workers(role_worker_mapping: dict[Any, Any]) -> None:
-    """Replaces verl's worker classes in `role_worker_mapping` (role -> Ray actor class) by those of this module, in place.
+    """Replaces verl's worker classes in `role_worker_mapping` (role -> Ray actor class) by those of this module, in
+    place.
 
-    Call it after `super()._init_resource_pool_mgr()`. Raises PluginError for a class that it does not know, since that one would run with
-    verl's own handling of position ids.
+    Call it after `super()._init_resource_pool_mgr()`. Raises PluginError for a class that it does not know, since
+    that one would run with verl's own handling of position ids.
     """
     for role, actor_class in role_worker_mapping.items():
         worker_class = actor_class.__ray_actor_class__

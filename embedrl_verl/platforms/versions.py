@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The upstream versions this package is written for, and the guard that every patch and every use of upstream internals calls."""
+"""The upstream versions this package is written for, and the guard that every patch and every use of upstream
+internals calls.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 

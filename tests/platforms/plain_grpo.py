@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock verl's `main_ppo` with plain GRPO, a toy reward and a tiny Qwen2-VL: what the platform tests run, and a person can too.
+"""Stock verl's `main_ppo` with plain GRPO, a toy reward and a tiny Qwen2-VL: what the platform tests run, and a
+person can too.
 
-`python tests/platforms/plain_grpo.py OUT_DIR [hydra overrides]` builds model and data in OUT_DIR and runs three steps.
+`python tests/platforms/plain_grpo.py OUT_DIR [hydra overrides]` builds model and data in OUT_DIR and runs three
+steps.
 """
 
 import io
@@ -104,7 +106,8 @@ def overrides(out_dir: Path, steps: int = 3, ranks: int = 1) -> list[str]:
         "reward.num_workers=1",
         f"reward.custom_reward_function.path={Path(__file__).resolve()}",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
-        "ray_kwargs.ray_init.num_cpus=16",
+        "+ray_kwargs.ray_init.address=local",
+        "ray_kwargs.ray_init.num_cpus=5",
         f"+ray_kwargs.ray_init.num_gpus={ranks}",
         "+ray_kwargs.ray_init.include_dashboard=False",
         "trainer.nnodes=1",
@@ -120,14 +123,21 @@ def overrides(out_dir: Path, steps: int = 3, ranks: int = 1) -> list[str]:
 
 
 def run(out_dir: Path, extra: list[str], *, timeout_s: float = 600) -> str:
-    """Builds model and data in `out_dir`, runs `python -m verl.trainer.main_ppo` and returns its output, stderr included."""
+    """Builds model and data in `out_dir`, runs `python -m verl.trainer.main_ppo` and returns its output, stderr
+    included.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     if not (out_dir / "model").exists():
         build_tiny_model(out_dir / "model")
     write_prompts(out_dir / "train.parquet", rows=12)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(out_dir), *extra]
     process = subprocess.run(
-        command, env={**os.environ, **ENV}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s
+        command,
+        env={**os.environ, **ENV},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout_s,
     )
     (out_dir / "log.txt").write_text(process.stdout)
     if process.returncode != 0:
