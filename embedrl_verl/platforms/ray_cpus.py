@@ -83,8 +83,8 @@ def ray_nodes(config: Any) -> list[NodeResources]:
     if own:
         raise ResourceError(
             f"ray_kwargs.ray_init.{own[0]} is for a cluster that the run starts itself; it would join the one at "
-            f"{address}. Set +ray_kwargs.ray_init.address=local to start one all the same, end that one (ray stop), or set "
-            f"{' and '.join(own)} to null."
+            f"{address}. Set +ray_kwargs.ray_init.address=local to start one all the same, end that one (ray stop), or "
+            f"set {' and '.join(own)} to null."
         )
     host, _, port = address.rpartition(":")
     try:
