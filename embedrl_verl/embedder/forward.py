@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from embedrl_verl.embedder.batching import PaddedRows
+from embedrl_verl.errors import EmbedderError
 from embedrl_verl.tcot import family_of
 
 
@@ -34,22 +35,26 @@ def embed_padded(inner: Any, rows: PaddedRows, *, always_run_vision: bool = Fals
 
     Returns:
         float32 (B, D), each row of length 1 or NaN; differentiable when gradients are enabled.
+
+    Raises:
+        EmbedderError: placeholders and media do not belong together.
     """
     embeds = inner.get_input_embeddings()(rows.input_ids)
     deepstack: dict[str, Any] = {}
     media = _join_media(rows)
     if media is None and always_run_vision:
-        embeds = embeds + 0.0 * _vision(inner, *_blank_media(inner, embeds.device)).pooler_output.sum()
+        embeds = embeds + 0.0 * sum(part.sum() for part in _vision(inner, *_blank_media(inner, embeds.device)))
     if media is not None:
-        features = _vision(inner, *media)
+        features, *deep_features = _vision(inner, *media)
         is_image = rows.input_ids == inner.config.image_token_id
         is_visual = is_image | (rows.input_ids == inner.config.video_token_id)
         # Features are ordered images, then videos; placeholders are ordered as they are read.
         order = torch.argsort((~is_image[is_visual]).int(), stable=True).argsort()
-        mask = is_visual.unsqueeze(-1)
-        embeds = embeds.masked_scatter(mask, features.pooler_output[order].to(embeds.dtype))
-        if family_of(inner.config.model_type) == "qwen3_vl":
-            layers = [layer[order].to(embeds.dtype) for layer in features.deepstack_features]
+        if len(order) != len(features):
+            raise EmbedderError(f"{len(features)} visual tokens need as many placeholders; the rows have {len(order)}")
+        embeds = embeds.masked_scatter(is_visual.unsqueeze(-1), features[order].to(embeds.dtype))
+        if deep_features:
+            layers = [layer[order].to(embeds.dtype) for layer in deep_features]
             deepstack = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": layers}
     hidden = inner.language_model(
         input_ids=None,
@@ -64,9 +69,11 @@ def embed_padded(inner: Any, rows: PaddedRows, *, always_run_vision: bool = Fals
     return vectors
 
 
-def _vision(inner: Any, pixels: torch.Tensor, grid: torch.Tensor) -> Any:
-    """Vision model output: `pooler_output` (merged tokens, D), for Qwen3-VL also `deepstack_features`."""
-    return inner.visual(pixels, grid_thw=grid)
+def _vision(inner: Any, pixels: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
+    """Features of all merged tokens (T, D), for Qwen3-VL followed by those of its deep-stack layers."""
+    output = inner.visual(pixels, grid_thw=grid)
+    deep = output.deepstack_features if family_of(inner.config.model_type) == "qwen3_vl" else []
+    return [output.pooler_output, *deep]
 
 
 def _join_media(rows: PaddedRows) -> tuple[torch.Tensor, torch.Tensor] | None:

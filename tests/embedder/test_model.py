@@ -97,6 +97,21 @@ def test_a_batch_without_media_is_the_same_whether_or_not_the_vision_model_runs_
     assert not rows.media and torch.equal(plain, along)
 
 
+def test_bfloat16_is_close_to_float32(checkpoint, embedder):
+    rough = Embedder.from_pretrained(checkpoint("qwen2_vl"), limits=LIMITS["qwen2_vl"], dtype=torch.bfloat16)
+    inputs = mixed_inputs(12)
+    assert rough.processor.encode(inputs[1]).multi_modal_inputs["pixel_values"].dtype == torch.bfloat16
+    cosine = (rough.embed(inputs) * embedder("qwen2_vl").embed(inputs)).sum(dim=1)
+    assert cosine.min() > 0.99 and not torch.equal(cosine, torch.ones(12))
+
+
+def test_placeholders_without_their_media_are_an_error_and_never_a_shifted_picture(embedder):
+    rows = [embedder("qwen2_vl").processor.encode(one) for one in mixed_inputs(3)[1:]]
+    fewer = dataclasses.replace(rows[0], multi_modal_inputs={})
+    with pytest.raises(EmbedderError, match="visual tokens need as many placeholders"):
+        embedder("qwen2_vl").embed_encoded([fewer, rows[1]])
+
+
 def test_gradients_reach_the_vision_and_the_language_model(each_embedder):
     inner = each_embedder.model.model
     rows = pad_rows([each_embedder.processor.encode(one) for one in mixed_inputs(4)])
