@@ -85,8 +85,8 @@ def iter_blocks(
 
 
 def _row_reader(matrix: Tensor, height: int) -> Callable[[slice], Tensor]:
-    """Up to `height` rows at a time, also of a transposed view: torch transposes a small contiguous matrix in a tenth
-    of the time that it takes to read strided rows."""
+    """Up to `height` rows at a time, also of a transposed view: copying its columns and transposing the copy takes half
+    the time of reading strided rows."""
     if matrix.stride(1) == 1:
         return matrix.__getitem__
     cols = matrix.shape[1]
