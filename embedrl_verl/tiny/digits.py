@@ -275,7 +275,8 @@ def read_samples(path: str | Path) -> list[Sample]:
             truth = json.loads(line)
             if truth["pair_id"] != record.pair_id:
                 raise DataError(
-                    f"{path}: truths must be in the order of the pairs; got {truth['pair_id']} beside {record.pair_id}: write the world again"
+                    f"{path}: truths must be in the order of the pairs; got {truth['pair_id']} beside "
+                    f"{record.pair_id}: write the world again"
                 )
             sides = [Truth(truth[side]["tcot"], tuple(truth[side]["cells"])) for side in ("query", "target")]
             samples.append(Sample(record, *sides))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Complete tiny Hugging Face models of the three Qwen-VL families, made on the spot with random weights.
 
-`build_tiny_model` writes a folder that transformers, vLLM (CPU and GPU) and verl load like a released checkpoint: config,
-generation config, safetensors, fast tokenizer, chat template, image and video processor. About 0.8 million parameters
-with the defaults. Three constraints shape the sizes:
+`build_tiny_model` writes a folder that transformers, vLLM (CPU and GPU) and verl load like a released checkpoint:
+config, generation config, safetensors, fast tokenizer, chat template, image and video processor. About 0.8 million
+parameters with the defaults. Three constraints shape the sizes:
 
 - vLLM's CPU attention wants a head size of 32 or 64 (16 fails at the first forward), so heads = hidden_size / 32;
 - the three sections of M-RoPE must sum to half the head size;
@@ -43,6 +43,9 @@ from embedrl_verl.tiny.tokenizer import build_tokenizer
 
 TinyFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 HEAD_SIZE = 32
+# With the usual 1e4 or 1e6 the axes of an image get wavelengths of hundreds of tokens, and a model of two layers cannot
+# tell neighbouring columns apart. Its sequences are about a hundred tokens long: 16 pairs from wavelength 6 to 100.
+ROPE_THETA = 20.0
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 # Pixels of one patch side; a visual token is 2 x 2 patches: 28 px, for Qwen3-VL 32 px.
 PATCH_SIZE: dict[str, int] = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
@@ -131,7 +134,7 @@ def _build_model(
         "vision_end_token_id": token_id("<|vision_end|>"),
         "tie_word_embeddings": False,
     }
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [2, 6, 8]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel

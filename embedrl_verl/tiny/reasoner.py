@@ -27,8 +27,15 @@ from embedrl_verl.tcot import token_side
 
 END = "<|im_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-# Cells are one visual token each; a picture of a strip may be as small as four of them.
-TINY_LIMITS = MediaLimits(token_side=token_side("qwen2_vl"), image_min_tokens=4, frame_min_tokens=4, max_frames=8)
+# Nothing in the digits world is ever resized: a canvas has fewer than 64 cells, a crop at least one.
+TINY_LIMITS = MediaLimits(
+    token_side=token_side("qwen2_vl"),
+    image_min_tokens=1,
+    image_max_tokens=64,
+    frame_min_tokens=1,
+    frame_max_tokens=64,
+    max_frames=8,
+)
 
 
 @dataclass(frozen=True)
@@ -121,14 +128,13 @@ class Reasoner:
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
             kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
             media = join_media(rows)
-            sampling = (
-                {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-            )
+            sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
             tokens = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 mm_token_type_ids=kinds,
                 max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
                 **media,
                 **sampling,
             )

@@ -39,12 +39,12 @@ _WORDS = (
     "system user assistant Query Candidate Target target query candidate text image images picture page document video "
     "frame frames clip canvas digits digit numbers number read all the in of a an at is are and with from to for on by "
     "find Find Read Which which What what that shows show contains line printed left right upper lower first last top "
-    "bottom middle row order reads sum none yes no not it its this these ok checked seen here box boxes keywords "
+    "bottom middle row order reads bbox none yes no not it its this these ok checked seen here box boxes keywords "
     "key frames evidence relative absolute pixels units write Write give Give answer thinking rethink JSON then tags "
     "Summarize the above content one word Represent given retrieve matching corresponds question Question instruction "
     "second third fourth fifth sixth count how many odd even largest smallest after before between"
 )
-_MARKS = ('":', '"]}', "]}", '"}', '","', '", "', "[[", "]]", "],[", "], [", '["', " [", " {", ":\n", ".\n", "?\n", ").")  # fmt: skip
+_MARKS = ('":', '"]}', "]}", '"}', '","', '", "', "[[", "]]", "],[", "], [", '["', " [", " {", ":\n", ".\n")
 
 
 def build_tokenizer(*, with_emb_token: bool = True) -> PreTrainedTokenizerFast:
