@@ -239,7 +239,7 @@ def _device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     nodes, per_node = int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node)
     if str(config.trainer.device) == "cpu":
-        devices = f"{batch.devices} process(es) on the CPU (gloo)"
+        devices = f"{_count(batch.devices, 'process')} on the CPU (gloo)"
         unit = "CPU process"
     else:
         here = torch.cuda.device_count()
@@ -250,22 +250,23 @@ def _device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list
         mesh = actor.megatron
         engine = (
             f"Megatron, TP {mesh.tensor_model_parallel_size} x PP {mesh.pipeline_model_parallel_size} x "
-            f"CP {mesh.context_parallel_size}, {batch.data_parallel} data-parallel rank(s)"
+            f"CP {mesh.context_parallel_size}, {_count(batch.data_parallel, 'data-parallel rank')}"
         )
     else:
-        engine = f"{actor.strategy}, {batch.data_parallel} data-parallel rank(s)"
+        engine = f"{actor.strategy}, {_count(batch.data_parallel, 'data-parallel rank')}"
     embedder = section.embedder
     return [
         ("devices", devices),
         ("actor", engine),
         (
             "rollout",
-            f"{rollout.name}, {batch.devices // batch.rollout_parallel} replica(s) of {batch.rollout_parallel} {unit}",
+            f"{rollout.name}, {_count(batch.devices // batch.rollout_parallel, 'replica')} of "
+            f"{_count(batch.rollout_parallel, unit)}",
         ),
         (
             "embedder",
-            f"{embedder.strategy} in {batch.devices} process(es) of its own on the same devices, {embedder.dtype}, "
-            f"at most {embedder.max_tokens_per_gpu} tokens a micro-batch"
+            f"{embedder.strategy}, {_count(batch.devices, 'process')} of its own on the same devices, "
+            f"{embedder.dtype}, at most {embedder.max_tokens_per_gpu} tokens a micro-batch"
             + (", offloaded between uses" if embedder.offload else ""),
         ),
     ]
@@ -299,7 +300,7 @@ def _training_lines(config: Any) -> list[tuple[str, str]]:
     kl = f"{actor.kl_loss_coef} ({actor.kl_loss_type})" if actor.use_kl_loss else "off"
     kwargs = ", ".join(f"{key}={value}" for key, value in (function.reward_kwargs or {}).items())
     steps = config.trainer.total_training_steps
-    length = f"{steps} steps" if steps is not None else f"{config.trainer.total_epochs} epoch(s)"
+    length = _count(steps, "step") if steps is not None else _count(config.trainer.total_epochs, "epoch")
     return [
         (
             "optimiser",
@@ -330,6 +331,11 @@ def _file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: s
     lines.append(("media root", "none: media are bytes in the rows" if root is None else _folder(root)))
     lines.append(("checkpoints", str(config.trainer.default_local_dir)))
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def _folder(path: object) -> str:

@@ -94,7 +94,7 @@ start_or_join_ray() {
     "${ray[@]}" start --head --node-ip-address="$MASTER_ADDR" --port="$port" --num-gpus="$GPUS_PER_NODE" \
         --disable-usage-stats --block &
     # Only this head is stopped at the end: ray stop would end every Ray on the node.
-    trap "kill $! 2>/dev/null; wait $!" EXIT
+    trap "kill $! 2>/dev/null || true; wait $! 2>/dev/null || true" EXIT
     export RAY_ADDRESS="$MASTER_ADDR:$port"
     "$PYTHON" - "$NNODES" "${RAY_WAIT_SECONDS:-600}" <<'PY'
 import sys, time

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU recipe: its plan, and what is done again when it is run again. The stages themselves are stood in for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from embedrl_verl.plan import compose, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ["models", "models", "digits", "sft", "contrastive", "train", "evaluate", "summary"]
+# Writes down the module that it is called for; a training leaves a checkpoint behind.
+STAND_IN = """#!/usr/bin/env bash
+printf '%s\\0' "${2##*.}" "${@:3}" $'\\n' >>"$OUT/calls"
+[[ "${2##*.}" != "${FAIL:-}" ]] || exit 1
+if [[ "$2" == embedrl_verl.train ]]; then
+    mkdir -p "$OUT/rl/checkpoints/global_step_7/actor/huggingface"
+    echo 7 >"$OUT/rl/checkpoints/latest_checkpointed_iteration.txt"
+fi
+"""
+
+
+class Recipe:
+    """The recipe with a stand-in for Python, in a folder of its own."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.python = out / "python"
+        self.python.write_text(STAND_IN)
+        self.python.chmod(0o755)
+
+    def run(self, *arguments: str, **variables: str) -> tuple[int, list[list[str]]]:
+        """Exit code, and the calls of Python: module, arguments."""
+        (self.out / "calls").unlink(missing_ok=True)
+        env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "OUT": str(self.out), "PYTHON": str(self.python)}
+        command = ["bash", str(ROOT / "recipes" / "run_egrl_tiny_cpu.sh"), *arguments]
+        result = subprocess.run(command, env={**env, **variables}, capture_output=True, timeout=60, check=False)
+        lines = (self.out / "calls").read_text().split("\0\n\0")[:-1]
+        return result.returncode, [line.split("\0") for line in lines]
+
+    def modules(self, *arguments: str, **variables: str) -> list[str]:
+        code, calls = self.run(*arguments, **variables)
+        assert code == 0
+        return [call[0] for call in calls]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe(tmp_path)
+
+
+def test_the_plan_holds_complete_pairs_and_two_updates_a_step(recipe: Recipe) -> None:
+    _, [[module, *overrides]] = recipe.run("trainer.total_training_steps=3", DRY_RUN="1", SEED="5")
+    assert module == "plan"
+    config = compose(overrides)
+    plan = make_plan(config)
+    assert plan.batch.updates == 2
+    assert plan.batch.devices == 1
+    assert config.data.seed == 5
+    assert config.trainer.total_training_steps == 3
+    assert "1 process on the CPU (gloo)" in str(plan)
+
+
+def test_every_stage_runs_once_in_order_and_the_table_is_shown_every_time(recipe: Recipe) -> None:
+    assert recipe.modules() == STAGES
+    assert (recipe.out / "reasoner").is_dir()
+    assert recipe.modules() == ["summary"]
+
+
+def test_an_interrupted_training_goes_on_and_a_longer_one_too(recipe: Recipe) -> None:
+    assert recipe.run(FAIL="train")[0] == 1
+    kept = recipe.out / "rl" / "checkpoints"
+    kept.mkdir(exist_ok=True)
+    assert recipe.modules() == STAGES[STAGES.index("train") :]
+    assert kept.is_dir()
+    (kept / "global_step_3").mkdir()
+    assert recipe.modules(STEPS="200") == STAGES[STAGES.index("train") :]
+    assert (kept / "global_step_3").is_dir()
+
+
+def test_other_settings_start_the_training_anew(recipe: Recipe) -> None:
+    recipe.modules()
+    old = recipe.out / "rl" / "checkpoints" / "global_step_3"
+    old.mkdir()
+    assert recipe.modules("actor_rollout_ref.rollout.n=4") == STAGES[STAGES.index("train") :]
+    assert not old.exists()
+
+
+def test_what_was_made_of_older_models_is_void_even_after_an_interruption(recipe: Recipe) -> None:
+    recipe.modules()
+    assert recipe.run(SEED="1", FAIL="contrastive")[0] == 1
+    assert not (recipe.out / "rl").exists()
+    assert recipe.modules(SEED="1") == STAGES[STAGES.index("contrastive") :]
