@@ -213,8 +213,8 @@ train() {
     if is_dry_run; then
         "$PYTHON" -m embedrl_verl.plan "$@"
     else
-        mkdir -p "$OUT"
-        export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl"
+        export VERL_FILE_LOGGER_PATH="${METRICS:-$OUT/metrics.jsonl}"
+        mkdir -p "$(dirname "$VERL_FILE_LOGGER_PATH")"
         "$PYTHON" -m embedrl_verl.train "$@"
     fi
 }

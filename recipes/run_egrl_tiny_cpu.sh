@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-80} FAMILY=${FAMILY:-qwen2_vl}
 OUT=${OUT:-$ROOT/runs/tiny_cpu/seed$SEED}
-REWARD=${REWARD:-$ROOT/reward/no_judge.py}
+REWARD=${REWARD:-$ROOT/reward/no_judge.py} METRICS="$OUT/rl/metrics.jsonl"
 
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
