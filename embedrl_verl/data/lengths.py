@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+from verl.utils.tokenizer.chat_template import apply_chat_template
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
 from embedrl_verl.data.prompts import Messages, VideoInput
@@ -56,3 +57,18 @@ class PromptMeter:
                     f"the processor resizes a {name} from {width}x{height} to {seen_width}x{seen_height} pixels: its "
                     f"own limits are narrower than data.embedrl.{name}_min_tokens .. {name}_max_tokens; change either"
                 )
+
+
+def served_prompt_ids(
+    messages: Messages, processor: Any, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a prompt as vLLM has to get it: one placeholder for each image and each video.
+
+    vLLM expands placeholders itself. verl 0.9.1 sends it the expanded prompt with runs of placeholders merged, which is
+    the same thing except for videos of Qwen3-VL: there each pair of frames has a time stamp and a run of its own, vLLM
+    takes the first for the whole video, and the model answers another prompt than the one that the actor is trained on.
+    """
+    kwargs = dict(template_kwargs or {})
+    text = apply_chat_template(processor, messages, tokenize=False, add_generation_prompt=True, **kwargs)
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids

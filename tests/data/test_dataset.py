@@ -18,8 +18,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn, get_dataset_class
 from verl.utils.tokenizer import hf_processor, hf_tokenizer
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+from verl.workers.rollout.utils import qwen2_5_vl_dedup_image_tokens
 
 from embedrl_verl.data.dataset import TCoTDataset, row_item
+from embedrl_verl.data.lengths import served_prompt_ids
 from embedrl_verl.data.media import load_item
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.sampler import PairBatchSampler
@@ -152,6 +154,23 @@ def test_the_prompt_that_is_counted_is_the_prompt_that_runs(
         assert len(kept) == 2 * sum(length <= limit for length in by_pair)
         counted = {tokens for sides in kept.overlong.values() for tokens in sides.values()}
         assert counted <= set(lengths) and min(counted) > limit
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_served_prompt_has_one_placeholder_a_medium(
+    make: Callable[..., TCoTDataset], root: Path, models: dict[str, tuple[Any, Any]], family: str
+) -> None:
+    data, processor = make(family=family), models[family][1]
+    for index in range(len(data)):
+        row = data[index]
+        served = served_prompt_ids(row["raw_prompt"], processor)
+        item = row_item(row)
+        assert served.count(processor.image_token_id) == len(item.images)
+        assert served.count(processor.video_token_id) == (item.video is not None)
+        # verl's own way agrees, except for the time stamps that Qwen3-VL puts between the frames of a video.
+        expanded = rollout_prompt(data, row, config_of(root), models[family])
+        agrees = served == qwen2_5_vl_dedup_image_tokens(expanded, processor)
+        assert agrees == (family != "qwen3_vl" or item.video is None)
 
 
 def test_an_overlong_side_drops_the_pair_and_says_so(
