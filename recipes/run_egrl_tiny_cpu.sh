@@ -118,7 +118,7 @@ export_reasoner() {
 
 evaluate() {
     "$PYTHON" -m embedrl_verl.tiny.evaluate --embedder "$OUT/embedder" --world "$OUT/world" --before "$OUT/sft" \
-        --after "$OUT/reasoner" --out "$OUT/evaluation.json"
+        --after "$OUT/reasoner" --seed "$SEED" --out "$OUT/evaluation.json"
 }
 
 mkdir -p "$OUT/.stages"
@@ -130,4 +130,4 @@ run_stage contrastive "$PYTHON" -m embedrl_verl.tiny.contrastive --model "$OUT/m
 run_stage rl run_rl "${OVERRIDES[@]}" "$@"
 run_stage export export_reasoner
 run_stage evaluate evaluate
-"$PYTHON" -m embedrl_verl.tiny.summary --run "$OUT"
+"$PYTHON" -m embedrl_verl.tiny.summary "$OUT" --out "$OUT"
