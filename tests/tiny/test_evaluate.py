@@ -120,12 +120,11 @@ def test_no_pair_is_refused(embedder: Embedder) -> None:
         evaluate(embedder, [], {})
 
 
-def test_command_writes_every_view_with_counts(folder: Path, tmp_path: Path) -> None:
+def test_command_writes_every_view_with_counts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_world(tmp_path / "world", size=WorldSize(4, 4, 4))
     argv = ["--world", str(tmp_path / "world"), "--embedder", str(folder), "--out", str(tmp_path / "evaluation.json")]
-    threads = torch.get_num_threads()
+    monkeypatch.setattr(module, "THREADS", 1)
     main([*argv, "--reasoner-before", str(folder), "--reasoner-after", str(folder), "--seed", "3"])
-    torch.set_num_threads(threads)
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(result["views"]) == ["raw", "before", "after", "truth"]
     assert (result["seed"], result["pairs"], set(result["queries"].values())) == (3, 24, {4})
