@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM expands a prompt to exactly the tokens that are counted here and that the actor is trained on.
 
-Qwen3-VL is the family whose video prompts verl merges wrongly; `test_dataset.py` shows for the others, without vLLM, that
-both ways agree. `python tests/data/test_served_prompt.py FOLDER` is the part that runs in a process of its own.
+Qwen3-VL is the family whose video prompts verl merges wrongly; `test_dataset.py` shows for the others, without vLLM,
+that both ways agree. `python tests/data/test_served_prompt.py FOLDER` is the part that runs in a process of its own.
 """
 
 from __future__ import annotations
