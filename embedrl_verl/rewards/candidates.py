@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is a positive and who is a negative of a row: the masks of method section 4, block by block.
+"""Who is a positive and who is a negative of a row: the masks of method section 4.
 
 For row i of pair g: Pos(i) = the columns of pair g. Neg(i) = all other columns except false negatives, which show the
-same content as a positive. Columns whose embedding failed, and cells that are NaN, are in neither. A block holds a few
-rows, so memory beside the similarity matrix does not grow with the number of rows.
+same content as a positive. Columns whose embedding failed, and cells that are NaN, are in neither.
+
+The masks are never built as a matrix: columns are sorted by pair and by content once, so that a row's own columns, and
+those that show its contents, are a few ranges of a sorted list.
 """
 
 from __future__ import annotations
@@ -14,74 +16,94 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Cells of one block: its two float64 work buffers (4 MiB each) stay in the CPU's cache.
-BLOCK_CELLS = 2**19
+# Stands for "no candidate": finite, so that 0 weight times it is 0, and far below every similarity.
+NO_CANDIDATE = -1e200
+# Cells of one block: its two float64 work buffers (2 MiB each) stay in the CPU's cache.
+BLOCK_CELLS = 2**18
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some rows of one direction; P = the largest number of positives of a row in the block (at least 1), C = all
-    columns.
+class ColumnLists:
+    """One list of columns for every row: `count[i]` entries of `order` (C,) from `start[i]`; both (R,) int64."""
 
-    `rows`: which rows. `positives`: (r, P) float64 in falling order, -inf where a row has fewer. `positive_count`: (r,)
-    int64. `negatives`: (r, C) float64, -inf where the column is no negative. `top_negatives`: (r, P) float64, the
-    largest of them in falling order. `false_negatives`: (r,) int64, valid columns of other pairs left out because they
-    show the content of a positive. `scratch`: (r, C) float64, uninitialised. The reader may overwrite `negatives` and
-    `scratch`, and must be done with them before asking for the next block, which reuses their memory.
+    order: Tensor
+    start: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, wanted: Tensor) -> ColumnLists:
+        """For every row the columns whose key (C,) is the row's `wanted` (R,) one."""
+        ordered, order = keys.sort(stable=True)
+        start = torch.searchsorted(ordered, wanted)
+        return cls(order, start, torch.searchsorted(ordered, wanted, right=True) - start)
+
+    def columns(self, rows: slice) -> Tensor:
+        """(r, K) with K = the longest list of `rows`, at least 1; shorter ones repeat their last entry."""
+        start, count = self.start[rows, None], self.count[rows, None]
+        slot = torch.arange(max(1, int(count.max())), device=start.device).minimum((count - 1).clamp_(min=0))
+        return self.order[(start + slot).clamp_(max=len(self.order) - 1)]
+
+    def marked(self, mask: Tensor) -> Tensor:
+        """(R,) int64: how many of a row's columns are True in `mask` (C,)."""
+        before = torch.nn.functional.pad(mask[self.order].cumsum(0), (1, 0))
+        return before[self.start + self.count] - before[self.start]
+
+
+def own_columns(row_pair: Tensor, col_pair: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, P) columns of each row's pair, P at least 1, and (R, P) bool: which entries are real."""
+    lists = ColumnLists.of(col_pair, row_pair)
+    columns = lists.columns(slice(None))
+    return columns, torch.arange(columns.shape[1], device=columns.device) < lists.count[:, None]
+
+
+def columns_with_own_content(row_pair: Tensor, col_pair: Tensor, col_content: Tensor) -> list[ColumnLists]:
+    """Per row every column that shows the content of one of its own pair's columns, itself included.
+
+    One list a row for its pair's first content, one for the second and so on (a pair normally has one). A row with
+    fewer contents has empty lists; so has a row whose pair has no column.
     """
+    pairs, pair = torch.unique(col_pair, return_inverse=True)
+    contents, content = torch.unique(col_content, return_inverse=True)
+    entries = torch.unique(pair * len(contents) + content)  # each pair with each of its contents, sorted by pair
+    shown = contents[entries % len(contents)]
+    found = ColumnLists.of(pairs[entries // len(contents)], row_pair)
+    result = []
+    for number in range(max(1, int(found.count.max()))):
+        lists = ColumnLists.of(col_content, shown[(found.start + number).clamp(max=len(entries) - 1)])
+        result.append(ColumnLists(lists.order, lists.start, lists.count * (number < found.count)))
+    return result
 
-    rows: slice
-    positives: Tensor
-    positive_count: Tensor
-    negatives: Tensor
-    top_negatives: Tensor
-    false_negatives: Tensor
-    scratch: Tensor
 
+def iter_negatives(
+    similarity: Tensor, hidden: list[ColumnLists], col_valid: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Walk over the rows of one direction, a few at a time, so that memory beside S does not grow.
 
-def iter_blocks(
-    similarity: Tensor,
-    row_pair: Tensor,
-    col_pair: Tensor,
-    col_content: Tensor | None,
-    col_valid: Tensor | None,
-) -> Iterator[Block]:
-    """Walk over the rows of one direction. Shapes as in `outcome_reward`, which checks them; C must be positive.
+    Args:
+        similarity: (R, C) float, R and C positive; also a transposed view.
+        hidden: columns that are no negatives of a row.
+        col_valid: (C,) bool, False = nobody's negative.
 
-    Rows of one pair should be adjacent: the masks are made once a pair and block.
+    Yields:
+        Which rows; (r, C) float64 scores, `NO_CANDIDATE` where the column is no negative (NaN stays NaN); (r, C)
+        float64 uninitialised. The caller may overwrite both, and must be done with them before the next block.
     """
     rows, cols = similarity.shape
     height = max(1, min(rows, BLOCK_CELLS // cols))
     buffer, scratch = torch.empty(2, height, cols, dtype=torch.float64, device=similarity.device)
     read = _row_reader(similarity, height)
-    content = None if col_content is None else torch.unique(col_content, return_inverse=True)[1]
+    failed = None if col_valid is None else (~col_valid).nonzero()[:, 0]
     for start in range(0, rows, height):
         block = slice(start, min(start + height, rows))
         scores = buffer[: block.stop - start].copy_(read(block))
-        pairs, pair_of_row = torch.unique(row_pair[block], return_inverse=True)
-        own = pairs[:, None] == col_pair[None, :]
-        excluded, false_negatives = _excluded(own, content, col_valid)
-        if col_valid is not None:
-            own &= col_valid
-        columns, listed = _columns_of(own)
-        columns, listed = columns[pair_of_row], listed[pair_of_row]
-        positives = scores.gather(1, columns)
-        listed &= ~positives.isnan()
-        positives = positives.masked_fill_(~listed, -torch.inf).sort(dim=1, descending=True).values
-        scores.masked_fill_(excluded[pair_of_row], -torch.inf)
-        top = scores.topk(columns.shape[1], dim=1).values
-        if top[:, 0].isnan().any():  # NaN sorts first: masking it is paid only where there is one
-            scores.masked_fill_(scores.isnan(), -torch.inf)
-            top = scores.topk(top.shape[1], dim=1).values
-        yield Block(
-            rows=block,
-            positives=positives,
-            positive_count=listed.sum(dim=1),
-            negatives=scores,
-            top_negatives=top,
-            false_negatives=false_negatives[pair_of_row],
-            scratch=scratch[: len(scores)],
-        )
+        for lists in hidden:
+            # A row's empty list repeats some column of others: it must not be hidden from this row.
+            columns = lists.columns(block)
+            value = scores.gather(1, columns).masked_fill_(lists.count[block, None] > 0, NO_CANDIDATE)
+            scores.scatter_(1, columns, value)
+        if failed is not None and len(failed):
+            scores.index_fill_(1, failed, NO_CANDIDATE)
+        yield block, scores, scratch[: len(scores)]
 
 
 def _row_reader(matrix: Tensor, height: int) -> Callable[[slice], Tensor]:
@@ -97,30 +119,3 @@ def _row_reader(matrix: Tensor, height: int) -> Callable[[slice], Tensor]:
         return wide[: part.shape[1]].copy_(tall[: part.numel()].view(part.shape).copy_(part).T)
 
     return read
-
-
-def _excluded(own: Tensor, content: Tensor | None, col_valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(p, C) columns that are no negatives of a pair, and (p,) how many valid ones are false negatives."""
-    excluded = own.clone()
-    false_negatives = torch.zeros(own.shape[0], dtype=torch.int64, device=own.device)
-    if content is not None:
-        pair, column = own.nonzero(as_tuple=True)
-        shown = torch.zeros_like(own)  # content ids are dense and thus below C
-        shown[pair, content[column]] = True
-        same = shown.gather(1, content.expand(len(own), -1)).logical_and_(~own)
-        excluded |= same
-        false_negatives = (same if col_valid is None else same & col_valid).sum(dim=1)
-    if col_valid is not None:
-        excluded |= ~col_valid
-    return excluded, false_negatives
-
-
-def _columns_of(own: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, P) column indices of each pair (P at least 1), and (p, P) bool: which are real (the others are 0)."""
-    pair, column = own.nonzero(as_tuple=True)
-    count = own.sum(dim=1)
-    width = max(1, int(count.max()))
-    slot = torch.arange(len(pair), device=own.device) - (count.cumsum(0) - count)[pair]
-    columns = torch.zeros(own.shape[0], width, dtype=torch.int64, device=own.device)
-    columns[pair, slot] = column
-    return columns, torch.arange(width, device=own.device) < count[:, None]

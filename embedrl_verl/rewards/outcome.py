@@ -13,13 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from embedrl_verl.rewards.candidates import Block, iter_blocks
+from embedrl_verl.rewards.candidates import NO_CANDIDATE, columns_with_own_content, iter_negatives, own_columns
 from embedrl_verl.rewards.exact import snap_
 
 Accuracy = Literal["share", "all"]
 ACCURACIES = ("share", "all")
-# exp(-40) is below half a step of the grid of any matrix that fits into memory: such a weight is 0.
-_LOWEST_EXPONENT = -40.0
 
 
 class OutcomeReward(NamedTuple):
@@ -109,61 +107,86 @@ def retrieval(
     if accuracy not in ACCURACIES:
         raise ValueError(f"accuracy must be one of {', '.join(ACCURACIES)}; got {accuracy!r}")
     rows, cols = similarity.shape
-    result = torch.full((3, rows), torch.nan, dtype=torch.float64, device=similarity.device)
-    false_negatives = torch.zeros(rows, dtype=torch.int64, device=similarity.device)
-    if cols:
-        for block in iter_blocks(similarity, row_pair, col_pair, col_content, col_valid):
-            result[:, block.rows] = _score(block, temperature, accuracy)
-            false_negatives[block.rows] = block.false_negatives
+    dtype = torch.promote_types(similarity.dtype, torch.float32)
+    if rows == 0 or cols == 0:
+        unknown = similarity.new_full((rows,), torch.nan, dtype=dtype)
+        return Retrieval(OutcomeReward(unknown, unknown, unknown), unknown, torch.zeros_like(row_pair))
+
+    columns, listed = own_columns(row_pair, col_pair)
+    valid = torch.ones_like(col_pair, dtype=torch.bool) if col_valid is None else col_valid
+    listed &= valid[columns]
+    hidden = columns_with_own_content(row_pair, col_pair, col_pair if col_content is None else col_content)
+    false_negatives = sum((lists.marked(valid) for lists in hidden), start=-listed.sum(dim=1))
+    positives = similarity.gather(1, columns).double()
+    listed &= ~positives.isnan()
     if row_valid is not None:
-        result[:, ~row_valid] = torch.nan
-        false_negatives[~row_valid] = 0
-    overflow = (~result[0].isnan() & ~result[1].isfinite()).nonzero()
+        listed &= row_valid[:, None]
+        false_negatives = false_negatives * row_valid
+    positives = positives.masked_fill_(~listed, -torch.inf).sort(dim=1, descending=True).values
+    count = listed.sum(dim=1)
+
+    top_negatives = torch.full_like(positives, NO_CANDIDATE)
+    hard = torch.empty_like(positives[:, 0])
+    for block, scores, scratch in iter_negatives(similarity, hidden, col_valid):
+        width = max(1, int(count[block].max()))
+        top = scores.topk(width, dim=1).values
+        if top[:, 0].isnan().any():  # NaN sorts first: masking it is paid only where there is one
+            scores.masked_fill_(scores.isnan(), NO_CANDIDATE)
+            top = scores.topk(width, dim=1).values
+        top_negatives[block, :width] = top
+        hard[block] = _soft_maximum(scores, top[:, :1], scratch, temperature)
+
+    share = _share_on_top(positives, count, top_negatives)
+    acc = share.floor() if accuracy == "all" else share
+    margin = _mean(positives, count) - hard
+    overflow = ((count > 0) & ~margin.isfinite()).nonzero()
     if len(overflow):
         raise ValueError(
-            f"similarities of positives and negatives must be finite, or NaN for unknown; row {int(overflow[0])} of "
+            f"similarities of valid rows and columns must be finite, or NaN for unknown; row {int(overflow[0])} of "
             f"{rows} has an infinite one. Mark failed embeddings in row_valid and col_valid"
         )
-    acc, margin, hit = result.to(torch.promote_types(similarity.dtype, torch.float32))
+    hit = (positives[:, 0] > top_negatives[:, 0]).to(dtype).masked_fill_(count == 0, torch.nan)
+    acc, margin = acc.to(dtype), margin.to(dtype)
     return Retrieval(OutcomeReward(acc, margin, acc * margin), hit, false_negatives)
 
 
-def _score(block: Block, temperature: float, accuracy: Accuracy) -> Tensor:
-    """(3, r) float64: accuracy, margin, Hit@1; NaN for rows without positives."""
-    count = block.positive_count
-    place = torch.arange(block.positives.shape[1], device=count.device)
-    listed = place < count[:, None]
-    # The m-th best positive (from 0) is among the top G if fewer than G - m negatives reach it: compare it with the
-    # (G - m)-th best negative.
-    rival = (count[:, None] - 1 - place).clamp_(min=0)
-    on_top = (block.positives > block.top_negatives.gather(1, rival)) & listed
-    share = on_top.sum(dim=1) / count.double()  # 0 / 0: NaN
-    if accuracy == "all":
-        share = share.floor()
+def _share_on_top(positives: Tensor, count: Tensor, top_negatives: Tensor) -> Tensor:
+    """(R,) float64 share of a row's top G that are positives, with G = `count` (R,); NaN for G = 0.
 
-    total = torch.zeros_like(share)
-    for scores in block.positives.masked_fill(~listed, 0.0).unbind(dim=1):
-        total += scores  # in falling order, so independent of the order of the columns
-    margin = total / count - _soft_maximum(block.negatives, block.top_negatives[:, :1], block.scratch, temperature)
-    hit = (block.positives[:, 0] > block.top_negatives[:, 0]).double()
-    return torch.stack((share, margin, hit.masked_fill_(count == 0, torch.nan)))
+    `positives` and `top_negatives` (R, P) fall along a row. The m-th best positive (from 0) is among the top G if fewer
+    than G - m negatives reach it, so it is compared with the (G - m)-th best negative.
+    """
+    place = torch.arange(positives.shape[1], device=count.device)
+    rival = (count[:, None] - 1 - place).clamp_(min=0)
+    on_top = (positives > top_negatives.gather(1, rival)) & (place < count[:, None])
+    return on_top.sum(dim=1) / count.double()
+
+
+def _mean(positives: Tensor, count: Tensor) -> Tensor:
+    """(R,) mean of the first `count` (R,) entries of (R, P), which fall along a row; NaN for none."""
+    total = torch.zeros_like(positives[:, 0])
+    for place, scores in enumerate(
+        positives.unbind(dim=1)
+    ):  # in falling order: independent of the order of the columns
+        total += scores.masked_fill(place >= count, 0.0)
+    return total / count
 
 
 def _soft_maximum(scores: Tensor, peak: Tensor, scratch: Tensor, temperature: float) -> Tensor:
     """(r,) float64: sum over j of softmax(S_j / tau) * S_j (eq. 7), 0 for a row without candidates.
 
     Args:
-        scores: (r, C) float64, -inf = no candidate; overwritten.
+        scores: (r, C) float64, `NO_CANDIDATE` = none; overwritten.
         peak: (r, 1) their maximum.
         scratch: (r, C) float64; overwritten.
     """
     # In units of tau below the peak, weights are in [0, 1] and weight * exponent in [-1/e, 0]: both fit the grid.
-    exponent = scores.sub_(peak).mul_(1.0 / temperature).clamp_(min=_LOWEST_EXPONENT)
+    exponent = scores.sub_(peak).mul_(1.0 / temperature)
     weight = torch.exp(exponent, out=scratch)
     snap_(exponent.mul_(weight), scores.shape[1])
     snap_(weight, scores.shape[1])
     mean = exponent.sum(dim=1) / weight.sum(dim=1)
-    return (peak[:, 0] + temperature * mean).masked_fill(peak[:, 0] == -torch.inf, 0.0)
+    return (peak[:, 0] + temperature * mean).masked_fill(peak[:, 0] == NO_CANDIDATE, 0.0)
 
 
 def _check(
