@@ -231,7 +231,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     reward, hit, bars = figure.subplots(1, 3, width_ratios=(1.15, 1.15, 1))
     _draw_metric(reward, runs, REWARD)
     reward.set(title="Reward of the training batches", ylabel="mean reward of a step")
-    _draw_metric(hit, runs, HIT1)
+    _draw_metric(hit, runs, HIT1, "in the batch, ")
     for i, run in enumerate(runs):
         points = run.curve(VAL_HIT1, first_step=0)
         label = "validation, held-out pairs" if i == 0 else None
@@ -250,7 +250,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_metric(axes: Axes, runs: Sequence[Run], key: str) -> None:
+def _draw_metric(axes: Axes, runs: Sequence[Run], key: str, what: str = "") -> None:
     curves = [run.curve(key) for run in runs]
     window = max(1, max(map(len, curves)) // 10) | 1
     for i, (run, curve) in enumerate(zip(runs, curves, strict=True)):
@@ -258,12 +258,12 @@ def _draw_metric(axes: Axes, runs: Sequence[Run], key: str) -> None:
         single = len(runs) == 1
         line = smoothed(curve, window)
         axes.plot(list(curve), list(curve.values()), color=color, alpha=0.3 if single else 0.15, linewidth=1)
-        label = f"mean of {window} steps" if single else run.name
+        label = f"{what}mean of {window} steps" if single else run.name
         axes.plot(list(line), list(line.values()), color=color, linewidth=2.4 if single else 1.2, label=label)
     if len(runs) > 1:
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         mean = smoothed({step: statistics.fmean(curve[step] for curve in curves) for step in steps}, window)
-        label = f"mean of runs and {window} steps"
+        label = f"{what}mean of runs and {window} steps"
         axes.plot(list(mean), list(mean.values()), color="black", linewidth=2.4, label=label)
 
 
