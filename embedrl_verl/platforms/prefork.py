@@ -50,6 +50,9 @@ RUN_MODULES: tuple[str, ...] = (
     "vllm.v1.worker.cpu_worker",
     "transformers.models.qwen2_vl.modeling_qwen2_vl",
 )
+PYTHON_VARIABLE = "EMBEDRL_PREFORK_PYTHON"
+# What verl gives its workers by default and vLLM reads while it is imported.
+VERL_ENV = {"VLLM_LOGGING_LEVEL": "WARN"}
 # Libraries that start threads while they are imported are told not to.
 SINGLE_THREAD_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -145,12 +148,13 @@ def run_forked(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoRetu
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _join_group(request["pid"], request["group"])
         _install_descriptors(request["descriptors"], descriptors)
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["env"])
         _fresh_process_state()
-        multiprocessing.spawn.set_executable(request["env"]["EMBEDRL_PREFORK_PYTHON"])
+        multiprocessing.spawn.set_executable(request["env"][PYTHON_VARIABLE])
         code = _run_command(list(request["argv"]))
     except SystemExit as exit_request:
         code = exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
@@ -158,6 +162,13 @@ def run_forked(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoRetu
         traceback.print_exc()
     finally:
         _finish(code)
+
+
+def _join_group(client: int, group: int) -> None:
+    """The client's process group when a parent in the server's session made it, else an own one. Ray signals a whole
+    group when one of its workers ends, so workers must not share one."""
+    shared = group != client and os.getsid(client) == os.getsid(0)
+    os.setpgid(0, group if shared else 0)
 
 
 def _run_command(arguments: list[str]) -> int:
@@ -234,15 +245,16 @@ def preload(modules: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def prefork_server(
-    modules: Sequence[str] = RUN_MODULES, env: Mapping[str, str] | None = None
-) -> Iterator[dict[str, str]]:
+def prefork_server(modules: Sequence[str] = RUN_MODULES) -> Iterator[dict[str, str]]:
     """Runs a server for the time of the block and yields the environment variables that make workers use it.
 
-    Set them before `ray.init` and pass `EMBEDRL_PREFORK_PYTHON` as `ray_kwargs.ray_init.runtime_env.py_executable`.
-    Returns at once: workers that ask early wait until the imports are done. `env` is added to the server's
-    environment.
+    Set them before `ray.init` and pass PYTHON_VARIABLE's value as `ray_kwargs.ray_init.runtime_env.py_executable`.
+    Returns at once: workers that ask early wait until the imports are done, and should an import fail, they say so and
+    start as new interpreters. A server that already runs (its variables are set) is shared.
     """
+    if SOCKET_VARIABLE in os.environ:
+        yield {name: os.environ[name] for name in (SOCKET_VARIABLE, PYTHON_VARIABLE)}
+        return
     folder = Path(tempfile.mkdtemp(prefix="embedrl-"))
     read_end, write_end = os.pipe()
     try:
@@ -256,14 +268,14 @@ def prefork_server(
         command = [sys.executable, "-m", __name__, str(listener.fileno()), str(read_end), *modules]
         subprocess.Popen(
             command,
-            env={**os.environ, **SINGLE_THREAD_ENV, **ray_env, **(env or {})},
+            env={**VERL_ENV, **os.environ, **SINGLE_THREAD_ENV, **ray_env},
             stdin=subprocess.DEVNULL,
             pass_fds=(listener.fileno(), read_end),
             start_new_session=True,
         )
         listener.close()
         os.close(read_end)
-        yield {SOCKET_VARIABLE: str(folder / "socket"), "EMBEDRL_PREFORK_PYTHON": str(wrapper)}
+        yield {SOCKET_VARIABLE: str(folder / "socket"), PYTHON_VARIABLE: str(wrapper)}
     finally:
         os.close(write_end)
         shutil.rmtree(folder)

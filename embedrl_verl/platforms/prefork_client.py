@@ -56,8 +56,22 @@ def main() -> NoReturn:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     descriptors = open_descriptors()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(path)
-    request = {"argv": arguments, "env": dict(os.environ), "cwd": os.getcwd(), "descriptors": descriptors}
+    try:
+        connection.connect(path)
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        print(
+            f"the prefork server has ended ({error}); its own error is above. Starting {sys.executable}.",
+            file=sys.stderr,
+        )
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    request = {
+        "argv": arguments,
+        "env": dict(os.environ),
+        "cwd": os.getcwd(),
+        "descriptors": descriptors,
+        "pid": os.getpid(),
+        "group": os.getpgrp(),
+    }
     body = json.dumps(request).encode("utf-8", "surrogateescape")
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
     connection.sendmsg([LENGTH.pack(len(body))], ancillary)

@@ -8,9 +8,11 @@ steps.
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from embedrl_verl.platforms.prefork import prefork_server
 from embedrl_verl.tiny.models import build_tiny_model
 
 ENV = {
@@ -37,8 +40,8 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     return sum(character.isdigit() for character in solution_str) / max(len(solution_str), 1)
 
 
-def write_prompts(path: Path, rows: int) -> None:
-    """`rows` prompts of verl's stock dataset format, each with one 56x56 image and a text of its own length."""
+def write_prompts(path: Path, rows: int, *, lengths: int = 3) -> None:
+    """`rows` prompts of verl's stock dataset format, each with one 56x56 image and one of `lengths` texts."""
     generator = np.random.default_rng(0)
     records = []
     for index in range(rows):
@@ -47,7 +50,7 @@ def write_prompts(path: Path, rows: int) -> None:
         records.append(
             {
                 "data_source": "toy",
-                "prompt": [{"role": "user", "content": "<image>" + "read " * (1 + index % 3)}],
+                "prompt": [{"role": "user", "content": "<image>" + "read " * (1 + index % lengths)}],
                 "images": [{"bytes": buffer.getvalue()}],
                 "reward_model": {"style": "rule", "ground_truth": "7"},
                 "extra_info": {"index": index},
@@ -107,7 +110,7 @@ def overrides(out_dir: Path, steps: int = 3, ranks: int = 1) -> list[str]:
         f"reward.custom_reward_function.path={Path(__file__).resolve()}",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "+ray_kwargs.ray_init.address=local",
-        "ray_kwargs.ray_init.num_cpus=5",
+        f"ray_kwargs.ray_init.num_cpus={3 * ranks + 2}",
         f"+ray_kwargs.ray_init.num_gpus={ranks}",
         "+ray_kwargs.ray_init.include_dashboard=False",
         "trainer.nnodes=1",
@@ -122,31 +125,48 @@ def overrides(out_dir: Path, steps: int = 3, ranks: int = 1) -> list[str]:
     ]
 
 
-def run(out_dir: Path, extra: list[str], *, timeout_s: float = 600) -> str:
-    """Builds model and data in `out_dir`, runs `python -m verl.trainer.main_ppo` and returns its output, stderr
-    included.
+def run(
+    out_dir: Path,
+    extra: Sequence[str] = (),
+    *,
+    steps: int = 3,
+    ranks: int = 1,
+    lengths: int = 3,
+    timeout_s: float = 900,
+) -> list[dict[str, float]]:
+    """Builds model and data in `out_dir`, runs `python -m verl.trainer.main_ppo`, returns each step's metrics.
+
+    The output, stderr included, is in `out_dir / "log.txt"`; RuntimeError carries its end when the run fails.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    if not (out_dir / "model").exists():
-        build_tiny_model(out_dir / "model")
-    write_prompts(out_dir / "train.parquet", rows=12)
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(out_dir), *extra]
-    process = subprocess.run(
-        command,
-        env={**os.environ, **ENV},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=timeout_s,
-    )
-    (out_dir / "log.txt").write_text(process.stdout)
+    build_tiny_model(out_dir / "model")
+    write_prompts(out_dir / "train.parquet", rows=12, lengths=lengths)
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(out_dir, steps, ranks), *extra]
+    with (out_dir / "log.txt").open("w") as log, prefork_server() as fork:
+        executable = f"ray_kwargs.ray_init.runtime_env.py_executable={fork['EMBEDRL_PREFORK_PYTHON']}"
+        process = subprocess.run(
+            [*command, executable],
+            env={**os.environ, **ENV, **fork},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+    text = (out_dir / "log.txt").read_text()
     if process.returncode != 0:
-        raise RuntimeError(f"main_ppo must exit with 0; got {process.returncode}. Output:\n{process.stdout[-6000:]}")
-    return process.stdout
+        raise RuntimeError(f"main_ppo must exit with 0; got {process.returncode}. Output:\n{text[-6000:]}")
+    return [step_metrics(line) for line in text.splitlines() if " step:" in line and "training/global_step" in line]
+
+
+def step_metrics(line: str) -> dict[str, float]:
+    """The numbers of verl's console line `step:1 - name:value - name:value`."""
+    pairs = (part.rpartition(":") for part in line[line.index("step:") :].split(" - "))
+    return {name: float(re.sub(r"np\.\w+\((.*)\)", r"\1", value)) for name, _, value in pairs}
 
 
 if __name__ == "__main__":
     start = time.time()
-    text = run(Path(sys.argv[1]), sys.argv[2:])
-    print("\n".join(line for line in text.splitlines() if "step:" in line))
+    for metrics in run(Path(sys.argv[1]), sys.argv[2:]):
+        shown = ("training/rollout_actor_probs_pearson_corr", "actor/kl_loss", "critic/score/mean", "timing_s/step")
+        print({name: metrics[name] for name in ("step", *shown)})
     print(f"{time.time() - start:.1f} s in all")

@@ -99,6 +99,18 @@ def test_multiprocessing_spawn_forks_from_the_server_too(server, tmp_path):
     assert out == "(True, 'p')\n0\n", err
 
 
+def test_processes_have_groups_of_their_own_and_children_join_their_parents(server):
+    """Ray ends a worker by a signal to its group."""
+    code = (
+        "import os, subprocess, sys\n"
+        "print(os.getpgrp() == os.getpid(), flush=True)\n"
+        "child = [os.environ['EMBEDRL_PREFORK_PYTHON'], '-c', f'import os; print(os.getpgrp() == {os.getpgrp()})']\n"
+        "subprocess.run(child, check=True)"
+    )
+    out, err = start(server, "-c", code).communicate(timeout=60)
+    assert out == "True\nTrue\n", err
+
+
 def test_processes_draw_different_random_numbers(server):
     code = "import random, numpy; print(random.random(), numpy.random.rand())"
     drawn = [start(server, "-c", code).communicate(timeout=60)[0].split() for _ in range(2)]
@@ -138,6 +150,19 @@ def test_a_process_with_threads_is_not_forked(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ResourceError, match="must have one thread"):
         prefork.preload(["starts_a_thread"])
+
+
+def test_a_server_that_failed_costs_time_and_says_so(server, tmp_path):
+    gone = {"EMBEDRL_PREFORK_SOCKET": str(tmp_path / "gone")}
+    out, err = start(server, "-c", "print('plain')", env=gone).communicate(timeout=60)
+    assert out == "plain\n" and "the prefork server has ended" in err
+
+
+def test_a_running_server_is_shared(server, monkeypatch):
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    with prefork_server(["numpy"]) as shared:
+        assert shared == server
 
 
 def test_without_a_server_the_interpreter_itself_runs():
