@@ -112,6 +112,7 @@ def retrieval(
         unknown = similarity.new_full((rows,), torch.nan, dtype=dtype)
         return Retrieval(OutcomeReward(unknown, unknown, unknown), unknown, torch.zeros_like(row_pair))
 
+    row_pair, col_pair = row_pair.to(torch.int64), col_pair.to(torch.int64)
     columns, listed = own_columns(row_pair, col_pair)
     valid = torch.ones_like(col_pair, dtype=torch.bool) if col_valid is None else col_valid
     listed &= valid[columns]
@@ -146,8 +147,8 @@ def retrieval(
             f"{rows} has an infinite one. Mark failed embeddings in row_valid and col_valid"
         )
     hit = (positives[:, 0] > top_negatives[:, 0]).to(dtype).masked_fill_(count == 0, torch.nan)
-    acc, margin = acc.to(dtype), margin.to(dtype)
-    return Retrieval(OutcomeReward(acc, margin, acc * margin), hit, false_negatives)
+    reward = OutcomeReward(acc.to(dtype), margin.to(dtype), (acc * margin).to(dtype))
+    return Retrieval(reward, hit, false_negatives)
 
 
 def _share_on_top(positives: Tensor, count: Tensor, top_negatives: Tensor) -> Tensor:
@@ -165,9 +166,8 @@ def _share_on_top(positives: Tensor, count: Tensor, top_negatives: Tensor) -> Te
 def _mean(positives: Tensor, count: Tensor) -> Tensor:
     """(R,) mean of the first `count` (R,) entries of (R, P), which fall along a row; NaN for none."""
     total = torch.zeros_like(positives[:, 0])
-    for place, scores in enumerate(
-        positives.unbind(dim=1)
-    ):  # in falling order: independent of the order of the columns
+    # In falling order, so independent of the order of the columns.
+    for place, scores in enumerate(positives.unbind(dim=1)):
         total += scores.masked_fill(place >= count, 0.0)
     return total / count
 

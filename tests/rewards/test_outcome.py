@@ -76,6 +76,16 @@ def test_float64_is_computed_in_float64(assert_equal_to_the_loop):
     assert got.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_short_ids_are_read_exactly(dtype):
+    similarity, row_pair, col_pair, masks = _random(7, [3] * 6, [2] * 6, dtype=torch.float32)
+    similarity = similarity.to(dtype)
+    got = outcome_reward(similarity, row_pair.int(), col_pair.to(torch.int16), **masks)
+    assert got.outcome.dtype == torch.float32
+    for half, single in zip(got, outcome_reward(similarity.float(), row_pair, col_pair, **masks), strict=True):
+        assert half.nan_to_num(9).equal(single.nan_to_num(9))
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_any_scale_of_the_scores_is_exact(scale, assert_equal_to_the_loop):
     similarity, row_pair, col_pair, _ = _random(6, [2] * 6, [2] * 6, dtype=torch.float64)
