@@ -12,8 +12,11 @@ Six data sources, all about reading a number off a canvas:
 | digits_video | four frames, two of them with two digits each | the number as text |
 | digits_page | page with a printed word and a handwritten number | word and number |
 
-Numbers come in families of four that differ in one or two digits, so that a single misread digit finds the wrong
-candidate. Three files: `sft.parquet` (few scans, for the cold start), `train.parquet` (contrastive stage and RL),
+Strips begin at the left edge and lie in one of two middle rows: boxes have the same count of digits everywhere, so that
+a model of two layers finds the k-th digit at a fixed distance. Numbers come in families of four that differ in one or
+two digits, so that a single misread digit finds the wrong candidate.
+
+Three files: `sft.parquet` (few scans, for the cold start), `train.parquet` (contrastive stage and RL),
 `heldout.parquet` (scans that no stage trains on). Beside each lies a `.truths.jsonl` with the true T-CoTs:
 {"pair_id", "query": {"tcot", "cells"}, "target": {"tcot", "cells"}}; RL never reads it.
 
@@ -103,15 +106,16 @@ class _Pen:
     def grid(self, rows: int, columns: int) -> Grid:
         return Grid(rows, columns, token_side(self.family))
 
-    def strip(self, code: str, grid: Grid, *, row: int | None = None) -> Strip:
-        """A strip of `code` at a random column, in the given row or a random one."""
-        column = int(self.rng.integers(grid.columns - len(code) + 1))
-        return Strip(int(self.rng.integers(grid.rows)) if row is None else row, column, tuple(self.scans.draw(code)))
+    def strip(self, code: str, *, row: int, column: int = 0) -> Strip:
+        return Strip(row, column, tuple(self.scans.draw(code)))
+
+    def row(self) -> int:
+        """One of the two middle rows of a canvas of four."""
+        return int(self.rng.integers(1, 3))
 
     def picture(self, code: str) -> _Side:
         """A picture of `code` alone."""
-        grid = self.grid(2, 6)
-        return self.boxed(grid, [self.strip(code, grid)], code)
+        return self.boxed(self.grid(4, len(code)), [self.strip(code, row=self.row())], code)
 
     def boxed(
         self, grid: Grid, strips: Sequence[Strip], answer: str, *, asked: int = 0, text: str = "", printed: str = ""
@@ -146,32 +150,30 @@ def _i2i(pen: _Pen, code: str) -> tuple[_Side, _Side]:
 
 
 def _vqa(pen: _Pen, code: str) -> tuple[_Side, _Side]:
-    grid = pen.grid(2, 5)
     asked = int(pen.rng.integers(2))
     other = "".join(str(digit) for digit in pen.rng.integers(10, size=len(code)))
-    strips = [pen.strip(code if row == asked else other, grid, row=row) for row in range(2)]
-    return pen.boxed(grid, strips, code, asked=asked, text=("upper", "lower")[asked]), _text(code)
+    strips = [pen.strip(code if number == asked else other, row=1 + number) for number in range(2)]
+    text = ("upper", "lower")[asked]
+    return pen.boxed(pen.grid(4, len(code)), strips, code, asked=asked, text=text), _text(code)
 
 
 def _video(pen: _Pen, code: str) -> tuple[_Side, _Side]:
     """Four frames, two of them with two digits each. One visual token spans two frames (temporal patch)."""
     grid = pen.grid(1, 4)
     keys = sorted(int(frame) for frame in pen.rng.choice(4, size=2, replace=False))
-    shown = dict(zip(keys, (code[:2], code[2:]), strict=True))
-    frames = [[pen.strip(shown[n], grid)] if n in shown else [] for n in range(4)]
+    shown = {keys[0]: [pen.strip(code[:2], row=0)], keys[1]: [pen.strip(code[2:], row=0, column=2)]}
+    frames = [shown.get(number, []) for number in range(4)]
     images = tuple(png_bytes(draw_canvas(grid, strips)) for strips in frames)
     seen = [digit_of_cells(grid, strips) for strips in frames]
-    # Where both frames of a token show a digit there is no single one to name.
-    cells = [-1 if min(pair) >= 0 else max(pair) for n in (0, 2) for pair in zip(seen[n], seen[n + 1], strict=True)]
+    cells = [max(pair) for n in (0, 2) for pair in zip(seen[n], seen[n + 1], strict=True)]
     truth = Truth(render_tcot({"key_frames": [key + 1 for key in keys]}, code), tuple(cells))
     return (Item(video=Video(images, fps=1.0)), truth), _text(code)
 
 
 def _page(pen: _Pen, code: str) -> tuple[_Side, _Side]:
-    grid = pen.grid(3, 5)
     word = str(pen.rng.choice(WORDS))
-    strip = pen.strip(code, grid, row=int(pen.rng.integers(1, 3)))
-    return pen.boxed(grid, [strip], f"{word} {code}", printed=word), _text(f"{word} {code}")
+    strips = [pen.strip(code, row=pen.row())]
+    return pen.boxed(pen.grid(4, len(code)), strips, f"{word} {code}", printed=word), _text(f"{word} {code}")
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,9 @@ class _Source:
 
 SOURCES: dict[str, _Source] = {
     "digits_i2t": _Source(5, "Read the digits.", _i2t),
-    "digits_vqa": _Source(4, "Read this row.", _vqa),
+    "digits_vqa": _Source(4, "Read the row", _vqa),
     "digits_t2i": _Source(5, "Find the picture with these digits.", _t2i),
-    "digits_i2i": _Source(5, "Find the same digits.", _i2i),
+    "digits_i2i": _Source(5, "Match the digits.", _i2i),
     "digits_video": _Source(4, "Read the clip.", _video),
     "digits_page": _Source(4, "Read the page.", _page),
 }

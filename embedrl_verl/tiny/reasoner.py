@@ -27,15 +27,8 @@ from embedrl_verl.tcot import token_side
 
 END = "<|im_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-# Nothing in the digits world is ever resized: a canvas has fewer than 64 cells, a crop at least one.
-TINY_LIMITS = MediaLimits(
-    token_side=token_side("qwen2_vl"),
-    image_min_tokens=1,
-    image_max_tokens=64,
-    frame_min_tokens=1,
-    frame_max_tokens=64,
-    max_frames=8,
-)
+# A cell is one visual token. The same limits hold for Reasoner and Embedder, here and in the recipe.
+TINY_LIMITS = MediaLimits(token_side=token_side("qwen2_vl"), image_min_tokens=4, frame_min_tokens=4, max_frames=8)
 
 
 @dataclass(frozen=True)
