@@ -9,7 +9,7 @@ import torch
 
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.media import MediaLimits, load_item
-from embedrl_verl.data.schema import read_pairs
+from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.embedder import Embedder, EmbedInput
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.functions.no_judge import compute_score
