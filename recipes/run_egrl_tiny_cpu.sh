@@ -130,4 +130,4 @@ run_stage contrastive "$PYTHON" -m embedrl_verl.tiny.contrastive --model "$OUT/m
 run_stage rl run_rl "${OVERRIDES[@]}" "$@"
 run_stage export export_reasoner
 run_stage evaluate evaluate
-"$PYTHON" -m embedrl_verl.tiny.summary "$OUT" --out "$OUT"
+"$PYTHON" -m embedrl_verl.tiny.summary --run "$OUT"
