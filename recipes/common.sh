@@ -213,8 +213,8 @@ train() {
     if is_dry_run; then
         "$PYTHON" -m embedrl_verl.plan "$@"
     else
-        export VERL_FILE_LOGGER_PATH="${METRICS:-$OUT/metrics.jsonl}"
-        mkdir -p "$(dirname "$VERL_FILE_LOGGER_PATH")"
+        export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl"
+        mkdir -p "$OUT"
         "$PYTHON" -m embedrl_verl.train "$@"
     fi
 }

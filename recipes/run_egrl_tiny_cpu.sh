@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-80} FAMILY=${FAMILY:-qwen2_vl}
 OUT=${OUT:-$ROOT/runs/tiny_cpu/seed$SEED}
-REWARD=${REWARD:-$ROOT/reward/no_judge.py} METRICS="$OUT/rl/metrics.jsonl"
+REWARD=${REWARD:-$ROOT/reward/no_judge.py}
 
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
@@ -70,6 +70,8 @@ fi
 
 STAGES=" world sft contrastive rl export evaluate "
 
+forget_rl() { rm -rf "$OUT/rl" "$OUT"/metrics.jsonl*; }
+
 # run_stage NAME COMMAND...: once for each command. What later stages made of an older result is void.
 run_stage() {
     local name=$1 mark="$OUT/.stages/$1" started=$SECONDS stage
@@ -81,7 +83,7 @@ run_stage() {
     rm -f "$mark"
     for stage in ${STAGES#*" $name "}; do
         rm -f "$OUT/.stages/$stage"
-        [[ "$stage" != rl ]] || rm -rf "$OUT/rl"
+        [[ "$stage" != rl ]] || forget_rl
     done
     say "$name"
     "$@"
@@ -101,7 +103,7 @@ run_rl() {
     settings=$(printf '%s\n' "$@" | grep -v '^trainer.total_training_steps=')
     if [[ -d "$OUT/rl" && "$(cat "$OUT/rl/settings")" != "$settings" ]]; then
         say "rl: other settings than before, starting anew"
-        rm -rf "$OUT/rl"
+        forget_rl
     fi
     mkdir -p "$OUT/rl"
     echo "$settings" >"$OUT/rl/settings"
