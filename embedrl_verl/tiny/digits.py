@@ -81,7 +81,7 @@ class Sample:
 class WorldSize:
     """Pairs a source in each file."""
 
-    sft: int = 256
+    sft: int = 512
     train: int = 512
     heldout: int = 48
 
