@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from embedrl_verl.tcot import parse_tcot
 
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import RewardBatch
+from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer.batch_reward import Row, score_rows
 
 WELL_FORMED = '<thinking>It is {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
