@@ -20,6 +20,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.dataset import media_root_of, row_item
+from embedrl_verl.data.lengths import served_prompt_ids
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import Item
 from embedrl_verl.data.settings import DataSettings, resolve_family
@@ -69,6 +70,21 @@ def _originals(item: Item, media_root: str | None, max_frames: int) -> LoadedIte
     return load_item(item, media_root, max_frames=max_frames)
 
 
+class _FixedPrompt:
+    """verl's server client that sends the prompt ids given here; `served_prompt_ids` says which case needs it.
+
+    An agent loop lives for one rollout, so the wrapper never meets another prompt.
+    """
+
+    def __init__(self, client: Any, prompt_ids: list[int]) -> None:
+        self._client = client
+        self._prompt_ids = prompt_ids
+
+    async def generate(self, *, prompt_ids: list[int], **kwargs: Any) -> Any:
+        """As the client's own, with the ids that vLLM can expand itself."""
+        return await self._client.generate(prompt_ids=self._prompt_ids, **kwargs)
+
+
 class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
     """verl's single-turn loop, followed by the row's evidence and Embedder input."""
 
@@ -78,6 +94,9 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Generate one T-CoT. `extra_fields["embedrl"]` tells its text, media counts, evidence and failure."""
+        if self._settings.family == "qwen3_vl" and row_item(row).video is not None:
+            ids = served_prompt_ids(list(row["raw_prompt"]), self.processor, self.apply_chat_template_kwargs)
+            self.server_manager = _FixedPrompt(self.server_manager, ids)
         output: AgentLoopOutput = await super().run(sampling_params, **row)
         images = (output.multi_modal_data or {}).get("images") or []
         info, encoded = await self.loop.run_in_executor(
