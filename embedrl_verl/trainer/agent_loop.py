@@ -88,6 +88,8 @@ class _FixedPrompt:
 class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
     """verl's single-turn loop, followed by the row's evidence and Embedder input."""
 
+    server_manager: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = _settings(self.config, self.processor)
