@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from embedrl_verl.platforms.prefork import prefork_server
 from embedrl_verl.tiny.models import build_tiny_model
 
 ENV = {
@@ -142,15 +141,9 @@ def run(
     build_tiny_model(out_dir / "model")
     write_prompts(out_dir / "train.parquet", rows=12, lengths=lengths)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(out_dir, steps, ranks), *extra]
-    with (out_dir / "log.txt").open("w") as log, prefork_server() as fork:
-        executable = f"ray_kwargs.ray_init.runtime_env.py_executable={fork['EMBEDRL_PREFORK_PYTHON']}"
+    with (out_dir / "log.txt").open("w") as log:
         process = subprocess.run(
-            [*command, executable],
-            env={**os.environ, **ENV, **fork},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            check=False,
+            command, env={**os.environ, **ENV}, stdout=log, stderr=subprocess.STDOUT, timeout=timeout_s, check=False
         )
     text = (out_dir / "log.txt").read_text()
     if process.returncode != 0:
