@@ -5,8 +5,9 @@
 #
 #   bash recipes/run_egrl_tiny_cpu.sh [hydra overrides of the RL stage]
 #
-# Stages: world (models and data) · sft (cold start of the Reasoner) · contrastive (training of the Embedder) · rl
-# (EG-RL, the Embedder frozen) · export · evaluate (held-out Hit@1) · then the table, results.json and curves.png in OUT.
+# Stages: world (models and data) · pretrain (cold start of the Reasoner, and beside it the contrastive training of the
+# Embedder) · rl (EG-RL, the Embedder frozen) · export · evaluate (held-out Hit@1) · then the table, results.json and
+# curves.png in OUT.
 # A finished stage is skipped when the recipe is run again with the same settings; an interrupted RL stage goes on from
 # its last checkpoint.
 #
@@ -36,6 +37,7 @@ OVERRIDES=(
     "data.seed=$SEED"
     "data.embedrl.family=$FAMILY"
     data.embedrl.prompt_style=compact
+    data.embedrl.pairs_together=4
     data.embedrl.image_min_tokens=4
     data.embedrl.image_max_tokens=768
     data.embedrl.frame_min_tokens=4
@@ -68,7 +70,7 @@ if is_dry_run; then
     exit
 fi
 
-STAGES=" world sft contrastive rl export evaluate "
+STAGES=" world pretrain rl export evaluate "
 
 forget_rl() { rm -rf "$OUT/rl" "$OUT"/metrics.jsonl*; }
 
@@ -95,6 +97,21 @@ make_world() {
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/models/reasoner" --family "$1" --seed "$2"
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/models/embedder" --family "$1" --seed "$(($2 + 1000))"
     "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --family "$1" --seed "$2"
+}
+
+# Both at once, on one core each.
+pretrain() {
+    local reasoner embedder
+    "$PYTHON" -m embedrl_verl.tiny.sft --model "$OUT/models/reasoner" --world "$OUT/world" --out "$OUT/sft" \
+        --seed "$1" &
+    reasoner=$!
+    "$PYTHON" -m embedrl_verl.tiny.contrastive --model "$OUT/models/embedder" --world "$OUT/world" \
+        --out "$OUT/embedder" --seed "$1" &
+    embedder=$!
+    trap 'kill "$reasoner" "$embedder" 2>/dev/null || true' EXIT
+    wait "$reasoner"
+    wait "$embedder"
+    trap - EXIT
 }
 
 # An interrupted run goes on from its last checkpoint, and so does a longer one; other settings start anew.
@@ -125,10 +142,7 @@ evaluate() {
 
 mkdir -p "$OUT/.stages"
 run_stage world make_world "$FAMILY" "$SEED"
-run_stage sft "$PYTHON" -m embedrl_verl.tiny.sft --model "$OUT/models/reasoner" --world "$OUT/world" \
-    --out "$OUT/sft" --seed "$SEED"
-run_stage contrastive "$PYTHON" -m embedrl_verl.tiny.contrastive --model "$OUT/models/embedder" --world "$OUT/world" \
-    --out "$OUT/embedder" --seed "$SEED"
+run_stage pretrain pretrain "$SEED"
 run_stage rl run_rl "${OVERRIDES[@]}" "$@"
 run_stage export export_reasoner
 run_stage evaluate evaluate

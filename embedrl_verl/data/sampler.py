@@ -2,9 +2,11 @@
 """Order of the prompts in an epoch: complete pairs side by side, one data source a batch.
 
 The order is a function of (seed, epoch) alone. A source's pairs are shuffled and cut into blocks of one batch, then the
-blocks of all sources are shuffled. What is left of a source after its last full block sits out this epoch, and other
-pairs will the next. The position is (epoch, indices yielded), which is all that a checkpoint holds; torchdata's
-`StatefulDataLoader` takes it from the iterator for every batch that it hands out, prefetched ones not included.
+blocks of all sources are shuffled. With `pairs_together` > 1 runs of that many neighbours are shuffled as one, so that
+pairs that a file puts next to each other because they are easily confused meet in a batch, as hard negatives. What is
+left of a source after its last full block sits out this epoch, and other pairs will the next. The position is (epoch,
+indices yielded), which is all that a checkpoint holds; torchdata's `StatefulDataLoader` takes it from the iterator for
+every batch that it hands out, prefetched ones not included.
 """
 
 from __future__ import annotations
@@ -36,37 +38,53 @@ class PairBatchSampler(Sampler[int]):
 
     Every pass over the sampler is the next epoch; a pass that was broken off is the same epoch again.
 
+    Args:
+        dataset: prompts in pairs.
+        batch_size: prompts a batch, two a pair.
+        seed: of every shuffle.
+        pairs_together: length of the runs of neighbouring pairs of one source that are never separated; counted from
+            the source's first pair, what is left over at its end is not used.
+
     Raises:
-        ConfigError: `batch_size` is odd or below 2, the seed is negative, or a source cannot fill one batch.
+        ConfigError: `batch_size` is odd or below 2, the seed is negative, a batch is not a whole number of runs, or a
+            source cannot fill one batch.
     """
 
-    def __init__(self, dataset: PairedDataset, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, dataset: PairedDataset, batch_size: int, seed: int = 0, pairs_together: int = 1) -> None:
         if batch_size < 2 or batch_size % 2:
             raise ConfigError(
                 f"the batch counts prompts, two a pair, so it must be even and positive; got {batch_size}"
             )
         if seed < 0:
             raise ConfigError(f"data.seed must not be negative; got {seed}")
+        if pairs_together < 1 or (batch_size // 2) % pairs_together:
+            raise ConfigError(
+                f"data.embedrl.pairs_together must divide the {batch_size // 2} pairs of a batch; got {pairs_together}"
+            )
         self.batch_size = batch_size
         self.seed = seed
+        self.pairs_together = pairs_together
         self.epoch = 0
         self.fingerprint = dataset.fingerprint
         pairs_of: dict[str, list[int]] = defaultdict(list)
         for pair, source in enumerate(dataset.pair_sources):
             pairs_of[source].append(pair)
-        self._pairs_of = {source: np.array(pairs_of[source], dtype=np.int64) for source in sorted(pairs_of)}
         need = batch_size // 2
-        short = [f"{source} ({len(pairs)})" for source, pairs in self._pairs_of.items() if len(pairs) < need]
-        if short or not self._pairs_of:
+        short = [f"{source} ({len(pairs)})" for source, pairs in sorted(pairs_of.items()) if len(pairs) < need]
+        if short or not pairs_of:
             raise ConfigError(
                 f"a batch of {batch_size} prompts holds {need} pairs of one data source; too few pairs in: "
                 f"{', '.join(short) or 'the empty data set'}. Lower data.train_batch_size or leave the source out"
             )
+        self._runs_of = {
+            source: np.array(pairs[: len(pairs) // pairs_together * pairs_together]).reshape(-1, pairs_together)
+            for source, pairs in sorted(pairs_of.items())
+        }
 
     def __len__(self) -> int:
         """Prompts in an epoch, a multiple of the batch size."""
         need = self.batch_size // 2
-        return sum(len(pairs) // need for pairs in self._pairs_of.values()) * self.batch_size
+        return sum(runs.size // need for runs in self._runs_of.values()) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         return _PairIterator(self)
@@ -76,9 +94,9 @@ class PairBatchSampler(Sampler[int]):
         rng = np.random.default_rng([self.seed, epoch])
         need = self.batch_size // 2
         blocks = []
-        for pairs in self._pairs_of.values():
-            shuffled = rng.permutation(pairs)
-            blocks.append(shuffled[: len(pairs) // need * need].reshape(-1, need))
+        for runs in self._runs_of.values():
+            shuffled = rng.permutation(runs).reshape(-1)
+            blocks.append(shuffled[: len(shuffled) // need * need].reshape(-1, need))
         pairs_BP = rng.permutation(np.concatenate(blocks))  # B batches, P pairs
         return np.stack([2 * pairs_BP, 2 * pairs_BP + 1], axis=-1).reshape(-1)
 
@@ -118,10 +136,16 @@ class _PairIterator(Iterator[int]):
             if state_dict[name] != value:
                 raise ConfigError(
                     f"cannot resume: the checkpoint's {name} is {state_dict[name]!r} and this run's is {value!r}; "
-                    "go on with the same data, data.seed and data.train_batch_size, or start a new run"
+                    "go on with the same data, data.seed, data.train_batch_size and data.embedrl.pairs_together, or "
+                    "start a new run"
                 )
         self._start(state_dict["epoch"], state_dict["yielded"])
 
     def _identity(self) -> dict[str, Any]:
         sampler = self._sampler
-        return {"seed": sampler.seed, "batch_size": sampler.batch_size, "data": sampler.fingerprint}
+        return {
+            "seed": sampler.seed,
+            "batch_size": sampler.batch_size,
+            "pairs_together": sampler.pairs_together,
+            "data": sampler.fingerprint,
+        }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The config section `data.embedrl`: how prompts are written and how large media may be."""
+"""The config section `data.embedrl`: how prompts are written, how large media may be, which pairs share a batch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class DataSettings:
         prompt_style: prompt templates, "paper" or "compact".
         few_shot: keep the worked examples of the templates.
         image_min_tokens ... max_frames: limits of the Reasoner's media, see `MediaLimits`.
+        pairs_together: neighbouring pairs of the file that share a batch, see `PairBatchSampler`.
 
     Raises:
         ConfigError: unknown key, wrong type or impossible limits.
@@ -41,6 +42,7 @@ class DataSettings:
     frame_min_tokens: int = 128
     frame_max_tokens: int = 300
     max_frames: int = 8
+    pairs_together: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -49,6 +51,8 @@ class DataSettings:
                 raise ConfigError(
                     f"{SECTION}.{field.name} must be of type {type(field.default).__name__}; got {value!r}"
                 )
+        if self.pairs_together < 1:
+            raise ConfigError(f"{SECTION}.pairs_together must be at least 1; got {self.pairs_together}")
         self.limits(28)  # raises on impossible limits
 
     @classmethod

@@ -6,8 +6,8 @@ has hard negatives. Three kinds of batches:
 
 - `tcot`: input, true T-CoT and the evidence that it points at, on both sides;
 - `raw`: the input alone on both sides, so that the baseline without T-CoT is a trained one too;
-- in `tcot` batches a share of the T-CoTs has digits replaced at random. The Embedder must not break on a wrong T-CoT,
-  since it is to tell wrong ones from right ones in RL.
+- in `tcot` batches a share of the T-CoTs has a short answer, or digits replaced at random. The Embedder must not break
+  on a poor T-CoT, since it is to tell poor ones from good ones in RL.
 
 Command: `python -m embedrl_verl.tiny.contrastive --model DIR --world DIR --out DIR [--seed 0]`.
 """
@@ -34,7 +34,7 @@ from embedrl_verl.embedder.batching import pad_rows
 from embedrl_verl.embedder.forward import embed_padded
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import cut_evidence, parse_tcot
-from embedrl_verl.tiny.digits import FAMILY_SIZE, Sample, read_samples
+from embedrl_verl.tiny.digits import FAMILY_SIZE, Sample, cut_short, read_samples
 from embedrl_verl.tiny.reasoner import TINY_LIMITS
 
 View = Literal["raw", "tcot"]
@@ -49,6 +49,7 @@ class ContrastiveConfig:
         families: families of near numbers in a batch; pairs = families * FAMILY_SIZE.
         temperature: of InfoNCE.
         raw_share: share of the batches without T-CoT.
+        terse_share: share of the T-CoTs whose answer is cut short.
         corrupt_share: share of the T-CoTs in which some digits are wrong.
         corrupt_digits: probability that one digit of such a T-CoT is replaced.
     """
@@ -59,6 +60,7 @@ class ContrastiveConfig:
     warmup: int = 30
     temperature: float = 0.05
     raw_share: float = 0.4
+    terse_share: float = 0.2
     corrupt_share: float = 0.0
     corrupt_digits: float = 0.25
     seed: int = 0
@@ -66,7 +68,9 @@ class ContrastiveConfig:
     def __post_init__(self) -> None:
         if min(self.steps, self.families, self.warmup) < 1 or self.lr <= 0 or self.temperature <= 0:
             raise ConfigError(f"steps, families, warmup, lr and temperature must be positive; got {self}")
-        if not all(0 <= share <= 1 for share in (self.raw_share, self.corrupt_share, self.corrupt_digits)):
+        if not all(
+            0 <= share <= 1 for share in (self.raw_share, self.terse_share, self.corrupt_share, self.corrupt_digits)
+        ):
             raise ConfigError(f"shares and probabilities must be in [0, 1]; got {self}")
 
 
@@ -143,8 +147,9 @@ def _tcot(sample: Sample, side: Side, view: View, config: ContrastiveConfig, rng
     if view == "raw":
         return None
     truth = sample.query if side == "query" else sample.target
+    tcot = cut_short(truth.tcot) if rng.random() < config.terse_share else truth.tcot
     wrong = rng.random() < config.corrupt_share
-    return corrupt(truth.tcot, config.corrupt_digits, rng) if wrong else truth.tcot
+    return corrupt(tcot, config.corrupt_digits, rng) if wrong else tcot
 
 
 def main(argv: Sequence[str] | None = None) -> None:

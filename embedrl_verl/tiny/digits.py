@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Sample:
 class WorldSize:
     """Pairs a source in each file."""
 
-    sft: int = 512
+    sft: int = 4096
     train: int = 512
     heldout: int = 48
 
@@ -131,6 +132,12 @@ def render_tcot(evidence: dict[str, list[int] | list[str]], answer: str) -> str:
     """The compact T-CoT: evidence alone as thinking, a word as check, the number as answer."""
     thinking = json.dumps(evidence, separators=(",", ":"))
     return f"<thinking>{thinking}</thinking><rethink>ok</rethink><answer>{answer}</answer>"
+
+
+def cut_short(tcot: str) -> str:
+    """The T-CoT with only the first digit of the number in its answer; box and keywords stay as they are."""
+    start = tcot.index("<answer>")
+    return tcot[:start] + re.sub(r"(\d)\d+", r"\1", tcot[start:])
 
 
 def _text(text: str) -> _Side:

@@ -30,7 +30,7 @@ from embedrl_verl.tcot import format_reward
 from embedrl_verl.tiny.contrastive import embed_input
 from embedrl_verl.tiny.digits import Sample, read_samples
 from embedrl_verl.tiny.reasoner import TINY_LIMITS, Prompt, Reasoner
-from embedrl_verl.tiny.sft import digit_accuracy
+from embedrl_verl.tiny.sft import read_accuracy
 
 NDCG_K = 5
 MAX_NEW_TOKENS = 96
@@ -46,13 +46,14 @@ class Quality:
     Attributes:
         well_formed: share that keeps the form.
         format: share that also carries the evidence its input calls for (the reward's F).
-        digits, exact: share of digits and of whole answers right, of pictures and clips only.
+        digits, written, exact: see `Reading`; of pictures and clips only.
         evidence: crops and key frames cut for a T-CoT, mean.
     """
 
     well_formed: float
     format: float
     digits: float
+    written: float
     exact: float
     evidence: float
 
@@ -145,8 +146,15 @@ def _quality(samples: Sequence[Sample], tcots: Tcots, inputs: Mapping[Side, Sequ
             if truth.cells:
                 seen.append(text)
                 truths.append(truth)
-    digits, exact = digit_accuracy(seen, truths)
-    return Quality(sum(kept) / len(kept), sum(forms) / len(forms), digits, exact, sum(evidence) / len(evidence))
+    reading = read_accuracy(seen, truths)
+    return Quality(
+        sum(kept) / len(kept),
+        sum(forms) / len(forms),
+        reading.digits,
+        reading.written,
+        reading.exact,
+        sum(evidence) / len(evidence),
+    )
 
 
 def evaluate(embedder: Embedder, samples: Sequence[Sample], reasoners: Mapping[str, Reasoner]) -> dict[str, View]:

@@ -29,6 +29,7 @@ import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.data.sampler import PairBatchSampler
+from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.embedder.worker import EmbedderClient, build_embedder_worker_group
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.trainer import checks
@@ -113,7 +114,12 @@ class EGRLMixin(WorkerClassesMixin):
         if not isinstance(self.train_dataset, TCoTDataset):
             raise TypeError(f"data.custom_cls must be TCoTDataset or a subclass; got {type(self.train_dataset)}")
         batch_size = self.config.data.train_batch_size
-        sampler = PairBatchSampler(self.train_dataset, batch_size=batch_size, seed=self.config.data.get("seed") or 0)
+        sampler = PairBatchSampler(
+            self.train_dataset,
+            batch_size=batch_size,
+            seed=self.config.data.get("seed") or 0,
+            pairs_together=DataSettings.from_config(self.config.data).pairs_together,
+        )
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
             batch_size=batch_size,

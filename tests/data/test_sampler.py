@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,3 +139,23 @@ def test_state_of_another_run_is_refused(data: Prompts, seed: int, message: str)
 def test_batch_that_cannot_be_filled_is_refused(sources: list[str], size: int, seed: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PairBatchSampler(Prompts(sources), size, seed)
+
+
+def test_neighbours_share_a_batch_and_runs_are_shuffled() -> None:
+    data = Prompts(["a"] * 12 + ["b"] * 9 + ["c"] * 8)
+    sampler = PairBatchSampler(data, batch_size=8, seed=0, pairs_together=2)
+    pairs = np.array(list(sampler)).reshape(-1, 4, 2)[:, :, 0] // 2
+    start = {"a": 0, "b": 12, "c": 21}
+    for batch in pairs:
+        source = data.pair_sources[batch[0]]
+        firsts = batch[::2] - start[source]
+        assert (firsts % 2 == 0).all() and (batch[1::2] == batch[::2] + 1).all()
+    assert 20 not in pairs, "the ninth pair of b has no neighbour"
+    assert sorted(pairs.reshape(-1)) != pairs.reshape(-1).tolist()
+    assert len(sampler) == pairs.size * 2
+
+
+@pytest.mark.parametrize("together", [0, 3])
+def test_runs_that_do_not_fill_a_batch_are_refused(together: int) -> None:
+    with pytest.raises(ConfigError, match=r"pairs_together must divide the 4 pairs of a batch; got"):
+        PairBatchSampler(Prompts(["a"] * 12), batch_size=8, pairs_together=together)

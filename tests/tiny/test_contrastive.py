@@ -35,7 +35,9 @@ def test_training_brings_partners_together(tmp_path: Path) -> None:
         return float(similarity.diagonal().mean() - others.mean())
 
     before = margin()
-    train_contrastive(embedder, samples, ContrastiveConfig(steps=40, families=1, warmup=3, raw_share=0.0))
+    train_contrastive(
+        embedder, samples, ContrastiveConfig(steps=40, families=1, warmup=3, raw_share=0.0, terse_share=0.0)
+    )
     assert margin() > before + 0.05
 
 

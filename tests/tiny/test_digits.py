@@ -19,6 +19,7 @@ from embedrl_verl.tiny.digits import (
     SOURCES,
     Sample,
     WorldSize,
+    cut_short,
     make_samples,
     number_families,
     read_samples,
@@ -126,3 +127,9 @@ def test_sizes_that_break_families_are_refused() -> None:
         WorldSize(heldout=6)
     with pytest.raises(ConfigError, match="must hold every digit"):
         ScanBox((0, 5), np.random.default_rng(0))
+
+
+def test_a_short_answer_keeps_the_evidence_and_the_words() -> None:
+    tcot = '<thinking>{"bbox_2d":[0,250,1000,500]}</thinking><rethink>ok</rethink><answer>parcel 3071</answer>'
+    assert cut_short(tcot) == tcot.replace("3071", "3")
+    assert cut_short(cut_short(tcot)) == cut_short(tcot)

@@ -10,10 +10,10 @@ from embedrl_verl.data.lengths import PromptMeter
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tiny.digits import SFT_SCANS, SOURCES, Sample, Truth, make_samples
+from embedrl_verl.tiny.digits import SFT_SCANS, SOURCES, Sample, Truth, cut_short, make_samples
 from embedrl_verl.tiny.models import build_tiny_model
 from embedrl_verl.tiny.reasoner import END, TINY_LIMITS, Prompt, Reasoner
-from embedrl_verl.tiny.sft import IGNORED, SftConfig, digit_accuracy, make_lesson, train_sft
+from embedrl_verl.tiny.sft import IGNORED, SftConfig, digit_accuracy, make_lesson, read_accuracy, train_sft
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +63,51 @@ def test_generation_does_not_depend_on_the_batch(reasoner: Reasoner, samples: li
     assert together == [reasoner.generate([prompt], max_new_tokens=6)[0] for prompt in prompts]
 
 
+def test_a_terse_lesson_is_the_true_one_with_a_short_answer(reasoner: Reasoner, samples: list[Sample]) -> None:
+    tokenizer = reasoner.processor.tokenizer
+    for sample in samples:
+        terse = make_lesson(reasoner, Prompt(sample.record, "target"), sample.target, terse=True)
+        text = tokenizer.decode(terse.row.input_ids)
+        assert text.endswith(cut_short(sample.target.tcot) + END)
+        assert len(text) < len(
+            tokenizer.decode(make_lesson(reasoner, Prompt(sample.record, "target"), sample.target).row.input_ids)
+        )
+
+
 def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path: Path, samples: list[Sample]) -> None:
     reasoner = Reasoner.from_pretrained(build_tiny_model(tmp_path / "model", seed=1))
     lessons = samples[8:10]  # digits_t2i: a text and a picture
-    config = SftConfig(max_steps=200, batch_size=4, warmup=5, check_every=20, stop_accuracy=0.9)
+    config = SftConfig(max_steps=200, batch_size=4, warmup=5, check_every=20, stop_accuracy=0.9, terse_share=0.0)
     accuracy = train_sft(reasoner, lessons, lessons, config)
     assert accuracy >= 0.9
     reasoner.save(tmp_path / "trained")
     again = Reasoner.from_pretrained(tmp_path / "trained")
     prompts, truths = [Prompt(s.record, "target") for s in lessons], [s.target for s in lessons]
-    assert digit_accuracy(again.generate(prompts), truths)[0] == accuracy
+    assert digit_accuracy(again, list(zip(prompts, truths, strict=True))) == accuracy
+    assert read_accuracy(again.generate(prompts), truths).digits >= 0.8
+
+
+def test_a_terse_habit_is_learnt_and_does_not_hide_the_digits(tmp_path: Path, samples: list[Sample]) -> None:
+    """Greedy answers are short, and still the reader is known to read the digits that it leaves out."""
+    reasoner = Reasoner.from_pretrained(build_tiny_model(tmp_path, seed=1))
+    lessons = samples[8:10]
+    config = SftConfig(max_steps=200, batch_size=4, warmup=5, check_every=200, stop_accuracy=1.0, terse_share=0.7)
+    assert train_sft(reasoner, lessons, lessons, config) >= 0.8
+    written = reasoner.generate([Prompt(s.record, "target") for s in lessons])
+    assert read_accuracy(written, [s.target for s in lessons]).digits == pytest.approx(1 / 5)
 
 
 def test_digits_are_compared_place_by_place() -> None:
-    truths = [Truth("<thinking>{}</thinking><rethink>ok</rethink><answer>parcel 3071</answer>")] * 3
-    answers = ["parcel 3071", "parcel 3079", ""]
+    truths = [Truth("<thinking>{}</thinking><rethink>ok</rethink><answer>parcel 3071</answer>")] * 4
+    answers = ["parcel 3071", "parcel 3079", "parcel 3", ""]
     written = [f"<thinking>{{}}</thinking><rethink>ok</rethink><answer>{answer}</answer>" for answer in answers]
-    digits, exact = digit_accuracy(written, truths)
-    assert digits == pytest.approx(7 / 12) and exact == pytest.approx(1 / 3)
+    reading = read_accuracy(written, truths)
+    assert reading.digits == pytest.approx(8 / 16) and reading.exact == pytest.approx(1 / 4)
+    assert reading.written == pytest.approx(8 / 9), "what was left out is not wrong"
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="stop_accuracy in"):
+    with pytest.raises(ConfigError, match="stop_accuracy must be in"):
         SftConfig(stop_accuracy=1.5)
     with pytest.raises(ConfigError, match="at least 1"):
         SftConfig(batch_size=0)

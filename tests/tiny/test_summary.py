@@ -21,7 +21,7 @@ def write_run(folder: Path, raw: int, before: int, after: int, *, rise: float = 
         data = {"embedrl/reward/mean": 0.2 + rise * step / 20, "embedrl/hit@1/mean": 0.5, "timing_s/step": 4.0}
         rows.append({"step": step, "data": data | {"timing_s/reward_stage": 0.5}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    quality = {"well_formed": 1.0, "format": 1.0, "digits": 0.9, "exact": 0.7, "evidence": 1.0}
+    quality = {"well_formed": 1.0, "format": 1.0, "digits": 0.9, "written": 0.9, "exact": 0.7, "evidence": 1.0}
     views = {}
     for name, found in {"raw": raw, "before": before, "after": after, "truth": QUERIES}.items():
         hits = {"a": [1] * found + [0] * (QUERIES - found), "b": [1] * 10 + [0] * 10}
