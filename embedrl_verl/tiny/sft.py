@@ -78,7 +78,10 @@ class _Lesson:
 
 
 def make_lesson(reasoner: Reasoner, prompt: Prompt, truth: Truth, *, terse: bool = False) -> _Lesson:
-    """The row of a prompt with its true T-CoT (`terse`: with its answer cut short), labelled on the T-CoT and on the visual tokens that show a digit."""
+    """The row of a prompt with its true T-CoT, labelled on the T-CoT and on the visual tokens that show a digit.
+
+    `terse`: the answer is cut short.
+    """
     tokenizer = reasoner.processor.tokenizer
     response = (cut_short(truth.tcot) if terse else truth.tcot) + END
     row = reasoner.encode(prompt, response)

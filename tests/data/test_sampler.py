@@ -109,7 +109,7 @@ def test_state_is_small_and_plain() -> None:
     first = loader()
     next(iter(first))
     state = first.state_dict()["_sampler_iter_state"]["sampler_iter_state"]
-    assert state == {"epoch": 0, "yielded": 4, "seed": 3, "batch_size": 4, "data": "f"}
+    assert state == {"epoch": 0, "yielded": 4, "seed": 3, "batch_size": 4, "pairs_together": 1, "data": "f"}
 
 
 @pytest.mark.parametrize(
