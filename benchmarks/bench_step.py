@@ -19,9 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from embedrl_verl.progress import read_metrics
+from embedrl_verl.tiny.reasoner import TINY_LIMITS
 
 STAGES = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "step")
 WARM_UP = 2
@@ -49,19 +51,22 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 
 def overrides(inputs: Path, steps: int, pairs: int, rollouts: int) -> list[str]:
     """What both runs share."""
-    tokens = [f"{side}_{limit}" for side in ("image", "frame") for limit in ("min_tokens=1", "max_tokens=32")]
+    limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
     return [
         "platform=cpu",
-        f"data.train_files={inputs / 'data' / 'train.parquet'}",
-        f"data.val_files={inputs / 'data' / 'heldout.parquet'}",
+        f"data.train_files={inputs / 'world' / 'train.parquet'}",
+        f"data.val_files={inputs / 'world' / 'heldout.parquet'}",
         f"data.train_batch_size={2 * pairs}",
         "data.max_prompt_length=256",
-        "data.max_response_length=64",
+        "data.max_response_length=96",
         "data.seed=0",
         "data.embedrl.prompt_style=compact",
-        *(f"data.embedrl.{token}" for token in tokens),
-        *(f"embedrl.embedder.{token}" for token in tokens),
-        f"actor_rollout_ref.model.path={inputs / 'reasoner'}",
+        *(
+            f"{section}.{name}={value}"
+            for section in ("data.embedrl", "embedrl.embedder")
+            for name, value in limits.items()
+        ),
+        f"actor_rollout_ref.model.path={inputs / 'sft'}",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={pairs}",
         f"actor_rollout_ref.rollout.n={rollouts}",
         "actor_rollout_ref.rollout.max_model_len=512",

@@ -11,10 +11,10 @@
 # A finished stage is skipped when the recipe is run again with the same settings; an interrupted RL stage goes on from
 # its last checkpoint.
 #
-# SEED=0, STEPS=80 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl. DRY_RUN=1 prints the plan of the RL stage only.
+# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl. DRY_RUN=1 prints the plan of the RL stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-SEED=${SEED:-0} STEPS=${STEPS:-80} FAMILY=${FAMILY:-qwen2_vl}
+SEED=${SEED:-0} STEPS=${STEPS:-40} FAMILY=${FAMILY:-qwen2_vl}
 OUT=${OUT:-$ROOT/runs/tiny_cpu/seed$SEED}
 REWARD=${REWARD:-$ROOT/reward/no_judge.py}
 
@@ -44,7 +44,7 @@ OVERRIDES=(
     data.embedrl.frame_max_tokens=300
     "actor_rollout_ref.model.path='$OUT/sft'"
     actor_rollout_ref.actor.ppo_mini_batch_size=8
-    actor_rollout_ref.actor.optim.lr=3e-5
+    actor_rollout_ref.actor.optim.lr=1e-4
     actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]
     actor_rollout_ref.rollout.n=8
     actor_rollout_ref.rollout.max_model_len=512

@@ -20,9 +20,8 @@ from sklearn.datasets import load_digits
 
 from embedrl_verl.errors import ConfigError
 
-# Scan indices [first, past the last). The cold start sees few scans; RL and the Embedder see all training scans.
-SFT_SCANS = (0, 500)
-TRAIN_SCANS = (0, 1300)
+# Scan indices [first, past the last).
+SFT_SCANS = TRAIN_SCANS = (0, 1300)
 HELD_OUT_SCANS = (1300, 1797)
 _INK = 15.0  # darkness of full ink: scans hold 0..16
 

@@ -60,7 +60,7 @@ class ContrastiveConfig:
     warmup: int = 30
     temperature: float = 0.05
     raw_share: float = 0.4
-    terse_share: float = 0.2
+    terse_share: float = 0.0
     corrupt_share: float = 0.0
     corrupt_digits: float = 0.25
     seed: int = 0

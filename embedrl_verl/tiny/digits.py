@@ -16,7 +16,7 @@ Strips begin at the left edge and lie in one of two middle rows: boxes have the 
 a model of two layers finds the k-th digit at a fixed distance. Numbers come in families of four that differ in one or
 two digits, so that a single misread digit finds the wrong candidate.
 
-Three files: `sft.parquet` (few scans, for the cold start), `train.parquet` (contrastive stage and RL),
+Three files: `sft.parquet` (for the cold start), `train.parquet` (contrastive stage and RL),
 `heldout.parquet` (scans that no stage trains on). Beside each lies a `.truths.jsonl` with the true T-CoTs:
 {"pair_id", "query": {"tcot", "cells"}, "target": {"tcot", "cells"}}; RL never reads it.
 
@@ -82,7 +82,7 @@ class Sample:
 class WorldSize:
     """Pairs a source in each file."""
 
-    sft: int = 4096
+    sft: int = 2048
     train: int = 512
     heldout: int = 48
 

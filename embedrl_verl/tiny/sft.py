@@ -5,11 +5,12 @@ A model with random weights has to learn to see, to point and to write in a minu
 
 - next-token loss on the T-CoT as usual, and beside it on every visual token that shows a digit: its "next token" is
   that digit. Reading is thus learnt locally, before the model has learnt where to look;
-- it stops as soon as it reads `stop_accuracy` of the digits of new pictures.
+- it reads first and takes on habits later.
 
-The teacher sees well and points at the right place, but in `terse_share` of the T-CoTs its answer names only the first
-digit. Nothing is wrong in such a T-CoT; it just finds the wrong candidate among near numbers. The Reasoner learns
-both habits, and has to find out in RL which one retrieves.
+The teacher of the last `habit_steps` sees well and points at the right place, but does not think of retrieval: in
+`terse_share` of the T-CoTs of pictures and clips the answer names only the first digit. Nothing is wrong in such a
+T-CoT; it just finds the wrong candidate among near numbers. The Reasoner learns both habits, and has to find out in RL
+which one retrieves.
 
 Command: `python -m embedrl_verl.tiny.sft --model DIR --world DIR --out DIR [--seed 0]`.
 """
@@ -41,32 +42,38 @@ class SftConfig:
     """Settings of the cold start.
 
     Attributes:
-        max_steps, batch_size, lr: AdamW with warm-up and linear decay to a tenth.
-        terse_share: share of the T-CoTs whose answer is cut short.
+        max_steps, batch_size: of the whole cold start.
+        lr, muon_lr: of AdamW and of Muon (see `_optimizers`), with warm-up and linear decay to a tenth.
+        habit_steps: the last steps, with the teacher who is often terse.
+        terse_share: share of his T-CoTs of pictures and clips whose answer is cut short.
         text_share: share of text-only prompts in a batch; they are learnt by copying and need few.
-        stop_accuracy: share of digits read right (new pictures, see `digit_accuracy`) at which to stop.
+        stop_accuracy: share of digits read right (new pictures, see `digit_accuracy`) at which the habit steps begin.
         check_every: steps between two measurements of it.
         check_prompts: pictures and clips of one measurement.
     """
 
-    max_steps: int = 700
+    max_steps: int = 400
     batch_size: int = 32
     lr: float = 2e-3
+    muon_lr: float = 3e-3
     warmup: int = 30
+    habit_steps: int = 100
     terse_share: float = 0.6
     text_share: float = 0.15
-    stop_accuracy: float = 0.85
+    stop_accuracy: float = 0.9
     check_every: int = 50
     check_prompts: int = 120
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.max_steps, self.batch_size, self.warmup, self.check_every, self.check_prompts) < 1:
-            raise ConfigError(f"counts of SftConfig must be at least 1; got {self}")
+        if min(self.batch_size, self.warmup, self.check_every, self.check_prompts) < 1 or self.habit_steps < 0:
+            raise ConfigError(f"counts of SftConfig must be at least 1, habit_steps 0; got {self}")
+        if self.max_steps <= self.habit_steps:
+            raise ConfigError(f"max_steps must be above habit_steps; got {self}")
         if not all(0 <= share < 1 for share in (self.text_share, self.terse_share)):
             raise ConfigError(f"text_share and terse_share must be in [0, 1); got {self}")
-        if not (0 < self.stop_accuracy <= 1 and self.lr > 0):
-            raise ConfigError(f"stop_accuracy must be in (0, 1], lr positive; got {self}")
+        if not (0 < self.stop_accuracy <= 1 and min(self.lr, self.muon_lr) > 0):
+            raise ConfigError(f"stop_accuracy must be in (0, 1], learning rates positive; got {self}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,26 +180,37 @@ def train_sft(reasoner: Reasoner, lessons: Sequence[Sample], checks: Sequence[Sa
     picks = torch.randperm(len(tests), generator=generator)[: config.check_prompts].tolist()
     checked = [tests[i] for i in picks]
 
-    optimizer = torch.optim.AdamW(reasoner.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / config.warmup, max(0.1, 1 - step / config.max_steps))
-    )
+    optimizers = _optimizers(reasoner.model, config)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / config.warmup, max(0.1, 1 - step / config.max_steps))
+        )
+        for optimizer in optimizers
+    ]
     texts = round(config.text_share * config.batch_size)
     accuracy, started = 0.0, time.monotonic()
-    for step in range(1, config.max_steps + 1):
+    step, last = 0, config.max_steps
+    while step < last:
+        step += 1
         batch = [seeing[i] for i in torch.randint(len(seeing), (config.batch_size - texts,), generator=generator)]
         batch += [reading[i] for i in torch.randint(len(reading), (texts,), generator=generator)]
-        terse = (torch.rand(len(batch), generator=generator) < config.terse_share).tolist()
+        terse_share = config.terse_share if step > last - config.habit_steps else 0.0
+        terse = (torch.rand(len(batch), generator=generator) < terse_share).tolist()
         reasoner.model.train()
         loss = lesson_loss(
-            reasoner, [make_lesson(reasoner, *side, terse=short) for side, short in zip(batch, terse, strict=True)]
+            reasoner,
+            [
+                make_lesson(reasoner, prompt, truth, terse=short and bool(truth.cells))
+                for (prompt, truth), short in zip(batch, terse, strict=True)
+            ],
         )
-        optimizer.zero_grad()
+        reasoner.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reasoner.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % config.check_every == 0 or step == config.max_steps:
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        if step % config.check_every == 0 or step == last:
             reasoner.model.eval()
             accuracy = digit_accuracy(reasoner, checked)
             seconds = time.monotonic() - started
@@ -201,8 +219,21 @@ def train_sft(reasoner: Reasoner, lessons: Sequence[Sample], checks: Sequence[Sa
                 flush=True,
             )
             if accuracy >= config.stop_accuracy:
-                break
+                last = min(last, step + config.habit_steps)
     return accuracy
+
+
+def _optimizers(model: torch.nn.Module, config: SftConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between embedding and head, AdamW for the rest: half the steps of AdamW alone."""
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        inner = parameter.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
+        (matrices if inner else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 def _sides(samples: Sequence[Sample]) -> list[tuple[Prompt, Truth]]:

@@ -42,7 +42,8 @@ _WORDS = (
     "bottom middle row order reads bbox none yes no not it its this these ok checked seen here box boxes keywords "
     "key frames evidence relative absolute pixels units write Write give Give answer thinking rethink JSON then tags "
     "Summarize the above content one word Represent given retrieve matching corresponds question Question instruction "
-    "second third fourth fifth sixth count how many odd even largest smallest after before between"
+    "second third fourth fifth sixth count how many odd even largest smallest after before between "
+    "parcel ticket receipt invoice locker report voucher permit"
 )
 _MARKS = ('":', '"]}', "]}", '"}', '","', '", "', "[[", "]]", "],[", "], [", '["', " [", " {", ":\n", ".\n")
 
