@@ -35,6 +35,7 @@ from embedrl_verl.embedder.forward import embed_padded
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import cut_evidence, parse_tcot
 from embedrl_verl.tiny.digits import FAMILY_SIZE, Sample, cut_short, read_samples
+from embedrl_verl.tiny.optim import MuonAdamW
 from embedrl_verl.tiny.reasoner import TINY_LIMITS
 
 View = Literal["raw", "tcot"]
@@ -45,7 +46,8 @@ class ContrastiveConfig:
     """Settings of the contrastive stage.
 
     Attributes:
-        steps, lr, warmup: AdamW with warm-up and linear decay to a tenth.
+        steps: updates.
+        lr, muon_lr, warmup: see `MuonAdamW`.
         families: families of near numbers in a batch; pairs = families * FAMILY_SIZE.
         temperature: of InfoNCE.
         raw_share: share of the batches without T-CoT.
@@ -57,6 +59,7 @@ class ContrastiveConfig:
     steps: int = 400
     families: int = 8
     lr: float = 2e-3
+    muon_lr: float = 3e-3
     warmup: int = 30
     temperature: float = 0.05
     raw_share: float = 0.4
@@ -66,8 +69,8 @@ class ContrastiveConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.families, self.warmup) < 1 or self.lr <= 0 or self.temperature <= 0:
-            raise ConfigError(f"steps, families, warmup, lr and temperature must be positive; got {self}")
+        if min(self.steps, self.families, self.warmup) < 1 or min(self.lr, self.muon_lr, self.temperature) <= 0:
+            raise ConfigError(f"steps, families, warmup, learning rates and temperature must be positive; got {self}")
         if not all(
             0 <= share <= 1 for share in (self.raw_share, self.terse_share, self.corrupt_share, self.corrupt_digits)
         ):
@@ -107,9 +110,8 @@ def train_contrastive(embedder: Embedder, samples: Sequence[Sample], config: Con
     for sample in samples:
         by_source[sample.record.data_source].append(sample)
     sources = list(by_source)
-    optimizer = torch.optim.AdamW(embedder.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / config.warmup, max(0.1, 1 - step / config.steps))
+    optimizer = MuonAdamW(
+        embedder.model, lr=config.lr, muon_lr=config.muon_lr, warmup=config.warmup, total=config.steps
     )
     losses: dict[View, list[float]] = {"raw": [], "tcot": []}
     started = time.monotonic()
@@ -120,11 +122,7 @@ def train_contrastive(embedder: Embedder, samples: Sequence[Sample], config: Con
         batch = [pairs[start + i] for start in starts for i in range(FAMILY_SIZE)]
         view: View = "raw" if rng.random() < config.raw_share else "tcot"
         loss = _batch_loss(embedder, batch, view, config, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(embedder.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        optimizer.step(loss)
         losses[view].append(loss.item())
         if step % 50 == 0 or step == config.steps:
             shown = ", ".join(f"loss {name} {np.mean(values[-20:]):.3f}" for name, values in losses.items() if values)

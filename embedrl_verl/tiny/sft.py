@@ -32,6 +32,7 @@ from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.tiny.digits import Sample, Truth, cut_short, read_samples
+from embedrl_verl.tiny.optim import MuonAdamW
 from embedrl_verl.tiny.reasoner import END, Prompt, Reasoner
 
 IGNORED = -100
@@ -43,7 +44,7 @@ class SftConfig:
 
     Attributes:
         max_steps, batch_size: of the whole cold start.
-        lr, muon_lr: of AdamW and of Muon (see `_optimizers`), with warm-up and linear decay to a tenth.
+        lr, muon_lr, warmup: see `MuonAdamW`.
         habit_steps: the last steps, with the teacher who is often terse.
         terse_share: share of his T-CoTs of pictures and clips whose answer is cut short.
         text_share: share of text-only prompts in a batch; they are learnt by copying and need few.
@@ -58,7 +59,7 @@ class SftConfig:
     muon_lr: float = 3e-3
     warmup: int = 30
     habit_steps: int = 100
-    terse_share: float = 0.6
+    terse_share: float = 0.7
     text_share: float = 0.15
     stop_accuracy: float = 0.9
     check_every: int = 50
@@ -180,13 +181,9 @@ def train_sft(reasoner: Reasoner, lessons: Sequence[Sample], checks: Sequence[Sa
     picks = torch.randperm(len(tests), generator=generator)[: config.check_prompts].tolist()
     checked = [tests[i] for i in picks]
 
-    optimizers = _optimizers(reasoner.model, config)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / config.warmup, max(0.1, 1 - step / config.max_steps))
-        )
-        for optimizer in optimizers
-    ]
+    optimizer = MuonAdamW(
+        reasoner.model, lr=config.lr, muon_lr=config.muon_lr, warmup=config.warmup, total=config.max_steps
+    )
     texts = round(config.text_share * config.batch_size)
     accuracy, started = 0.0, time.monotonic()
     step, last = 0, config.max_steps
@@ -204,12 +201,7 @@ def train_sft(reasoner: Reasoner, lessons: Sequence[Sample], checks: Sequence[Sa
                 for (prompt, truth), short in zip(batch, terse, strict=True)
             ],
         )
-        reasoner.model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reasoner.model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+        optimizer.step(loss)
         if step % config.check_every == 0 or step == last:
             reasoner.model.eval()
             accuracy = digit_accuracy(reasoner, checked)
@@ -221,19 +213,6 @@ def train_sft(reasoner: Reasoner, lessons: Sequence[Sample], checks: Sequence[Sa
             if accuracy >= config.stop_accuracy:
                 last = min(last, step + config.habit_steps)
     return accuracy
-
-
-def _optimizers(model: torch.nn.Module, config: SftConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between embedding and head, AdamW for the rest: half the steps of AdamW alone."""
-    matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        inner = parameter.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
-        (matrices if inner else others).append(parameter)
-    return [
-        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
 
 
 def _sides(samples: Sequence[Sample]) -> list[tuple[Prompt, Truth]]:
