@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import hydra
@@ -85,6 +86,8 @@ def main() -> None:
     # hydra must neither change the working directory nor write a log folder, and must let errors through to us.
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     sys.argv[1:1] = quiet
+    # verl warns of every engine whose library is missing; these are never used here.
+    warnings.filterwarnings("ignore", message="(torchtitan|veomni|automodel|mindspeed) engine is not available")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         _main()
