@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cold start of the tiny Reasoner: supervised training on the T-CoTs of a teacher who does not think of retrieval.
 
-A model with random weights has to learn to see, to point and to write in a minute. Two things make that possible:
+A model with random weights has to learn to see, to point and to write in minutes. Two things make that possible:
 
 - next-token loss on the T-CoT as usual, and beside it on every visual token that shows a digit: its "next token" is
   that digit. Reading is thus learnt locally, before the model has learnt where to look;
@@ -46,7 +46,7 @@ class SftConfig:
         max_steps, batch_size: of the whole cold start.
         lr, muon_lr, warmup: see `MuonAdamW`.
         habit_steps: the last steps, with the teacher who is often terse.
-        terse_share: share of his T-CoTs of pictures and clips whose answer is cut short.
+        terse_share: share of its T-CoTs of pictures and clips whose answer is cut short.
         text_share: share of text-only prompts in a batch; they are learnt by copying and need few.
         stop_accuracy: share of digits read right (new pictures, see `digit_accuracy`) at which the habit steps begin.
         check_every: steps between two measurements of it.
