@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of real handwritten digits on a grid of cells, one cell = one visual token.
 
-The 1,797 scans of scikit-learn's `load_digits` (8 x 8 pixels, 43 writers) are split by index and never mixed: a scan is
-used either in training or in the held-out evaluation. A canvas is white paper; a strip of digits lies in one row of
-cells, so the true box of a strip, and the digit that each visual token shows, are known exactly.
+The 1,797 scans of scikit-learn's `load_digits` (8 x 8 pixels) are split by index and never mixed: a scan is used
+either in training or in the held-out evaluation. A canvas is white paper; a strip of digits lies in one row of cells,
+so the true box of a strip, and the digit that each visual token shows, are known exactly.
 """
 
 from __future__ import annotations

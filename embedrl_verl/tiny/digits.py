@@ -8,7 +8,7 @@ Six data sources, all about reading a number off a canvas:
 | digits_i2t | picture of five digits | the number as text |
 | digits_vqa | picture with two rows + "upper" or "lower" | that row's number |
 | digits_t2i | a number | picture of it |
-| digits_i2i | picture of five digits | another writer's picture of the same number |
+| digits_i2i | picture of five digits | a picture of the same number from other scans |
 | digits_video | four frames, two of them with two digits each | the number as text |
 | digits_page | page with a printed word and a handwritten number | word and number |
 
