@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["models", "models", "digits", "contrastive", "sft", "train", "evaluate", "summary"]
 # Writes down the module that it is called for; a training leaves a checkpoint behind.
 STAND_IN = """#!/usr/bin/env bash
+exec 9>>"$OUT/lock" && flock 9 # two stages run at once
 printf '%s\\0' "${2##*.}" "${@:3}" $'\\n' >>"$OUT/calls"
+exec 9>&-
 [[ "${2##*.}" != "${FAIL:-}" ]] || exit 1
 if [[ "$2" == embedrl_verl.train ]]; then
     mkdir -p "$OUT/rl/checkpoints/global_step_7/actor/huggingface"
