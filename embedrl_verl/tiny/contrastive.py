@@ -2,12 +2,13 @@
 """Contrastive training of the tiny Embedder on input + true T-CoT + evidence, and on the raw input.
 
 Symmetric InfoNCE over batches of one data source, put together from whole families of near numbers, so that every pair
-has hard negatives. Three kinds of batches:
+has hard negatives. Two kinds of batches:
 
 - `tcot`: input, true T-CoT and the evidence that it points at, on both sides;
-- `raw`: the input alone on both sides, so that the baseline without T-CoT is a trained one too;
-- in `tcot` batches a share of the T-CoTs has a short answer, or digits replaced at random. The Embedder must not break
-  on a poor T-CoT, since it is to tell poor ones from good ones in RL.
+- `raw`: the input alone on both sides, so that the baseline without T-CoT is a trained one too.
+
+A share of the T-CoTs can have a short answer or digits replaced at random. By default none has: an Embedder that saw
+short answers read the pictures itself, and could not tell poor T-CoTs from good ones in RL.
 
 Command: `python -m embedrl_verl.tiny.contrastive --model DIR --world DIR --out DIR [--seed 0]`.
 """
@@ -144,7 +145,7 @@ def _batch_loss(
 def _tcot(sample: Sample, side: Side, view: View, config: ContrastiveConfig, rng: np.random.Generator) -> str | None:
     if view == "raw":
         return None
-    truth = sample.query if side == "query" else sample.target
+    truth = sample.truth(side)
     tcot = cut_short(truth.tcot) if rng.random() < config.terse_share else truth.tcot
     wrong = rng.random() < config.corrupt_share
     return corrupt(tcot, config.corrupt_digits, rng) if wrong else tcot

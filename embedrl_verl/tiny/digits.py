@@ -36,7 +36,7 @@ from typing import TypeAlias, get_args
 import numpy as np
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
-from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.schema import Item, PairRecord, Side, Video
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.tcot import box_convention, token_side
 from embedrl_verl.tiny.canvas import (
@@ -76,6 +76,10 @@ class Sample:
     record: PairRecord
     query: Truth
     target: Truth
+
+    def truth(self, side: Side) -> Truth:
+        """What is known of one side."""
+        return self.query if side == "query" else self.target
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _quality(samples: Sequence[Sample], tcots: Tcots, inputs: Mapping[Side, Sequ
             kept.append(float(one.tcot.is_well_formed))
             forms.append(format_reward(one.tcot, EVIDENCE_KEY_OF_KIND[input_kind(sample.record, side)]))
             evidence.append(len(one.evidence))
-            truth = sample.query if side == "query" else sample.target
+            truth = sample.truth(side)
             if truth.cells:
                 seen.append(text)
                 truths.append(truth)

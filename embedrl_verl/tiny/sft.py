@@ -216,7 +216,7 @@ def train_sft(reasoner: Reasoner, lessons: Sequence[Sample], checks: Sequence[Sa
 
 
 def _sides(samples: Sequence[Sample]) -> list[tuple[Prompt, Truth]]:
-    return [(Prompt(s.record, side), s.query if side == "query" else s.target) for s in samples for side in SIDES]
+    return [(Prompt(s.record, side), s.truth(side)) for s in samples for side in SIDES]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
