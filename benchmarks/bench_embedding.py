@@ -87,7 +87,8 @@ def worker_client(checkpoint: str, budget: int) -> Any:
     from verl.single_controller.ray import RayResourcePool
 
     from embedrl_verl.config.schema import EmbedderConfig
-    from embedrl_verl.embedder.worker import EmbedderClient, build_embedder_worker_group
+    from embedrl_verl.embedder.client import EmbedderClient
+    from embedrl_verl.embedder.worker import build_embedder_worker_group
 
     ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
     run_config = OmegaConf.create({"trainer": {"ray_wait_register_center_timeout": 300}})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from embedrl_verl.errors import ConfigError
 
@@ -23,8 +23,60 @@ def _require(condition: bool, key: str, rule: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
+class EmbedderTrainConfig:
+    """How the Embedder is trained: in stage 1, and in EG-RL if `enable` is set (method section 5)."""
+
+    enable: bool = False
+    every: int = 1
+    rollouts: str = "best"
+    lr: float = 1e-5
+    lr_scheduler: str = "constant"
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    temperature: float = 0.02
+    symmetric: bool = True
+    matryoshka_dims: tuple[int, ...] = ()
+    lora_rank: int = 0
+    lora_alpha: int = 0
+    lora_target_modules: str = "all-linear"
+    lora_exclude_modules: str = ".*visual.*"
+    lora_adapter_path: str | None = None
+    gradient_checkpointing: bool = True
+    max_tokens_per_gpu: int = 16384
+    ema_decay: float = 0.0
+    anchor_files: str | None = None
+    anchor_pairs: int = 64
+    max_anchor_drop: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, key: str, rule: str) -> None:
+            _require(condition, f"embedder.train.{key}", rule, getattr(self, key))
+
+        for name in ("every", "anchor_pairs", "max_tokens_per_gpu"):
+            require(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("lr", "temperature", "clip_grad"):
+            require(getattr(self, name) > 0, name, "positive")
+        for name in ("warmup_steps", "weight_decay", "lora_rank", "lora_alpha", "seed"):
+            require(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("ema_decay", "max_anchor_drop", "min_lr_ratio"):
+            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        require(self.ema_decay < 1, "ema_decay", "below 1 (0 = off)")
+        require(self.rollouts in ("best", "random", "all"), "rollouts", "best, random or all")
+        require(self.lr_scheduler in ("constant", "cosine"), "lr_scheduler", "constant or cosine")
+        require(all(dim >= 1 for dim in self.matryoshka_dims), "matryoshka_dims", "a list of positive numbers")
+        require(not self.lora_rank or self.lora_alpha > 0, "lora_alpha", "positive with a lora_rank")
+        require(not (self.lora_adapter_path and not self.lora_rank), "lora_rank", "the adapter's rank, with a path")
+
+
+@dataclass(frozen=True)
 class EmbedderConfig:
-    """Which Embedder scores the T-CoTs, and how it runs. Token counts are visual tokens unless the name says text."""
+    """Which Embedder scores the T-CoTs, and how it runs. Token counts are visual tokens unless the name says text.
+
+    `nnodes` x `n_gpus_per_node` devices of its own; 0 = on the actor's.
+    """
 
     path: str | None = None
     profile: str = "auto"
@@ -38,6 +90,9 @@ class EmbedderConfig:
     image_max_tokens: int = 768
     frame_min_tokens: int = 128
     frame_max_tokens: int = 300
+    nnodes: int = 1
+    n_gpus_per_node: int = 0
+    train: EmbedderTrainConfig = field(default_factory=EmbedderTrainConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "embedder.path", "a Hugging Face folder or hub id (set EMBEDDER_PATH)", self.path)
@@ -45,6 +100,8 @@ class EmbedderConfig:
         _require(self.dtype in ("bfloat16", "float32"), "embedder.dtype", "bfloat16 or float32", self.dtype)
         for name in ("max_tokens_per_gpu", "max_text_tokens", "image_min_tokens", "frame_min_tokens"):
             _require(getattr(self, name) > 0, f"embedder.{name}", "positive", getattr(self, name))
+        _require(self.nnodes >= 1, "embedder.nnodes", "1 or more", self.nnodes)
+        _require(self.n_gpus_per_node >= 0, "embedder.n_gpus_per_node", "0 or more", self.n_gpus_per_node)
         for kind in ("image", "frame"):
             low, high = getattr(self, f"{kind}_min_tokens"), getattr(self, f"{kind}_max_tokens")
             _require(low <= high, f"embedder.{kind}_max_tokens", f"at least {kind}_min_tokens ({low})", high)
@@ -97,7 +154,12 @@ class EmbedRLConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
-def _build(cls: type[_T], section: Mapping[str, Any], path: str) -> _T:
+def build_section(cls: type[_T], section: Mapping[str, Any], path: str) -> _T:
+    """A frozen dataclass from the plain mapping of a section; sections may hold sections.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or what the dataclass itself refuses; the message names the key.
+    """
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(section) - known)
@@ -109,11 +171,23 @@ def _build(cls: type[_T], section: Mapping[str, Any], path: str) -> _T:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{path}.{name} must be a section with keys; got {value!r}")
-            values[name] = _build(hint, value, f"{path}.{name}")  # type: ignore[arg-type]
+            values[name] = build_section(hint, value, f"{path}.{name}")  # type: ignore[arg-type]
             continue
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        allowed = hint if isinstance(hint, type) else hint.__args__
+        if get_origin(hint) is tuple:
+            inner = get_args(hint)[0]
+            if not isinstance(value, (list, tuple)) or not all(type(one) is inner for one in value):
+                raise ConfigError(f"{path}.{name} must be a list of {inner.__name__}; got {value!r}")
+            values[name] = tuple(value)
+            continue
+        if get_origin(hint) is dict:
+            inner = get_args(hint)[1]
+            if not isinstance(value, Mapping) or not all(type(one) in (inner, int) for one in value.values()):
+                raise ConfigError(f"{path}.{name} must be a section of {inner.__name__} values; got {value!r}")
+            values[name] = {str(key): inner(one) for key, one in value.items()}
+            continue
+        allowed = hint if isinstance(hint, type) else get_args(hint)
         if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
             raise ConfigError(f"{path}.{name} must be of type {hint}; got {value!r}")
         values[name] = value
@@ -128,4 +202,4 @@ def parse_embedrl_section(section: Mapping[str, Any]) -> EmbedRLConfig:
     """
     if "embedder" not in section:
         raise ConfigError("embedrl.embedder is missing; set at least embedrl.embedder.path")
-    return _build(EmbedRLConfig, section, "embedrl")
+    return build_section(EmbedRLConfig, section, "embedrl")

@@ -4,7 +4,7 @@
 | column | type |
 |---|---|
 | pair_id, data_source, instruction, target_id | string |
-| query, target | struct {text: string, images: list<media>, video: video, kind: string, instruction: string} |
+| query, target | struct {text, kind, instruction, tcot: string, images: list<media>, video: video} |
 | negatives (optional) | list of the same struct |
 
 media = struct {path: string, bytes: binary}; video = struct {frames: list<media>, path: string, fps: double}. Null
@@ -35,6 +35,7 @@ ITEM = pa.struct(
         ("video", VIDEO),
         ("kind", pa.string()),
         ("instruction", pa.string()),
+        ("tcot", pa.string()),
     ]
 )
 SCHEMA = pa.schema(
@@ -169,6 +170,7 @@ def _item(values: dict[str, Any] | None, field: str) -> Item:
             video=None if video is None else _video(video, f"{field}.video"),
             instruction=values.get("instruction") or "",
             kind=values.get("kind"),
+            tcot=values.get("tcot") or "",
         )
     except DataError as error:
         raise _in_field(error, field) from error
@@ -219,6 +221,7 @@ def _row_from_item(item: Item) -> dict[str, Any]:
         and {"frames": [_row_from_media(media) for media in video.frames], "path": video.path, "fps": video.fps},
         "kind": item.kind,
         "instruction": item.instruction,
+        "tcot": item.tcot,
     }
 
 

@@ -56,6 +56,7 @@ class Item:
         video: a clip; beside images, the clip is the main input.
         instruction: what is asked of the input.
         kind: "page" marks images of document pages; else None.
+        tcot: an annotated T-CoT, for contrastive training; "" = none. RL never reads it.
 
     Raises:
         DataError: `kind` is neither None nor "page", or "page" without an image.
@@ -66,6 +67,7 @@ class Item:
     video: Video | None = None
     instruction: str = ""
     kind: str | None = None
+    tcot: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in ITEM_KINDS:

@@ -10,10 +10,11 @@ gathers weights at every layer of every pass. A rank that has fewer runs its sho
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tensordict import TensorDict
 from transformers import AutoModelForImageTextToText
 from verl.utils import tensordict_utils as tu
@@ -25,6 +26,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from embedrl_verl.embedder.batching import PaddedRows, pad_rows, token_budget_batches
 from embedrl_verl.embedder.forward import embed_padded
 from embedrl_verl.embedder.loading import load_generation_model
+from embedrl_verl.embedder.memory import explained_out_of_memory
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import EmbedderError
 
@@ -96,6 +98,25 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         module.forward = forward
         return module  # type: ignore[no-any-return]
 
+    def _build_lora_module(self, module: Any) -> torch.nn.Module:
+        """Put the adapter on. verl's own wraps for language models, whose forward takes other arguments than ours."""
+        config = self.model_config
+        module.enable_input_require_grads()
+        if config.lora_adapter_path is not None:
+            return PeftModel.from_pretrained(module, config.lora_adapter_path, is_trainable=True)
+        adapter = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules=config.target_modules,
+            exclude_modules=config.exclude_modules,
+            bias="none",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.engine_config.seed)
+            wrapped = get_peft_model(module, adapter, autocast_adapter_dtype=False)
+        # FSDP wants one dtype in a group of parameters.
+        return wrapped.to(next(module.parameters()).dtype)
+
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool = False
     ) -> dict[str, Any]:
@@ -124,8 +145,13 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
             batch = plan[number] if real else plan[-1][-1:]
             last = number == int(total) - 1
             sync = nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=last)
-            with torch.no_grad() if forward_only else nullcontext(), sync:
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad() if forward_only else nullcontext())
+                stack.enter_context(sync)
                 padded = pad_rows([rows[i] for i in batch], get_device_id())
+                stack.enter_context(
+                    explained_out_of_memory(rows=len(batch), tokens=padded.input_ids.numel(), training=not forward_only)
+                )
                 vectors = self.module(padded.input_ids, padded.position_ids, padded.last, padded.media)
                 if loss_function is not None:
                     part = tu.index_select_tensor_dict(others, batch).to(get_device_id())

@@ -1,16 +1,177 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InfoNCE over a batch of matching pairs: the contrastive loss that Embedders are trained with (method section 5).
+"""InfoNCE: the contrastive loss that Embedders are trained with (method section 5).
 
-Row i of both sides belongs to pair i; every other row of the other side is its negative, except rows whose target is
-the same content: pushing those away would teach that an answer is wrong because it was drawn twice.
+Every row has one or more partners on the other side (same pair); the rows of other pairs are its negatives, except
+rows whose target is the same content: pushing those away would teach that an answer is wrong because it was drawn
+twice. `info_nce` is the plain case, row i beside row i; `contrastive_loss` takes any layout: several rollouts of a
+pair, hard negatives, Matryoshka dimensions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from embedrl_verl.errors import EmbedderError
+
+HARD_NEGATIVE = -1
+"""`target_pair` of a row that is nobody's partner."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastiveLayout:
+    """Which rows belong together.
+
+    Attributes:
+        query_pair: int64 (Q,), pair of each query row, 0 or more.
+        target_pair: int64 (T,), pair of each target row; `HARD_NEGATIVE` for hard negatives, which are negatives of
+            every query and take no part in the direction from target to query.
+        query_content: int64 (Q,), content of the target of the row's pair.
+        target_content: int64 (T,), content of the row.
+
+    Raises:
+        EmbedderError: shapes or dtypes other than these, or a query without a pair.
+    """
+
+    query_pair: torch.Tensor
+    target_pair: torch.Tensor
+    query_content: torch.Tensor
+    target_content: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for side in ("query", "target"):
+            pair, content = getattr(self, f"{side}_pair"), getattr(self, f"{side}_content")
+            if pair.dim() != 1 or content.shape != pair.shape or {pair.dtype, content.dtype} != {torch.int64}:
+                raise EmbedderError(
+                    f"{side}_pair and {side}_content must be int64 of one length; got {pair.dtype} "
+                    f"{tuple(pair.shape)} and {content.dtype} {tuple(content.shape)}"
+                )
+        if (self.query_pair < 0).any():
+            raise EmbedderError(f"query_pair must be 0 or more; got {int(self.query_pair.min())}")
+
+    def positives(self) -> torch.Tensor:
+        """bool (Q, T): same pair."""
+        return self.query_pair[:, None] == self.target_pair[None, :]
+
+    def negatives(self) -> torch.Tensor:
+        """bool (Q, T): another pair and another content."""
+        return ~self.positives() & (self.query_content[:, None] != self.target_content[None, :])
+
+    def select(self, queries: torch.Tensor, targets: torch.Tensor) -> ContrastiveLayout:
+        """The layout of some rows: bool masks (Q,) and (T,)."""
+        return ContrastiveLayout(
+            self.query_pair[queries],
+            self.target_pair[targets],
+            self.query_content[queries],
+            self.target_content[targets],
+        )
+
+    def to(self, device: torch.device | str) -> ContrastiveLayout:
+        """On another device."""
+        return ContrastiveLayout(
+            *(
+                value.to(device)
+                for value in (self.query_pair, self.target_pair, self.query_content, self.target_content)
+            )
+        )
+
+
+class Contrast(NamedTuple):
+    """A loss and what it was made of.
+
+    Attributes:
+        loss: scalar, differentiable.
+        hit1: share of the queries that rank a partner strictly above all their negatives.
+        negatives: negatives of a query, mean.
+        masked: pairs of rows that were kept from being negatives because their content is the same.
+    """
+
+    loss: torch.Tensor
+    hit1: float
+    negatives: float
+    masked: int
+
+
+def contrastive_loss(
+    query: torch.Tensor,
+    target: torch.Tensor,
+    layout: ContrastiveLayout,
+    *,
+    temperature: float = 0.02,
+    symmetric: bool = True,
+    matryoshka_dims: Sequence[int] = (),
+) -> Contrast:
+    """Mean over rows of the cross-entropy of finding a partner among the negatives.
+
+    With several partners a row's loss is the mean over them, and partners are not each other's negatives. A row without
+    negatives has loss 0; one without partners does not count.
+
+    Args:
+        query, target: (Q, D) and (T, D), length 1, float; the maths is float32 at least.
+        layout: which rows belong together.
+        temperature: of the softmax over cosines; positive.
+        symmetric: average over both directions; else only query to target.
+        matryoshka_dims: the loss is also taken over the first d numbers of the vectors (scaled to length 1 again) for
+            each d, and averaged. D itself is always in.
+
+    Raises:
+        EmbedderError: shapes that do not fit the layout, a temperature that is not positive, a dimension outside 1..D,
+            or no row with a partner.
+    """
+    rows = (len(layout.query_pair), len(layout.target_pair))
+    if query.dim() != 2 or target.dim() != 2 or (len(query), len(target)) != rows or query.shape[1] != target.shape[1]:
+        raise EmbedderError(
+            f"query and target must be ({rows[0]}, D) and ({rows[1]}, D); "
+            f"got {tuple(query.shape)} and {tuple(target.shape)}"
+        )
+    if not temperature > 0:
+        raise EmbedderError(f"temperature must be positive; got {temperature}")
+    width = query.shape[1]
+    if any(not 1 <= dim <= width for dim in matryoshka_dims):
+        raise EmbedderError(f"matryoshka_dims must lie in 1..{width}; got {list(matryoshka_dims)}")
+    layout = layout.to(query.device)
+    positives, negatives = layout.positives(), layout.negatives()
+    if not positives.any():
+        raise EmbedderError(f"no query has a partner: the {rows[0]} queries and {rows[1]} targets share no pair")
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, target = query.to(dtype), target.to(dtype)
+    losses, hit1 = [], 0.0
+    for dim in sorted({*matryoshka_dims, width}):
+        cut_query, cut_target = query, target
+        if dim < width:
+            cut_query, cut_target = F.normalize(query[:, :dim], dim=1), F.normalize(target[:, :dim], dim=1)
+        logits = cut_query @ cut_target.T / temperature
+        loss = _one_way(logits, positives, negatives)
+        if symmetric:
+            own = layout.target_pair >= 0
+            loss = (loss + _one_way(logits.T[own], positives.T[own], negatives.T[own])) / 2
+        losses.append(loss)
+        hit1 = _hit1(logits.detach(), positives, negatives)
+    masked = ~positives & ~negatives
+    return Contrast(
+        torch.stack(losses).mean(), hit1, float(negatives.sum(dim=1).float().mean()), int(masked.sum().item())
+    )
+
+
+def _one_way(logits: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+    """Mean loss of the rows of `logits` that have a positive column."""
+    among = logits.masked_fill(~negatives, float("-inf")).logsumexp(dim=1, keepdim=True)
+    # -log softmax of one positive among itself and the negatives; exactly 0 where there are no negatives.
+    each = torch.logaddexp(logits, among) - logits
+    count = positives.sum(dim=1)
+    per_row = each.masked_fill(~positives, 0.0).sum(dim=1) / count.clamp(min=1)
+    return per_row[count > 0].mean()
+
+
+def _hit1(logits: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor) -> float:
+    lowest = float("-inf")
+    best = logits.masked_fill(~positives, lowest).amax(dim=1)
+    rival = logits.masked_fill(~negatives, lowest).amax(dim=1)
+    return float((best > rival)[positives.any(dim=1)].float().mean())
 
 
 def info_nce(
@@ -21,10 +182,10 @@ def info_nce(
     target_content: torch.Tensor | None = None,
     symmetric: bool = True,
 ) -> torch.Tensor:
-    """Mean cross-entropy of finding the own partner among the batch.
+    """Mean cross-entropy of finding the own partner among the batch; row i matches row i.
 
     Args:
-        query, target: (N, D) vectors of length 1, float; row i matches row i.
+        query, target: (N, D) vectors of length 1, float.
         temperature: of the softmax over cosines; positive.
         target_content: (N,) int64; equal numbers mark equal content, which is never a negative.
         symmetric: average over both directions; else only query to target.
@@ -40,18 +201,9 @@ def info_nce(
             "query and target must be (N, D) of the same shape, N >= 1; "
             f"got {tuple(query.shape)} and {tuple(target.shape)}"
         )
-    if not temperature > 0:
-        raise EmbedderError(f"temperature must be positive; got {temperature}")
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    logits = query.to(dtype) @ target.to(dtype).T / temperature
-    if target_content is not None:
-        if target_content.shape != query.shape[:1]:
-            raise EmbedderError(f"target_content must be ({len(query)},); got {tuple(target_content.shape)}")
-        same = target_content[:, None] == target_content[None, :]
-        same.fill_diagonal_(False)
-        logits = logits.masked_fill(same.to(logits.device), float("-inf"))
-    own = torch.arange(len(query), device=logits.device)
-    loss = F.cross_entropy(logits, own)
-    if symmetric:
-        loss = (loss + F.cross_entropy(logits.T, own)) / 2
-    return loss
+    pair = torch.arange(len(query))
+    content = pair if target_content is None else target_content
+    if content.shape != pair.shape:
+        raise EmbedderError(f"target_content must be ({len(query)},); got {tuple(content.shape)}")
+    layout = ContrastiveLayout(pair, pair, content.cpu(), content.cpu())
+    return contrastive_loss(query, target, layout, temperature=temperature, symmetric=symmetric).loss

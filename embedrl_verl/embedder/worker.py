@@ -1,78 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Embedder as a verl worker group of its own processes, and the driver's client of it.
+"""The Embedder as a verl worker group of its own processes.
 
 The group sits on the actor's devices (or on a pool of its own) and gives their memory back between uses. It is frozen
-unless somebody calls `train_batch`: everything that training needs is inherited from verl's TrainingWorker.
-
-Rows are dealt so that every rank gets about the same tokens, and come back in the caller's order. A row without a
-finite vector is reported with its reason and is NaN, never zeros.
+unless the section `embedrl.embedder.train` is on; then pass 2 of the contrastive step (`two_pass`) is a `train_batch`
+of verl's TrainingWorker, and a moving average of the weights can stand beside them. `client` is the driver's side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import ray
 import torch
-import transfer_queue as tq
-from transfer_queue import KVBatchMeta
+from tensordict import TensorDict
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.embedder.engine import INFERENCE, MODEL_TYPE, ROW_FIELDS, rows_of, tensordict_of
+from embedrl_verl.embedder.ema import ShadowWeights
+from embedrl_verl.embedder.engine import MODEL_TYPE
 from embedrl_verl.embedder.loading import check_profile, load_config
-from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.embedder.profiles import resolve_profile
+from embedrl_verl.embedder.two_pass import refuse_dropout, surrogate_loss
 from embedrl_verl.errors import ConfigError, EmbedderError
-from embedrl_verl.platforms.position_ids import rebuild_position_ids
 from embedrl_verl.platforms.training_worker import NestedPositionIdsTrainingWorker
 
-NOT_FINITE = "the Embedder gave a vector that is not finite"
+CONTENTS = ("model", "optimizer", "extra")
 _PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
+
+
+USE_AVERAGE = "use_average"
+"""Batch information for `infer_batch`: embed with the moving average of the weights."""
 
 
 class EmbedderWorker(NestedPositionIdsTrainingWorker):
     """verl's TrainingWorker over the engine `embedding_model`; `infer_batch` returns {"embeddings": (b, D) float32}.
 
-    Being defined here, it imports and thereby registers the engine in every process that unpickles it.
+    Being defined here, it imports and thereby registers the engine in every process that unpickles it. With
+    `extra_context["ema_decay"]` above 0 it keeps a `ShadowWeights` of what it trains.
     """
 
+    average: ShadowWeights | None = None
 
-class EmbeddedRows(NamedTuple):
-    """Result of the client.
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reset(self) -> None:
+        """Load the weights anew, with a fresh optimizer and average."""
+        super().reset()
+        self.set_loss_fn(surrogate_loss)
+        decay = self.config.extra_context.get("ema_decay", 0.0)
+        self.average = ShadowWeights(self.engine.module, decay) if decay else None
 
-    Attributes:
-        vectors: float32 (N, D) on the CPU, in the order asked for; length 1, or NaN where the row failed.
-        failures: position of each failed row -> reason.
-    """
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
+    def infer_batch(self, data: TensorDict) -> TensorDict:
+        """Embed rows, with the averaged weights if the batch says `use_average` (EmbedderError without an average)."""
+        averaged = tu.pop(data, key=USE_AVERAGE, default=False)
+        if averaged and self.average is None:
+            raise EmbedderError("there is no average of the weights: embedrl.embedder.train.ema_decay is 0")
+        with self.average.in_place() if averaged and self.average else nullcontext():
+            return super().infer_batch(data)
 
-    vectors: torch.Tensor
-    failures: dict[int, str]
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
+    def train_batch(self, data: TensorDict) -> TensorDict:
+        """Pass 2 of a contrastive step; then the average follows."""
+        output = super().train_batch(data)
+        if self.average is not None:
+            self.average.update()
+        return output
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
+    ) -> None:
+        """verl's checkpoint (weights, optimizer, schedule, random state), and the average beside it."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+        if self.average is not None:
+            torch.save(self.average.state_dict(), self._average_file(local_path))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
+    ) -> None:
+        """Load both. Raises EmbedderError when a run with an average goes on from a checkpoint without one."""
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+        if self.average is None:
+            return
+        file = self._average_file(local_path)
+        if not file.is_file():
+            raise EmbedderError(
+                f"{file} is missing: the checkpoint was written with embedrl.embedder.train.ema_decay=0. Resume so, or "
+                "start a new run"
+            )
+        self.average.load_state_dict(torch.load(file, weights_only=True))
+
+    def _average_file(self, local_path: str) -> Path:
+        return Path(local_path) / f"average_world_size_{self.world_size}_rank_{self.rank}.pt"
 
 
 def worker_config(
-    config: EmbedderConfig, *, ranks_per_node: int, optimizer: FSDPOptimizerConfig | None = None
+    config: EmbedderConfig, *, ranks_per_node: int, total_steps: int = 1, save_contents: Sequence[str] = CONTENTS
 ) -> TrainingWorkerConfig:
     """What an `EmbedderWorker` is built from. Shards lie within a node; nodes hold replicas.
+
+    A trained Embedder holds its weights in float32 whatever `dtype` says (small updates would be lost in bfloat16), and
+    computes in `dtype`. A frozen one has an optimizer too, whose state is never allocated.
 
     Args:
         config: the section `embedrl.embedder`.
         ranks_per_node: devices of the pool on one node.
-        optimizer: for co-training; a frozen Embedder keeps verl's defaults, whose state is never allocated.
+        total_steps: updates of the whole run, for the learning rate's schedule.
+        save_contents: parts of a checkpoint, in verl's names.
 
     Raises:
-        ConfigError: strategy fsdp on a CPU.
+        ConfigError: strategy fsdp on a CPU; training a model with dropout, or from an adapter that is not there.
         EmbedderError: the checkpoint and the profile do not fit.
     """
     assert config.path is not None  # EmbedderConfig refuses a missing path
+    train = config.train
     on_cpu = get_device_name() == "cpu"
     if on_cpu and config.strategy != "fsdp2":
         raise ConfigError(f"embedrl.embedder.strategy must be fsdp2 on a CPU; got {config.strategy}")
     check_profile(config.path, load_config(config.path), resolve_profile(config.path, config.profile))
+    if train.enable:
+        refuse_dropout(load_config(config.path), config.path)
+        if train.lora_adapter_path and not (Path(train.lora_adapter_path) / "adapter_config.json").is_file():
+            raise ConfigError(
+                "embedrl.embedder.train.lora_adapter_path must be a folder with adapter_config.json; got "
+                f"{train.lora_adapter_path}"
+            )
     precision = _PRECISION[config.dtype]
     offload = config.offload and not on_cpu
     return TrainingWorkerConfig(
@@ -81,36 +142,57 @@ def worker_config(
             path=config.path,
             use_remove_padding=False,
             override_config={"attn_implementation": config.attn_implementation},
+            enable_gradient_checkpointing=train.enable and train.gradient_checkpointing,
+            lora_rank=train.lora_rank if train.enable else 0,
+            lora_alpha=train.lora_alpha,
+            lora_adapter_path=train.lora_adapter_path if train.enable else None,
+            target_modules=train.lora_target_modules,
+            exclude_modules=train.lora_exclude_modules or None,
         ),
         engine_config=FSDPEngineConfig(
             strategy=config.strategy,
             fsdp_size=ranks_per_node,
-            model_dtype=precision,
+            model_dtype="fp32" if train.enable else precision,
             mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
             param_offload=offload,
             optimizer_offload=offload,
-            max_token_len_per_gpu=config.max_tokens_per_gpu,
+            max_token_len_per_gpu=train.max_tokens_per_gpu,
             infer_max_token_len_per_gpu=config.max_tokens_per_gpu,
             use_torch_compile=False,
         ),
-        optimizer_config=optimizer or FSDPOptimizerConfig(total_training_steps=1),
-        checkpoint_config=CheckpointConfig(),
+        optimizer_config=FSDPOptimizerConfig(
+            lr=train.lr,
+            # verl's constant schedule gives the first update a learning rate of 0, its cosine need not.
+            lr_scheduler_type="cosine",
+            min_lr_ratio=train.min_lr_ratio if train.lr_scheduler == "cosine" else 1.0,
+            zero_indexed_step=False,
+            lr_warmup_steps=train.warmup_steps,
+            weight_decay=train.weight_decay,
+            clip_grad=train.clip_grad,
+            total_training_steps=total_steps,
+        ),
+        checkpoint_config=CheckpointConfig(save_contents=list(save_contents), load_contents=list(CONTENTS)),
+        extra_context={"ema_decay": train.ema_decay if train.enable else 0.0},
     )
 
 
-def build_embedder_worker_group(run_config: Any, config: EmbedderConfig, resource_pool: Any) -> RayWorkerGroup:
+def build_embedder_worker_group(
+    run_config: Any, config: EmbedderConfig, resource_pool: Any, *, total_steps: int = 1
+) -> RayWorkerGroup:
     """Start the Embedder on a pool and load it; returns when all ranks hold their weights.
 
     Args:
         run_config: the whole configuration; only `trainer.ray_wait_register_center_timeout` is read.
         config: the section `embedrl.embedder`.
         resource_pool: verl's RayResourcePool, shared with other groups or its own.
+        total_steps: updates of the whole run, when the Embedder is trained.
 
     Raises:
         ConfigError, EmbedderError: as `worker_config`, before any process starts.
     """
     init = RayClassWithInitArgs(
-        cls=ray.remote(EmbedderWorker), config=worker_config(config, ranks_per_node=resource_pool.store[0])
+        cls=ray.remote(EmbedderWorker),
+        config=worker_config(config, ranks_per_node=resource_pool.store[0], total_steps=total_steps),
     )
     group = RayWorkerGroup(
         resource_pool=resource_pool,
@@ -120,70 +202,3 @@ def build_embedder_worker_group(run_config: Any, config: EmbedderConfig, resourc
     )
     group.reset()
     return group
-
-
-class EmbedderClient:
-    """Embeds rows on a worker group. All methods block until the vectors are there."""
-
-    def __init__(self, group: RayWorkerGroup) -> None:
-        self._group = group
-
-    def embed(self, rows: Sequence[Encoded]) -> EmbeddedRows:
-        """Embed rows held by the driver.
-
-        Raises:
-            EmbedderError: no rows.
-        """
-        if not rows:
-            raise EmbedderError("there is nothing to embed: the list of rows is empty")
-        ranks = self._group.world_size
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-        padded = order + order[-1:] * (-len(order) % ranks)
-        dealt = _deal(padded, ranks)
-        output = self._group.infer_batch(tensordict_of([rows[i] for i in dealt])).get()
-        received = output["embeddings"]
-        vectors = torch.empty(len(rows), received.shape[-1])
-        vectors[dealt] = received
-        return _report(vectors)
-
-    def embed_rows(self, keys: Sequence[str], partition_id: str) -> EmbeddedRows:
-        """Embed rows that lie in TransferQueue; their pixels go straight to the workers.
-
-        Neighbouring keys should be of similar length (rollouts of one prompt): they are dealt to different ranks.
-
-        Raises:
-            EmbedderError: no keys, or keys that the partition does not have.
-        """
-        if not keys:
-            raise EmbedderError("there is nothing to embed: the list of keys is empty")
-        ranks = self._group.world_size
-        if len(keys) < ranks:  # a rank without rows could not take part in FSDP's collectives
-            data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=list(ROW_FIELDS))
-            rebuild_position_ids(data)
-            return self.embed(rows_of(data))
-        dealt = _deal(list(keys), ranks)
-        meta = KVBatchMeta(
-            keys=dealt,
-            tags=[{} for _ in dealt],
-            partition_id=partition_id,
-            fields=list(ROW_FIELDS),
-            extra_info=dict(INFERENCE),
-        )
-        ray.get(self._group.infer_batch(meta).futures)
-        data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=["embeddings"])
-        if len(data) != len(keys) or "embeddings" not in set(data.keys()):
-            raise EmbedderError(
-                f"asked for {len(keys)} rows of partition {partition_id!r}, got {len(data)} with {sorted(data.keys())}"
-            )
-        return _report(torch.stack(list(data["embeddings"].unbind())))
-
-
-def _deal(items: list[Any], ranks: int) -> list[Any]:
-    """Reorder so that consecutive chunks, one a rank, hold every `ranks`-th item."""
-    return [item for rank in range(ranks) for item in items[rank::ranks]]
-
-
-def _report(vectors: torch.Tensor) -> EmbeddedRows:
-    failed = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    vectors[failed] = float("nan")
-    return EmbeddedRows(vectors, dict.fromkeys(failed, NOT_FINITE))

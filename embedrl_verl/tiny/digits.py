@@ -18,7 +18,8 @@ two digits, so that a single misread digit finds the wrong candidate.
 
 Three files: `sft.parquet` (for the cold start), `train.parquet` (contrastive stage and RL),
 `heldout.parquet` (scans that no stage trains on). Beside each lies a `.truths.jsonl` with the true T-CoTs:
-{"pair_id", "query": {"tcot", "cells"}, "target": {"tcot", "cells"}}; RL never reads it.
+{"pair_id", "query": {"tcot", "cells"}, "target": {"tcot", "cells"}}; RL never reads it. `train_tcot.parquet` and
+`heldout_tcot.parquet` are the same pairs with their true T-CoTs in the records, as an annotator leaves them.
 
 Command: `python -m embedrl_verl.tiny.digits --out DIR [--family qwen2_vl] [--seed 0]`.
 """
@@ -29,7 +30,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, get_args
 
@@ -249,7 +250,7 @@ def make_samples(
 def write_world(
     out_dir: str | Path, *, seed: int = 0, family: TinyFamily = "qwen2_vl", size: WorldSize | None = None
 ) -> dict[str, Path]:
-    """Write the three files with their T-CoTs; returns name -> parquet path."""
+    """Write the files with their T-CoTs; returns name -> parquet path."""
     size = size or WorldSize()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -272,7 +273,20 @@ def write_world(
             for s in samples
         ]
         paths[name].with_suffix(".truths.jsonl").write_text("".join(lines), encoding="utf-8")
+        if name != "sft":
+            paths[f"{name}_tcot"] = out / f"{name}_tcot.parquet"
+            write_pairs([annotated(sample) for sample in samples], paths[f"{name}_tcot"])
     return paths
+
+
+def annotated(sample: Sample) -> PairRecord:
+    """The record with the true T-CoT on both sides."""
+    record = sample.record
+    return replace(
+        record,
+        query=replace(record.query, tcot=sample.query.tcot),
+        target=replace(record.target, tcot=sample.target.tcot),
+    )
 
 
 def read_samples(path: str | Path) -> list[Sample]:

@@ -30,7 +30,8 @@ from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.data.settings import DataSettings
-from embedrl_verl.embedder.worker import EmbedderClient, build_embedder_worker_group
+from embedrl_verl.embedder.client import EmbedderClient
+from embedrl_verl.embedder.worker import build_embedder_worker_group
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.trainer import checks
 from embedrl_verl.trainer.batch_reward import ScoredRows, clear_embed_rows, read_rows, score_rows, write_scores

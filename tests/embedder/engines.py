@@ -43,9 +43,10 @@ def through_verl(checkpoint: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from verl.single_controller.ray import RayResourcePool
 
+    from embedrl_verl.embedder.client import EmbedderClient
     from embedrl_verl.embedder.engine import tensordict_of
     from embedrl_verl.embedder.settings import processor_for
-    from embedrl_verl.embedder.worker import EmbedderClient, build_embedder_worker_group
+    from embedrl_verl.embedder.worker import build_embedder_worker_group
 
     ray.init(address="local", num_cpus=8, num_gpus=3, include_dashboard=False, log_to_driver=False)
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))

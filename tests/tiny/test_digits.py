@@ -106,11 +106,22 @@ def test_a_world_is_reproduced_bit_by_bit_and_read_back(tmp_path: Path) -> None:
     first = write_world(tmp_path / "a", seed=2, size=size)
     again = write_world(tmp_path / "b", seed=2, size=size)
     other = write_world(tmp_path / "c", seed=3, size=size)
-    for name, path in first.items():
-        samples = read_samples(path)
+    names = ("sft", "train", "heldout")
+    for name in names:
+        samples = read_samples(first[name])
         assert samples == read_samples(again[name]) != read_samples(other[name])
         assert len(samples) == getattr(size, name) * len(SOURCES)
-    assert len({s.record.pair_id for path in first.values() for s in read_samples(path)}) == 16 * len(SOURCES)
+    assert len({s.record.pair_id for name in names for s in read_samples(first[name])}) == 16 * len(SOURCES)
+
+
+def test_annotated_files_hold_the_same_pairs_with_their_true_tcots(tmp_path: Path) -> None:
+    paths = write_world(tmp_path, size=WorldSize(4, 8, 4))
+    for name in ("train", "heldout"):
+        records = list(read_pairs(paths[f"{name}_tcot"]))
+        samples = read_samples(paths[name])
+        assert [(r.query.tcot, r.target.tcot) for r in records] == [(s.query.tcot, s.target.tcot) for s in samples]
+        bare = [replace(r, query=replace(r.query, tcot=""), target=replace(r.target, tcot="")) for r in records]
+        assert bare == [s.record for s in samples]
 
 
 def test_truths_of_other_pairs_are_refused(tmp_path: Path) -> None:

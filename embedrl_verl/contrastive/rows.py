@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pair records to encoded rows: what the Embedder reads of a pair, with or without T-CoT and evidence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import torch
+from torch.utils.data import Dataset
+
+from embedrl_verl.config.schema import EvidenceConfig
+from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.inspection import LocatedPair, locate_pairs
+from embedrl_verl.data.media import LoadedItem, fit_image, load_item
+from embedrl_verl.data.schema import SIDES, Item, PairRecord
+from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
+from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout
+from embedrl_verl.errors import DataError, EmbedderError, MediaError
+from embedrl_verl.tcot import Family, cut_evidence, parse_tcot, token_side
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One pair ready for the model; `contents` are those of the target and of each hard negative (int64)."""
+
+    index: int
+    query: Encoded
+    target: Encoded
+    negatives: tuple[Encoded, ...]
+    contents: tuple[int, ...]
+
+
+def read_training_pairs(files: Sequence[str], *, tcot: bool) -> list[LocatedPair]:
+    """All pairs of the files.
+
+    Args:
+        tcot: every side must have a T-CoT.
+
+    Raises:
+        DataError: a malformed row, a double id, a side without T-CoT, or no pair at all; the first five are named.
+    """
+    pairs, problems = locate_pairs(files)
+    messages = [problem.message for problem in problems]
+    if tcot:
+        messages += [
+            f"{pair}: {side}.tcot is empty; annotate the record, or train on the input alone (data.tcot=False)"
+            for pair in pairs
+            for side in SIDES
+            if not pair.record.item(side).tcot.strip()
+        ]
+    if messages:
+        raise DataError(f"{len(messages)} problem(s) in the training data:\n" + "\n".join(messages[:5]))
+    if not pairs:
+        raise DataError(f"no pair records in {', '.join(files)}")
+    return pairs
+
+
+def video_sources(pairs: Iterable[LocatedPair]) -> set[str]:
+    """Sources with a video on either side of a pair."""
+    return {p.record.data_source for p in pairs if p.record.query.video or p.record.target.video}
+
+
+class PairRows(Dataset[EncodedPair]):
+    """Encodes pairs. An index is (number of the pair, raw): raw pairs are read without T-CoT and evidence."""
+
+    def __init__(
+        self,
+        pairs: Sequence[LocatedPair],
+        processor: EmbedProcessor,
+        *,
+        media: DataSettings,
+        evidence: EvidenceConfig,
+        media_root: str | None,
+        tcot: bool,
+    ) -> None:
+        self._pairs, self._processor = pairs, processor
+        self._evidence, self._media_root, self._tcot = evidence, media_root, tcot
+        self._max_frames = media.max_frames
+        family = next(name for name in get_args(Family) if name == media.family)
+        self._family: Family = family
+        self._writer_limits = media.limits(token_side(family))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, key: tuple[int, bool]) -> EncodedPair:
+        """Decode and encode one pair.
+
+        Raises:
+            MediaError, EmbedderError: with file, row and side of the pair.
+        """
+        index, raw = key
+        pair = self._pairs[index]
+        record = pair.record
+        tcot = self._tcot and not raw
+        query = self._encode(pair, "query", record.item("query"), tcot)
+        target = self._encode(pair, "target", record.target, tcot)
+        negatives = tuple(self._encode(pair, f"negatives[{i}]", item, tcot) for i, item in enumerate(record.negatives))
+        contents = [self._content(pair, record)]
+        contents += [self._content(pair, replace(record, target=item, target_id="")) for item in record.negatives]
+        return EncodedPair(index, query, target, negatives, tuple(contents))
+
+    def source(self, index: int) -> str:
+        """Data source of a pair."""
+        return self._pairs[index].record.data_source
+
+    def embed_input(self, item: Item, *, tcot: bool) -> EmbedInput:
+        """What the Embedder reads of an item."""
+        loaded = load_item(item, self._media_root, max_frames=self._max_frames)
+        if not tcot or not item.tcot.strip():
+            return EmbedInput(loaded)
+        parsed = parse_tcot(item.tcot, num_frames=len(loaded.frames) or None, num_images=len(loaded.images) or None)
+        evidence = cut_evidence(
+            parsed,
+            images=loaded.images,
+            frames=loaded.frames,
+            family=self._family,
+            resized_sizes=self._seen_sizes(loaded),
+            min_side=self._evidence.min_side,
+            max_aspect=self._evidence.max_aspect,
+            max_evidence=self._evidence.max_items,
+        )
+        return EmbedInput(loaded, parsed, evidence.images)
+
+    def _seen_sizes(self, loaded: LoadedItem) -> list[tuple[int, int]] | None:
+        """Sizes of the images as the writer of the T-CoT saw them; only absolute boxes need them."""
+        if self._family != "qwen2_5_vl":
+            return None
+        return [fit_image(image, self._writer_limits).size for image in loaded.images]
+
+    def _encode(self, pair: LocatedPair, side: str, item: Item, tcot: bool) -> Encoded:
+        try:
+            return self._processor.encode(self.embed_input(item, tcot=tcot))
+        except (MediaError, EmbedderError) as error:
+            raise type(error)(f"{pair}, {side}: {error}") from error
+
+    def _content(self, pair: LocatedPair, record: PairRecord) -> int:
+        try:
+            return content_id(record, self._media_root)
+        except MediaError as error:
+            raise MediaError(f"{pair}: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one or all ranks: queries first, then targets, then hard negatives.
+
+    Attributes:
+        rows: what to embed, in that order.
+        layout: pairs are numbered by their place in the batch, so that a pair drawn twice is two pairs of one content.
+    """
+
+    rows: list[Encoded]
+    layout: ContrastiveLayout
+
+
+def rows_of_pairs(pairs: Sequence[EncodedPair], places: Sequence[int]) -> Rows:
+    """The rows of some pairs, `places` their places in the whole batch."""
+    negatives = [
+        (one, content) for pair in pairs for one, content in zip(pair.negatives, pair.contents[1:], strict=True)
+    ]
+    number, content = torch.tensor(places), torch.tensor([pair.contents[0] for pair in pairs])
+    layout = ContrastiveLayout(
+        query_pair=number,
+        target_pair=torch.cat([number, torch.full((len(negatives),), HARD_NEGATIVE)]),
+        query_content=content,
+        target_content=torch.cat([content, torch.tensor([c for _, c in negatives], dtype=torch.int64)]),
+    )
+    encoded = [pair.query for pair in pairs] + [pair.target for pair in pairs] + [one for one, _ in negatives]
+    return Rows(encoded, layout)
+
+
+def describe_pairs(pairs: Iterable[LocatedPair]) -> dict[str, int]:
+    """Pairs of each source."""
+    return dict(sorted(Counter(pair.record.data_source for pair in pairs).items()))

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver's client of the Embedder's worker group: embed rows, and take a contrastive step on them.
+
+Rows are dealt so that every rank gets about the same tokens, and come back in the caller's order. A row without a
+finite vector is reported with its reason and is NaN, never zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.single_controller.ray import RayWorkerGroup
+from verl.utils import tensordict_utils as tu
+
+from embedrl_verl.embedder.engine import INFERENCE, ROW_FIELDS, rows_of, tensordict_of
+from embedrl_verl.embedder.processor import Encoded
+from embedrl_verl.embedder.two_pass import GRADIENT
+from embedrl_verl.embedder.worker import USE_AVERAGE
+from embedrl_verl.errors import EmbedderError
+from embedrl_verl.platforms.position_ids import rebuild_position_ids
+
+NOT_FINITE = "the Embedder gave a vector that is not finite"
+
+
+class EmbeddedRows(NamedTuple):
+    """Result of the client.
+
+    Attributes:
+        vectors: float32 (N, D) on the CPU, in the order asked for; length 1, or NaN where the row failed.
+        failures: position of each failed row -> reason.
+    """
+
+    vectors: torch.Tensor
+    failures: dict[int, str]
+
+
+class EmbedderClient:
+    """Embeds rows on a worker group. All methods block until the vectors are there."""
+
+    def __init__(self, group: RayWorkerGroup) -> None:
+        self._group = group
+
+    def embed(self, rows: Sequence[Encoded], *, averaged: bool = False) -> EmbeddedRows:
+        """Embed rows held by the driver, with the moving average of the weights if `averaged`.
+
+        Raises:
+            EmbedderError: no rows.
+        """
+        if not rows:
+            raise EmbedderError("there is nothing to embed: the list of rows is empty")
+        ranks = self._group.world_size
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        padded = order + order[-1:] * (-len(order) % ranks)
+        dealt = _deal(padded, ranks)
+        data = tensordict_of([rows[i] for i in dealt])
+        tu.assign_non_tensor(data, **{USE_AVERAGE: averaged})
+        output = self._group.infer_batch(data).get()
+        received = output["embeddings"]
+        vectors = torch.empty(len(rows), received.shape[-1])
+        vectors[dealt] = received
+        return _report(vectors)
+
+    def embed_rows(self, keys: Sequence[str], partition_id: str, *, averaged: bool = False) -> EmbeddedRows:
+        """Embed rows that lie in TransferQueue; their pixels go straight to the workers.
+
+        Neighbouring keys should be of similar length (rollouts of one prompt): they are dealt to different ranks.
+
+        Raises:
+            EmbedderError: no keys, or keys that the partition does not have.
+        """
+        if not keys:
+            raise EmbedderError("there is nothing to embed: the list of keys is empty")
+        ranks = self._group.world_size
+        if len(keys) < ranks:  # a rank without rows could not take part in FSDP's collectives
+            data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=list(ROW_FIELDS))
+            rebuild_position_ids(data)
+            return self.embed(rows_of(data), averaged=averaged)
+        info = {**INFERENCE, USE_AVERAGE: averaged}
+        meta = _queued(_deal(list(keys), ranks), partition_id, ROW_FIELDS, info)
+        ray.get(self._group.infer_batch(meta).futures)
+        data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=["embeddings"])
+        if len(data) != len(keys) or "embeddings" not in set(data.keys()):
+            raise EmbedderError(
+                f"asked for {len(keys)} rows of partition {partition_id!r}, got {len(data)} with {sorted(data.keys())}"
+            )
+        return _report(torch.stack(list(data["embeddings"].unbind())))
+
+    def train_rows(self, keys: Sequence[str], gradients: torch.Tensor, partition_id: str) -> dict[str, float]:
+        """Pass 2 of a contrastive step over rows of TransferQueue, one optimizer step and one of the schedule.
+
+        Args:
+            keys: rows with a finite vector, each once.
+            gradients: float32 (len(keys), D), d loss / d vector of each row.
+
+        Returns:
+            `grad_norm` before clipping and `lr` of the update.
+
+        Raises:
+            EmbedderError: a key twice, shapes that do not fit, fewer rows than devices, or a gradient norm that is not
+                finite (the weights were left alone).
+        """
+        ranks = self._group.world_size
+        if len(set(keys)) != len(keys) or len(gradients) != len(keys):
+            raise EmbedderError(
+                f"each row needs one gradient; got {len(keys)} keys, {len(set(keys))} different ones, and "
+                f"{len(gradients)} gradients"
+            )
+        if len(keys) < ranks:
+            raise EmbedderError(f"{len(keys)} rows cannot be dealt to {ranks} devices; train on more rollouts")
+        fields = TensorDict({GRADIENT: gradients.float()}, batch_size=[len(keys)])
+        tq.kv_batch_put(keys=list(keys), partition_id=partition_id, fields=fields)
+        order = _deal(list(keys), ranks)
+        meta = _queued(order, partition_id, (*ROW_FIELDS, GRADIENT), {"update_lr_scheduler": True})
+        output = self._group.train_batch(meta).get()
+        metrics = tu.get(output, "metrics")
+        norm = float(metrics["grad_norm"])
+        if not math.isfinite(norm):
+            raise EmbedderError(
+                f"the norm of the Embedder's gradient must be finite; got {norm}, and verl has left the weights alone. "
+                "Lower embedrl.embedder.train.lr or raise temperature, or compute in float32 (embedrl.embedder.dtype)"
+            )
+        return {"grad_norm": norm, "lr": float(metrics["lr"])}
+
+    def save(self, folder: str, step: int, keep: int | None = None) -> None:
+        """Write weights, optimizer, schedule, random state and the average; `keep` = how many of this run's stay."""
+        self._group.save_checkpoint(folder, None, step, keep)
+
+    def load(self, folder: str) -> None:
+        """Read what `save` wrote."""
+        self._group.load_checkpoint(folder, None, False)
+
+
+def _queued(keys: list[str], partition_id: str, fields: Sequence[str], info: dict[str, Any]) -> KVBatchMeta:
+    return KVBatchMeta(
+        keys=keys, tags=[{} for _ in keys], partition_id=partition_id, fields=list(fields), extra_info=info
+    )
+
+
+def _deal(items: list[Any], ranks: int) -> list[Any]:
+    """Reorder so that consecutive chunks, one a rank, hold every `ranks`-th item."""
+    return [item for rank in range(ranks) for item in items[rank::ranks]]
+
+
+def _report(vectors: torch.Tensor) -> EmbeddedRows:
+    failed = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    vectors[failed] = float("nan")
+    return EmbeddedRows(vectors, dict.fromkeys(failed, NOT_FINITE))
