@@ -135,6 +135,14 @@ class RewardStageConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """`request_seeds`: each training rollout is sampled with a seed of its own, made of data.seed, step, pair, side and
+    rollout, so that a run that is broken off and resumed goes on with the rollouts it would have had."""
+
+    request_seeds: bool = False
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """Retrieval metrics of a validation pass: Hit@1 and NDCG@ndcg_k."""
 
@@ -151,6 +159,7 @@ class EmbedRLConfig:
     embedder: EmbedderConfig
     evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
     reward: RewardStageConfig = field(default_factory=RewardStageConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 

@@ -10,7 +10,9 @@ key, so that pixels never travel through the trainer. A row that cannot be encod
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,7 @@ class _Settings:
     family: Family
     media_root: str | None
     max_frames: int
+    seed: int
 
 
 _SETTINGS: dict[int, _Settings] = {}
@@ -60,8 +63,16 @@ def _settings(config: Any, processor: Any) -> _Settings:
             family=resolve_family(data.family, processor),
             media_root=media_root_of(config.data),
             max_frames=data.max_frames,
+            seed=int(config.data.get("seed") or 0),
         )
     return known
+
+
+def request_seed(seed: int, row: Mapping[str, Any]) -> int:
+    """Seed of one rollout, 0 to 2^31 - 1, the same in every run: of the run's seed and the rollout's place in it."""
+    names = ("global_steps", "embedrl_pair_id", "embedrl_side", "session_id")
+    place = "/".join(str(value) for value in (seed, *(row[name] for name in names)))
+    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,6 +110,8 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         if self._settings.family == "qwen3_vl" and row_item(row).video is not None:
             ids = served_prompt_ids(list(row["raw_prompt"]), self.processor, self.apply_chat_template_kwargs)
             self.server_manager = _FixedPrompt(self.server_manager, ids)
+        if self._settings.embedrl.rollout.request_seeds:
+            sampling_params = {**sampling_params, "seed": request_seed(self._settings.seed, row)}
         output: AgentLoopOutput = await super().run(sampling_params, **row)
         images = (output.multi_modal_data or {}).get("images") or []
         info, encoded = await self.loop.run_in_executor(

@@ -36,9 +36,9 @@ _FIELDS = [
 
 
 class EmbedsRows(Protocol):
-    """What the stage needs of an Embedder: (N, D) float32, and why each failed row failed (by position)."""
+    """What the stage needs of an Embedder: keys and partition -> (N, D) float32, and why each failed row failed."""
 
-    def embed_rows(self, keys: Sequence[str], partition_id: str) -> tuple[torch.Tensor, Mapping[int, str]]: ...
+    def __call__(self, keys: Sequence[str], partition_id: str) -> tuple[torch.Tensor, Mapping[int, str]]: ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def tu_list(data: Any, name: str) -> list[Any]:
 
 def score_rows(
     rows: list[Row],
-    embedder: EmbedsRows,
+    embed_rows: EmbedsRows,
     score_batch: Callable[[RewardBatch], dict[str, torch.Tensor]],
     *,
     max_failed_share: float,
@@ -152,6 +152,7 @@ def score_rows(
 
     Args:
         rows: finished rollouts, in the order of `read_rows`.
+        embed_rows: failed rows are given by position.
         score_batch: `EmbedderGuidedRewardManager.score_batch`.
         max_failed_share: share of `expected_rows` that may be missing or without embedding.
         expected_rows: rows that a complete batch has; the rest are rollouts that failed.
@@ -164,7 +165,7 @@ def score_rows(
     present = [i for i in range(len(rows)) if i not in failures]
     embeddings = torch.empty(0)
     if present:
-        vectors, failed = embedder.embed_rows([rows[i].key for i in present], EMBED_PARTITION)
+        vectors, failed = embed_rows([rows[i].key for i in present], EMBED_PARTITION)
         failures.update({present[j]: reason for j, reason in failed.items()})
         embeddings = torch.full((len(rows), vectors.shape[1]), float("nan"), dtype=torch.float32)
         embeddings[torch.tensor(present)] = vectors.float()

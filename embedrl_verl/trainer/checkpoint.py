@@ -17,7 +17,16 @@ from embedrl_verl.errors import ConfigError
 
 RECORD = "embedder.json"
 # Keys that change where and how fast the Embedder runs, not its vectors.
-_FREE = ("strategy", "offload", "max_tokens_per_gpu", "attn_implementation", "path")
+_FREE = (
+    "strategy",
+    "offload",
+    "max_tokens_per_gpu",
+    "attn_implementation",
+    "nnodes",
+    "n_gpus_per_node",
+    "path",
+    "train",
+)
 
 
 def _weights_digest(path: str) -> str | None:

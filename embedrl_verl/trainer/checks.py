@@ -23,7 +23,7 @@ def check_run_config(config: Any) -> None:
         ConfigError: the first rule that does not hold, with the value found and the fix.
     """
     load_embedrl_config(config)
-    DataSettings.from_config(config.data)
+    together = DataSettings.from_config(config.data).pairs_together
     prompts = int(config.data.train_batch_size)
     rollouts = int(config.actor_rollout_ref.rollout.n)
     mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)
@@ -32,6 +32,10 @@ def check_run_config(config: Any) -> None:
         (
             prompts >= 2 and prompts % 2 == 0,
             f"data.train_batch_size counts prompts, two for each pair, so it must be even; got {prompts}",
+        ),
+        (
+            (prompts // 2) % together == 0,
+            f"data.embedrl.pairs_together must divide the {prompts // 2} pairs of a batch; got {together}",
         ),
         (
             prompts % mini == 0,

@@ -4,10 +4,12 @@
 What differs from `sync`:
 
 1. batches hold complete pairs of one data source (own sampler in verl's dataloader);
-2. an Embedder worker group lives beside the actor's, on the same devices;
+2. an Embedder worker group lives beside the actor's, on the same devices or its own;
 3. the reward stage scores the whole batch at once (training and validation);
 4. validation adds Hit@1 and NDCG over the whole set;
-5. checkpoints name the Embedder that gave the rewards, and resuming with another one is refused.
+5. the Embedder can be co-trained on the batch, right after the rewards (`embedrl.embedder.train`);
+6. checkpoints name the Embedder that gave the rewards (and hold it, if it is trained), and resuming with another one is
+   refused.
 
 Everything else (rollout, log-probs, GRPO, the update) is verl's.
 """
@@ -16,26 +18,33 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
+from verl.single_controller.ray import RayResourcePool
 from verl.trainer.ppo.reward import load_reward_manager
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils.dataset.rl_dataset import collate_fn
 
 import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
-from embedrl_verl.data.dataset import TCoTDataset
+from embedrl_verl.contrastive.rows import PairRows, read_training_pairs
+from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
-from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder.client import EmbedderClient
+from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.embedder.worker import build_embedder_worker_group
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.trainer import checks
+from embedrl_verl.trainer.anchors import AnchorSet
 from embedrl_verl.trainer.batch_reward import ScoredRows, clear_embed_rows, read_rows, score_rows, write_scores
 from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
+from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkpoint
 from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
 from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow
 
@@ -64,6 +73,7 @@ class EGRLMixin(WorkerClassesMixin):
     # Set by verl's trainer.
     config: Any
     tokenizer: Any
+    processor: Any
     global_steps: int
     total_training_steps: int
     steps_per_epoch: int
@@ -94,17 +104,52 @@ class EGRLMixin(WorkerClassesMixin):
         manager = load_reward_manager(self.config, self.tokenizer)
         assert isinstance(manager, EmbedderGuidedRewardManager), type(manager)
         self.reward_manager = manager
-        pool = self.resource_pool_manager.resource_pool_dict["global_pool"]
-        group = build_embedder_worker_group(self.config, self.embedrl.embedder, pool)
+        train = self.embedrl.embedder.train
+        group = build_embedder_worker_group(
+            self.config,
+            self.embedrl.embedder,
+            self._embedder_pool(),
+            total_steps=max(1, self.total_training_steps // train.every),
+        )
         self.embedder = EmbedderClient(group)
+        self.embedder_training = EmbedderTraining(train, self.embedder, self._anchors()) if train.enable else None
         if self.global_steps > 0:
-            check_embedder_record(self._step_folder(self.global_steps), self.embedrl.embedder)
+            folder = self._step_folder(self.global_steps)
+            check_embedder_record(folder, self.embedrl.embedder)
+            if self.embedder_training is not None:
+                self.embedder_training.load(folder)
+            else:
+                refuse_trained_checkpoint(folder)
         logger.warning(
-            "EG-RL: Embedder %s on %d device(s), reward function %s",
+            "EG-RL: Embedder %s (%s) on %d device(s), reward function %s",
             self.embedrl.embedder.path,
+            "co-trained" if train.enable else "frozen",
             group.world_size,
             self.config.reward.custom_reward_function.path,
         )
+
+    def _embedder_pool(self) -> Any:
+        """The actor's devices, or a pool of the Embedder's own."""
+        own = self.embedrl.embedder
+        if not own.n_gpus_per_node:
+            return self.resource_pool_manager.resource_pool_dict["global_pool"]
+        return RayResourcePool(
+            process_on_nodes=[own.n_gpus_per_node] * own.nnodes, max_colocate_count=1, name_prefix="embedder_pool"
+        )
+
+    def _anchors(self) -> AnchorSet:
+        """The pairs that watch over co-training."""
+        train, media = self.embedrl.embedder.train, DataSettings.from_config(self.config.data)
+        files = train.anchor_files or self.config.data.val_files
+        rows = PairRows(
+            read_training_pairs([files] if isinstance(files, str) else list(files), tcot=False),
+            processor_for(self.embedrl.embedder, max_frames=media.max_frames),
+            media=replace(media, family=resolve_family(media.family, self.processor)),
+            evidence=self.embedrl.evidence,
+            media_root=media_root_of(self.config.data),
+            tcot=True,
+        )
+        return AnchorSet(rows, train.anchor_pairs)
 
     def get_reward_handles(self) -> None:
         """No per-row reward workers: the reward needs the whole batch."""
@@ -144,14 +189,19 @@ class EGRLMixin(WorkerClassesMixin):
         expected = len(rows)
         if training:
             expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        averaged = self.embedder_training is not None and self.embedder_training.averaged
         scored = score_rows(
             rows,
-            self.embedder,
+            partial(self.embedder.embed_rows, averaged=averaged),
             self.reward_manager.score_batch,
             max_failed_share=self.embedrl.reward.max_failed_share,
             expected_rows=expected,
         )
         write_scores(scored, batch.partition_id, training=training)
+        if training and self.embedder_training is not None:
+            trained = self._train_embedder(self.embedder_training, scored)
+            if metrics is not None:
+                metrics.update(trained)
         clear_embed_rows({row.uid for row in rows})
         self._remember(scored, training)
         if metrics is not None:
@@ -162,6 +212,15 @@ class EGRLMixin(WorkerClassesMixin):
         position = {key: i for i, key in enumerate(batch.keys)}
         batch.reorder([position[row.key] for row in rows])
         return batch
+
+    def _train_embedder(self, training: EmbedderTraining, scored: ScoredRows) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if training.is_due(self.global_steps):
+            start = time.perf_counter()
+            metrics = training.step(scored, self.global_steps)
+            metrics["timing_s/embedder_train"] = time.perf_counter() - start
+        metrics["embedder/active"] = float(training.state.stopped_at is None)
+        return metrics
 
     def _remember(self, scored: ScoredRows, training: bool) -> None:
         if training:
@@ -219,6 +278,8 @@ class EGRLMixin(WorkerClassesMixin):
         folder = f"{self.config.trainer.default_local_dir}/global_step_{self.global_steps}"
         # Before verl's part, whose tracker file comes last: a checkpoint that the tracker names is complete.
         write_embedder_record(folder, self.embedrl.embedder)
+        if self.embedder_training is not None:
+            self.embedder_training.save(folder, self.global_steps, self.config.trainer.get("max_actor_ckpt_to_keep"))
         super()._save_checkpoint()  # type: ignore[misc]
 
 

@@ -2,6 +2,7 @@
 """The digits world is what it claims to be: real scans, never shared between splits, with true T-CoTs."""
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from embedrl_verl.data.media import load_item
+from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES, input_kind
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND

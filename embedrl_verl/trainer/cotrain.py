@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Co-training: the Embedder takes contrastive steps on the T-CoTs whose rewards it has just given.
+
+An update comes right after the rewards, while the rows still lie in the queue: their vectors are pass 1 of the
+two-pass step (unless a moving average gave the rewards), and the rewards say which rollouts are the best. The actor's
+update does not depend on the Embedder, so the order of the two does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from embedrl_verl.config.schema import EmbedderTrainConfig
+from embedrl_verl.embedder.client import EmbedderClient
+from embedrl_verl.embedder.info_nce import ContrastiveLayout
+from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.trainer.anchors import AnchorSet
+from embedrl_verl.trainer.batch_reward import Row, ScoredRows
+from embedrl_verl.trainer.rows import EMBED_PARTITION
+
+logger = logging.getLogger(__name__)
+
+STATE = "cotraining.json"
+
+
+@dataclass
+class CotrainingState:
+    """What a resumed run has to know. `baseline`: Hit@1 of the anchors before the first update."""
+
+    updates: int = 0
+    skipped: int = 0
+    baseline: float | None = None
+    stopped_at: int | None = None
+
+
+def chosen_rows(
+    rows: Sequence[Row], scores: torch.Tensor, usable: Sequence[bool], how: str, seed: list[int]
+) -> list[int]:
+    """Indices of the rows to train on, in order.
+
+    Args:
+        rows: of a batch; scores: float (N,), NaN = unknown; usable: has a vector.
+        how: "best" (highest score of its prompt; unknown scores are below all others), "random" (one of its prompt) or
+            "all".
+        seed: of the random choice.
+    """
+    by_prompt: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        if usable[i]:
+            by_prompt[row.pair_id, row.side].append(i)
+    if how == "all":
+        return sorted(i for group in by_prompt.values() for i in group)
+    if how == "random":
+        rng = np.random.default_rng(seed)
+        return sorted(int(rng.choice(group)) for _, group in sorted(by_prompt.items()))
+    known = scores.nan_to_num(nan=float("-inf")).tolist()
+    return sorted(max(group, key=lambda i: (known[i], -i)) for group in by_prompt.values())
+
+
+def layout_of(rows: Sequence[Row]) -> tuple[list[int], list[int], ContrastiveLayout]:
+    """Positions of the queries and of the targets among `rows`, and which of them belong together."""
+    numbers = {pair: number for number, pair in enumerate(sorted({row.pair_id for row in rows}))}
+    sides = [[i for i, row in enumerate(rows) if row.side == side] for side in (0, 1)]
+    pair = torch.tensor([numbers[row.pair_id] for row in rows], dtype=torch.int64)
+    content = torch.tensor([row.content for row in rows], dtype=torch.int64)
+    query, target = sides
+    return query, target, ContrastiveLayout(pair[query], pair[target], content[query], content[target])
+
+
+class EmbedderTraining:
+    """Takes the updates, watches the anchors and stops when they fall."""
+
+    def __init__(self, config: EmbedderTrainConfig, client: EmbedderClient, anchors: AnchorSet) -> None:
+        self._config, self._client, self._anchors = config, client, anchors
+        self.state = CotrainingState()
+
+    @property
+    def averaged(self) -> bool:
+        """Whether rewards come from the moving average of the weights."""
+        return self._config.ema_decay > 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step trains the Embedder."""
+        return self.state.stopped_at is None and step % self._config.every == 0
+
+    def step(self, scored: ScoredRows, step: int) -> dict[str, float]:
+        """One update on the rows of a batch, which still lie in the queue.
+
+        Returns:
+            Metrics `embedder/...`: loss, Hit@1 in the batch, rows, gradient norm, learning rate, Hit@1 of the anchors.
+
+        Raises:
+            EmbedderError: a loss or gradient that is not finite.
+        """
+        state = self.state
+        if state.baseline is None:
+            state.baseline = self._anchor_hit1()
+        usable = [i not in scored.failures for i in range(len(scored.rows))]
+        picked = chosen_rows(
+            scored.rows, scored.parts["score"], usable, self._config.rollouts, [self._config.seed, step]
+        )
+        rows = [scored.rows[i] for i in picked]
+        keys = [row.key for row in rows]
+        vectors = scored.embeddings[picked]
+        if self.averaged:  # the rewards' vectors are those of other weights
+            vectors = self._client.embed_rows(keys, EMBED_PARTITION).vectors
+        query, target, layout = layout_of(rows)
+        metrics = {"embedder/rows": float(len(rows)), "embedder/baseline_anchor_hit@1": state.baseline}
+        try:
+            gradients = contrastive_gradients(
+                vectors[query],
+                vectors[target],
+                layout,
+                temperature=self._config.temperature,
+                symmetric=self._config.symmetric,
+                matryoshka_dims=self._config.matryoshka_dims,
+            )
+        except NoNegativesError as error:
+            state.skipped += 1
+            logger.warning("step %d: the Embedder was not trained: %s", step, error)
+            return {**metrics, "embedder/skipped_updates": float(state.skipped)}
+        gradient = torch.zeros(len(rows), vectors.shape[1])
+        gradient[query], gradient[target] = gradients.query, gradients.target
+        trained = self._client.train_rows(keys, gradient, EMBED_PARTITION)
+        state.updates += 1
+        metrics |= {f"embedder/{name}": value for name, value in {**gradients.metrics, **trained}.items()}
+        metrics["embedder/updates"] = float(state.updates)
+        metrics["embedder/skipped_updates"] = float(state.skipped)
+        metrics["embedder/anchor_hit@1"] = hit1 = self._anchor_hit1()
+        self._watch(hit1, step)
+        return metrics
+
+    def _anchor_hit1(self) -> float:
+        return self._anchors.hit1(lambda rows: self._client.embed(rows, averaged=self.averaged).vectors)
+
+    def _watch(self, hit1: float, step: int) -> None:
+        baseline = self.state.baseline
+        assert baseline is not None
+        if baseline - hit1 <= self._config.max_anchor_drop:
+            return
+        self.state.stopped_at = step
+        logger.warning(
+            "co-training of the Embedder stops at step %d: Hit@1 of its %d anchors fell from %.3f to %.3f, more than "
+            "embedrl.embedder.train.max_anchor_drop=%g. The Embedder stays as it is now, RL goes on. To keep it nearer "
+            "to where it began: lower lr, train less often (every), or let an average give the rewards (ema_decay)",
+            step,
+            len(self._anchors),
+            baseline,
+            hit1,
+            self._config.max_anchor_drop,
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, step_folder: str, step: int, keep: int | None) -> None:
+        """Write the Embedder and this state into a checkpoint folder, before verl's tracker file names it."""
+        self._client.save(f"{step_folder}/embedder", step, keep)
+        (Path(step_folder) / STATE).write_text(json.dumps(asdict(self.state), indent=1) + "\n")
+
+    def load(self, step_folder: str) -> None:
+        """Go on from a checkpoint folder.
+
+        Raises:
+            ConfigError: it was written without co-training.
+        """
+        file = Path(step_folder) / STATE
+        if not file.is_file():
+            raise ConfigError(
+                f"{file} is missing: the run was begun with a frozen Embedder. Resume with "
+                "embedrl.embedder.train.enable=False, or start a new run folder"
+            )
+        self._client.load(f"{step_folder}/embedder")
+        self.state = CotrainingState(**json.loads(file.read_text()))
+
+
+def refuse_trained_checkpoint(step_folder: str) -> None:
+    """A run with a frozen Embedder must not go on from a checkpoint whose Embedder was trained.
+
+    Raises:
+        ConfigError: the folder holds one.
+    """
+    if (Path(step_folder) / STATE).is_file():
+        raise ConfigError(
+            f"the Embedder of {step_folder} was co-trained; resume with embedrl.embedder.train.enable=True, or export "
+            "it (embedrl export), point embedrl.embedder.path at the result and start a new run folder"
+        )
