@@ -62,3 +62,31 @@ def mixed_inputs(count: int) -> list[EmbedInput]:
         text = f"number {i} " + "is written here " * (i % 5)
         result.append(EmbedInput(item(text, images, frames, "Find the same digits."), tcot, evidence))
     return result
+
+
+Pair = tuple[EmbedInput, EmbedInput, tuple[EmbedInput, ...], tuple[int, ...]]
+"""Query, target, hard negatives, and contents of the target and of each negative."""
+
+
+def contrastive_cases(pairs: int = 6) -> dict[str, list[Pair]]:
+    """Batches for a contrastive step: no image, one, three, a video, and all of them with two targets of one content,
+    hard negatives, T-CoTs and evidence."""
+
+    def text(i: int, k: int) -> EmbedInput:
+        return EmbedInput(item(f"number {i} {k} " + "here " * (i % 4), instruction="Find it."))
+
+    def media(i: int, k: int, kind: str) -> EmbedInput:
+        seed = 97 * k + i
+        images = {"one": (picture(seed),), "three": tuple(picture(seed + 500 * n, 28 + 28 * n, 56) for n in range(3))}
+        frames = tuple(picture(seed + 300 * n, 56, 56) for n in range(2 + i % 3)) if kind == "video" else ()
+        return EmbedInput(item(f"look {k} " + "at it " * (i % 3), images.get(kind, ()), frames, "Find it."))
+
+    numbers = range(pairs)
+    cases: dict[str, list[Pair]] = {"none": [(text(i, 0), text(i, 1), (), (i,)) for i in numbers]}
+    for kind in ("one", "three", "video"):
+        cases[kind] = [(media(i, 0, kind), text(i, 1), (), (i,)) for i in numbers]
+    both = mixed_inputs(2 * pairs)
+    cases["mixed"] = [
+        (both[2 * i], both[2 * i + 1], (text(i, 5),) * (i % 3), (i // 2 * 2, *[100 + i] * (i % 3))) for i in numbers
+    ]
+    return cases

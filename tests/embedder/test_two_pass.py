@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two-pass step: loss and gradients of the plain full-batch step, whatever the media, micro-batches and ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2VLConfig
+
+from embedrl_verl.embedder import Embedder
+from embedrl_verl.embedder.batching import pad_rows
+from embedrl_verl.embedder.forward import embed_padded
+from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout, contrastive_loss
+from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients, refuse_dropout
+from embedrl_verl.errors import ConfigError, EmbedderError
+from tests.embedder.inputs import ENV, Pair, contrastive_cases, item, picture
+
+SCRIPT = Path(__file__).with_name("two_pass_ranks.py")
+CASES = contrastive_cases()
+
+
+def start(checkpoint: Path, out: Path, ranks: int) -> dict[str, Any]:
+    """What `two_pass_ranks.py` computed on so many ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(checkpoint), str(out)],
+            env={**os.environ, **ENV, **shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]
+    printed = [process.communicate(timeout=600)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(text[-4000:] for text in printed)
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def steps(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict]:
+    """`steps(ranks)`: the results of all cases, run once."""
+    folder = tmp_path_factory.mktemp("two_pass")
+    known: dict[int, dict[str, Any]] = {}
+
+    def run(ranks: int) -> dict[str, Any]:
+        if ranks not in known:
+            known[ranks] = start(checkpoint(), folder / f"{ranks}.pt", ranks)
+        return known[ranks]
+
+    return run
+
+
+def plain(embedder: Embedder, pairs: list[Pair]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one forward and one backward pass over the whole batch."""
+    negatives = [(one, c) for _, _, some, contents in pairs for one, c in zip(some, contents[1:], strict=True)]
+    inputs = [p[0] for p in pairs] + [p[1] for p in pairs] + [one for one, _ in negatives]
+    number, content = torch.arange(len(pairs)), torch.tensor([p[3][0] for p in pairs])
+    layout = ContrastiveLayout(
+        number,
+        torch.cat([number, torch.full((len(negatives),), HARD_NEGATIVE)]),
+        content,
+        torch.cat([content, torch.tensor([c for _, c in negatives], dtype=torch.int64)]),
+    )
+    embedder.model.zero_grad()
+    rows = pad_rows([embedder.processor.encode(one) for one in inputs])
+    vectors = embed_padded(embedder.model.model, rows)
+    loss = contrastive_loss(vectors[: len(pairs)], vectors[len(pairs) :], layout, temperature=0.1).loss
+    loss.backward()
+    found = {name: value.grad.clone() for name, value in embedder.model.named_parameters() if value.grad is not None}
+    embedder.model.zero_grad()
+    return loss.item(), found
+
+
+def norm(gradients: dict[str, torch.Tensor]) -> float:
+    return float(torch.stack([value.norm() for value in gradients.values()]).norm())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", list(CASES))
+def test_loss_and_gradients_are_those_of_the_plain_step(case, ranks, steps, embedder):
+    loss, gradients = plain(embedder(), CASES[case])
+    found = steps(ranks)[case]
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
+    assert found["grad_norm"] == pytest.approx(norm(gradients), rel=1e-4)
+    assert norm(gradients) > 0.05
+    whole = norm(gradients)
+    missing = set(gradients) - set(found["gradients"])
+    assert not missing
+    for name, expected in gradients.items():
+        # Relative to the whole gradient: single numbers near zero are sums of rounding errors.
+        assert (found["gradients"][name] - expected).norm() <= 1e-4 * max(float(expected.norm()), 1e-2 * whole), name
+
+
+def changed(pairs: list[Pair], **parts: Any) -> list[Pair]:
+    """The batch with other parts in the last pair's target."""
+    query, target, negatives, contents = pairs[-1]
+    return [*pairs[:-1], (query, replace(target, **parts), negatives, contents)]
+
+
+def test_gradients_of_all_rows_differ_when_one_negative_changes(embedder):
+    pairs = CASES["none"]
+    _, before = plain(embedder(), pairs)
+    _, after = plain(embedder(), changed(pairs, item=item("something else altogether", instruction="Find it.")))
+    difference = {name: after[name] - before[name] for name in before}
+    assert norm(difference) > 0.05 * norm(before)
+
+
+@pytest.mark.parametrize("part", ["pixel", "evidence pixel", "word", "tcot word"])
+def test_one_pixel_or_word_of_input_tcot_or_evidence_changes_the_loss(part, embedder):
+    pairs = CASES["mixed"]
+    query, target, negatives, contents = next(
+        pair for pair in pairs if pair[1].tcot is not None and pair[1].evidence and pair[1].item.images
+    )
+    if part == "pixel":
+        images = tuple(image.copy() for image in target.item.images)
+        images[0].putpixel((3, 3), tuple(255 - value for value in images[0].getpixel((3, 3))))
+        other = replace(target, item=replace(target.item, images=images))
+    elif part == "evidence pixel":
+        crop = target.evidence[0].copy()
+        crop.putpixel((3, 3), tuple(255 - value for value in crop.getpixel((3, 3))))
+        other = replace(target, evidence=(crop,))
+    elif part == "word":
+        other = replace(target, item=replace(target.item, text=target.item.text + " too"))
+    else:
+        assert target.tcot is not None
+        other = replace(target, tcot=replace(target.tcot, text=target.tcot.text.replace("left", "right")))
+    batch = pairs[:2]
+    one, _ = plain(embedder(), [*batch, (query, target, negatives, contents)])
+    two, _ = plain(embedder(), [*batch, (query, other, negatives, contents)])
+    assert one != two and abs(one - two) < 1.0
+
+
+# ---------------------------------------------------------------------- gradients in the vectors
+
+
+def vectors(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def layout(pairs: int, contents: list[int] | None = None) -> ContrastiveLayout:
+    number = torch.arange(pairs)
+    content = number if contents is None else torch.tensor(contents)
+    return ContrastiveLayout(number, number, content, content)
+
+
+def test_a_row_without_a_vector_has_no_part_and_no_gradient():
+    query, target = vectors(5, 1), vectors(5, 2)
+    broken = query.clone()
+    broken[2] = float("nan")
+    found = contrastive_gradients(broken, target, layout(5))
+    assert found.query[2].abs().max() == 0 and found.query.isfinite().all()
+    # Its target stays a negative of the others; the pair's own rows are no longer scored.
+    kept = [0, 1, 3, 4]
+    some = ContrastiveLayout(torch.tensor(kept), torch.arange(5), torch.tensor(kept), torch.arange(5))
+    assert found.loss == pytest.approx(float(contrastive_loss(query[kept], target, some).loss), rel=1e-6)
+    assert found.metrics["failed_rows"] == 1
+
+
+@pytest.mark.parametrize(("pairs", "contents"), [(1, [0]), (4, [7, 7, 7, 7])])
+def test_a_batch_without_negatives_is_named(pairs, contents):
+    with pytest.raises(NoNegativesError, match="at least two pairs with different targets; got"):
+        contrastive_gradients(vectors(pairs, 1), vectors(pairs, 2), layout(pairs, contents))
+
+
+def test_a_batch_without_vectors_is_named():
+    nothing = torch.full((3, 8), float("nan"))
+    with pytest.raises(EmbedderError, match="no pair has vectors on both sides: 3 of 3 queries"):
+        contrastive_gradients(nothing, vectors(3), layout(3))
+
+
+def test_a_model_with_dropout_is_refused_by_name():
+    config = Qwen2VLConfig()
+    refuse_dropout(config, "model")
+    config.text_config.attention_dropout = 0.1
+    with pytest.raises(ConfigError, match=r"model: .*dropout must be 0; got text_config.attention_dropout=0.1"):
+        refuse_dropout(config, "model")
