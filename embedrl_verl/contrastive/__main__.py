@@ -36,6 +36,14 @@ def run(config: Any) -> None:
     from embedrl_verl.contrastive.settings import load_stage1_config
 
     checked = load_stage1_config(config)
+    if os.environ.get("DRY_RUN", "") not in ("", "0"):
+        from embedrl_verl.contrastive.plan import describe_plan
+
+        print(describe_plan(checked))
+        return
+    missing = checked.data.missing_files()
+    if missing:
+        raise ConfigError("; ".join(missing))
     _alone()
     from embedrl_verl.contrastive.trainer import ContrastiveTrainer
 

@@ -95,14 +95,18 @@ class DataConfig:
     tcot: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("train_files", "val_files"):
-            for file in getattr(self, name):
-                if not Path(file).expanduser().is_file():
-                    raise ConfigError(f"data.{name}: no such file: {file}")
         if not self.train_files:
             raise ConfigError("data.train_files must name at least one parquet file of pair records; got []")
+
+    def missing_files(self) -> list[str]:
+        """What is named and not there, each with its key."""
+        named = [(name, file) for name in ("train_files", "val_files") for file in getattr(self, name)]
+        missing = [
+            f"data.{name}: no such file: {file}" for name, file in named if not Path(file).expanduser().is_file()
+        ]
         if self.media_root and not Path(self.media_root).expanduser().is_dir():
-            raise ConfigError(f"data.media_root: no such folder: {self.media_root}")
+            missing.append(f"data.media_root: no such folder: {self.media_root}")
+        return missing
 
 
 @dataclass(frozen=True)

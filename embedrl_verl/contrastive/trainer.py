@@ -14,16 +14,16 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from embedrl_verl.contrastive.plan import plan_of
 from embedrl_verl.contrastive.rows import (
     EncodedPair,
     PairRows,
     describe_pairs,
     read_training_pairs,
     rows_of_pairs,
-    video_sources,
 )
 from embedrl_verl.contrastive.run_folder import RunFolder
-from embedrl_verl.contrastive.sampler import Batch, SubBatchPlan
+from embedrl_verl.contrastive.sampler import Batch
 from embedrl_verl.contrastive.settings import Stage1Config
 from embedrl_verl.contrastive.step import embed_local, gather, two_pass_step
 from embedrl_verl.embedder.settings import processor_for
@@ -76,16 +76,7 @@ class ContrastiveTrainer:
         )
         pairs = read_training_pairs(config.data.train_files, tcot=config.data.tcot)
         self.train_pairs = describe_pairs(pairs)
-        self.plan = SubBatchPlan(
-            [pair.record.data_source for pair in pairs],
-            batch_pairs=run.batch_pairs,
-            sub_batch_pairs=run.sub_batch_pairs,
-            weights=run.source_weights,
-            video_sources=video_sources(pairs),
-            max_video_sub_batches=run.max_video_sub_batches,
-            raw_share=run.raw_share if config.data.tcot else 0.0,
-            seed=run.seed,
-        )
+        self.plan = plan_of(config, pairs)
         self.total_steps = run.total_steps or self.plan.steps(run.epochs)
         self.train_rows = dataset(pairs)
         self.val_rows: PairRows | None = None

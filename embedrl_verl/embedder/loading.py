@@ -62,7 +62,7 @@ def check_profile(path: str | Path, config: PretrainedConfig, profile: EmbedderP
     if number is None:
         raise EmbedderError(
             f"{path}: profile {profile.name} reads the embedding at the token {profile.emb_token}, which the tokenizer "
-            "does not have. Add it as a special token and train with it, or choose another profile"
+            f"does not have. Add it (embedrl add-emb {path} --out FOLDER) and train with it, or choose another profile"
         )
     rows = config.get_text_config().vocab_size
     if number >= rows:

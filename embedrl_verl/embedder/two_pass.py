@@ -119,7 +119,10 @@ def surrogate_loss(
     Engines average gradients over data-parallel ranks, hence the factor: the step is that of the whole batch.
     """
     ranks = torch.distributed.get_world_size(dp_group)
-    return ranks * (model_output["embeddings"] * data[GRADIENT]).sum(), {}
+    gradient = data[GRADIENT]
+    if gradient.is_nested:  # as TransferQueue gives it back
+        gradient = torch.stack(list(gradient.unbind()))
+    return ranks * (model_output["embeddings"] * gradient).sum(), {}
 
 
 def refuse_dropout(config: Any, where: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from embedrl_verl.embedder import info_nce
+from embedrl_verl.embedder.info_nce import ContrastiveLayout, contrastive_loss
 from embedrl_verl.errors import EmbedderError
 
 
@@ -67,3 +68,93 @@ def test_a_row_of_the_same_content_gets_no_gradient_from_its_twin():
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(EmbedderError, match=message):
         info_nce(**{"query": vectors(1), "target": vectors(2), **arguments})
+
+
+# ---------------------------------------------------------------------- any layout
+
+
+def layout(query_pair, target_pair, query_content=None, target_content=None) -> ContrastiveLayout:
+    content = {"q": query_content or query_pair, "t": target_content or target_pair}
+    return ContrastiveLayout(*map(torch.tensor, (query_pair, target_pair, content["q"], content["t"])))
+
+
+def written_out(query, target, given: ContrastiveLayout, temperature: float) -> float:
+    """One direction, row by row: mean over partners of -log softmax of the partner among itself and the negatives."""
+    rows = []
+    for i in range(len(query)):
+        score = [float(query[i] @ t) / temperature for t in target]
+        partners = [j for j in range(len(target)) if given.target_pair[j] == given.query_pair[i]]
+        negatives = [
+            j for j in range(len(target)) if j not in partners and given.target_content[j] != given.query_content[i]
+        ]
+        if partners:
+            own = [
+                math.log(math.exp(score[j]) + sum(math.exp(score[n]) for n in negatives)) - score[j] for j in partners
+            ]
+            rows.append(sum(own) / len(own))
+    return sum(rows) / len(rows)
+
+
+def test_several_rollouts_of_a_pair_are_partners_and_never_negatives_of_each_other():
+    query, target = vectors(1, 6), vectors(2, 5)
+    given = layout([0, 0, 0, 1, 1, 2], [0, 0, 1, 2, 2])
+    flipped = layout([0, 0, 1, 2, 2], [0, 0, 0, 1, 1, 2])
+    expected = (written_out(query, target, given, 0.1) + written_out(target, query, flipped, 0.1)) / 2
+    assert float(contrastive_loss(query, target, given, temperature=0.1).loss) == pytest.approx(expected, rel=1e-9)
+
+
+def test_hard_negatives_are_columns_of_every_query_and_no_rows_of_their_own():
+    query, target = vectors(1, 3), vectors(2, 5)
+    given = layout([0, 1, 2], [0, 1, 2, -1, -1], [10, 11, 12], [10, 11, 12, 99, 11])
+    one_way = written_out(query, target, given, 0.1)  # the last column has query 1's content and is masked there
+    back = written_out(target[:3], query, layout([0, 1, 2], [0, 1, 2], [10, 11, 12], [10, 11, 12]), 0.1)
+    contrast = contrastive_loss(query, target, given, temperature=0.1)
+    assert float(contrast.loss) == pytest.approx((one_way + back) / 2, rel=1e-9)
+    assert contrast.masked == 1 and contrast.negatives == pytest.approx((4 + 3 + 4) / 3)
+
+
+def test_a_row_whose_partner_is_missing_is_a_negative_and_does_not_count_itself():
+    query, target = vectors(1, 3), vectors(2, 2)
+    given = layout([0, 1, 2], [0, 1])
+    assert float(contrastive_loss(query, target, given, temperature=0.1, symmetric=False).loss) == pytest.approx(
+        written_out(query, target, given, 0.1), rel=1e-9
+    )
+
+
+def test_matryoshka_averages_the_losses_of_the_cut_vectors():
+    query, target = vectors(1), vectors(2)
+    given = layout(list(range(6)), list(range(6)))
+
+    def cut(dim: int) -> float:
+        parts = F.normalize(query[:, :dim], dim=1), F.normalize(target[:, :dim], dim=1)
+        return float(contrastive_loss(*parts, given, temperature=0.1).loss)
+
+    found = float(contrastive_loss(query, target, given, temperature=0.1, matryoshka_dims=(2, 4)).loss)
+    assert found == pytest.approx((cut(2) + cut(4) + cut(8)) / 3, rel=1e-9)
+    with pytest.raises(EmbedderError, match=r"matryoshka_dims must lie in 1..8; got \[9\]"):
+        contrastive_loss(query, target, given, matryoshka_dims=(9,))
+
+
+def test_hit1_counts_ties_against_the_model():
+    query, target = torch.eye(3), torch.eye(3)
+    given = layout([0, 1, 2], [0, 1, 2])
+    assert contrastive_loss(query, target, given).hit1 == 1.0
+    target[1] = target[0]
+    assert contrastive_loss(query, target, given).hit1 == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: layout([0, -1], [0, 1]), "query_pair must be 0 or more; got -1"),
+        (lambda: layout([0, 1], [0, 1], [0, 1, 2]), "query_pair and query_content must be int64 of one length"),
+        (lambda: contrastive_loss(vectors(1, 2), vectors(2, 2), layout([0, 1], [2, 3])), "no query has a partner"),
+        (
+            lambda: contrastive_loss(vectors(1, 3), vectors(2, 2), layout([0, 1], [0, 1])),
+            r"must be \(2, D\) and \(2, D\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_named(build, message):
+    with pytest.raises(EmbedderError, match=message):
+        build()

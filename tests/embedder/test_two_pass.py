@@ -22,7 +22,7 @@ from embedrl_verl.embedder.forward import embed_padded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout, contrastive_loss
 from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients, refuse_dropout
 from embedrl_verl.errors import ConfigError, EmbedderError
-from tests.embedder.inputs import ENV, Pair, contrastive_cases, item, picture
+from tests.embedder.inputs import ENV, Pair, contrastive_cases, item
 
 SCRIPT = Path(__file__).with_name("two_pass_ranks.py")
 CASES = contrastive_cases()

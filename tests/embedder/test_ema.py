@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The moving average: follows the trained weights, stands in their place only for a while, survives a checkpoint."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from embedrl_verl.embedder.ema import ShadowWeights
+from embedrl_verl.errors import EmbedderError
+
+
+@pytest.fixture
+def module() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def move(module: torch.nn.Module, by: float) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(by)
+
+
+def test_it_is_the_average_written_out(module):
+    shadow = ShadowWeights(module, 0.9)
+    expected = module[1].weight.detach().clone()
+    for by in (1.0, -0.5, 2.0):
+        move(module, by)
+        shadow.update()
+        expected = 0.9 * expected + 0.1 * module[1].weight.detach()
+    own = module[1].weight.detach().clone()
+    with shadow.in_place():
+        torch.testing.assert_close(module[1].weight.detach(), expected)
+        assert not torch.equal(module[1].weight, own)
+    assert torch.equal(module[1].weight, own)
+
+
+def test_own_weights_come_back_after_an_error(module):
+    shadow = ShadowWeights(module, 0.9)
+    move(module, 1.0)
+    own = module[0].weight.detach().clone()
+    with pytest.raises(KeyError), shadow.in_place():
+        raise KeyError
+    assert torch.equal(module[0].weight, own)
+
+
+def test_weights_that_are_not_trained_have_no_average(module):
+    shadow = ShadowWeights(module, 0.5)
+    move(module, 1.0)
+    with shadow.in_place():
+        assert torch.equal(module[0].bias, module[0].bias.detach())
+    assert len(shadow.state_dict()["shadow"]) == 3
+
+
+def test_a_saved_average_goes_on_and_another_models_is_refused(module):
+    shadow = ShadowWeights(module, 0.9)
+    move(module, 1.0)
+    shadow.update()
+    file = io.BytesIO()
+    torch.save(shadow.state_dict(), file)
+    file.seek(0)
+    again = ShadowWeights(module, 0.9)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(shadow._shadow, again._shadow, strict=True))
+    with pytest.raises(EmbedderError, match="3 tensors and the model 2 trained ones"):
+        ShadowWeights(torch.nn.Linear(3, 4), 0.9).load_state_dict(shadow.state_dict())
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -1.0])
+def test_a_decay_outside_its_range_is_refused(module, decay):
+    with pytest.raises(EmbedderError, match=r"must lie in \(0, 1\)"):
+        ShadowWeights(module, decay)
