@@ -198,16 +198,16 @@ class EGRLMixin(WorkerClassesMixin):
             expected_rows=expected,
         )
         write_scores(scored, batch.partition_id, training=training)
+        if metrics is not None:
+            metrics.update(scored.metrics)
+            metrics["timing_s/reward_stage"] = time.perf_counter() - start
+            metrics["embedrl/total_steps"] = float(self.total_training_steps)
         if training and self.embedder_training is not None:
             trained = self._train_embedder(self.embedder_training, scored)
             if metrics is not None:
                 metrics.update(trained)
         clear_embed_rows({row.uid for row in rows})
         self._remember(scored, training)
-        if metrics is not None:
-            metrics.update(scored.metrics)
-            metrics["timing_s/reward_stage"] = time.perf_counter() - start
-            metrics["embedrl/total_steps"] = float(self.total_training_steps)
         # Sorted rows: the same rollouts give the same mini-batches, whatever the order of arrival.
         position = {key: i for i, key in enumerate(batch.keys)}
         batch.reorder([position[row.key] for row in rows])

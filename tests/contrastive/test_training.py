@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1 as a person runs it: it learns, ranks do not change it, a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.tiny.digits import WorldSize, write_world
+from embedrl_verl.tiny.models import build_tiny_model
+from tests.embedder.inputs import ENV
+
+pytestmark = [pytest.mark.slow]
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """An untrained Embedder and annotated pairs of two picture sources."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder / "data", size=WorldSize(sft=4, train=16, heldout=4))
+    build_tiny_model(folder / "model", seed=3)
+    for name in ("train_tcot", "heldout_tcot"):
+        records = [
+            r for r in read_pairs(folder / "data" / f"{name}.parquet") if r.data_source in ("digits_i2t", "digits_vqa")
+        ]
+        write_pairs(records, folder / f"{name}.parquet")
+    return folder
+
+
+def command(world: Path, out: Path, *overrides: str) -> list[str]:
+    limits = [f"{name}_min_tokens={value}" for name, value in (("image", 1), ("frame", 1))]
+    return [
+        "-m",
+        "embedrl_verl.contrastive",
+        f"data.train_files=[{world / 'train_tcot.parquet'}]",
+        f"data.val_files=[{world / 'heldout_tcot.parquet'}]",
+        "data.embedrl.family=qwen2_vl",
+        *[f"data.embedrl.{limit}" for limit in limits],
+        *[f"embedrl.embedder.{limit}" for limit in limits],
+        f"embedrl.embedder.path={world / 'model'}",
+        "embedrl.embedder.dtype=float32",
+        "embedrl.embedder.max_tokens_per_gpu=1024",
+        "embedrl.embedder.train.max_tokens_per_gpu=1024",
+        "embedrl.embedder.train.lora_rank=0",
+        "embedrl.embedder.train.lr=1e-3",
+        "embedrl.embedder.train.warmup_steps=2",
+        f"contrastive.out={out}",
+        "contrastive.batch_pairs=8",
+        "contrastive.sub_batch_pairs=4",
+        f"contrastive.total_steps={STEPS}",
+        "contrastive.save_freq=2",
+        "contrastive.raw_share=0.3",
+        "contrastive.num_workers=1",
+        *overrides,
+    ]
+
+
+def run(arguments: list[str], *, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, *launch, *arguments],
+        env={**os.environ, **ENV, **more},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=600,
+    )
+
+
+def metrics(out: Path, name: str = "loss") -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["data"][name] for line in lines if name in line["data"]}
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    done = run(command(world, out))
+    assert done.returncode == 0, done.stdout[-4000:]
+    return out
+
+
+def kill_when(arguments: list[str], happened: Callable[[], bool]) -> None:
+    """Start a run and kill -9 it and its loaders as soon as something has happened."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env={**os.environ, **ENV},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_between_updates_and_one_killed_in_a_checkpoint_go_on_with_the_same_losses(
+    unbroken, world, tmp_path
+):
+    out = tmp_path / "run"
+    arguments = command(world, out)
+    folder = out / "checkpoints"
+    kill_when(arguments, lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 3)
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
+    kill_when(arguments, lambda: (folder / "global_step_4" / "embedder").exists())
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2", (
+        "killed before the checkpoint was complete"
+    )
+    done = run(arguments)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "going on after update 2" in done.stdout
+    expected, found = metrics(unbroken), metrics(out)
+    assert list(found) == list(range(1, STEPS + 1))
+    assert found == pytest.approx(expected, rel=1e-6)
+    for name in ("val-core/all/hit@1", "raw/val-core/all/hit@1"):
+        assert metrics(out, name) == metrics(unbroken, name)
+    assert len(set(expected.values())) == STEPS
+    # The same again: nothing is left to do, and other settings are refused.
+    other = run([*arguments, "embedrl.embedder.train.temperature=0.1"])
+    assert other.returncode == 2 and "begun with other settings (temperature)" in other.stdout
+
+
+def test_two_ranks_take_the_same_steps_as_one(unbroken, world, tmp_path):
+    done = run(command(world, tmp_path / "run"), ranks=2)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert metrics(tmp_path / "run") == pytest.approx(metrics(unbroken), rel=1e-3)
+    assert metrics(tmp_path / "run", "grad_norm") == pytest.approx(metrics(unbroken, "grad_norm"), rel=1e-2)
+
+
+def test_the_checkpoint_tells_data_settings_and_scores(unbroken, world):
+    training = json.loads((unbroken / "checkpoints" / f"global_step_{STEPS}" / "training.json").read_text())
+    assert training["data"] == [{"source": s, "pairs": 16} for s in ("digits_i2t", "digits_vqa")]
+    assert training["settings"]["temperature"] == 0.02 and training["settings"]["tcot"] is True
+    assert 0 <= training["scores"]["val-core/all/hit@1"] <= 1
+    assert training["base_model"] == str(world / "model")
+
+
+def test_an_adapter_alone_is_trained(world, tmp_path):
+    lora = ["embedrl.embedder.train.lora_rank=4", "embedrl.embedder.train.lora_alpha=8"]
+    done = run(command(world, tmp_path / "run", *lora, "contrastive.total_steps=3", "embedrl.embedder.train.lr=1e-2"))
+    assert done.returncode == 0, done.stdout[-4000:]
+    import torch
+
+    saved = torch.load(
+        tmp_path / "run" / "checkpoints" / "global_step_3" / "embedder" / "model_world_size_1_rank_0.pt",
+        weights_only=False,
+    )
+    moved = [name for name, value in saved.items() if "lora_B" in name and value.to_local().abs().max() > 0]
+    assert moved and not any("visual" in name for name in saved if "lora_" in name)
+    from safetensors.torch import load_file
+
+    before = load_file(world / "model" / "model.safetensors")
+    bases = {name: value.to_local() for name, value in saved.items() if "q_proj.base_layer.weight" in name}
+    assert bases and all(
+        any(torch.equal(value, old) for old in before.values() if old.shape == value.shape) for value in bases.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "words"),
+    [
+        (["data.train_files=[nowhere.parquet]"], 2, "data.train_files: no such file: nowhere.parquet"),
+        (["contrastive.batch_pair=4"], 2, "batch_pair"),
+        (
+            ["contrastive.sub_batch_pairs=8", "contrastive.batch_pairs=32", "contrastive.sub_batch_pairs=32"],
+            2,
+            "too few in digits_i2t (16 pairs)",
+        ),
+        (
+            [
+                "embedrl.embedder.train.lora_rank=4",
+                "embedrl.embedder.train.lora_alpha=8",
+                "embedrl.embedder.train.lora_adapter_path=nowhere",
+            ],
+            2,
+            "must be a folder with adapter_config.json; got nowhere",
+        ),
+    ],
+)
+def test_bad_settings_end_with_one_message_and_a_code(overrides, code, words, world, tmp_path):
+    done = run(command(world, tmp_path / "run", *overrides))
+    assert done.returncode == code, done.stdout[-2000:]
+    assert words in done.stdout
