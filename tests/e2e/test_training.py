@@ -103,18 +103,51 @@ def test_metrics_of_a_step_name_every_part(one_rank):
     assert metrics["timing_s/reward_embed"] > 0
 
 
-def test_a_run_resumes_where_it_stopped_with_the_same_batches(one_rank, inputs):
-    """Step 3 after a resume from step 2 trains the same pairs as the unbroken run's step 3."""
+def by_place(rows: list[dict], what: str) -> dict[tuple, object]:
+    return {(row["pair_id"], row["side"], row["rollout"]): row[what] for row in rows}
+
+
+def test_a_run_resumes_where_it_stopped_with_the_same_rollouts_and_rewards(one_rank, inputs):
+    """Step 3 after a resume from step 2 has the pairs, texts and rewards of the unbroken run's step 3."""
     folder = one_rank.folder
-    unbroken = {row["pair_id"] for row in one_rank.dump("rollouts", 3)}
+    unbroken = one_rank.dump("rollouts", 3)
     before = one_rank.metrics
     step_2 = folder / "checkpoints" / "global_step_2"
     resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={step_2}"]
     resumed = harness.run(inputs, folder, [*resume, "trainer.val_before_train=False"], steps=3)
     assert resumed.code == 0, resumed.output[-6000:]
-    assert {row["pair_id"] for row in resumed.dump("rollouts", 3)} == unbroken
+    again = resumed.dump("rollouts", 3)
+    assert by_place(again, "output") == by_place(unbroken, "output")
+    assert by_place(again, "score") == pytest.approx(by_place(unbroken, "score"), abs=1e-5)
+    assert resumed.metrics[3]["actor/pg_loss"] == pytest.approx(before[3]["actor/pg_loss"], abs=1e-5)
     assert json.loads((step_2 / "embedder.json").read_text())["path"]
     assert set(resumed.metrics) == set(before)  # the first part of the log is kept
+
+
+def test_the_embedder_is_co_trained_on_devices_of_its_own_with_an_average_for_the_rewards(inputs, tmp_path):
+    train = {"enable": True, "lr": 1e-3, "warmup_steps": 1, "ema_decay": 0.5, "max_anchor_drop": 1.0, "anchor_pairs": 8}
+    extra = [f"embedrl.embedder.train.{name}={value}" for name, value in train.items()]
+    extra += ["embedrl.embedder.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2", "trainer.save_freq=2"]
+    run = harness.run(inputs, tmp_path, extra, steps=2)
+    assert run.code == 0, run.output[-6000:]
+    for step in (1, 2):
+        metrics = run.metrics[step]
+        assert metrics["embedder/updates"] == step and metrics["embedder/active"] == 1
+        assert metrics["embedder/rows"] == 8 and metrics["embedder/grad_norm"] > 0.1
+        assert 0 <= metrics["embedder/anchor_hit@1"] <= 1
+    folder = tmp_path / "checkpoints" / "global_step_2"
+    assert json.loads((folder / "cotraining.json").read_text())["updates"] == 2
+    saved = torch.load(folder / "embedder" / "model_world_size_1_rank_0.pt", weights_only=False)
+    average = torch.load(folder / "embedder" / "average_world_size_1_rank_0.pt", weights_only=True)
+    from safetensors.torch import load_file
+
+    before = load_file(inputs / "embedder" / "model.safetensors")
+    norm = next(value.to_local() for name, value in saved.items() if name.endswith("language_model.norm.weight"))
+    start = next(value for name, value in before.items() if name.endswith("norm.weight") and len(value) == len(norm))
+    moved = (norm - start).abs().max()
+    assert moved > 1e-4
+    closest = min((shadow - norm).abs().max() for shadow in average["shadow"] if shadow.shape == norm.shape)
+    assert 0 < closest < moved, "the average lies between the beginning and the weights"
 
 
 def test_stock_main_ppo_runs_the_mode_because_the_plugin_is_installed(inputs, tmp_path):

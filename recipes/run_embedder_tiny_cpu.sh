@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Stage 1 on a machine without a GPU: a tiny Embedder is trained on the digits data with T-CoTs and evidence, and a second
+# one, from the same weights and with as many updates, on the input alone. Sets up .venv first.
+#
+#   bash recipes/run_embedder_tiny_cpu.sh [hydra overrides of both trainings]
+#
+# Prints held-out Hit@1 of both by source. OUT/with_tcot/embedder and OUT/without/embedder are Hugging Face folders. A run
+# that is broken off goes on from its last checkpoints.
+#
+# SEED=0, STEPS=400, OUT=runs/embedder_tiny_cpu/seed0, FAMILY=qwen2_vl.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+SEED=${SEED:-0} STEPS=${STEPS:-400} FAMILY=${FAMILY:-qwen2_vl}
+OUT=${OUT:-$ROOT/runs/embedder_tiny_cpu/seed$SEED}
+
+export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
+    bash "$ROOT/scripts/setup_env.sh"
+    PYTHON="$ROOT/.venv/bin/python"
+fi
+choose_python
+
+if [[ ! -f "$OUT/world/heldout_tcot.parquet" ]]; then
+    "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --family "$FAMILY" --seed "$SEED"
+    "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/model" --family "$FAMILY" --seed "$((SEED + 1000))"
+fi
+
+# train_one NAME TCOT OVERRIDES...: one Embedder.
+train_one() {
+    local name=$1 tcot=$2
+    shift 2
+    "$PYTHON" -m embedrl_verl.contrastive \
+        "data.train_files=['$OUT/world/train_tcot.parquet']" \
+        "data.val_files=['$OUT/world/heldout_tcot.parquet']" \
+        "data.tcot=$tcot" \
+        "data.embedrl.family=$FAMILY" \
+        data.embedrl.image_min_tokens=4 data.embedrl.frame_min_tokens=4 \
+        "embedrl.embedder.path='$OUT/model'" \
+        embedrl.embedder.dtype=float32 \
+        embedrl.embedder.image_min_tokens=4 embedrl.embedder.frame_min_tokens=4 \
+        embedrl.embedder.max_tokens_per_gpu=4096 \
+        embedrl.embedder.train.max_tokens_per_gpu=4096 \
+        embedrl.embedder.train.gradient_checkpointing=False \
+        embedrl.embedder.train.lora_rank=0 \
+        embedrl.embedder.train.lr=1e-3 \
+        embedrl.embedder.train.warmup_steps=20 \
+        embedrl.embedder.train.temperature=0.05 \
+        "contrastive.out='$OUT/$name'" \
+        contrastive.batch_pairs=32 contrastive.sub_batch_pairs=32 \
+        "contrastive.total_steps=$STEPS" \
+        contrastive.save_freq=100 contrastive.test_freq=100 contrastive.log_freq=50 contrastive.num_workers=1 \
+        "contrastive.seed=$SEED" "$@"
+    is_dry_run || "$PYTHON" -m embedrl_verl.cli export "$OUT/$name/checkpoints/global_step_$STEPS" --kind embedder \
+        --out "$OUT/$name/embedder" --force
+}
+
+if is_dry_run; then
+    train_one with_tcot True "$@"
+    exit
+fi
+
+# Both at once, on one core each.
+train_one with_tcot True "$@" > >(sed 's/^/[with T-CoT] /') 2>&1 &
+WITH=$!
+train_one without False "$@" > >(sed 's/^/[without]    /') 2>&1 &
+WITHOUT=$!
+trap 'kill "$WITH" "$WITHOUT" 2>/dev/null || true' EXIT
+wait "$WITH"
+wait "$WITHOUT"
+trap - EXIT
+
+"$PYTHON" -m embedrl_verl.tiny.stage1_table --run "$OUT"
