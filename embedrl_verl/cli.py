@@ -28,6 +28,20 @@ def _data(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from embedrl_verl.cli_export import run
+
+    return run(arguments)
+
+
+def _add_emb(arguments: argparse.Namespace) -> int:
+    from embedrl_verl.embedder.add_token import add_emb_token
+
+    number = add_emb_token(arguments.checkpoint, arguments.out)
+    print(f"wrote {arguments.out}; <emb> is token {number}")
+    return 0
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from embedrl_verl.plan import compose, print_plan
 
@@ -38,6 +52,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `command` of the parsed arguments is the function to call."""
     from embedrl_verl.cli_data import add_parser as add_data_parser
+    from embedrl_verl.cli_export import add_parser as add_export_parser
 
     parser = argparse.ArgumentParser(
         prog="embedrl", description="Embedder-guided RL for multimodal embeddings, on stock verl."
@@ -50,8 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--config-name", default="egrl_trainer", help="file in embedrl_verl/config (egrl_trainer)")
     plan.add_argument("overrides", nargs="*", help="hydra overrides, as for python -m embedrl_verl.train")
     plan.set_defaults(command=_plan)
+    add_emb = commands.add_parser("add-emb", help="give a Qwen-VL checkpoint the token <emb>, to train it as Embedder")
+    add_emb.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub id")
+    add_emb.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    add_emb.set_defaults(command=_add_emb)
     add_data_parser(commands)
     commands.choices["data"].set_defaults(command=_data)
+    add_export_parser(commands)
+    commands.choices["export"].set_defaults(command=_export)
     return parser
 
 

@@ -4,8 +4,8 @@
 `python tests/e2e/kill_resume.py OUT_DIR`
 
 One run goes through its 7 steps unbroken. Another is killed (all its processes at once) between steps 3 and 4, resumed
-from step 2, killed again while it writes the checkpoint of step 4, and resumed once more. Prints, for each step from 3 on,
-how far its rewards and losses are from the unbroken run's, and exits with 1 if any is over the limit.
+from step 2, killed again while it writes the checkpoint of step 4, and resumed once more. Prints, for each step from 3
+on, how far its rewards and losses are from the unbroken run's, and exits with 1 if any is over the limit.
 """
 
 from __future__ import annotations
