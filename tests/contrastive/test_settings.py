@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib.resources import files
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from embedrl_verl.contrastive.settings import load_stage1_config
+from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
+from embedrl_verl.contrastive.settings import ContrastiveConfig, load_stage1_config
 from embedrl_verl.errors import ConfigError
 
 REQUIRED = ("data.train_files=[x.parquet]", "embedrl.embedder.path=model", "contrastive.out=run")
@@ -27,6 +29,15 @@ def test_defaults_are_those_of_the_method():
     assert (train.lora_rank, train.lora_alpha, train.weight_decay) == (64, 128, 0.01)
     assert (run.batch_pairs, run.sub_batch_pairs, run.max_video_sub_batches, run.epochs) == (512, 256, 1, 2)
     assert config.data.tcot and train.symmetric and train.enable
+
+
+def test_the_file_names_every_key_that_means_something_here():
+    raw = OmegaConf.create(files("embedrl_verl.config").joinpath("embedder_trainer.yaml").read_text())
+    train = {field.name for field in fields(EmbedderTrainConfig)}
+    cotraining = {"every", "rollouts", "ema_decay", "anchor_files", "anchor_pairs", "max_anchor_drop", "seed"}
+    assert set(raw.embedrl.embedder.train) == train - cotraining
+    assert set(raw.contrastive) == {field.name for field in fields(ContrastiveConfig)}
+    assert set(raw.embedrl.embedder) == {field.name for field in fields(EmbedderConfig)} - {"nnodes", "n_gpus_per_node"}
 
 
 @pytest.mark.parametrize(

@@ -195,3 +195,32 @@ def test_bad_settings_end_with_one_message_and_a_code(overrides, code, words, wo
     done = run(command(world, tmp_path / "run", *overrides))
     assert done.returncode == code, done.stdout[-2000:]
     assert words in done.stdout
+
+
+def test_a_broken_checkpoint_stops_at_the_first_loss(world, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(world / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("layers.1.input_layernorm.weight"))
+    weights[name][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    done = run(command(world, tmp_path / "run", f"embedrl.embedder.path={tmp_path / 'model'}"))
+    assert done.returncode == 4, done.stdout[-2000:]
+    assert "16 of 16 vectors are not finite, so the loss would be NaN" in done.stdout
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_targets_that_are_all_the_same_are_skipped_counted_and_stop_the_run(world, tmp_path):
+    from dataclasses import replace
+
+    records = list(read_pairs(world / "train_tcot.parquet"))
+    write_pairs([replace(r, target_id="one") for r in records], tmp_path / "same.parquet")
+    same = [f"data.train_files=[{tmp_path / 'same.parquet'}]", "contrastive.max_empty_batches=2"]
+    done = run(command(world, tmp_path / "run", *same))
+    assert done.returncode == 4, done.stdout[-2000:]
+    assert "update 1 skipped, sources digits_i2t, digits_vqa: a contrastive batch needs at least two" in done.stdout
+    assert "2 batches in a row without negatives (contrastive.max_empty_batches)" in done.stdout
