@@ -81,6 +81,8 @@ class EmbedderConfig:
     path: str | None = None
     profile: str = "auto"
     strategy: str = "fsdp2"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
     dtype: str = "bfloat16"
     attn_implementation: str = "sdpa"
     offload: bool = True
@@ -96,7 +98,20 @@ class EmbedderConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "embedder.path", "a Hugging Face folder or hub id (set EMBEDDER_PATH)", self.path)
-        _require(self.strategy in ("fsdp", "fsdp2"), "embedder.strategy", "fsdp or fsdp2", self.strategy)
+        strategies = ("fsdp2", "fsdp", "megatron")
+        _require(self.strategy in strategies, "embedder.strategy", f"one of {', '.join(strategies)}", self.strategy)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"embedder.{name}", "1 or more", value)
+            _require(
+                value == 1 or self.strategy == "megatron", f"embedder.{name}", "1 without strategy=megatron", value
+            )
+        _require(
+            self.dtype == "bfloat16" or self.strategy != "megatron",
+            "embedder.dtype",
+            "bfloat16 with strategy=megatron (verl's engine has no other)",
+            self.dtype,
+        )
         _require(self.dtype in ("bfloat16", "float32"), "embedder.dtype", "bfloat16 or float32", self.dtype)
         for name in ("max_tokens_per_gpu", "max_text_tokens", "image_min_tokens", "frame_min_tokens"):
             _require(getattr(self, name) > 0, f"embedder.{name}", "positive", getattr(self, name))

@@ -146,6 +146,8 @@ def load_stage1_config(config: Any) -> Stage1Config:
     evidence = build_section(EvidenceConfig, sections.pop("evidence", {}), "embedrl.evidence")
     if sections:
         raise ConfigError(f"embedrl has no key {', '.join(sorted(sections))}; its keys are embedder, evidence")
+    if embedder.strategy == "megatron":
+        raise ConfigError("embedrl.embedder.strategy must be fsdp2 or fsdp in stage 1; got megatron")
     if not embedder.train.enable:
         raise ConfigError("embedrl.embedder.train.enable must be True in stage 1; got False")
     if embedder.train.ema_decay:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForImageTextToText
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
@@ -71,6 +72,8 @@ def tensordict_of(rows: list[Encoded]) -> TensorDict:
 class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
     """FSDP engine whose model output is {"embeddings": float32 (rows, D)}, rows in the order of the batch."""
 
+    _all_gathered_once = False
+
     def _build_module(self) -> torch.nn.Module:
         config = self.model_config.hf_config
         dtype = PrecisionType.to_dtype(self.engine_config.model_dtype)
@@ -117,6 +120,21 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         # FSDP wants one dtype in a group of parameters.
         return wrapped.to(next(module.parameters()).dtype)
 
+    def _prepare_unused_parts(self) -> None:
+        """Let every part be gathered once before the first backward pass.
+
+        In bfloat16, torch's FSDP2 (2.11) looks for the gathered weights of every part after each backward pass that
+        does not reduce gradients, and fails on parts that no forward pass has used yet: `lm_head` always, and the
+        vision model when the first micro-batches have no media.
+        """
+        if self._all_gathered_once:
+            return
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+                part.reshard()
+        self._all_gathered_once = True
+
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool = False
     ) -> dict[str, Any]:
@@ -137,6 +155,8 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         total = torch.tensor(len(plan), device=get_device_id())
         torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MAX, group=group)
 
+        if not forward_only:
+            self._prepare_unused_parts()
         embeddings: torch.Tensor | None = None
         losses: list[float] = []
         metrics: dict[str, list[Any]] = {}

@@ -8,6 +8,7 @@ of verl's TrainingWorker, and a moving average of the weights can stand beside t
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,16 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+from verl.workers.config import (
+    EngineConfig,
+    FSDPEngineConfig,
+    FSDPOptimizerConfig,
+    HFModelConfig,
+    McoreEngineConfig,
+    McoreOptimizerConfig,
+    OptimizerConfig,
+    TrainingWorkerConfig,
+)
 
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.embedder.ema import ShadowWeights
@@ -48,6 +58,11 @@ class EmbedderWorker(NestedPositionIdsTrainingWorker):
     """
 
     average: ShadowWeights | None = None
+
+    def __init__(self, config: TrainingWorkerConfig) -> None:
+        if config.engine_config.strategy == "megatron":
+            importlib.import_module("embedrl_verl.embedder.megatron_engine")  # registers the engine
+        super().__init__(config)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
@@ -118,12 +133,18 @@ def worker_config(
         save_contents: parts of a checkpoint, in verl's names.
 
     Raises:
-        ConfigError: strategy fsdp on a CPU; training a model with dropout, or from an adapter that is not there.
+        ConfigError: another strategy than fsdp2 on a CPU; an adapter or average with megatron; training a model with
+            dropout, or from an adapter that is not there.
         EmbedderError: the checkpoint and the profile do not fit.
     """
     assert config.path is not None  # EmbedderConfig refuses a missing path
     train = config.train
     on_cpu = get_device_name() == "cpu"
+    if config.strategy == "megatron" and train.enable and (train.lora_rank or train.ema_decay):
+        raise ConfigError(
+            "embedrl.embedder.strategy=megatron trains all weights and keeps no average; set train.lora_rank and "
+            f"train.ema_decay to 0 or use fsdp2; got {train.lora_rank} and {train.ema_decay}"
+        )
     if on_cpu and config.strategy != "fsdp2":
         raise ConfigError(f"embedrl.embedder.strategy must be fsdp2 on a CPU; got {config.strategy}")
     check_profile(config.path, load_config(config.path), resolve_profile(config.path, config.profile))
@@ -134,8 +155,6 @@ def worker_config(
                 "embedrl.embedder.train.lora_adapter_path must be a folder with adapter_config.json; got "
                 f"{train.lora_adapter_path}"
             )
-    precision = _PRECISION[config.dtype]
-    offload = config.offload and not on_cpu
     return TrainingWorkerConfig(
         model_type=MODEL_TYPE,
         model_config=HFModelConfig(
@@ -149,30 +168,60 @@ def worker_config(
             target_modules=train.lora_target_modules,
             exclude_modules=train.lora_exclude_modules or None,
         ),
-        engine_config=FSDPEngineConfig(
-            strategy=config.strategy,
-            fsdp_size=ranks_per_node,
-            model_dtype="fp32" if train.enable else precision,
-            mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
-            param_offload=offload,
-            optimizer_offload=offload,
-            max_token_len_per_gpu=train.max_tokens_per_gpu,
-            infer_max_token_len_per_gpu=config.max_tokens_per_gpu,
-            use_torch_compile=False,
-        ),
-        optimizer_config=FSDPOptimizerConfig(
-            lr=train.lr,
-            # verl's constant schedule gives the first update a learning rate of 0, its cosine need not.
-            lr_scheduler_type="cosine",
-            min_lr_ratio=train.min_lr_ratio if train.lr_scheduler == "cosine" else 1.0,
-            zero_indexed_step=False,
-            lr_warmup_steps=train.warmup_steps,
-            weight_decay=train.weight_decay,
-            clip_grad=train.clip_grad,
-            total_training_steps=total_steps,
-        ),
+        engine_config=_engine_config(config, ranks_per_node, offload=config.offload and not on_cpu),
+        optimizer_config=_optimizer_config(config, total_steps),
         checkpoint_config=CheckpointConfig(save_contents=list(save_contents), load_contents=list(CONTENTS)),
         extra_context={"ema_decay": train.ema_decay if train.enable else 0.0},
+    )
+
+
+def _engine_config(config: EmbedderConfig, ranks_per_node: int, *, offload: bool) -> EngineConfig:
+    train, precision = config.train, _PRECISION[config.dtype]
+    shared = {
+        "param_offload": offload,
+        "optimizer_offload": offload,
+        "max_token_len_per_gpu": train.max_tokens_per_gpu,
+        "infer_max_token_len_per_gpu": config.max_tokens_per_gpu,
+    }
+    if config.strategy == "megatron":
+        return McoreEngineConfig(
+            **shared,
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            sequence_parallel=config.tensor_model_parallel_size > 1,
+            dtype=config.dtype,
+            # A frozen one would else hold gradient buffers and optimizer state.
+            forward_only=not train.enable,
+        )
+    return FSDPEngineConfig(
+        **shared,
+        strategy=config.strategy,
+        fsdp_size=ranks_per_node,
+        model_dtype="fp32" if train.enable else precision,
+        mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        use_torch_compile=False,
+    )
+
+
+def _optimizer_config(config: EmbedderConfig, total_steps: int) -> OptimizerConfig:
+    train = config.train
+    shared = {
+        "lr": train.lr,
+        "lr_warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "clip_grad": train.clip_grad,
+        "total_training_steps": total_steps,
+    }
+    if config.strategy == "megatron":
+        return McoreOptimizerConfig(
+            **shared, lr_decay_style=train.lr_scheduler, min_lr=train.min_lr_ratio * train.lr, lr_warmup_init=0.0
+        )
+    return FSDPOptimizerConfig(
+        **shared,
+        # verl's constant schedule gives the first update a learning rate of 0, its cosine need not.
+        lr_scheduler_type="cosine",
+        min_lr_ratio=train.min_lr_ratio if train.lr_scheduler == "cosine" else 1.0,
+        zero_indexed_step=False,
     )
 
 

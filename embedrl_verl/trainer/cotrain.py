@@ -82,6 +82,8 @@ class EmbedderTraining:
     def __init__(self, config: EmbedderTrainConfig, client: EmbedderClient, anchors: AnchorSet) -> None:
         self._config, self._client, self._anchors = config, client, anchors
         self.state = CotrainingState()
+        self.last_hit1: float | None = None
+        """Hit@1 of the anchors after the last update of this process; None before it."""
 
     @property
     def averaged(self) -> bool:
@@ -135,7 +137,7 @@ class EmbedderTraining:
         metrics |= {f"embedder/{name}": value for name, value in {**gradients.metrics, **trained}.items()}
         metrics["embedder/updates"] = float(state.updates)
         metrics["embedder/skipped_updates"] = float(state.skipped)
-        metrics["embedder/anchor_hit@1"] = hit1 = self._anchor_hit1()
+        metrics["embedder/anchor_hit@1"] = hit1 = self.last_hit1 = self._anchor_hit1()
         self._watch(hit1, step)
         return metrics
 

@@ -46,6 +46,11 @@ from embedrl_verl.trainer.batch_reward import ScoredRows, clear_embed_rows, read
 from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkpoint
 from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
+from embedrl_verl.trainer.training_record import (
+    sources_of,
+    write_embedder_record_for_export,
+    write_reasoner_record,
+)
 from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow
 
 logger = logging.getLogger(__name__)
@@ -95,6 +100,7 @@ class EGRLMixin(WorkerClassesMixin):
             agent.agent_loop_config_path = str(AGENT_LOOPS)
         self._validation = RetrievalValidation(self.embedrl.validation.ndcg_k)
         self._dump_parts: dict[str, dict[str, Any]] = {}
+        self._last_scores: dict[str, float] = {}
 
     # ------------------------------------------------------------------ set-up
 
@@ -245,7 +251,9 @@ class EGRLMixin(WorkerClassesMixin):
 
     def _validate(self) -> dict[str, float]:
         metrics = dict(super()._validate())  # type: ignore[misc]
-        metrics.update(self._validation.metrics())
+        retrieval = self._validation.metrics()
+        self._last_scores = {name: value for name, value in retrieval.items() if name.startswith("val-core/")}
+        metrics.update(retrieval)
         return metrics
 
     def _dump_generations(
@@ -278,8 +286,13 @@ class EGRLMixin(WorkerClassesMixin):
         folder = f"{self.config.trainer.default_local_dir}/global_step_{self.global_steps}"
         # Before verl's part, whose tracker file comes last: a checkpoint that the tracker names is complete.
         write_embedder_record(folder, self.embedrl.embedder)
-        if self.embedder_training is not None:
-            self.embedder_training.save(folder, self.global_steps, self.config.trainer.get("max_actor_ckpt_to_keep"))
+        data = sources_of(self.train_dataset.pair_sources)
+        write_reasoner_record(folder, self.global_steps, self.config, self.embedrl, data, self._last_scores)
+        training = self.embedder_training
+        if training is not None:
+            training.save(folder, self.global_steps, self.config.trainer.get("max_actor_ckpt_to_keep"))
+            scores = {"anchors/hit@1": training.last_hit1} if training.last_hit1 is not None else {}
+            write_embedder_record_for_export(f"{folder}/embedder", self.global_steps, self.embedrl, data, scores)
         super()._save_checkpoint()  # type: ignore[misc]
 
 

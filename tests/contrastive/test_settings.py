@@ -37,7 +37,8 @@ def test_the_file_names_every_key_that_means_something_here():
     cotraining = {"every", "rollouts", "ema_decay", "anchor_files", "anchor_pairs", "max_anchor_drop", "seed"}
     assert set(raw.embedrl.embedder.train) == train - cotraining
     assert set(raw.contrastive) == {field.name for field in fields(ContrastiveConfig)}
-    assert set(raw.embedrl.embedder) == {field.name for field in fields(EmbedderConfig)} - {"nnodes", "n_gpus_per_node"}
+    elsewhere = {"nnodes", "n_gpus_per_node", "tensor_model_parallel_size", "pipeline_model_parallel_size"}
+    assert set(raw.embedrl.embedder) == {field.name for field in fields(EmbedderConfig)} - elsewhere
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def test_the_file_names_every_key_that_means_something_here():
         ("data.embedrl.famly=qwen2_vl", "unknown key data.embedrl.famly"),
         ("embedrl.embedder.train.matryoshka_dims=[0]", "matryoshka_dims must be a list of positive numbers"),
         ("embedrl.embedder.train.matryoshka_dims=8", "matryoshka_dims must be a list of int"),
+        ("embedrl.embedder.strategy=megatron", "strategy must be fsdp2 or fsdp in stage 1; got megatron"),
         ("embedrl.embedder.train.enable=False", "must be True in stage 1"),
         ("embedrl.embedder.train.ema_decay=0.9", "must be 0 in stage 1"),
         ("embedrl.embedder.train.lora_alpha=0", "lora_alpha must be positive with a lora_rank"),

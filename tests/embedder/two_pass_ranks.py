@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a two-pass step on verl's engine; `test_two_pass.py` starts one or two of them.
 
-`python tests/embedder/two_pass_ranks.py CHECKPOINT OUT`, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. Rank 0
-writes OUT: case -> {"loss", "gradients": name -> float32 tensor of the whole parameter}.
+`python tests/embedder/two_pass_ranks.py CHECKPOINT OUT DTYPE`, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+Rank 0 writes OUT: case -> {"loss", "gradients": name -> float32 tensor of the whole parameter}.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ BUDGET = 260
 """Tokens of a micro-batch: a few rows, another number of them in each."""
 
 
-def config_of(checkpoint: str) -> EmbedderConfig:
-    """float32; gradients are not clipped and weights hardly move, so that cases follow one another."""
+def config_of(checkpoint: str, dtype: str) -> EmbedderConfig:
+    """Gradients are not clipped and weights hardly move, so that cases follow one another."""
     limits = {name: value for name, value in dataclasses.asdict(LIMITS["qwen2_vl"]).items() if name.endswith("_tokens")}
     train = EmbedderTrainConfig(
         enable=True, lr=1e-12, warmup_steps=0, clip_grad=1e9, temperature=0.1, max_tokens_per_gpu=BUDGET
     )
-    return EmbedderConfig(path=checkpoint, dtype="float32", max_tokens_per_gpu=BUDGET, train=train, **limits)
+    return EmbedderConfig(path=checkpoint, dtype=dtype, max_tokens_per_gpu=BUDGET, train=train, **limits)
 
 
-def main(checkpoint: str, out: str) -> None:
+def main(checkpoint: str, out: str, dtype: str) -> None:
     """Run every case on this rank's share of its pairs."""
     from torch.distributed.tensor import DTensor
 
@@ -40,7 +40,7 @@ def main(checkpoint: str, out: str) -> None:
     from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    config = config_of(checkpoint)
+    config = config_of(checkpoint, dtype)
     processor = processor_for(config)
     worker = EmbedderWorker(worker_config(config, ranks_per_node=size))
     worker.reset()
@@ -80,4 +80,4 @@ def main(checkpoint: str, out: str) -> None:
 
 if __name__ == "__main__":
     os.environ.update(ENV)
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

@@ -21,7 +21,7 @@ from embedrl_verl.export.record import public_text, read_record
 RECORD = {
     "stage": "contrastive",
     "step": 400,
-    "base_model": "/home/me/models/Qwen2-VL-2B",
+    "base_model": "/somewhere/m/models/Qwen2-VL-2B",
     "data": ["/data/sets/train.parquet", {"source": "birds", "pairs": 1200}],
     "settings": {"learning_rate": 1e-5, "media": "~/media/birds", "note": "from /mnt/x/y.json | two\nlines"},
     "scores": {"hit@1": 0.8125, "loss": 2},

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker is built from: the engine and optimizer of each strategy, and what is refused before processes start."""
+
+from __future__ import annotations
+
+import pytest
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, McoreEngineConfig, McoreOptimizerConfig
+
+from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
+from embedrl_verl.embedder import worker
+from embedrl_verl.errors import ConfigError
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(worker, "get_device_name", lambda: "cuda")
+
+
+def config(path, *, train=None, **settings) -> EmbedderConfig:
+    return EmbedderConfig(path=str(path), train=EmbedderTrainConfig(**(train or {})), **settings)
+
+
+def test_a_frozen_embedder_is_held_in_its_dtype_a_trained_one_in_float32(checkpoint, on_gpu):
+    frozen = worker.worker_config(config(checkpoint()), ranks_per_node=4)
+    assert isinstance(frozen.engine_config, FSDPEngineConfig) and frozen.engine_config.model_dtype == "bf16"
+    assert frozen.engine_config.fsdp_size == 4 and frozen.engine_config.param_offload
+    assert frozen.model_config.lora_rank == 0 and frozen.extra_context == {"ema_decay": 0.0}
+    train = {"enable": True, "lora_rank": 8, "lora_alpha": 16, "ema_decay": 0.9}
+    trained = worker.worker_config(config(checkpoint(), train=train), ranks_per_node=4, total_steps=30)
+    assert trained.engine_config.model_dtype == "fp32"
+    assert trained.engine_config.mixed_precision["param_dtype"] == "bf16"
+    assert trained.model_config.lora_rank == 8 and trained.extra_context == {"ema_decay": 0.9}
+    assert isinstance(trained.optimizer_config, FSDPOptimizerConfig)
+    assert trained.optimizer_config.total_training_steps == 30
+
+
+@pytest.mark.parametrize("enable", [False, True])
+def test_megatron_gets_its_own_engine_and_optimizer(checkpoint, on_gpu, enable):
+    made = worker.worker_config(
+        config(
+            checkpoint("qwen3_vl"),
+            strategy="megatron",
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            train={"enable": enable, "lr_scheduler": "cosine", "lr": 1e-4, "min_lr_ratio": 0.1},
+        ),
+        ranks_per_node=8,
+    )
+    engine = made.engine_config
+    assert isinstance(engine, McoreEngineConfig) and engine.strategy == "megatron"
+    assert (engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size) == (2, 2)
+    assert engine.sequence_parallel and engine.dtype == "bfloat16" and engine.forward_only is not enable
+    assert isinstance(made.optimizer_config, McoreOptimizerConfig)
+    assert made.optimizer_config.lr_decay_style == "cosine" and made.optimizer_config.min_lr == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "fsdp"}, "must be fsdp2 on a CPU; got fsdp"),
+        ({"strategy": "megatron"}, "must be fsdp2 on a CPU; got megatron"),
+        ({"strategy": "megatron", "train": {"enable": True, "ema_decay": 0.9}}, "keeps no average"),
+        (
+            {"train": {"enable": True, "lora_rank": 2, "lora_alpha": 4, "lora_adapter_path": "nowhere"}},
+            "must be a folder with adapter_config.json; got nowhere",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(checkpoint, monkeypatch, settings, message):
+    monkeypatch.setattr(worker, "get_device_name", lambda: "cpu")
+    with pytest.raises(ConfigError, match=message):
+        worker.worker_config(config(checkpoint(), **settings), ranks_per_node=1)
