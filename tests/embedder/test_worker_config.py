@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker is built from: the engine and optimizer of each strategy, and what is refused before processes start."""
+"""What a worker is built from: engine and optimizer of each strategy, and what is refused before processes start."""
 
 from __future__ import annotations
 
