@@ -45,7 +45,6 @@ OVERRIDES=(
     "actor_rollout_ref.model.path='$OUT/sft'"
     actor_rollout_ref.actor.ppo_mini_batch_size=8
     actor_rollout_ref.actor.optim.lr=5e-5
-    actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]
     actor_rollout_ref.rollout.n=8
     actor_rollout_ref.rollout.max_model_len=512
     "embedrl.embedder.path='$OUT/embedder'"
@@ -127,23 +126,31 @@ run_rl() {
     train "$@"
 }
 
-# The final weights as a Hugging Face folder.
-export_reasoner() {
+# The final weights as Hugging Face folders; a co-trained Embedder too.
+export_models() {
     local step
-    step=$(cat "$OUT/rl/checkpoints/latest_checkpointed_iteration.txt")
-    rm -rf "$OUT/reasoner"
-    cp -r "$OUT/rl/checkpoints/global_step_$step/actor/huggingface" "$OUT/reasoner"
+    step="$OUT/rl/checkpoints/global_step_$(cat "$OUT/rl/checkpoints/latest_checkpointed_iteration.txt")"
+    "$PYTHON" -m embedrl_verl.cli export "$step" --kind reasoner --out "$OUT/reasoner" --force
+    rm -rf "$OUT/embedder_cotrained"
+    [[ ! -d "$step/embedder" ]] ||
+        "$PYTHON" -m embedrl_verl.cli export "$step" --kind embedder --out "$OUT/embedder_cotrained"
 }
 
+# By the Embedder that RL began with; a co-trained one beside it.
 evaluate() {
-    "$PYTHON" -m embedrl_verl.tiny.evaluate --embedder "$OUT/embedder" --world "$OUT/world" --before "$OUT/sft" \
-        --after "$OUT/reasoner" --seed "$SEED" --out "$OUT/evaluation.json"
+    evaluate_by embedder evaluation.json
+    [[ ! -d "$OUT/embedder_cotrained" ]] || evaluate_by embedder_cotrained evaluation_cotrained.json
+}
+
+evaluate_by() {
+    "$PYTHON" -m embedrl_verl.tiny.evaluate --embedder "$OUT/$1" --world "$OUT/world" --before "$OUT/sft" \
+        --after "$OUT/reasoner" --seed "$SEED" --out "$OUT/$2"
 }
 
 mkdir -p "$OUT/.stages"
 run_stage world make_world "$FAMILY" "$SEED"
 run_stage pretrain pretrain "$SEED"
 run_stage rl run_rl "${OVERRIDES[@]}" "$@"
-run_stage export export_reasoner
+run_stage export export_models
 run_stage evaluate evaluate
 "$PYTHON" -m embedrl_verl.tiny.summary --run "$OUT"

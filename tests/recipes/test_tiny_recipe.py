@@ -12,7 +12,7 @@ import pytest
 from embedrl_verl.plan import compose, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["models", "models", "digits", "contrastive", "sft", "train", "evaluate", "summary"]
+STAGES = ["models", "models", "digits", "contrastive", "sft", "train", "cli", "evaluate", "summary"]
 # Writes down the module that it is called for; a training leaves a checkpoint behind.
 STAND_IN = """#!/usr/bin/env bash
 exec 9>>"$OUT/lock" && flock 9 # two stages run at once
@@ -20,8 +20,11 @@ printf '%s\\0' "${2##*.}" "${@:3}" $'\\n' >>"$OUT/calls"
 exec 9>&-
 [[ "${2##*.}" != "${FAIL:-}" ]] || exit 1
 if [[ "$2" == embedrl_verl.train ]]; then
-    mkdir -p "$OUT/rl/checkpoints/global_step_7/actor/huggingface"
+    mkdir -p "$OUT/rl/checkpoints/global_step_7/actor" ${EMBEDDER:+"$OUT/rl/checkpoints/global_step_7/embedder"}
     echo 7 >"$OUT/rl/checkpoints/latest_checkpointed_iteration.txt"
+fi
+if [[ "$2" == embedrl_verl.cli && "$6" == embedder ]]; then
+    mkdir -p "$OUT/embedder_cotrained"
 fi
 """
 
@@ -73,9 +76,20 @@ def test_the_plan_holds_complete_pairs_and_two_updates_a_step(recipe: Recipe) ->
 
 
 def test_every_stage_runs_once_in_order_and_the_table_is_shown_every_time(recipe: Recipe) -> None:
-    assert recipe.modules() == STAGES
-    assert (recipe.out / "reasoner").is_dir()
+    _, calls = recipe.run()
+    assert sorted(call[0] for call in calls) == sorted(STAGES)
+    export = next(call for call in calls if call[0] == "cli")
+    checkpoint = f"{recipe.out}/rl/checkpoints/global_step_7"
+    assert export[1:] == ["export", checkpoint, "--kind", "reasoner", "--out", f"{recipe.out}/reasoner", "--force"]
     assert recipe.modules() == ["summary"]
+
+
+def test_a_co_trained_embedder_is_exported_and_evaluates_too(recipe: Recipe) -> None:
+    _, calls = recipe.run(EMBEDDER="1")
+    exported = [call[4] for call in calls if call[0] == "cli"]
+    assert exported == ["reasoner", "embedder"]
+    used = [Path(call[call.index("--embedder") + 1]).name for call in calls if call[0] == "evaluate"]
+    assert used == ["embedder", "embedder_cotrained"]
 
 
 def test_an_interrupted_training_goes_on_and_a_longer_one_too(recipe: Recipe) -> None:
