@@ -254,7 +254,15 @@ def _device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list
         )
     else:
         engine = f"{actor.strategy}, {_count(batch.data_parallel, 'data-parallel rank')}"
-    embedder = section.embedder
+    embedder, train = section.embedder, section.embedder.train
+    own = embedder.nnodes * embedder.n_gpus_per_node
+    where = f"{_count(own, unit)} of its own" if own else f"{_count(batch.devices, 'process')} on the actor's devices"
+    trained = "frozen"
+    if train.enable:
+        weights = f"LoRA {train.lora_rank}/{train.lora_alpha}" if train.lora_rank else "all weights"
+        trained = (
+            f"co-trained every {_count(train.every, 'step')} ({weights}, lr {train.lr:g}, {train.rollouts} rollouts)"
+        )
     return [
         ("devices", devices),
         ("actor", engine),
@@ -265,9 +273,8 @@ def _device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list
         ),
         (
             "embedder",
-            f"{embedder.strategy}, {_count(batch.devices, 'process')} of its own on the same devices, "
-            f"{embedder.dtype}, at most {embedder.max_tokens_per_gpu} tokens a micro-batch"
-            + (", offloaded between uses" if embedder.offload else ""),
+            f"{trained}; {embedder.strategy}, {where}, {embedder.dtype}, at most {embedder.max_tokens_per_gpu} tokens "
+            "a micro-batch" + (", offloaded between uses" if embedder.offload else ""),
         ),
     ]
 

@@ -22,13 +22,20 @@ def check_run_config(config: Any) -> None:
     Raises:
         ConfigError: the first rule that does not hold, with the value found and the fix.
     """
-    load_embedrl_config(config)
+    embedder = load_embedrl_config(config).embedder
     together = DataSettings.from_config(config.data).pairs_together
     prompts = int(config.data.train_batch_size)
     rollouts = int(config.actor_rollout_ref.rollout.n)
     mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
+    ranks = embedder.nnodes * embedder.n_gpus_per_node or devices
+    split = embedder.tensor_model_parallel_size * embedder.pipeline_model_parallel_size
     rules = [
+        (
+            ranks % split == 0,
+            "embedrl.embedder.tensor_model_parallel_size x pipeline_model_parallel_size must divide the Embedder's "
+            f"{ranks} devices; got {split}",
+        ),
         (
             prompts >= 2 and prompts % 2 == 0,
             f"data.train_batch_size counts prompts, two for each pair, so it must be even; got {prompts}",
@@ -89,10 +96,10 @@ def check_files(config: Any) -> None:
     Raises:
         ConfigError: a file is missing; the message names the key.
     """
-    for key in ("data.train_files", "data.val_files"):
+    for key in ("data.train_files", "data.val_files", "embedrl.embedder.train.anchor_files"):
         value = OmegaConf.select(config, key)
         files = [value] if isinstance(value, str) else list(value or [])
-        if not files:
+        if not files and key.startswith("data."):
             raise ConfigError(f"{key} must name at least one parquet file of pair records; got {value!r}")
         for file in files:
             if "://" not in file and not Path(file).expanduser().is_file():
