@@ -13,6 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.utils.data import DataLoader
+from verl.utils.device import get_device_name
+from verl.utils.distributed import initialize_global_process_group
 
 from embedrl_verl.contrastive.plan import plan_of
 from embedrl_verl.contrastive.rows import (
@@ -86,6 +88,8 @@ class ContrastiveTrainer:
         self._check_same_run()
         # The loader's processes are forked before this one holds a model and a process group.
         self.batches = self._batches()
+        if get_device_name() != "cpu":
+            initialize_global_process_group()  # also chooses this rank's GPU; on a CPU the worker makes the group
         self.worker = EmbedderWorker(
             worker_config(config.embedder, ranks_per_node=local_world_size, total_steps=self.total_steps)
         )
