@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contrastive step: two passes on verl's engine against the plain step and sentence-transformers' cached loss.
 
-`python benchmarks/bench_contrastive.py [--out FILE]` prints two markdown tables. Every measurement is a process of its
-own, with the same model, items and optimizer:
+`python benchmarks/bench_contrastive.py [--out FILE]` prints two markdown tables: two passes over batches of several
+sizes whose rows are all alike (so that micro-batches are, too), and the three ways over one batch of mixed rows. Every
+measurement is a process of its own, with the same model, items and optimizer:
 
 - two passes: `two_pass_step`, as stage 1 takes it (engine, FSDP2 of one rank, micro-batches under a token budget);
 - plain: one forward and one backward pass over the whole batch, AdamW;
@@ -24,6 +25,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ LIMITS = MediaLimits(28, 1, 64, 1, 64)
 TEMPERATURE = 0.05
 LEARNING_RATE = 1e-5
 WAYS = ("two passes", "plain", "sentence-transformers")
+ALIKE = "two passes, rows alike"
 
 
 def peak_mb() -> float:
@@ -51,13 +55,22 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
-def inputs_of(pairs: int) -> tuple[list[EmbedInput], list[EmbedInput]]:
-    """Queries (text, one picture, three pictures; half with T-CoT and crop) and targets of the same mix."""
-    items = make_items(2 * pairs, 28)
-    return items[:pairs], items[pairs:]
+def inputs_of(pairs: int, *, alike: bool = False) -> tuple[list[EmbedInput], list[EmbedInput]]:
+    """Queries (text, one picture, three pictures; half with T-CoT and crop) and targets of the same mix.
+
+    With `alike` all of them have three pictures, T-CoT and crop, so that micro-batches of all batch sizes are the same.
+    """
+    items = make_items(12 * pairs if alike else 2 * pairs, 28)
+    if alike:
+        items = [
+            replace(item, item=replace(item.item, text="digits"))
+            for item in items
+            if item.tcot and len(item.item.images) == 3
+        ]
+    return items[:pairs], items[pairs : 2 * pairs]
 
 
-def two_passes(checkpoint: str, pairs: int, budget: int) -> tuple[Callable[[], float], Any]:
+def two_passes(checkpoint: str, pairs: int, budget: int, *, alike: bool = False) -> tuple[Callable[[], float], Any]:
     """The step of stage 1 on one rank."""
     from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
     from embedrl_verl.contrastive.__main__ import _alone
@@ -88,7 +101,8 @@ def two_passes(checkpoint: str, pairs: int, budget: int) -> tuple[Callable[[], f
     processor = processor_for(config)
     encode = processor.encode
     encoded = [
-        EncodedPair(i, encode(q), encode(t), (), (i,)) for i, (q, t) in enumerate(zip(*inputs_of(pairs), strict=True))
+        EncodedPair(i, encode(q), encode(t), (), (i,))
+        for i, (q, t) in enumerate(zip(*inputs_of(pairs, alike=alike), strict=True))
     ]
     rows = rows_of_pairs(encoded, range(pairs))
     worker = EmbedderWorker(worker_config(config, ranks_per_node=1))
@@ -153,8 +167,13 @@ def cached_loss(checkpoint: str, pairs: int, budget: int) -> tuple[Callable[[], 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """One way in this process: loss of the first step, seconds, peak MiB above the encoded batch."""
     torch.set_num_threads(arguments.threads)
-    make = {"two passes": two_passes, "plain": plain, "sentence-transformers": cached_loss}[arguments.way]
-    step, _ = make(arguments.checkpoint, arguments.pairs, arguments.budget)
+    make: dict[str, Callable[..., Any]] = {
+        "two passes": two_passes,
+        ALIKE: partial(two_passes, alike=True),
+        "plain": plain,
+        "sentence-transformers": cached_loss,
+    }
+    step, _ = make[arguments.way](arguments.checkpoint, arguments.pairs, arguments.budget)
     before = resident_mb()
     loss, seconds = step(), float("inf")
     for _ in range(arguments.steps):
@@ -189,7 +208,7 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=(*WAYS, ALIKE), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
         arguments.pairs = arguments.pairs[0]
@@ -198,17 +217,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = {"hidden_size": arguments.hidden_size, "num_layers": arguments.num_layers}
         checkpoint = str(build_tiny_model(folder, **size))
-        flat = {pairs: run("two passes", pairs, checkpoint, arguments) for pairs in arguments.pairs}
+        flat = {pairs: run(ALIKE, pairs, checkpoint, arguments) for pairs in arguments.pairs}
         ways = {way: run(way, arguments.compare, checkpoint, arguments) for way in WAYS}
     low = min(found["mb"] for found in flat.values())
-    lines = ["| pairs | seconds a step | pairs a second | peak MiB | times the smallest |", "|---|---|---|---|---|"]
+    lines = [
+        "Two passes, rows alike:",
+        "",
+        "| pairs | seconds a step | pairs a second | peak MiB | times the smallest |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| {pairs} | {found['seconds']:.2f} | {pairs / found['seconds']:.1f} | {found['mb']:.0f} | "
         f"{found['mb'] / low:.2f} |"
         for pairs, found in flat.items()
     ]
     base = ways["two passes"]
-    lines += ["", f"{arguments.compare} pairs:", ""]
+    lines += ["", f"{arguments.compare} pairs, mixed rows:", ""]
     lines += ["| way | loss | seconds a step | times two passes | peak MiB |", "|---|---|---|---|---|"]
     lines += [
         f"| {way} | {found['loss']:.6f} | {found['seconds']:.2f} | {found['seconds'] / base['seconds']:.2f} | "
