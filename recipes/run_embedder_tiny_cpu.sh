@@ -8,10 +8,10 @@
 # Prints held-out Hit@1 of both by source. OUT/with_tcot/embedder and OUT/without/embedder are Hugging Face folders. A run
 # that is broken off goes on from its last checkpoints.
 #
-# SEED=0, STEPS=400, OUT=runs/embedder_tiny_cpu/seed0, FAMILY=qwen2_vl.
+# SEED=0, STEPS=200, OUT=runs/embedder_tiny_cpu/seed0, FAMILY=qwen2_vl.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-SEED=${SEED:-0} STEPS=${STEPS:-400} FAMILY=${FAMILY:-qwen2_vl}
+SEED=${SEED:-0} STEPS=${STEPS:-200} FAMILY=${FAMILY:-qwen2_vl}
 OUT=${OUT:-$ROOT/runs/embedder_tiny_cpu/seed$SEED}
 
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
