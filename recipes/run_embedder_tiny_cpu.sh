@@ -62,9 +62,9 @@ if is_dry_run; then
 fi
 
 # Both at once, on one core each.
-train_one with_tcot True "$@" > >(sed 's/^/[with T-CoT] /') 2>&1 &
+train_one with_tcot True "$@" > >(sed -u 's/^/[with T-CoT] /') 2>&1 &
 WITH=$!
-train_one without False "$@" > >(sed 's/^/[without]    /') 2>&1 &
+train_one without False "$@" > >(sed -u 's/^/[without]    /') 2>&1 &
 WITHOUT=$!
 trap 'kill "$WITH" "$WITHOUT" 2>/dev/null || true' EXIT
 wait "$WITH"
