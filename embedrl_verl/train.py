@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import hydra
@@ -83,6 +84,11 @@ def _main(config: Any) -> None:
 
 def main() -> None:
     """Entry point: runs, and turns every refusal into one message and its exit code."""
+    run_entry(_main)
+
+
+def run_entry(entry: Callable[[], None]) -> None:
+    """Run a hydra main; a refusal of this package or of hydra becomes one message and its exit code."""
     # hydra must neither change the working directory nor write a log folder, and must let errors through to us.
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     sys.argv[1:1] = quiet
@@ -90,7 +96,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="(torchtitan|veomni|automodel|mindspeed) engine is not available")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        _main()
+        entry()
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(ConfigError(str(error)), error)
     except Exception as error:

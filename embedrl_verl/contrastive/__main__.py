@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
-import warnings
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from embedrl_verl.errors import ConfigError, EmbedRLError
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.train import run_entry
 
 
 def _alone() -> None:
@@ -64,22 +61,8 @@ def _main(config: Any) -> None:
 
 def main() -> None:
     """Entry point: runs, and turns every refusal into one message and its exit code."""
-    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    sys.argv[1:1] = quiet
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
-    warnings.filterwarnings("ignore", message="(torchtitan|veomni|automodel|mindspeed) engine is not available")
-    try:
-        _main()
-    except (HydraException, OmegaConfBaseException) as error:
-        _refuse(ConfigError(str(error)), error)
-    except EmbedRLError as error:
-        _refuse(error, error)
-
-
-def _refuse(own: EmbedRLError, error: BaseException) -> None:
-    print(f"\n{type(own).__name__}: {own}", file=sys.stderr, flush=True)
-    raise SystemExit(own.exit_code) from error
+    run_entry(_main)
 
 
 if __name__ == "__main__":
