@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Stage 1: contrastive training of an Embedder on pair records with T-CoTs and evidence (docs/stage1.md).
+# Stage 1: contrastive training of an Embedder on pair records with T-CoTs and evidence (docs/embedder.md).
 #
 #   TRAIN_FILES=train.parquet VAL_FILES=val.parquet bash recipes/run_embedder_contrastive.sh [hydra overrides]
 #
@@ -10,7 +10,7 @@
 #
 # MODEL_PATH, FAMILY (of the model that wrote the T-CoTs), TRAIN_FILES, VAL_FILES, MEDIA_ROOT, OUT, PAIRS=512,
 # SUB_PAIRS=256, LORA_RANK=64 (0: all weights), LR=1e-4, EPOCHS=2, TCOT=True, GPUS_PER_NODE=8, and for several nodes
-# NNODES, NODE_RANK and MASTER_ADDR with the recipe started on each. DRY_RUN=1 checks and prints the plan.
+# NNODES, NODE_RANK and MASTER_ADDR with the recipe started on each and OUT on a shared disk. DRY_RUN=1 checks and prints the plan.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 NNODES=${NNODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
@@ -47,14 +47,19 @@ if is_dry_run; then
     exit
 fi
 
-# A copy with <emb> if the tokenizer has none; on every node's own disk.
+# A copy with <emb> if the tokenizer has none, made by the first node; it appears as a whole.
 if "$PYTHON" - "$MODEL_PATH" <<'PY'
 import sys
 from embedrl_verl.embedder.profiles import EMB_TOKEN, load_tokenizer, token_id
 sys.exit(token_id(load_tokenizer(sys.argv[1]), EMB_TOKEN) is not None)
 PY
 then
-    [[ -f "$OUT/base/config.json" ]] || "$PYTHON" -m embedrl_verl.cli add-emb "$MODEL_PATH" --out "$OUT/base"
+    if [[ ! -d "$OUT/base" ]] && ((${NODE_RANK:-0} == 0)); then
+        "$PYTHON" -m embedrl_verl.cli add-emb "$MODEL_PATH" --out "$OUT/base"
+    fi
+    until ((${NODE_RANK:-0} == 0)) || [[ -d "$OUT/base" ]]; do
+        sleep 2
+    done
     MODEL_PATH=$OUT/base
 fi
 

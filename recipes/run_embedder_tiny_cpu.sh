@@ -22,15 +22,16 @@ if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
 fi
 choose_python
 
-if [[ ! -f "$OUT/world/heldout_tcot.parquet" ]]; then
+if [[ ! -f "$OUT/model/config.json" ]]; then
     "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --family "$FAMILY" --seed "$SEED"
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/model" --family "$FAMILY" --seed "$((SEED + 1000))"
 fi
 
 # train_one NAME TCOT OVERRIDES...: one Embedder.
 train_one() {
-    local name=$1 tcot=$2
+    local name=$1 tcot=$2 child
     shift 2
+    trap 'kill "${child:-}" 2>/dev/null || true' TERM
     "$PYTHON" -m embedrl_verl.contrastive \
         "data.train_files=['$OUT/world/train_tcot.parquet']" \
         "data.val_files=['$OUT/world/heldout_tcot.parquet']" \
@@ -51,7 +52,9 @@ train_one() {
         contrastive.batch_pairs=32 contrastive.sub_batch_pairs=32 \
         "contrastive.total_steps=$STEPS" \
         contrastive.save_freq=100 contrastive.test_freq=100 contrastive.log_freq=50 contrastive.num_workers=1 \
-        "contrastive.seed=$SEED" "$@"
+        "contrastive.seed=$SEED" "$@" &
+    child=$!
+    wait "$child"
     is_dry_run || "$PYTHON" -m embedrl_verl.cli export "$OUT/$name/checkpoints/global_step_$STEPS" --kind embedder \
         --out "$OUT/$name/embedder" --force
 }

@@ -46,7 +46,7 @@ class EmbedderTrainConfig:
     gradient_checkpointing: bool = True
     max_tokens_per_gpu: int = 16384
     ema_decay: float = 0.0
-    anchor_files: str | None = None
+    anchor_files: tuple[str, ...] = ()
     anchor_pairs: int = 64
     max_anchor_drop: float = 0.1
     seed: int = 0

@@ -25,13 +25,20 @@ from embedrl_verl.tcot import Family, cut_evidence, parse_tcot, token_side
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One pair ready for the model; `contents` are those of the target and of each hard negative (int64)."""
+    """One pair ready for the model.
+
+    Attributes:
+        contents: ids (int64) of the target's content and of each hard negative's.
+        bare_content: the target's content without regard to its `target_id`, by which a hard negative that is some
+            pair's target is found; None = the same as `contents[0]`.
+    """
 
     index: int
     query: Encoded
     target: Encoded
     negatives: tuple[Encoded, ...]
     contents: tuple[int, ...]
+    bare_content: int | None = None
 
 
 def read_training_pairs(files: Sequence[str], *, tcot: bool) -> list[LocatedPair]:
@@ -51,6 +58,13 @@ def read_training_pairs(files: Sequence[str], *, tcot: bool) -> list[LocatedPair
             for pair in pairs
             for side in SIDES
             if not pair.record.item(side).tcot.strip()
+        ]
+        # Negatives without T-CoT would be told apart by that alone.
+        messages += [
+            f"{pair}: negatives[{i}].tcot is empty; annotate it, or leave the negative out"
+            for pair in pairs
+            for i, item in enumerate(pair.record.negatives)
+            if not item.tcot.strip()
         ]
     if messages:
         raise DataError(f"{len(messages)} problem(s) in the training data:\n" + "\n".join(messages[:5]))
@@ -76,8 +90,10 @@ class PairRows(Dataset[EncodedPair]):
         evidence: EvidenceConfig,
         media_root: str | None,
         tcot: bool,
+        negatives: bool = True,
     ) -> None:
         self._pairs, self._processor = pairs, processor
+        self._negatives = negatives and any(pair.record.negatives for pair in pairs)
         self._evidence, self._media_root, self._tcot = evidence, media_root, tcot
         self._max_frames = media.max_frames
         family = next(name for name in get_args(Family) if name == media.family)
@@ -99,10 +115,13 @@ class PairRows(Dataset[EncodedPair]):
         tcot = self._tcot and not raw
         query = self._encode(pair, "query", record.item("query"), tcot)
         target = self._encode(pair, "target", record.target, tcot)
-        negatives = tuple(self._encode(pair, f"negatives[{i}]", item, tcot) for i, item in enumerate(record.negatives))
         contents = [self._content(pair, record)]
+        if not self._negatives:
+            return EncodedPair(index, query, target, (), tuple(contents))
+        negatives = tuple(self._encode(pair, f"negatives[{i}]", item, tcot) for i, item in enumerate(record.negatives))
         contents += [self._content(pair, replace(record, target=item, target_id="")) for item in record.negatives]
-        return EncodedPair(index, query, target, negatives, tuple(contents))
+        bare = self._content(pair, replace(record, target_id=""))
+        return EncodedPair(index, query, target, negatives, tuple(contents), bare)
 
     def source(self, index: int) -> str:
         """Data source of a pair."""
@@ -152,10 +171,12 @@ class Rows:
     Attributes:
         rows: what to embed, in that order.
         layout: pairs are numbered by their place in the batch, so that a pair drawn twice is two pairs of one content.
+        bare: int64 (T,), `bare_content` of the targets, content of the hard negatives.
     """
 
     rows: list[Encoded]
     layout: ContrastiveLayout
+    bare: torch.Tensor
 
 
 def rows_of_pairs(pairs: Sequence[EncodedPair], places: Sequence[int]) -> Rows:
@@ -171,7 +192,22 @@ def rows_of_pairs(pairs: Sequence[EncodedPair], places: Sequence[int]) -> Rows:
         target_content=torch.cat([content, torch.tensor([c for _, c in negatives], dtype=torch.int64)]),
     )
     encoded = [pair.query for pair in pairs] + [pair.target for pair in pairs] + [one for one, _ in negatives]
-    return Rows(encoded, layout)
+    bare = [pair.contents[0] if pair.bare_content is None else pair.bare_content for pair in pairs]
+    return Rows(encoded, layout, torch.tensor(bare + [c for _, c in negatives], dtype=torch.int64))
+
+
+def unmask_ids(layout: ContrastiveLayout, bare: torch.Tensor) -> ContrastiveLayout:
+    """The layout of all ranks in which a hard negative that is the content of some pair's target has that target's id.
+
+    Targets with a `target_id` have ids of their own kind, which no content ever equals; without this, another pair's
+    answer that was mined as a hard negative would be a negative of that pair too.
+    """
+    content = layout.target_content.clone()
+    own = layout.target_pair >= 0
+    known = dict(zip(bare[own].tolist(), content[own].tolist(), strict=True))
+    for place in (~own).nonzero().flatten().tolist():
+        content[place] = known.get(int(bare[place]), int(content[place]))
+    return ContrastiveLayout(layout.query_pair, layout.target_pair, layout.query_content, content)
 
 
 def describe_pairs(pairs: Iterable[LocatedPair]) -> dict[str, int]:

@@ -72,7 +72,9 @@ class RunFolder:
         """Drop metrics of updates after `step`: they will be made again."""
         if not self.metrics.is_file():
             return
-        lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        # A run that was killed may have left half a line at the end.
+        whole = [line for line in self.metrics.read_text().splitlines() if line.endswith("}}")]
+        lines = [line for line in whole if json.loads(line)["step"] <= step]
         write_atomically(self.metrics, "".join(line + "\n" for line in lines))
 
     def log(self, step: int, data: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.config.schema import EmbedderTrainConfig
-from embedrl_verl.contrastive.rows import Rows
+from embedrl_verl.contrastive.rows import Rows, unmask_ids
 from embedrl_verl.embedder.engine import tensordict_of
 from embedrl_verl.embedder.info_nce import ContrastiveLayout
 from embedrl_verl.embedder.processor import Encoded
@@ -45,13 +45,14 @@ def two_pass_step(worker: Any, batch: Rows, config: EmbedderTrainConfig) -> dict
         batch: this rank's rows.
 
     Returns:
-        Metrics of the whole batch: those of `contrastive_gradients`, `grad_norm` before clipping and `lr`.
+        Metrics of the whole batch: those of `contrastive_gradients`, `grad_norm` before clipping and `lr` of the
+        next update.
 
     Raises:
         NoNegativesError: on all ranks alike; nothing was changed.
         EmbedderError: a row without a finite vector, or a gradient norm that is not finite.
     """
-    gathered = _gather(embed_local(worker, batch.rows), batch.layout)
+    gathered = _gather(embed_local(worker, batch.rows), batch)
     failed = int((~gathered.query.isfinite().all(dim=1)).sum() + (~gathered.target.isfinite().all(dim=1)).sum())
     if failed:
         raise EmbedderError(
@@ -87,9 +88,9 @@ def gather(value: Any) -> list[Any]:
     return received
 
 
-def _gather(vectors: torch.Tensor, layout: ContrastiveLayout) -> _Gathered:
-    queries = len(layout.query_pair)
-    parts = gather((vectors[:queries], vectors[queries:], layout))
+def _gather(vectors: torch.Tensor, batch: Rows) -> _Gathered:
+    queries = len(batch.layout.query_pair)
+    parts = gather((vectors[:queries], vectors[queries:], batch.layout, batch.bare))
     rank = dist.get_rank()
     before_query = sum(len(part[0]) for part in parts[:rank])
     before_target = sum(len(part[1]) for part in parts[:rank])
@@ -97,7 +98,10 @@ def _gather(vectors: torch.Tensor, layout: ContrastiveLayout) -> _Gathered:
     return _Gathered(
         torch.cat([part[0] for part in parts]),
         torch.cat([part[1] for part in parts]),
-        ContrastiveLayout(*(torch.cat([getattr(part[2], name) for part in parts]) for name in names)),
+        unmask_ids(
+            ContrastiveLayout(*(torch.cat([getattr(part[2], name) for part in parts]) for name in names)),
+            torch.cat([part[3] for part in parts]),
+        ),
         slice(before_query, before_query + queries),
         slice(before_target, before_target + len(vectors) - queries),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -83,7 +84,7 @@ class ContrastiveTrainer:
         self.train_rows = dataset(pairs)
         self.val_rows: PairRows | None = None
         if config.data.val_files:
-            self.val_rows = dataset(read_training_pairs(config.data.val_files, tcot=config.data.tcot))
+            self.val_rows = dataset(read_training_pairs(config.data.val_files, tcot=config.data.tcot), negatives=False)
         self.step = self.folder.last_step()
         self._check_same_run()
         # The loader's processes are forked before this one holds a model and a process group.
@@ -93,6 +94,10 @@ class ContrastiveTrainer:
         self.worker = EmbedderWorker(
             worker_config(config.embedder, ranks_per_node=local_world_size, total_steps=self.total_steps)
         )
+        if len(set(steps := gather(self.step))) > 1:
+            raise ConfigError(
+                f"{run.out} must be one folder for all nodes (a shared disk); the last checkpoint by rank is {steps}"
+            )
         self.worker.reset()
         if self.step:
             self.worker.load_checkpoint(self.folder.embedder(self.step))
@@ -105,6 +110,10 @@ class ContrastiveTrainer:
 
     def _batches(self) -> Iterator[tuple[Batch, list[EncodedPair]]]:
         """The batches that are still to come, with this rank's pairs encoded."""
+        # Each tensor that a loader process hands over takes a file descriptor.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         left = self.total_steps - self.step
         plan = list(itertools.islice(self.plan.from_step(self.step), left))
         keys = [[(int(batch.pairs[place]), batch.raw) for place in self._own_places(batch)] for batch in plan]
@@ -244,6 +253,9 @@ class ContrastiveTrainer:
             "tcot": config.data.tcot,
             "total_steps": self.total_steps,
             **{name: kept[name] for name in SETTINGS},
+            **{f"evidence_{name}": value for name, value in asdict(config.evidence).items()},
+            "tcot_family": config.media.family,
+            "max_frames": config.media.max_frames,
             "seed": config.contrastive.seed,
         }
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ def add_emb_token(path: str | Path, out: str | Path) -> int:
     """Write a copy of a checkpoint whose tokenizer has `<emb>`; returns the token's id.
 
     The new token's embedding starts as the mean of all others. Qwen checkpoints have spare rows in their embedding
-    matrix; where there is none left, the matrix grows by 64 rows. Weights keep their dtype.
+    matrix; where there is none left, the matrix grows by 64 rows. Weights keep their dtype. The folder appears whole.
 
     Args:
         path: folder or hub id of a Qwen-VL generation checkpoint.
@@ -44,7 +46,12 @@ def add_emb_token(path: str | Path, out: str | Path) -> int:
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
         weight[number] = weight[:old_tokens].float().mean(dim=0).to(weight.dtype)
-    target.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        unfinished = Path(folder) / "model"
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        if target.exists():
+            target.rmdir()  # empty, see above
+        os.replace(unfinished, target)
     return int(number)

@@ -100,7 +100,7 @@ class EmbedderClient:
             gradients: float32 (len(keys), D), d loss / d vector of each row.
 
         Returns:
-            `grad_norm` before clipping and `lr` of the update.
+            `grad_norm` before clipping and `lr` of the next update.
 
         Raises:
             EmbedderError: a key twice, shapes that do not fit, fewer rows than devices, or a gradient norm that is not

@@ -75,6 +75,7 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
     _all_gathered_once = False
 
     def _build_module(self) -> torch.nn.Module:
+        self._all_gathered_once = False
         config = self.model_config.hf_config
         dtype = PrecisionType.to_dtype(self.engine_config.model_dtype)
         # Only the first rank of a shard group reads the weights, FSDP broadcasts them; tied weights are read by all.
@@ -104,7 +105,6 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
     def _build_lora_module(self, module: Any) -> torch.nn.Module:
         """Put the adapter on. verl's own wraps for language models, whose forward takes other arguments than ours."""
         config = self.model_config
-        module.enable_input_require_grads()
         if config.lora_adapter_path is not None:
             return PeftModel.from_pretrained(module, config.lora_adapter_path, is_trainable=True)
         adapter = LoraConfig(

@@ -30,6 +30,10 @@ class NoNegativesError(EmbedderError):
     """Nothing can be learnt from the batch: all its targets are the same content, or there is one pair only."""
 
 
+class NoPairsError(EmbedderError):
+    """No pair of the batch has vectors on both sides."""
+
+
 @dataclass(frozen=True, eq=False)
 class ContrastiveGradients:
     """The result of step 2.
@@ -64,12 +68,13 @@ def contrastive_gradients(
 
     Raises:
         NoNegativesError: no row has a negative.
-        EmbedderError: no pair has vectors on both sides, or the loss is not finite.
+        NoPairsError: no pair has vectors on both sides.
+        EmbedderError: the loss is not finite.
     """
     have_query, have_target = query.isfinite().all(dim=1), target.isfinite().all(dim=1)
     kept = layout.select(have_query.cpu(), have_target.cpu())
     if not len(kept.query_pair) or not kept.positives().any():
-        raise EmbedderError(
+        raise NoPairsError(
             f"no pair has vectors on both sides: {int((~have_query).sum())} of {len(query)} queries and "
             f"{int((~have_target).sum())} of {len(target)} targets are not finite"
         )

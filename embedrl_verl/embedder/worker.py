@@ -9,6 +9,7 @@ of verl's TrainingWorker, and a moving average of the weights can stand beside t
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ from verl.workers.config import (
     TrainingWorkerConfig,
 )
 
-from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
 from embedrl_verl.embedder.ema import ShadowWeights
 from embedrl_verl.embedder.engine import MODEL_TYPE
 from embedrl_verl.embedder.loading import check_profile, load_config
@@ -102,7 +103,19 @@ class EmbedderWorker(NestedPositionIdsTrainingWorker):
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
     ) -> None:
-        """Load both. Raises EmbedderError when a run with an average goes on from a checkpoint without one."""
+        """Load both.
+
+        Raises:
+            EmbedderError: written by another number of devices; or a run with an average goes on from a checkpoint
+                without one.
+        """
+        part = f"model_world_size_{self.world_size}_rank_{self.rank}.pt"
+        if self.engine_config.strategy != "megatron" and not (Path(local_path) / part).is_file():
+            found = sorted(path.name for path in Path(local_path).glob("model_world_size_*_rank_0.pt"))
+            raise EmbedderError(
+                f"{local_path} has no {part}, so another number of devices wrote it ({', '.join(found) or 'none'} is "
+                "there). Resume with as many, or export it and start a new run from the result"
+            )
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
         if self.average is None:
             return
@@ -150,11 +163,8 @@ def worker_config(
     check_profile(config.path, load_config(config.path), resolve_profile(config.path, config.profile))
     if train.enable:
         refuse_dropout(load_config(config.path), config.path)
-        if train.lora_adapter_path and not (Path(train.lora_adapter_path) / "adapter_config.json").is_file():
-            raise ConfigError(
-                "embedrl.embedder.train.lora_adapter_path must be a folder with adapter_config.json; got "
-                f"{train.lora_adapter_path}"
-            )
+        if train.lora_adapter_path:
+            _check_adapter(Path(train.lora_adapter_path), train)
     return TrainingWorkerConfig(
         model_type=MODEL_TYPE,
         model_config=HFModelConfig(
@@ -173,6 +183,21 @@ def worker_config(
         checkpoint_config=CheckpointConfig(save_contents=list(save_contents), load_contents=list(CONTENTS)),
         extra_context={"ema_decay": train.ema_decay if train.enable else 0.0},
     )
+
+
+def _check_adapter(folder: Path, train: EmbedderTrainConfig) -> None:
+    """Refuse an adapter that is not there, has dropout, or another size than the run's settings say."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"embedrl.embedder.train.lora_adapter_path must be a folder with adapter_config.json; got {folder}"
+        )
+    adapter = json.loads(file.read_text())
+    for key, wanted in (("r", train.lora_rank), ("lora_alpha", train.lora_alpha), ("lora_dropout", 0)):
+        found = adapter.get(key, 0)
+        if found != wanted:
+            setting = "training in two passes needs" if key == "lora_dropout" else "embedrl.embedder.train says"
+            raise ConfigError(f"{file}: {key} is {found}; {setting} {wanted}")
 
 
 def _engine_config(config: EmbedderConfig, ranks_per_node: int, *, offload: bool) -> EngineConfig:
@@ -210,7 +235,8 @@ def _optimizer_config(config: EmbedderConfig, total_steps: int) -> OptimizerConf
         "lr_warmup_steps": train.warmup_steps,
         "weight_decay": train.weight_decay,
         "clip_grad": train.clip_grad,
-        "total_training_steps": total_steps,
+        # One more, so that the last update of a cosine does not have a learning rate of 0.
+        "total_training_steps": total_steps + 1,
     }
     if config.strategy == "megatron":
         return McoreOptimizerConfig(

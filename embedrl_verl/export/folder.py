@@ -120,6 +120,8 @@ def _write(
     _write_json(staging / "config.json", config)
     _copy_files(found.huggingface, staging)
     _check_processor(staging)
+    if profile == "auto" and found.record is not None:
+        profile = str(found.record.settings.get("profile", profile))  # the one it was trained with
     facts = _add_embedder(staging, profile) if found.kind == "embedder" else {}
     write_files(state, staging)
     if keep_adapter and adapter is not None:

@@ -18,14 +18,8 @@ from embedrl_verl.errors import ConfigError
 RECORD = "embedder.json"
 # Keys that change where and how fast the Embedder runs, not its vectors.
 _FREE = (
-    "strategy",
-    "offload",
-    "max_tokens_per_gpu",
-    "attn_implementation",
-    "nnodes",
-    "n_gpus_per_node",
-    "path",
-    "train",
+    *("strategy", "offload", "max_tokens_per_gpu", "attn_implementation", "nnodes", "n_gpus_per_node"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "path", "train"),
 )
 
 
@@ -44,6 +38,9 @@ def _weights_digest(path: str) -> str | None:
 
 def _record(config: EmbedderConfig) -> dict[str, object]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    train = config.train
+    if train.enable:
+        settings["trained"] = {"average": train.ema_decay > 0, "lora": [train.lora_rank, train.lora_alpha]}
     return {"path": config.path, "weights": _weights_digest(str(config.path)), "settings": settings}
 
 
@@ -68,6 +65,7 @@ def check_embedder_record(step_folder: str, config: EmbedderConfig) -> None:
             f"{file} is missing: the checkpoint was not written by an EG-RL trainer. Start a new run folder"
         )
     saved, now = json.loads(file.read_text()), _record(config)
+    saved["settings"] = {name: value for name, value in saved["settings"].items() if name not in _FREE}
     same_weights = saved["weights"] == now["weights"] if now["weights"] else saved["path"] == now["path"]
     if same_weights and saved["settings"] == now["settings"]:
         return

@@ -30,7 +30,13 @@ def check_run_config(config: Any) -> None:
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     ranks = embedder.nnodes * embedder.n_gpus_per_node or devices
     split = embedder.tensor_model_parallel_size * embedder.pipeline_model_parallel_size
+    chosen = prompts * (rollouts if embedder.train.rollouts == "all" else 1)
     rules = [
+        (
+            not embedder.train.enable or chosen >= ranks // split,
+            f"co-training needs a row for each of the Embedder's {ranks // split} data-parallel ranks; "
+            f"embedrl.embedder.train.rollouts={embedder.train.rollouts} gives at most {chosen} of a batch",
+        ),
         (
             ranks % split == 0,
             "embedrl.embedder.tensor_model_parallel_size x pipeline_model_parallel_size must divide the Embedder's "

@@ -21,7 +21,7 @@ import torch
 from embedrl_verl.config.schema import EmbedderTrainConfig
 from embedrl_verl.embedder.client import EmbedderClient
 from embedrl_verl.embedder.info_nce import ContrastiveLayout
-from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients
+from embedrl_verl.embedder.two_pass import NoNegativesError, NoPairsError, contrastive_gradients
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.trainer.anchors import AnchorSet
 from embedrl_verl.trainer.batch_reward import Row, ScoredRows
@@ -115,6 +115,9 @@ class EmbedderTraining:
         vectors = scored.embeddings[picked]
         if self.averaged:  # the rewards' vectors are those of other weights
             vectors = self._client.embed_rows(keys, EMBED_PARTITION).vectors
+            finite = vectors.isfinite().all(dim=1)
+            rows = [row for row, known in zip(rows, finite.tolist(), strict=True) if known]
+            keys, vectors = [row.key for row in rows], vectors[finite]
         query, target, layout = layout_of(rows)
         metrics = {"embedder/rows": float(len(rows)), "embedder/baseline_anchor_hit@1": state.baseline}
         try:
@@ -126,7 +129,7 @@ class EmbedderTraining:
                 symmetric=self._config.symmetric,
                 matryoshka_dims=self._config.matryoshka_dims,
             )
-        except NoNegativesError as error:
+        except (NoNegativesError, NoPairsError) as error:
             state.skipped += 1
             logger.warning("step %d: the Embedder was not trained: %s", step, error)
             return {**metrics, "embedder/skipped_updates": float(state.skipped)}

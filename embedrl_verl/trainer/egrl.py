@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
 from verl.single_controller.ray import RayResourcePool
@@ -39,6 +40,7 @@ from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder.client import EmbedderClient
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.embedder.worker import build_embedder_worker_group
+from embedrl_verl.errors import ConfigError
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.trainer import checks
 from embedrl_verl.trainer.anchors import AnchorSet
@@ -139,6 +141,12 @@ class EGRLMixin(WorkerClassesMixin):
         own = self.embedrl.embedder
         if not own.n_gpus_per_node:
             return self.resource_pool_manager.resource_pool_dict["global_pool"]
+        wanted, free = own.nnodes * own.n_gpus_per_node, int(ray.available_resources().get("GPU", 0))
+        if free < wanted:
+            raise ConfigError(
+                f"the Embedder asks for {wanted} devices of its own (embedrl.embedder.nnodes x n_gpus_per_node), but "
+                f"beside the actor's (trainer.nnodes x trainer.n_gpus_per_node) the cluster has {free} left"
+            )
         return RayResourcePool(
             process_on_nodes=[own.n_gpus_per_node] * own.nnodes, max_colocate_count=1, name_prefix="embedder_pool"
         )
@@ -146,7 +154,7 @@ class EGRLMixin(WorkerClassesMixin):
     def _anchors(self) -> AnchorSet:
         """The pairs that watch over co-training."""
         train, media = self.embedrl.embedder.train, DataSettings.from_config(self.config.data)
-        files = train.anchor_files or self.config.data.val_files
+        files = list(train.anchor_files) or self.config.data.val_files
         rows = PairRows(
             read_training_pairs([files] if isinstance(files, str) else list(files), tcot=False),
             processor_for(self.embedrl.embedder, max_frames=media.max_frames),
@@ -154,6 +162,7 @@ class EGRLMixin(WorkerClassesMixin):
             evidence=self.embedrl.evidence,
             media_root=media_root_of(self.config.data),
             tcot=True,
+            negatives=False,
         )
         return AnchorSet(rows, train.anchor_pairs)
 
@@ -291,7 +300,9 @@ class EGRLMixin(WorkerClassesMixin):
         training = self.embedder_training
         if training is not None:
             training.save(folder, self.global_steps, self.config.trainer.get("max_actor_ckpt_to_keep"))
-            scores = {"anchors/hit@1": training.last_hit1} if training.last_hit1 is not None else {}
+            # With an average, Hit@1 of the anchors is the average's; the checkpoint's weights are the trained ones.
+            known = training.last_hit1 is not None and not training.averaged
+            scores = {"anchors/hit@1": training.last_hit1} if known else {}
             write_embedder_record_for_export(f"{folder}/embedder", self.global_steps, self.embedrl, data, scores)
         super()._save_checkpoint()  # type: ignore[misc]
 

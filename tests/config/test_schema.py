@@ -44,6 +44,7 @@ def test_the_yaml_defaults_are_the_dataclass_defaults():
             ["train.rollouts", "best, random or all", "worst"],
         ),
         ({"embedder": {"path": "x", "train": {"ema_decay": 1.0}}}, ["train.ema_decay", "below 1", "1.0"]),
+        ({"embedder": {"path": "x", "train": {"anchor_files": "a"}}}, ["train.anchor_files", "list of str", "a"]),
         ({"embedder": {"path": "x", "train": {"enabled": True}}}, ["embedrl.embedder.train", "enabled", "enable"]),
         ({"embedder": {"path": "x"}, "evidence": 3}, ["embedrl.evidence", "section", "3"]),
         ({}, ["embedrl.embedder", "missing"]),

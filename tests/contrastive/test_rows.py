@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from embedrl_verl.config.schema import EvidenceConfig
-from embedrl_verl.contrastive.rows import PairRows, read_training_pairs, rows_of_pairs, video_sources
+from embedrl_verl.contrastive.rows import (
+    PairRows,
+    read_training_pairs,
+    rows_of_pairs,
+    unmask_ids,
+    video_sources,
+)
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.settings import DataSettings
@@ -66,12 +72,19 @@ def test_without_tcots_the_rows_are_the_raw_ones(records, processor, tmp_path):
 
 def test_hard_negatives_follow_the_targets_and_keep_their_content(records, processor, tmp_path):
     wrong = Item(text="9 9 9")
+    wrong = replace(wrong, tcot=records[0].target.tcot)
     some = [replace(records[0], negatives=(wrong, records[1].target)), *records[1:3]]
     data = rows(some, processor, tmp_path)
     batch = rows_of_pairs([data[i, False] for i in range(3)], [4, 7, 9])
     assert batch.layout.target_pair.tolist() == [4, 7, 9, -1, -1] and batch.layout.query_pair.tolist() == [4, 7, 9]
     assert len(batch.rows) == 8
     assert len(set(batch.layout.target_content.tolist())) == 5
+    # The second negative is pair 1's target, which is known by its target_id: it must not be pair 1's negative.
+    masked = unmask_ids(batch.layout, batch.bare)
+    assert masked.target_content.tolist()[4] == masked.query_content.tolist()[1] == masked.target_content.tolist()[1]
+    assert masked.negatives()[:, 4].tolist() == [True, False, True]
+    bare = rows(some, processor, tmp_path)[0, False]
+    assert bare.bare_content != bare.contents[0], "ids and contents live in spaces of their own"
     twins = [replace(records[0], target_id="same"), replace(records[1], target_id="same")]
     data = rows(twins, processor, tmp_path)
     assert data[0, False].contents == data[1, False].contents
@@ -88,6 +101,13 @@ def test_a_side_without_tcot_is_named_with_file_and_row(records, tmp_path):
     with pytest.raises(DataError, match=r"1 problem.*\n.*pairs.parquet, row 1, pair .*: target.tcot is empty"):
         read_training_pairs([str(tmp_path / "pairs.parquet")], tcot=True)
     assert len(read_training_pairs([str(tmp_path / "pairs.parquet")], tcot=False)) == 2
+
+
+def test_a_hard_negative_without_tcot_is_named(records, tmp_path):
+    some = [records[0], replace(records[1], negatives=(records[0].target, Item(text="7 7 7")))]
+    write_pairs(some, tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match=r"row 1, pair .*: negatives\[1\].tcot is empty"):
+        read_training_pairs([str(tmp_path / "pairs.parquet")], tcot=True)
 
 
 def test_a_medium_that_cannot_be_read_is_named_with_file_row_and_side(records, processor, tmp_path):

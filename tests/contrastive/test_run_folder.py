@@ -60,6 +60,8 @@ def test_metrics_of_updates_that_will_be_made_again_are_dropped(folder):
     folder.forget_after(0)  # no file yet
     for step in range(5):
         folder.log(step, {"loss": float(step)})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 5, "data": {"lo')  # killed in the middle of a line
     folder.forget_after(2)
     folder.log(3, {"loss": 33.0})
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]

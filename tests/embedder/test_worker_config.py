@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, McoreEngineConfig, McoreOptimizerConfig
 
@@ -31,7 +33,7 @@ def test_a_frozen_embedder_is_held_in_its_dtype_a_trained_one_in_float32(checkpo
     assert trained.engine_config.mixed_precision["param_dtype"] == "bf16"
     assert trained.model_config.lora_rank == 8 and trained.extra_context == {"ema_decay": 0.9}
     assert isinstance(trained.optimizer_config, FSDPOptimizerConfig)
-    assert trained.optimizer_config.total_training_steps == 30
+    assert trained.optimizer_config.total_training_steps == 31
 
 
 @pytest.mark.parametrize("enable", [False, True])
@@ -52,6 +54,25 @@ def test_megatron_gets_its_own_engine_and_optimizer(checkpoint, on_gpu, enable):
     assert engine.sequence_parallel and engine.dtype == "bfloat16" and engine.forward_only is not enable
     assert isinstance(made.optimizer_config, McoreOptimizerConfig)
     assert made.optimizer_config.lr_decay_style == "cosine" and made.optimizer_config.min_lr == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}, "lora_dropout is 0.1; training in two passes needs 0"),
+        ({"r": 2, "lora_alpha": 8}, "r is 2; embedrl.embedder.train says 4"),
+        ({"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}, None),
+    ],
+)
+def test_an_adapter_to_go_on_from_must_be_the_runs_own(checkpoint, on_gpu, tmp_path, adapter, message):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    train = {"enable": True, "lora_rank": 4, "lora_alpha": 8, "lora_adapter_path": str(tmp_path)}
+    made = config(checkpoint(), train=train)
+    if message is None:
+        assert worker.worker_config(made, ranks_per_node=1).model_config.lora_adapter_path == str(tmp_path)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            worker.worker_config(made, ranks_per_node=1)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,21 @@ def test_with_an_average_pass_1_is_done_anew_with_the_trained_weights():
     assert metrics["embedder/loss"] != pytest.approx(training(temperature=0.1).step(scored(), 1)["embedder/loss"])
 
 
+def test_rows_that_only_the_trained_weights_cannot_embed_are_left_out():
+    one = training(ema_decay=0.9, temperature=0.1)
+    whole = one._client.embed_rows
+
+    def broken(keys, partition_id):
+        found = whole(keys, partition_id)
+        found.vectors[1] = float("nan")
+        return found
+
+    one._client.embed_rows = broken
+    metrics = one.step(scored(), 1)
+    keys, gradients = one._client.trained[0]
+    assert len(keys) == 5 and gradients.isfinite().all() and metrics["embedder/loss"] > 0
+
+
 def test_a_batch_of_one_content_is_skipped_and_counted(caplog):
     rows = [row(pair, side, 0, content=5) for pair in (0, 1) for side in (0, 1)]
     one = training()
