@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m embedrl_verl.contrastive [hydra overrides]`, or `torchrun ... -m embedrl_verl.contrastive ...`.
 
-Exit codes as in `embedrl_verl.train`: 2 configuration, 3 data, 4 anything else that this package refuses.
+Exit codes as in `embedrl_verl.train`: 2 configuration, 3 data, 4 anything else that this package refuses (torchrun
+itself ends with 1 whatever its processes end with).
 """
 
 from __future__ import annotations
