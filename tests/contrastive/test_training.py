@@ -222,5 +222,6 @@ def test_targets_that_are_all_the_same_are_skipped_counted_and_stop_the_run(worl
     same = [f"data.train_files=[{tmp_path / 'same.parquet'}]", "contrastive.max_empty_batches=2"]
     done = run(command(world, tmp_path / "run", *same))
     assert done.returncode == 4, done.stdout[-2000:]
-    assert "update 1 skipped, sources digits_i2t, digits_vqa: a contrastive batch needs at least two" in done.stdout
+    assert "update 1 skipped, sources digits_" in done.stdout
+    assert ": a contrastive batch needs at least two pairs" in done.stdout
     assert "2 batches in a row without negatives (contrastive.max_empty_batches)" in done.stdout

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from inputs import ENV, LIMITS, ROWS, mixed_inputs  # a script: its own folder is on the path
 
-from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
 from embedrl_verl.embedder import EmbedProcessor
 from embedrl_verl.errors import EmbedderError
 
@@ -27,13 +27,8 @@ from embedrl_verl.errors import EmbedderError
 def config_of(checkpoint: str) -> EmbedderConfig:
     """float32, and a budget of a few rows a batch, so that there are several batches on each rank."""
     limits = {name: value for name, value in dataclasses.asdict(LIMITS["qwen2_vl"]).items() if name.endswith("_tokens")}
-    return EmbedderConfig(path=checkpoint, dtype="float32", max_tokens_per_gpu=800, **limits)
-
-
-def surrogate_loss(model_output: dict[str, Any], data: Any, dp_group: Any) -> tuple[torch.Tensor, dict[str, float]]:
-    """dp_size * sum <e, gradient>: verl averages over ranks, so the step is that of the whole batch."""
-    ranks = torch.distributed.get_world_size(dp_group)
-    return ranks * (model_output["embeddings"] * data["emb_grad"]).sum(), {}
+    train = EmbedderTrainConfig(enable=True, lr=1e-3, warmup_steps=0, max_tokens_per_gpu=800)
+    return EmbedderConfig(path=checkpoint, dtype="float32", max_tokens_per_gpu=800, train=train, **limits)
 
 
 def through_verl(checkpoint: str) -> dict[str, Any]:
@@ -44,7 +39,6 @@ def through_verl(checkpoint: str) -> dict[str, Any]:
     from verl.single_controller.ray import RayResourcePool
 
     from embedrl_verl.embedder.client import EmbedderClient
-    from embedrl_verl.embedder.engine import tensordict_of
     from embedrl_verl.embedder.settings import processor_for
     from embedrl_verl.embedder.worker import build_embedder_worker_group
 
@@ -76,13 +70,11 @@ def through_verl(checkpoint: str) -> dict[str, Any]:
         poisoned["pixel_values"] = torch.full_like(poisoned["pixel_values"], float("nan"))
         bad = dataclasses.replace(rows[1], multi_modal_inputs=poisoned)
         result[f"poisoned_{ranks}"], result[f"poisoned_failures_{ranks}"] = client.embed([rows[0], bad, rows[2]])
-        tq.kv_clear(keys=keys, partition_id="embed")
-        # One training step: the gradient of the embeddings comes from outside, as in two-pass InfoNCE.
-        data = tensordict_of(rows)
-        data["emb_grad"] = torch.randn(ROWS, 128, generator=torch.Generator().manual_seed(0))
-        group.set_loss_fn(surrogate_loss)
-        group.train_batch(data).get()
+        # One training step on rows of the queue, as co-training takes it; odd rows, so that ranks have unequal shares.
+        gradient = torch.randn(ROWS - 1, 128, generator=torch.Generator().manual_seed(0))
+        result[f"metrics_{ranks}"] = client.train_rows(keys[1:], gradient, "embed")
         result[f"trained_{ranks}"], _ = client.embed(rows)
+        tq.kv_clear(keys=keys, partition_id="embed")
     ray.shutdown()
     return result
 

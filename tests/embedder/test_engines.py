@@ -79,6 +79,7 @@ def test_a_key_that_the_queue_does_not_have_is_an_error(vectors_of):
 
 def test_a_training_step_moves_the_vectors_the_same_way_on_1_and_2_ranks(vectors_of, in_process):
     result = vectors_of("ray")
+    assert result["metrics_1"]["grad_norm"] == pytest.approx(result["metrics_2"]["grad_norm"], rel=1e-4)
     moved = (result["trained_1"] - in_process).norm(dim=1)
     assert moved.min() > 0.01
     assert ((result["trained_1"] - result["trained_2"]).norm(dim=1) / moved).max() < 0.02
