@@ -53,7 +53,7 @@ from embedrl_verl.trainer.training_record import (
     write_embedder_record_for_export,
     write_reasoner_record,
 )
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow
+from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class EGRLMixin(WorkerClassesMixin):
     def _validate(self) -> dict[str, float]:
         metrics = dict(super()._validate())  # type: ignore[misc]
         retrieval = self._validation.metrics()
-        self._last_scores = {name: value for name, value in retrieval.items() if name.startswith("val-core/")}
+        self._last_scores = card_scores(retrieval)
         metrics.update(retrieval)
         return metrics
 
@@ -302,7 +302,7 @@ class EGRLMixin(WorkerClassesMixin):
             training.save(folder, self.global_steps, self.config.trainer.get("max_actor_ckpt_to_keep"))
             # With an average, Hit@1 of the anchors is the average's; the checkpoint's weights are the trained ones.
             known = training.last_hit1 is not None and not training.averaged
-            scores = {"anchors/hit@1": training.last_hit1} if known else {}
+            scores = {"hit@1 (anchors)": training.last_hit1} if known else {}
             write_embedder_record_for_export(f"{folder}/embedder", self.global_steps, self.embedrl, data, scores)
         super()._save_checkpoint()  # type: ignore[misc]
 

@@ -9,6 +9,7 @@ all relevant. A query whose embedding failed counts as not retrieved, and the fa
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,17 @@ class RetrievalValidation:
             names[0]: float(hit_at_k(similarity, relevant, 1)),
             names[1]: float(ndcg_at_k(similarity, relevant, self._ndcg_k)),
         }
+
+
+def card_scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The core scores of a validation under names for a model card: "hit@1 (birds)", "hit@1 (all, raw input)"."""
+    scores = {}
+    for name, value in metrics.items():
+        kind, *rest = name.removeprefix("raw/").split("/")
+        if kind == "val-core" and len(rest) == 2:
+            source, metric = rest
+            scores[f"{metric} ({source}{', raw input' if name.startswith('raw/') else ''})"] = float(value)
+    return scores
 
 
 def _contents(rows: list[ValidationRow]) -> torch.Tensor:

@@ -145,7 +145,7 @@ def test_the_checkpoint_tells_data_settings_and_scores(unbroken, world):
     training = json.loads((unbroken / "checkpoints" / f"global_step_{STEPS}" / "training.json").read_text())
     assert training["data"] == [{"source": s, "pairs": 16} for s in ("digits_i2t", "digits_vqa")]
     assert training["settings"]["temperature"] == 0.02 and training["settings"]["tcot"] is True
-    assert 0 <= training["scores"]["val-core/all/hit@1"] <= 1
+    assert 0 <= training["scores"]["hit@1 (all)"] <= 1
     assert training["base_model"] == str(world / "model")
 
 

@@ -32,13 +32,13 @@ def test_each_models_export_finds_its_own_record(tmp_path):
     )
     data = sources_of(["b", "a", "b"])
     assert data == [{"source": "a", "pairs": 1}, {"source": "b", "pairs": 2}]
-    write_reasoner_record(str(tmp_path), 20, RUN, embedrl, data, {"val-core/all/hit@1": 0.5})
-    write_embedder_record_for_export(str(tmp_path / "embedder"), 20, embedrl, data, {"anchors/hit@1": 0.9})
+    write_reasoner_record(str(tmp_path), 20, RUN, embedrl, data, {"hit@1 (all)": 0.5})
+    write_embedder_record_for_export(str(tmp_path / "embedder"), 20, embedrl, data, {"hit@1 (anchors)": 0.9})
     (tmp_path / "actor").mkdir()
     reasoner, embedder = read_record(tmp_path / "actor"), read_record(tmp_path / "embedder")
     assert (reasoner.stage, reasoner.step, reasoner.base_model) == ("egrl", 20, "some/reasoner")
     assert reasoner.settings["pairs_per_step"] == 8 and reasoner.settings["reward_function"] == "no_judge.py"
-    assert reasoner.scores == {"val-core/all/hit@1": 0.5}
+    assert reasoner.scores == {"hit@1 (all)": 0.5}
     assert (embedder.stage, embedder.base_model) == ("embedder", "some/embedder")
     assert embedder.settings["lr"] == 1e-4 and embedder.data == (("a", 1), ("b", 2))
-    assert embedder.scores == {"anchors/hit@1": 0.9}
+    assert embedder.scores == {"hit@1 (anchors)": 0.9}

@@ -3,7 +3,7 @@
 
 import torch
 
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow
+from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores
 
 
 def _row(source, side, content, vector, session=0):
@@ -65,3 +65,8 @@ def test_several_rollouts_of_a_prompt_are_averaged():
             ]
         )
     assert validation.metrics()["val-core/a/hit@1"] == 0.5
+
+
+def test_card_scores_keep_the_core_scores_under_readable_names():
+    metrics = {"val-core/birds/hit@1": 0.5, "raw/val-core/all/ndcg@5": 0.25, "val-aux/birds/failed_rows": 3.0}
+    assert card_scores(metrics) == {"hit@1 (birds)": 0.5, "ndcg@5 (all, raw input)": 0.25}
