@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.record import RECORD_FILE
 
 TRACKER = "latest_checkpointed_iteration.txt"
-TRAINING = "training.json"
 
 
 class RunFolder:
@@ -53,13 +53,13 @@ class RunFolder:
 
     def read_training(self, step: int) -> dict[str, Any]:
         """What `write_training` wrote at a step."""
-        values: dict[str, Any] = json.loads((self.step_folder(step) / TRAINING).read_text())
+        values: dict[str, Any] = json.loads((self.step_folder(step) / RECORD_FILE).read_text())
         return values
 
     def write_training(self, step: int, training: dict[str, Any]) -> None:
         """Write `training.json` of a step."""
         self.step_folder(step).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.step_folder(step) / TRAINING, json.dumps(training, indent=1) + "\n")
+        write_atomically(self.step_folder(step) / RECORD_FILE, json.dumps(training, indent=1) + "\n")
 
     def complete(self, step: int, keep: int) -> None:
         """Name the checkpoint as complete, then drop all but the last `keep`."""

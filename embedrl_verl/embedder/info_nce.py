@@ -139,7 +139,7 @@ def contrastive_loss(
         raise EmbedderError(f"no query has a partner: the {rows[0]} queries and {rows[1]} targets share no pair")
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, target = query.to(dtype), target.to(dtype)
-    losses, hit1 = [], 0.0
+    losses = []
     for dim in sorted({*matryoshka_dims, width}):
         cut_query, cut_target = query, target
         if dim < width:
@@ -150,7 +150,7 @@ def contrastive_loss(
             own = layout.target_pair >= 0
             loss = (loss + _one_way(logits.T[own], positives.T[own], negatives.T[own])) / 2
         losses.append(loss)
-        hit1 = _hit1(logits.detach(), positives, negatives)
+    hit1 = _hit1(logits.detach(), positives, negatives)  # of the whole vectors, which come last
     masked = ~positives & ~negatives
     return Contrast(
         torch.stack(losses).mean(), hit1, float(negatives.sum(dim=1).float().mean()), int(masked.sum().item())

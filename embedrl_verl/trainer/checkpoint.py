@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.contrastive.run_folder import write_atomically
 from embedrl_verl.errors import ConfigError
 
 RECORD = "embedder.json"
@@ -48,9 +48,7 @@ def write_embedder_record(step_folder: str, config: EmbedderConfig) -> None:
     """Write `embedder.json` into a checkpoint folder (atomically)."""
     folder = Path(step_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (RECORD + ".tmp")
-    temporary.write_text(json.dumps(_record(config), indent=2))
-    os.replace(temporary, folder / RECORD)
+    write_atomically(folder / RECORD, json.dumps(_record(config), indent=2))
 
 
 def check_embedder_record(step_folder: str, config: EmbedderConfig) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from embedrl_verl.config.schema import EmbedderTrainConfig
+from embedrl_verl.contrastive.run_folder import write_atomically
 from embedrl_verl.embedder.client import EmbedderClient
 from embedrl_verl.embedder.info_nce import ContrastiveLayout
 from embedrl_verl.embedder.two_pass import NoNegativesError, NoPairsError, contrastive_gradients
@@ -169,7 +170,7 @@ class EmbedderTraining:
     def save(self, step_folder: str, step: int, keep: int | None) -> None:
         """Write the Embedder and this state into a checkpoint folder, before verl's tracker file names it."""
         self._client.save(f"{step_folder}/embedder", step, keep)
-        (Path(step_folder) / STATE).write_text(json.dumps(asdict(self.state), indent=1) + "\n")
+        write_atomically(Path(step_folder) / STATE, json.dumps(asdict(self.state), indent=1) + "\n")
 
     def load(self, step_folder: str) -> None:
         """Go on from a checkpoint folder.

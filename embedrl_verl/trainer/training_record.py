@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.config import EmbedRLConfig
-from embedrl_verl.contrastive.run_folder import TRAINING, write_atomically
+from embedrl_verl.contrastive.run_folder import write_atomically
+from embedrl_verl.export.record import RECORD_FILE
 
 
 def sources_of(pair_sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -78,4 +79,4 @@ def _write(
         "scores": {name: float(value) for name, value in scores.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / TRAINING, json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
