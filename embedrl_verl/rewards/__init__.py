@@ -5,7 +5,7 @@
 `functions` has the ready-made ones, for verl's key `reward.custom_reward_function`, and `presets` their weights.
 """
 
-from embedrl_verl.rewards.batch import Direction, RewardBatch, Side
+from embedrl_verl.rewards.batch import Direction, Judge, RewardBatch, Side
 from embedrl_verl.rewards.exact import similarity_matrix
 from embedrl_verl.rewards.metrics import batch_metrics
 from embedrl_verl.rewards.outcome import Accuracy, OutcomeReward, Retrieval, outcome_reward
@@ -18,6 +18,7 @@ __all__ = [
     "PUBLIC_CODE",
     "Accuracy",
     "Direction",
+    "Judge",
     "OutcomeReward",
     "Retrieval",
     "RewardBatch",

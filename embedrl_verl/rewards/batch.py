@@ -9,9 +9,9 @@ partner too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from embedrl_verl.tcot import TCoT, format_reward
 
 Side = Literal["query", "target"]
 SIDES: tuple[Side, Side] = ("query", "target")
+# Gives the process term (N,) of a batch, NaN = unknown (paper eq. 4).
+Judge: TypeAlias = "Callable[[RewardBatch], Awaitable[Tensor]]"
 # A float32 embedding that was normalised in bfloat16 is off by up to 0.004.
 _LENGTH_TOLERANCE = 0.01
 
@@ -56,7 +58,10 @@ class RewardBatch:
     valid: (N,) bool, the row has an embedding.
     similarity: (N_q, N_t) float32 cosines, NaN in rows and columns without embedding.
     query_rows: (N_q,), target_rows: (N_t,) int64, which rows of the batch the rows and columns of `similarity` are.
-    judge: None, or an awaitable of the process term (N,) float, NaN = unknown, that no event loop has started yet.
+    lengths: (N,) int64, tokens of the rows' responses, or None where nobody counted them.
+    raw_similarity: (N_q, N_t) float32 cosines of the same inputs embedded without any T-CoT, NaN where one is missing;
+        None where the raw inputs were not embedded.
+    judge: None, or an async function of the batch that gives the process term.
     """
 
     side: Tensor
@@ -69,7 +74,9 @@ class RewardBatch:
     similarity: Tensor
     query_rows: Tensor
     target_rows: Tensor
-    judge: Awaitable[Tensor] | None = None
+    lengths: Tensor | None = None
+    raw_similarity: Tensor | None = None
+    judge: Judge | None = None
 
     def __post_init__(self) -> None:
         rows = self.side.numel()
@@ -87,6 +94,10 @@ class RewardBatch:
                 f"similarity must be (query rows, target rows) = {shape} of {rows} rows; "
                 f"got {tuple(self.similarity.shape)}"
             )
+        if self.raw_similarity is not None and self.raw_similarity.shape != shape:
+            raise ValueError(f"raw_similarity must be {shape} as similarity is; got {tuple(self.raw_similarity.shape)}")
+        if self.lengths is not None and self.lengths.shape != (rows,):
+            raise ValueError(f"lengths must be ({rows},); got {tuple(self.lengths.shape)}")
 
     def __len__(self) -> int:
         return self.side.numel()
@@ -103,14 +114,17 @@ class RewardBatch:
         required: Sequence[str],
         embeddings: Tensor,
         valid: Tensor | None = None,
-        judge: Awaitable[Tensor] | None = None,
+        lengths: Tensor | None = None,
+        raw_embeddings: Tensor | None = None,
+        judge: Judge | None = None,
     ) -> RewardBatch:
         """Link the rows and compute the similarity matrix. Row order is free; it is the order of every result.
 
         Args:
-            side, pair, rollout, content, tcots, required, judge: see the class; integer tensors of any width.
+            side, pair, rollout, content, tcots, required, lengths, judge: see the class; integer tensors of any width.
             embeddings: (N, D) float, each of length 1. A row with NaN or infinity has no embedding: it is not valid.
             valid: (N,) bool, False where the embedding failed. Default: every row with a finite embedding.
+            raw_embeddings: (N, D) float, each row's input embedded without T-CoT, NaN where there is none.
 
         Raises:
             ValueError: an embedding is not of length 1 (a zero vector is no embedding: pass NaN or valid=False), a row
@@ -120,19 +134,23 @@ class RewardBatch:
         embeddings = embeddings.detach().cpu()
         valid = torch.ones_like(side, dtype=torch.bool) if valid is None else valid.to(torch.bool).cpu()
         shapes = {"pair": pair, "rollout": rollout, "content": content, "valid": valid, "embeddings": embeddings}
+        if raw_embeddings is not None:
+            shapes["raw_embeddings"] = raw_embeddings
         for name, value in shapes.items():
-            if value.dim() != (2 if name == "embeddings" else 1) or len(value) != len(side):
-                kind = "(N, D)" if name == "embeddings" else "(N,)"
+            if value.dim() != (2 if name.endswith("embeddings") else 1) or len(value) != len(side):
+                kind = "(N, D)" if name.endswith("embeddings") else "(N,)"
                 raise ValueError(f"{name} must be {kind} with N = {len(side)} as side has; got {tuple(value.shape)}")
         valid = valid & embeddings.isfinite().all(dim=1)
         _check_rows(side, pair, rollout, content)
-        _check_lengths(embeddings, valid)
+        _check_norms(embeddings, valid)
         order = _lexicographic(pair, rollout)  # rows of a pair side by side: the masks are made once a pair
         query_rows, target_rows = order[side[order] == 0], order[side[order] == 1]
-        vectors = embeddings.masked_fill(~valid[:, None], 0.0)
-        similarity = similarity_matrix(vectors[query_rows], vectors[target_rows])
-        similarity[~valid[query_rows]] = torch.nan
-        similarity[:, ~valid[target_rows]] = torch.nan
+        raw = None
+        if raw_embeddings is not None:
+            raw_embeddings = raw_embeddings.detach().cpu()
+            known = raw_embeddings.isfinite().all(dim=1)
+            _check_norms(raw_embeddings, known)
+            raw = _cosines(raw_embeddings, known, query_rows, target_rows)
         return cls(
             side=side,
             pair=pair,
@@ -141,9 +159,11 @@ class RewardBatch:
             required=tuple(required),
             valid=valid,
             content=content,
-            similarity=similarity,
+            similarity=_cosines(embeddings, valid, query_rows, target_rows),
             query_rows=query_rows,
             target_rows=target_rows,
+            lengths=None if lengths is None else lengths.to(torch.int64).cpu(),
+            raw_similarity=raw,
             judge=judge,
         )
 
@@ -196,9 +216,13 @@ class RewardBatch:
         Raises:
             ValueError: the batch has no judge, or it returned another shape.
         """
+        return asyncio.run(self.judged())
+
+    async def judged(self) -> Tensor:
+        """`process` for a reward function that is itself async."""
         if self.judge is None:
             raise ValueError("the batch has no judge; pass judge= to RewardBatch.build or leave the process term out")
-        scores = asyncio.run(_result(self.judge))
+        scores = await self.judge(self)
         if scores.shape != (len(self),):
             raise ValueError(
                 f"the judge must return one value per row, shape ({len(self)},); got {tuple(scores.shape)}"
@@ -211,8 +235,13 @@ class RewardBatch:
         return pair * len(SIDES) + self.side
 
 
-async def _result(judge: Awaitable[Tensor]) -> Tensor:
-    return await judge
+def _cosines(vectors: Tensor, valid: Tensor, query_rows: Tensor, target_rows: Tensor) -> Tensor:
+    """(N_q, N_t) float32 of (N, D) vectors, NaN where a row is not valid."""
+    vectors = vectors.masked_fill(~valid[:, None], 0.0)
+    similarity = similarity_matrix(vectors[query_rows], vectors[target_rows])
+    similarity[~valid[query_rows]] = torch.nan
+    similarity[:, ~valid[target_rows]] = torch.nan
+    return similarity
 
 
 def _lexicographic(pair: Tensor, rollout: Tensor) -> Tensor:
@@ -238,7 +267,7 @@ def _check_rows(side: Tensor, pair: Tensor, rollout: Tensor, content: Tensor) ->
         raise ValueError(f"all rows of a pair must have one content id; pair {int(values[kinds > 1][0])} has several")
 
 
-def _check_lengths(embeddings: Tensor, valid: Tensor) -> None:
+def _check_norms(embeddings: Tensor, valid: Tensor) -> None:
     length = embeddings.float().norm(dim=1)
     off = (valid & ~((length - 1).abs() <= _LENGTH_TOLERANCE)).nonzero()
     if len(off):

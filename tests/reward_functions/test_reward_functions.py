@@ -26,8 +26,11 @@ def _load(name):
     return module.compute_score
 
 
-async def _picks(values):
-    return torch.tensor(values)
+def _picks(values):
+    async def judge(batch):
+        return torch.tensor(values)
+
+    return judge
 
 
 def _batch(picks=None, valid=None, rollouts=2, far=()):

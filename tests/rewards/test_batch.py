@@ -133,9 +133,12 @@ def test_format_is_that_of_the_rows_evidence_key(make_batch):
     assert batch.format()[0] == 0 and 0 < batch.format().sum() < 40
 
 
-async def _judge(values):
-    await asyncio.sleep(0)
-    return values
+def _judge(values):
+    async def judge(batch):
+        await asyncio.sleep(0)
+        return values
+
+    return judge
 
 
 def test_the_judge_is_awaited(make_batch):
