@@ -314,7 +314,19 @@ def _training_lines(config: Any) -> list[tuple[str, str]]:
             f"lr {actor.optim.lr}, clip {actor.clip_ratio}, KL loss {kl}, temperature {rollout.temperature}, {length}",
         ),
         ("reward function", f"{function.path}:{function.name}({kwargs})"),
+        ("judge", _judge(config)),
     ]
+
+
+def _judge(config: Any) -> str:
+    judge, served = config.embedrl.judge, config.reward.reward_model
+    if judge.urls:
+        return f"{', '.join(judge.urls)}, {_count(judge.limit, 'request')} at a time"
+    if not served.enable:
+        return "none"
+    own = f"{served.nnodes} x {served.n_gpus_per_node} devices of its own"
+    where = own if served.enable_resource_pool else "on the actor's devices, by turns"
+    return f"{_folder(served.model_path)}, {where}, {_count(judge.limit, 'request')} at a time"
 
 
 def _file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: str | None) -> list[tuple[str, str]]:

@@ -131,7 +131,11 @@ gpu_knobs() {
     [[ -n "${EMBEDDER_PATH:-}" ]] || EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-qwen3_vl_embedding}
     EMBEDDER_PATH=${EMBEDDER_PATH:-Qwen/Qwen3-VL-Embedding-2B} EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-auto}
     TRAIN_FILES=${TRAIN_FILES:-data/train.parquet} VAL_FILES=${VAL_FILES:-data/val.parquet} MEDIA_ROOT=${MEDIA_ROOT:-}
-    REWARD=${REWARD:-$ROOT/reward/no_judge.py}
+    # A judge for the process reward: a model that verl serves, or servers that run already.
+    JUDGE_PATH=${JUDGE_PATH:-} JUDGE_URLS=${JUDGE_URLS:-} JUDGE_GPUS_PER_NODE=${JUDGE_GPUS_PER_NODE:-0}
+    local preset=no_judge
+    [[ -z "$JUDGE_PATH$JUDGE_URLS" ]] || preset=paper
+    REWARD=${REWARD:-$ROOT/reward/$preset.py}
     OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)}
     PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
     ROLLOUT_TP=${ROLLOUT_TP:-1}
@@ -171,6 +175,22 @@ gpu_overrides() {
         trainer.test_freq=25
     )
     [[ -z "$MEDIA_ROOT" ]] || OVERRIDES+=("data.media_root='$MEDIA_ROOT'")
+    [[ -z "$JUDGE_URLS" ]] || OVERRIDES+=("embedrl.judge.urls=$(hydra_list "$JUDGE_URLS")")
+    [[ -z "$JUDGE_PATH" ]] || judge_overrides
+}
+
+# verl's own servers for the judge: by turns with the actor on its devices, or on JUDGE_GPUS_PER_NODE more a node.
+judge_overrides() {
+    OVERRIDES+=(
+        reward.reward_model.enable=True
+        "reward.reward_model.model_path='$JUDGE_PATH'"
+        "reward.reward_model.rollout.tensor_model_parallel_size=${JUDGE_TP:-1}"
+    )
+    ((JUDGE_GPUS_PER_NODE == 0)) || OVERRIDES+=(
+        reward.reward_model.enable_resource_pool=True
+        "reward.reward_model.nnodes=$NNODES"
+        "reward.reward_model.n_gpus_per_node=$JUDGE_GPUS_PER_NODE"
+    )
 }
 
 # FSDP2 actor; the reference model rests on the CPU between uses.

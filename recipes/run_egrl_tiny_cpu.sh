@@ -6,17 +6,23 @@
 #   bash recipes/run_egrl_tiny_cpu.sh [hydra overrides of the RL stage]
 #
 # Stages: world (models and data) · pretrain (cold start of the Reasoner, and beside it the contrastive training of the
-# Embedder) · rl (EG-RL, the Embedder frozen) · export · evaluate (held-out Hit@1) · then the table, results.json and
+# Embedder) · judge (only for a reward that has one: a tiny instruct model learns to name the matching candidate, and
+# verl serves it in the RL stage) · rl (EG-RL, the Embedder frozen) · export · evaluate (held-out Hit@1) · then the table, results.json and
 # curves.png in OUT.
 # A finished stage is skipped when the recipe is run again with the same settings; an interrupted RL stage goes on from
 # its last checkpoint.
 #
-# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl. DRY_RUN=1 prints the plan of the RL stage only.
+# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, REWARD=reward/no_judge.py, JUDGE=1 with
+# reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it. DRY_RUN=1 prints the plan of the RL stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-40} FAMILY=${FAMILY:-qwen2_vl}
 OUT=${OUT:-$ROOT/runs/tiny_cpu/seed$SEED}
 REWARD=${REWARD:-$ROOT/reward/no_judge.py}
+case "$(basename "$REWARD")" in
+    paper.py | public_code.py) JUDGE=${JUDGE:-1} ;;
+    *) JUDGE=${JUDGE:-0} ;;
+esac
 
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
@@ -64,12 +70,21 @@ OVERRIDES=(
     "trainer.validation_data_dir='$OUT/rl/validation'"
 )
 
+((JUDGE == 0)) || OVERRIDES+=(
+    reward.reward_model.enable=True
+    "reward.reward_model.model_path='$OUT/judge'"
+    reward.reward_model.rollout.prompt_length=496
+    reward.reward_model.rollout.max_model_len=512
+    embedrl.judge.style=compact
+    embedrl.judge.limit=64
+)
+
 if is_dry_run; then
     train "${OVERRIDES[@]}" "$@"
     exit
 fi
 
-STAGES=" world pretrain rl export evaluate "
+STAGES=" world pretrain judge rl export evaluate "
 
 forget_rl() { rm -rf "$OUT/rl" "$OUT"/metrics.jsonl*; }
 
@@ -92,6 +107,9 @@ run_stage() {
     say "$name took $((SECONDS - started)) s"
 }
 
+# The end, if UNTIL names this stage.
+until_stage() { [[ "${UNTIL:-}" != "$1" ]] || exit 0; }
+
 make_world() {
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/models/reasoner" --family "$1" --seed "$2"
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/models/embedder" --family "$1" --seed "$(($2 + 1000))"
@@ -111,6 +129,10 @@ pretrain() {
     wait "$reasoner"
     wait "$embedder"
     trap - EXIT
+}
+
+make_judge() {
+    "$PYTHON" -m embedrl_verl.tiny.judge --world "$OUT/world" --out "$OUT/judge" --seed "$1"
 }
 
 # An interrupted run goes on from its last checkpoint, and so does a longer one; other settings start anew.
@@ -150,6 +172,9 @@ evaluate_by() {
 mkdir -p "$OUT/.stages"
 run_stage world make_world "$FAMILY" "$SEED"
 run_stage pretrain pretrain "$SEED"
+until_stage pretrain
+((JUDGE == 0)) || run_stage judge make_judge "$SEED"
+until_stage judge
 run_stage rl run_rl "${OVERRIDES[@]}" "$@"
 run_stage export export_models
 run_stage evaluate evaluate

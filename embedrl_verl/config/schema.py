@@ -72,14 +72,71 @@ class EmbedderTrainConfig:
 
 
 @dataclass(frozen=True)
+class EmbedderServerConfig:
+    """Stock vLLM pooling servers: those at `urls`, or without any `servers` that the run starts in a pool of their own.
+
+    `limit` counts requests in flight over all servers and agent-loop workers; `deadline_s` bounds a row, with retries.
+    """
+
+    urls: tuple[str, ...] = ()
+    api_key_env: str | None = None
+    servers: int = 1
+    n_gpus_per_server: int = 1
+    max_model_len: int = 32768
+    gpu_memory_utilization: float = 0.9
+    startup_s: float = 900.0
+    extra_args: tuple[str, ...] = ()
+    limit: int = 256
+    timeout_s: float = 120.0
+    retries: int = 3
+    backoff_s: float = 0.5
+    deadline_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, key: str, rule: str) -> None:
+            _require(condition, f"embedder.server.{key}", rule, getattr(self, key))
+
+        for name in ("servers", "max_model_len", "limit"):
+            require(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("n_gpus_per_server", "retries", "backoff_s"):
+            require(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("startup_s", "timeout_s", "deadline_s"):
+            require(getattr(self, name) > 0, name, "a positive number of seconds")
+        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1")
+        require(all(one.startswith("-") for one in self.extra_args), "extra_args", "a list of --option=value")
+
+
+@dataclass(frozen=True)
+class SentenceConfig:
+    """A SentenceTransformer as Embedder, on `n_gpus` of its own.
+
+    `query_prompt` and `target_prompt` name prompts of the model; None: its own for queries and documents, if it has
+    them; "": none.
+    """
+
+    n_gpus: int = 1
+    batch_size: int = 32
+    query_prompt: str | None = None
+    target_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.n_gpus in (0, 1), "embedder.sentence.n_gpus", "0 or 1", self.n_gpus)
+        _require(self.batch_size >= 1, "embedder.sentence.batch_size", "1 or more", self.batch_size)
+
+
+BACKENDS = ("worker", "server", "sentence_transformers")
+
+
+@dataclass(frozen=True)
 class EmbedderConfig:
     """Which Embedder scores the T-CoTs, and how it runs. Token counts are visual tokens unless the name says text.
 
-    `nnodes` x `n_gpus_per_node` devices of its own; 0 = on the actor's.
+    `nnodes` x `n_gpus_per_node` devices of its own; 0 = on the actor's (backend worker).
     """
 
     path: str | None = None
     profile: str = "auto"
+    backend: str = "worker"
     strategy: str = "fsdp2"
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -94,10 +151,19 @@ class EmbedderConfig:
     frame_max_tokens: int = 300
     nnodes: int = 1
     n_gpus_per_node: int = 0
+    server: EmbedderServerConfig = field(default_factory=EmbedderServerConfig)
+    sentence: SentenceConfig = field(default_factory=SentenceConfig)
     train: EmbedderTrainConfig = field(default_factory=EmbedderTrainConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "embedder.path", "a Hugging Face folder or hub id (set EMBEDDER_PATH)", self.path)
+        _require(self.backend in BACKENDS, "embedder.backend", f"one of {', '.join(BACKENDS)}", self.backend)
+        _require(
+            self.backend == "worker" or not self.train.enable,
+            "embedder.backend",
+            "worker with train.enable=True: servers and sentence-transformers models do not get trained weights",
+            self.backend,
+        )
         strategies = ("fsdp2", "fsdp", "megatron")
         _require(self.strategy in strategies, "embedder.strategy", f"one of {', '.join(strategies)}", self.strategy)
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -150,6 +216,41 @@ class RewardStageConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """The listwise judge of the process reward (method section 4, paper eq. 4). It runs where `urls` name servers or
+    `reward.reward_model.enable` lets verl start them.
+    """
+
+    urls: tuple[str, ...] = ()
+    model: str | None = None
+    api_key_env: str | None = None
+    style: str = "paper"
+    images: bool = False
+    hard_pairs: int = 4
+    shared_lists: bool = True
+    constrained: bool = True
+    max_tokens: int = 8
+    temperature: float = 0.0
+    limit: int = 256
+    timeout_s: float = 60.0
+    retries: int = 3
+    backoff_s: float = 0.5
+    deadline_s: float = 300.0
+    max_unknown_share: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hard_pairs", "max_tokens", "limit"):
+            _require(getattr(self, name) >= 1, f"judge.{name}", "1 or more", getattr(self, name))
+        for name in ("temperature", "retries", "backoff_s", "seed"):
+            _require(getattr(self, name) >= 0, f"judge.{name}", "0 or more", getattr(self, name))
+        for name in ("timeout_s", "deadline_s"):
+            _require(getattr(self, name) > 0, f"judge.{name}", "a positive number of seconds", getattr(self, name))
+        share = self.max_unknown_share
+        _require(0 <= share <= 1, "judge.max_unknown_share", "between 0 and 1", share)
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """`request_seeds`: each training rollout is sampled with a seed of its own, made of data.seed, step, pair, side and
     rollout, so that a run that is broken off and resumed goes on with the rollouts it would have had."""
@@ -174,6 +275,7 @@ class EmbedRLConfig:
     embedder: EmbedderConfig
     evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
     reward: RewardStageConfig = field(default_factory=RewardStageConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 

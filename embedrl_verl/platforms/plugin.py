@@ -26,7 +26,11 @@ logger = logging.getLogger("embedrl_verl")
 
 TRAINER_PACKAGE = "verl.trainer.ppo.v1"
 # Modules whose import registers a trainer mode (verl.trainer.ppo.v1.register_trainer).
-TRAINER_MODULES: tuple[str, ...] = ("embedrl_verl.platforms.trainer", "embedrl_verl.trainer.egrl")
+TRAINER_MODULES: tuple[str, ...] = (
+    "embedrl_verl.platforms.trainer",
+    "embedrl_verl.trainer.egrl",
+    "embedrl_verl.trainer.modes_async",
+)
 
 
 class _LoaderThenTrainers(importlib.abc.Loader):

@@ -5,7 +5,7 @@ uses them.
 - `NestedPositionIdsTrainingWorker`: verl's TrainingWorker; on a CPU it creates the gloo group before verl asks torch
   for "cpu:gloo,cpu:gloo", which torch rejects (verl skips its own call when a group exists).
 - `EmbedRLActorRolloutRefWorker`: verl's hybrid worker with the class above for actor and reference (verl's own class
-  attributes).
+  attributes). `EmbedRLDetachActorWorker`: the same for the actor of separate asynchronous training.
 - `use_nested_position_ids_workers`: puts both into a trainer's `role_worker_mapping`.
 
 Importing this module registers the engines for the device `cpu`; unpickling one of the classes in a Ray actor imports
@@ -13,11 +13,13 @@ it there.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import torch.distributed
 from tensordict import TensorDict
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -74,8 +76,38 @@ class EmbedRLActorRolloutRefWorker(ActorRolloutRefWorker):
     ref_worker_cls = NestedPositionIdsTrainingWorker
 
 
+class EmbedRLDetachActorWorker(DetachActorWorker):
+    """verl's worker that can put the actor's weights aside and take them back, with NestedPositionIdsTrainingWorker for
+    actor and reference.
+    """
+
+    actor_worker_cls = NestedPositionIdsTrainingWorker
+    ref_worker_cls = NestedPositionIdsTrainingWorker
+
+    @property
+    def copy_handler(self) -> Callable[[Any], Any]:
+        """verl's function that copies the weights to the CPU. On a CPU, what torch returns for that are the weights
+        themselves, which the next update would change; so there they are copied once more.
+        """
+        copy: Callable[[Any], Any] = super().copy_handler
+        return copied_apart(copy) if get_device_name() == "cpu" else copy
+
+
+def copied_apart(copy: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`copy` of verl's FSDP2 (module -> ({name: (tensor, layout)}, layout)) with tensors that share no memory with the
+    module's.
+    """
+
+    def handler(module: Any) -> Any:
+        state, layout = copy(module)
+        return {name: (tensor.clone(), one) for name, (tensor, one) in state.items()}, layout
+
+    return handler
+
+
 _REPLACEMENT: dict[type, type] = {
     ActorRolloutRefWorker: EmbedRLActorRolloutRefWorker,
+    DetachActorWorker: EmbedRLDetachActorWorker,
     TrainingWorker: NestedPositionIdsTrainingWorker,
 }
 
@@ -95,6 +127,6 @@ def use_nested_position_ids_workers(role_worker_mapping: dict[Any, Any]) -> None
             known = ", ".join(cls.__name__ for cls in _REPLACEMENT)
             raise PluginError(
                 f"worker class of role {role} must be one of {known}; got {worker_class.__name__}. "
-                "Use a synchronous trainer mode, or subclass NestedPositionIdsTrainingWorker for this role."
+                "Use one of this package's trainer modes, or subclass NestedPositionIdsTrainingWorker for this role."
             )
         role_worker_mapping[role] = ray.remote(_REPLACEMENT[worker_class])

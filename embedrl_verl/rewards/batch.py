@@ -16,8 +16,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards.exact import similarity_matrix
 from embedrl_verl.rewards.outcome import Accuracy, OutcomeReward, Retrieval, retrieval
+from embedrl_verl.rewards.ranks import Positives, Ranks, positive_ranks
 from embedrl_verl.tcot import TCoT, format_reward
 
 Side = Literal["query", "target"]
@@ -167,22 +169,50 @@ class RewardBatch:
             judge=judge,
         )
 
-    def direction(self, side: Side) -> Direction:
-        """The direction whose rows are of `side`; "target" is the transpose of "query" (paper: symmetric)."""
+    def direction(self, side: Side, *, raw: bool = False) -> Direction:
+        """The direction whose rows are of `side`; "target" is the transpose of "query" (paper: symmetric).
+
+        Args:
+            raw: with the similarity of the raw inputs, valid being what has a raw embedding.
+
+        Raises:
+            ConfigError: raw, and the raw inputs were not embedded.
+        """
         if side not in SIDES:
             raise ValueError(f"side must be query or target; got {side!r}")
+        similarity, valid = (self._raw(), self.raw_valid()) if raw else (self.similarity, self.valid)
         query = side == "query"
         rows, cols = (self.query_rows, self.target_rows) if query else (self.target_rows, self.query_rows)
         return Direction(
-            similarity=self.similarity if query else self.similarity.T,
+            similarity=similarity if query else similarity.T,
             rows=rows,
             cols=cols,
             row_pair=self.pair[rows],
             col_pair=self.pair[cols],
             col_content=self.content[cols],
-            row_valid=self.valid[rows],
-            col_valid=self.valid[cols],
+            row_valid=valid[rows],
+            col_valid=valid[cols],
         )
+
+    def raw_valid(self) -> Tensor:
+        """(N,) bool, the row's input has an embedding without T-CoT.
+
+        Raises:
+            ConfigError: the raw inputs were not embedded.
+        """
+        missing = self._raw().isnan()
+        valid = torch.zeros_like(self.valid)
+        valid[self.query_rows] = ~missing.all(dim=1)
+        valid[self.target_rows] = ~missing.all(dim=0)
+        return valid
+
+    def _raw(self) -> Tensor:
+        if self.raw_similarity is None:
+            raise ConfigError(
+                "this reward compares with the raw inputs, which were not embedded; "
+                "set embedrl.reward.raw_embeddings=True"
+            )
+        return self.raw_similarity
 
     def format(self) -> Tensor:
         """F: (N,) float32, 1 where the T-CoT is well formed and carries the evidence its input calls for, else 0."""
@@ -208,6 +238,42 @@ class RewardBatch:
             false_negatives[way.rows] = found.false_negatives
         acc, margin, outcome, hit = numbers
         return Retrieval(OutcomeReward(acc, margin, outcome), hit, false_negatives)
+
+    def ranks(
+        self,
+        *,
+        raw: bool = False,
+        among: Tensor | None = None,
+        temperature: float | None = None,
+        by_pair: bool = False,
+        positives: Positives = "mean",
+    ) -> Ranks:
+        """Ranks of the own pair's columns in both directions (see `positive_ranks`): (N,) each, NaN where unknown.
+
+        Args:
+            raw: of the raw inputs.
+            among: (N,) bool, the rows to rank, which are also the candidates. Default: all that have an embedding.
+            temperature, by_pair, positives: as in `positive_ranks`.
+
+        Raises:
+            ConfigError: raw, and the raw inputs were not embedded.
+        """
+        numbers = torch.full((3, len(self)), torch.nan)
+        for side in SIDES:
+            way = self.direction(side, raw=raw)
+            found = positive_ranks(
+                way.similarity,
+                way.row_pair,
+                way.col_pair,
+                col_content=way.col_content,
+                col_valid=way.col_valid if among is None else way.col_valid & among[way.cols],
+                row_valid=way.row_valid if among is None else way.row_valid & among[way.rows],
+                temperature=temperature,
+                by_pair=by_pair,
+                positives=positives,
+            )
+            numbers[:, way.rows] = torch.stack(found)
+        return Ranks(*numbers)
 
     def process(self) -> Tensor:
         """J: (N,) float32 from the judge, NaN = unknown. Waits for it; call once, in a thread without a running event

@@ -74,6 +74,46 @@ def columns_with_own_content(row_pair: Tensor, col_pair: Tensor, col_content: Te
     return result
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What `find_candidates` says of R rows.
+
+    `positives`: (R, P) float64, a row's valid positives in falling order, then -inf; P at least 1. `count`: (R,) int64
+    number of them, 0 for an invalid row. `hidden`: columns that are no negatives of a row. `false_negatives`: (R,)
+    int64, valid columns of other pairs that show one of the row's contents; 0 for an invalid row.
+    """
+
+    positives: Tensor
+    count: Tensor
+    hidden: list[ColumnLists]
+    false_negatives: Tensor
+
+
+def find_candidates(
+    similarity: Tensor,
+    row_pair: Tensor,
+    col_pair: Tensor,
+    col_content: Tensor | None,
+    col_valid: Tensor | None,
+    row_valid: Tensor | None,
+) -> Candidates:
+    """The positives of every row of one direction and the columns that are no negatives; arguments as
+    `outcome_reward`, R and C positive."""
+    row_pair, col_pair = row_pair.to(torch.int64), col_pair.to(torch.int64)
+    columns, listed = own_columns(row_pair, col_pair)
+    valid = torch.ones_like(col_pair, dtype=torch.bool) if col_valid is None else col_valid
+    listed &= valid[columns]
+    hidden = columns_with_own_content(row_pair, col_pair, col_pair if col_content is None else col_content)
+    false_negatives = sum((lists.marked(valid) for lists in hidden), start=-listed.sum(dim=1))
+    positives = similarity.gather(1, columns).double()
+    listed &= ~positives.isnan()
+    if row_valid is not None:
+        listed &= row_valid[:, None]
+        false_negatives = false_negatives * row_valid
+    positives = positives.masked_fill_(~listed, -torch.inf).sort(dim=1, descending=True).values
+    return Candidates(positives, listed.sum(dim=1), hidden, false_negatives)
+
+
 def iter_negatives(
     similarity: Tensor, hidden: list[ColumnLists], col_valid: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -119,3 +159,38 @@ def _row_reader(matrix: Tensor, height: int) -> Callable[[slice], Tensor]:
         return wide[: part.shape[1]].copy_(tall[: part.numel()].view(part.shape).copy_(part).T)
 
     return read
+
+
+def check_direction(
+    similarity: Tensor,
+    row_pair: Tensor,
+    col_pair: Tensor,
+    col_content: Tensor | None,
+    col_valid: Tensor | None,
+    row_valid: Tensor | None,
+) -> None:
+    """Refuse what is no direction.
+
+    Raises:
+        ValueError: `similarity` is not (R, C) float, or ids and masks have other shapes or dtypes.
+    """
+    if similarity.dim() != 2 or not similarity.is_floating_point():
+        raise ValueError(
+            f"similarity must be a (R, C) float tensor; got shape {tuple(similarity.shape)}, {similarity.dtype}"
+        )
+    rows, cols = similarity.shape
+    for name, value, size, boolean in (
+        ("row_pair", row_pair, rows, False),
+        ("col_pair", col_pair, cols, False),
+        ("col_content", col_content, cols, False),
+        ("col_valid", col_valid, cols, True),
+        ("row_valid", row_valid, rows, True),
+    ):
+        if value is None:
+            continue
+        if value.shape != (size,):
+            raise ValueError(
+                f"{name} must have shape ({size},) for similarity {(rows, cols)}; got {tuple(value.shape)}"
+            )
+        if (value.dtype == torch.bool) != boolean or value.is_floating_point():
+            raise ValueError(f"{name} must be {'bool' if boolean else 'an integer tensor'}; got {value.dtype}")

@@ -29,6 +29,17 @@ def snap_(terms: Tensor, count: int) -> Tensor:
     return terms.add_(magic).sub_(magic)
 
 
+def mean_of_first(values: Tensor, count: Tensor) -> Tensor:
+    """(R,) mean of the first `count` (R,) entries of (R, P) float64; NaN for none.
+
+    They are added in their order: sort rows by value, and the result is independent of the order of the columns.
+    """
+    total = torch.zeros_like(values[:, 0])
+    for place, entries in enumerate(values.unbind(dim=1)):
+        total += entries.masked_fill(place >= count, 0.0)
+    return total / count
+
+
 def similarity_matrix(query: Tensor, target: Tensor) -> Tensor:
     """Cosines of unit vectors, each the same bits wherever its row and column stand, and equal for equal vectors.
 

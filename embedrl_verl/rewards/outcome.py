@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from embedrl_verl.rewards.candidates import NO_CANDIDATE, columns_with_own_content, iter_negatives, own_columns
-from embedrl_verl.rewards.exact import snap_
+from embedrl_verl.rewards.candidates import NO_CANDIDATE, check_direction, find_candidates, iter_negatives
+from embedrl_verl.rewards.exact import mean_of_first, snap_
 
 Accuracy = Literal["share", "all"]
 ACCURACIES = ("share", "all")
@@ -101,7 +101,7 @@ def retrieval(
     accuracy: Accuracy = "share",
 ) -> Retrieval:
     """`outcome_reward` with Hit@1 and the false negatives of every row; same arguments and errors."""
-    _check(similarity, row_pair, col_pair, col_content, col_valid, row_valid)
+    check_direction(similarity, row_pair, col_pair, col_content, col_valid, row_valid)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
     if accuracy not in ACCURACIES:
@@ -112,23 +112,11 @@ def retrieval(
         unknown = similarity.new_full((rows,), torch.nan, dtype=dtype)
         return Retrieval(OutcomeReward(unknown, unknown, unknown), unknown, torch.zeros_like(row_pair))
 
-    row_pair, col_pair = row_pair.to(torch.int64), col_pair.to(torch.int64)
-    columns, listed = own_columns(row_pair, col_pair)
-    valid = torch.ones_like(col_pair, dtype=torch.bool) if col_valid is None else col_valid
-    listed &= valid[columns]
-    hidden = columns_with_own_content(row_pair, col_pair, col_pair if col_content is None else col_content)
-    false_negatives = sum((lists.marked(valid) for lists in hidden), start=-listed.sum(dim=1))
-    positives = similarity.gather(1, columns).double()
-    listed &= ~positives.isnan()
-    if row_valid is not None:
-        listed &= row_valid[:, None]
-        false_negatives = false_negatives * row_valid
-    positives = positives.masked_fill_(~listed, -torch.inf).sort(dim=1, descending=True).values
-    count = listed.sum(dim=1)
-
+    found = find_candidates(similarity, row_pair, col_pair, col_content, col_valid, row_valid)
+    positives, count = found.positives, found.count
     top_negatives = torch.full_like(positives, NO_CANDIDATE)
     hard = torch.empty_like(positives[:, 0])
-    for block, scores, scratch in iter_negatives(similarity, hidden, col_valid):
+    for block, scores, scratch in iter_negatives(similarity, found.hidden, col_valid):
         width = max(1, int(count[block].max()))
         top = scores.topk(width, dim=1).values
         if top[:, 0].isnan().any():  # NaN sorts first: masking it is paid only where there is one
@@ -139,7 +127,7 @@ def retrieval(
 
     share = _share_on_top(positives, count, top_negatives)
     acc = share.floor() if accuracy == "all" else share
-    margin = _mean(positives, count) - hard
+    margin = mean_of_first(positives, count) - hard
     overflow = ((count > 0) & ~margin.isfinite()).nonzero()
     if len(overflow):
         raise ValueError(
@@ -148,7 +136,7 @@ def retrieval(
         )
     hit = (positives[:, 0] > top_negatives[:, 0]).to(dtype).masked_fill_(count == 0, torch.nan)
     reward = OutcomeReward(acc.to(dtype), margin.to(dtype), (acc * margin).to(dtype))
-    return Retrieval(reward, hit, false_negatives)
+    return Retrieval(reward, hit, found.false_negatives)
 
 
 def _share_on_top(positives: Tensor, count: Tensor, top_negatives: Tensor) -> Tensor:
@@ -161,15 +149,6 @@ def _share_on_top(positives: Tensor, count: Tensor, top_negatives: Tensor) -> Te
     rival = (count[:, None] - 1 - place).clamp_(min=0)
     on_top = (positives > top_negatives.gather(1, rival)) & (place < count[:, None])
     return on_top.sum(dim=1) / count.double()
-
-
-def _mean(positives: Tensor, count: Tensor) -> Tensor:
-    """(R,) mean of the first `count` (R,) entries of (R, P), which fall along a row; NaN for none."""
-    total = torch.zeros_like(positives[:, 0])
-    # In falling order, so independent of the order of the columns.
-    for place, scores in enumerate(positives.unbind(dim=1)):
-        total += scores.masked_fill(place >= count, 0.0)
-    return total / count
 
 
 def _soft_maximum(scores: Tensor, peak: Tensor, scratch: Tensor, temperature: float) -> Tensor:
@@ -187,33 +166,3 @@ def _soft_maximum(scores: Tensor, peak: Tensor, scratch: Tensor, temperature: fl
     snap_(weight, scores.shape[1])
     mean = exponent.sum(dim=1) / weight.sum(dim=1)
     return (peak[:, 0] + temperature * mean).masked_fill(peak[:, 0] == NO_CANDIDATE, 0.0)
-
-
-def _check(
-    similarity: Tensor,
-    row_pair: Tensor,
-    col_pair: Tensor,
-    col_content: Tensor | None,
-    col_valid: Tensor | None,
-    row_valid: Tensor | None,
-) -> None:
-    if similarity.dim() != 2 or not similarity.is_floating_point():
-        raise ValueError(
-            f"similarity must be a (R, C) float tensor; got shape {tuple(similarity.shape)}, {similarity.dtype}"
-        )
-    rows, cols = similarity.shape
-    for name, value, size, boolean in (
-        ("row_pair", row_pair, rows, False),
-        ("col_pair", col_pair, cols, False),
-        ("col_content", col_content, cols, False),
-        ("col_valid", col_valid, cols, True),
-        ("row_valid", row_valid, rows, True),
-    ):
-        if value is None:
-            continue
-        if value.shape != (size,):
-            raise ValueError(
-                f"{name} must have shape ({size},) for similarity {(rows, cols)}; got {tuple(value.shape)}"
-            )
-        if (value.dtype == torch.bool) != boolean or value.is_floating_point():
-            raise ValueError(f"{name} must be {'bool' if boolean else 'an integer tensor'}; got {value.dtype}")

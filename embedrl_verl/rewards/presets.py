@@ -44,9 +44,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma", "temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ConfigError(f"reward_kwargs.{name} must be a finite number of at least 0; got {value!r}")
+            check_number(name, getattr(self, name))
         if self.temperature == 0:
             raise ConfigError("reward_kwargs.temperature must be positive; got 0")
         if self.alpha == self.beta == self.gamma == 0:
@@ -65,6 +63,16 @@ class RewardConfig:
         if unknown:
             raise ConfigError(f"reward_kwargs has no key {', '.join(unknown)}; its keys are {', '.join(known)}")
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def check_number(name: str, value: object, least: float = 0) -> None:
+    """Refuse an argument of a reward function that is no finite number of at least `least`.
+
+    Raises:
+        ConfigError: what it says.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+        raise ConfigError(f"reward_kwargs.{name} must be a finite number of at least {least}; got {value!r}")
 
 
 PAPER = RewardConfig()

@@ -2,9 +2,10 @@
 """The agent loop `tcot`: one T-CoT per prompt, and the Embedder's input beside it.
 
 After vLLM has answered, while other rollouts still run, the loop parses the T-CoT, cuts its evidence from the original
-media and encodes what the Embedder will read. That encoding goes to TransferQueue partition `embed` under the row's own
-key, so that pixels never travel through the trainer. A row that cannot be encoded keeps its rollout and says why in
-`extra_fields["embedrl"]["failure"]`; the reward stage masks and counts it.
+media and encodes what the Embedder will read, or has it embedded at once (`embedrl.embedder.backend`). Encoding or
+vector goes to TransferQueue partition `embed` under the row's own key, so that pixels never travel through the trainer.
+A row without it keeps its rollout and says why in `extra_fields["embedrl"]["failure"]`; the reward stage masks and
+counts it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from embedrl_verl.data.lengths import served_prompt_ids
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import Item
 from embedrl_verl.data.settings import DataSettings, resolve_family
-from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
-from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.tcot import Evidence, Family, TCoT, cut_evidence, parse_tcot
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
@@ -41,7 +42,7 @@ class _Settings:
 
     config: Any
     embedrl: EmbedRLConfig
-    processor: EmbedProcessor
+    backend: RowBackend
     family: Family
     media_root: str | None
     max_frames: int
@@ -59,7 +60,11 @@ def _settings(config: Any, processor: Any) -> _Settings:
         known = _SETTINGS[id(config)] = _Settings(
             config=config,
             embedrl=embedrl,
-            processor=processor_for(embedrl.embedder, max_frames=data.max_frames),
+            backend=row_backend(
+                embedrl.embedder,
+                max_frames=data.max_frames,
+                processes=int(config.actor_rollout_ref.rollout.agent.num_workers),
+            ),
             family=resolve_family(data.family, processor),
             media_root=media_root_of(config.data),
             max_frames=data.max_frames,
@@ -114,21 +119,29 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
             sampling_params = {**sampling_params, "seed": request_seed(self._settings.seed, row)}
         output: AgentLoopOutput = await super().run(sampling_params, **row)
         images = (output.multi_modal_data or {}).get("images") or []
-        info, encoded = await self.loop.run_in_executor(
+        info, prepared = await self.loop.run_in_executor(
             None, self._prepare, row, output.response_ids, [image.size for image in images]
         )
-        if encoded is not None:
-            # verl stores a session's single output as {uid}_{session}_{index}, index 0.
-            key = f"{row['uid']}_{row['session_id']}_0"
-            await tq.async_kv_batch_put(
-                keys=[key], partition_id=EMBED_PARTITION, fields=encoded.to_tensordict(), tags=[{}]
-            )
+        if info["failure"] is None:
+            info["failure"] = await self._store(row, prepared)
         output.extra_fields[ROW_INFO] = info
         return output
 
+    async def _store(self, row: dict[str, Any], prepared: Any) -> str | None:
+        """Put what the reward stage needs of the row into the queue; returns why the row has failed, if it has."""
+        try:
+            fields = await self._settings.backend.fields(prepared)
+        except EmbedderError as error:
+            logger.warning("row %s has no embedding: %s", row.get("uid"), error)
+            return str(error)
+        # verl stores a session's single output as {uid}_{session}_{index}, index 0.
+        key = f"{row['uid']}_{row['session_id']}_0"
+        await tq.async_kv_batch_put(keys=[key], partition_id=EMBED_PARTITION, fields=fields, tags=[{}])
+        return None
+
     def _prepare(
         self, row: dict[str, Any], response_ids: list[int], resized: list[tuple[int, int]]
-    ) -> tuple[dict[str, Any], Encoded | None]:
+    ) -> tuple[dict[str, Any], Any]:
         """Parse, cut evidence and encode (in a thread). `resized`: (width, height) of the images the Reasoner saw."""
         settings = self._settings
         item = row_item(row)
@@ -148,12 +161,12 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
             evidence = self._evidence(tcot, loaded, resized)
             info["evidence"] = len(evidence.images)
             info["evidence_problems"] = list(evidence.problems)
-            encoded = settings.processor.encode(EmbedInput(loaded, tcot, evidence.images))
+            prepared = settings.backend.prepare(EmbedInput(loaded, tcot, evidence.images), str(row["embedrl_side"]))
         except (MediaError, EmbedderError) as error:
             logger.warning("row %s has no Embedder input: %s", row.get("uid"), error)
             info["failure"] = str(error)
             return info, None
-        return info, encoded
+        return info, prepared
 
     def _evidence(self, tcot: TCoT, loaded: LoadedItem, resized: list[tuple[int, int]]) -> Evidence:
         limits = self._settings.embedrl.evidence

@@ -18,7 +18,7 @@ import transfer_queue as tq
 from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.rewards import RewardBatch, batch_metrics, fill_with_group_mean
+from embedrl_verl.rewards import Judge, RewardBatch, batch_metrics, fill_with_group_mean
 from embedrl_verl.tcot import TCoT, parse_tcot
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
 
@@ -147,6 +147,7 @@ def score_rows(
     *,
     max_failed_share: float,
     expected_rows: int,
+    judge: Judge | None = None,
 ) -> ScoredRows:
     """Embed the rows, build the RewardBatch and call the reward function once.
 
@@ -156,6 +157,7 @@ def score_rows(
         score_batch: `EmbedderGuidedRewardManager.score_batch`.
         max_failed_share: share of `expected_rows` that may be missing or without embedding.
         expected_rows: rows that a complete batch has; the rest are rollouts that failed.
+        judge: gives the process term, if the reward function asks for it.
 
     Raises:
         EmbedderError: more failures than `max_failed_share`; the message counts them by cause.
@@ -184,6 +186,8 @@ def score_rows(
         required=[row.required for row in rows],
         embeddings=embeddings,
         valid=valid,
+        lengths=torch.tensor([row.response_tokens for row in rows]),
+        judge=judge,
     )
     parts = score_batch(batch)
     metrics = batch_metrics(batch, parts, evidence=torch.tensor([row.evidence for row in rows]))

@@ -19,7 +19,7 @@ RECORD = "embedder.json"
 # Keys that change where and how fast the Embedder runs, not its vectors.
 _FREE = (
     *("strategy", "offload", "max_tokens_per_gpu", "attn_implementation", "nnodes", "n_gpus_per_node"),
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "path", "train"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "path", "train", "backend", "server", "sentence"),
 )
 
 
@@ -39,6 +39,8 @@ def _weights_digest(path: str) -> str | None:
 def _record(config: EmbedderConfig) -> dict[str, object]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     train = config.train
+    if config.backend == "sentence_transformers":  # its own prompts; the other backends give the same vectors
+        settings["prompts"] = [config.sentence.query_prompt, config.sentence.target_prompt]
     if train.enable:
         settings["trained"] = {"average": train.ema_decay > 0, "lora": [train.lora_rank, train.lora_alpha]}
     return {"path": config.path, "weights": _weights_digest(str(config.path)), "settings": settings}

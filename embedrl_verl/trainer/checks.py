@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.trainer.checks_async import async_rules, mini_batches
 
 
 def check_run_config(config: Any) -> None:
@@ -22,7 +23,8 @@ def check_run_config(config: Any) -> None:
     Raises:
         ConfigError: the first rule that does not hold, with the value found and the fix.
     """
-    embedder = load_embedrl_config(config).embedder
+    embedrl = load_embedrl_config(config)
+    embedder = embedrl.embedder
     together = DataSettings.from_config(config.data).pairs_together
     prompts = int(config.data.train_batch_size)
     rollouts = int(config.actor_rollout_ref.rollout.n)
@@ -30,8 +32,10 @@ def check_run_config(config: Any) -> None:
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     ranks = embedder.nnodes * embedder.n_gpus_per_node or devices
     split = embedder.tensor_model_parallel_size * embedder.pipeline_model_parallel_size
-    chosen = prompts * (rollouts if embedder.train.rollouts == "all" else 1)
+    batch = prompts // mini_batches(config)
+    chosen = batch * (rollouts if embedder.train.rollouts == "all" else 1)
     rules = [
+        *async_rules(config),
         (
             not embedder.train.enable or chosen >= ranks // split,
             f"co-training needs a row for each of the Embedder's {ranks // split} data-parallel ranks; "
@@ -68,6 +72,14 @@ def check_run_config(config: Any) -> None:
         (
             config.reward.reward_manager.name == "embedder_guided",
             f"reward.reward_manager.name must be embedder_guided; got {config.reward.reward_manager.name}",
+        ),
+        (
+            not (config.reward.reward_model.enable and embedrl.judge.urls),
+            "the judge's servers are either verl's (reward.reward_model.enable=True) or embedrl.judge.urls; got both",
+        ),
+        (
+            not config.reward.reward_model.enable or bool(config.reward.reward_model.model_path),
+            "reward.reward_model.enable=True starts a judge and needs reward.reward_model.model_path; got null",
         ),
         (
             int(config.reward.num_workers) == 0,
@@ -110,7 +122,10 @@ def check_files(config: Any) -> None:
         for file in files:
             if "://" not in file and not Path(file).expanduser().is_file():
                 raise ConfigError(f"{key}: no such file: {file}")
-    for key in ("actor_rollout_ref.model.path", "embedrl.embedder.path"):
+    models = ["actor_rollout_ref.model.path", "embedrl.embedder.path"]
+    if config.reward.reward_model.enable:
+        models.append("reward.reward_model.model_path")
+    for key in models:
         value = str(OmegaConf.select(config, key))
         looks_like_hub_id = value.count("/") == 1 and not value.startswith((".", "/", "~"))
         if not looks_like_hub_id and "://" not in value and not Path(value).expanduser().is_dir():

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
 from verl.single_controller.ray import RayResourcePool
@@ -38,15 +39,19 @@ from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder.client import EmbedderClient
+from embedrl_verl.embedder.launch import start_streamed_embedder
 from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.embedder.streaming import QueuedVectors
 from embedrl_verl.embedder.worker import build_embedder_worker_group
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
+from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.trainer import checks
 from embedrl_verl.trainer.anchors import AnchorSet
 from embedrl_verl.trainer.batch_reward import ScoredRows, clear_embed_rows, read_rows, score_rows, write_scores
 from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkpoint
+from embedrl_verl.trainer.judging import JudgeStage, has_judge
 from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
 from embedrl_verl.trainer.training_record import (
     sources_of,
@@ -84,9 +89,12 @@ class EGRLMixin(WorkerClassesMixin):
     global_steps: int
     total_training_steps: int
     steps_per_epoch: int
+    parameter_sync_step: int
+    local_trigger_step: int
     resource_pool_manager: Any
     reward_loop_manager: Any
     train_dataset: Any
+    val_dataset: Any
     train_dataloader: Any
 
     def __init__(self, config: Any) -> None:
@@ -107,20 +115,28 @@ class EGRLMixin(WorkerClassesMixin):
     # ------------------------------------------------------------------ set-up
 
     def _setup(self) -> None:
+        streamed = start_streamed_embedder(self.config, self.embedrl.embedder)
         super()._setup()  # type: ignore[misc]
+        self.judge = self._judge_stage() if has_judge(self.config) else None
         self.reward_loop_manager = _BatchRewardOnly(self.reward_loop_manager)
         manager = load_reward_manager(self.config, self.tokenizer)
         assert isinstance(manager, EmbedderGuidedRewardManager), type(manager)
         self.reward_manager = manager
         train = self.embedrl.embedder.train
-        group = build_embedder_worker_group(
-            self.config,
-            self.embedrl.embedder,
-            self._embedder_pool(),
-            total_steps=max(1, self.total_training_steps // train.every),
-        )
-        self.embedder = EmbedderClient(group)
-        self.embedder_training = EmbedderTraining(train, self.embedder, self._anchors()) if train.enable else None
+        self.embedder: EmbedderClient | QueuedVectors
+        self.embedder_training = None
+        if streamed is None:
+            group = build_embedder_worker_group(
+                self.config,
+                self.embedrl.embedder,
+                self._embedder_pool(),
+                total_steps=max(1, self.total_training_steps // train.every) * self.parameter_sync_step,
+            )
+            self.embedder = client = EmbedderClient(group)
+            self.embedder_training = EmbedderTraining(train, client, self._anchors()) if train.enable else None
+            where = f"{group.world_size} device(s)"
+        else:
+            self.embedder, where = streamed.ready([self.train_dataset, self.val_dataset]), streamed.where
         if self.global_steps > 0:
             folder = self._step_folder(self.global_steps)
             check_embedder_record(folder, self.embedrl.embedder)
@@ -129,11 +145,22 @@ class EGRLMixin(WorkerClassesMixin):
             else:
                 refuse_trained_checkpoint(folder)
         logger.warning(
-            "EG-RL: Embedder %s (%s) on %d device(s), reward function %s",
+            "EG-RL: Embedder %s (%s) on %s, reward function %s, judge: %s",
             self.embedrl.embedder.path,
             "co-trained" if train.enable else "frozen",
-            group.world_size,
+            where,
             self.config.reward.custom_reward_function.path,
+            "none" if self.judge is None else ", ".join(self.judge.urls),
+        )
+
+    def _judge_stage(self) -> JudgeStage:
+        model = self.config.reward.reward_model
+        return JudgeStage(
+            self.embedrl.judge,
+            self.reward_loop_manager.reward_model_manager,
+            shares_devices=not model.enable_resource_pool,
+            media_root=media_root_of(self.config.data),
+            max_frames=DataSettings.from_config(self.config.data).max_frames,
         )
 
     def _embedder_pool(self) -> Any:
@@ -170,6 +197,16 @@ class EGRLMixin(WorkerClassesMixin):
         """No per-row reward workers: the reward needs the whole batch."""
         return None
 
+    @property
+    def _prompts_a_batch(self) -> int:
+        """What is rewarded at once: a step's prompts, or one of the mini-batches that verl may make of a step."""
+        return int(self.config.data.train_batch_size) // self.parameter_sync_step
+
+    @property
+    def prompts_a_fetch(self) -> int:
+        """Prompts that are taken from the data loader at once."""
+        return self._prompts_a_batch
+
     def _init_dataloader(self) -> None:
         super()._init_dataloader()  # type: ignore[misc]
         if not isinstance(self.train_dataset, TCoTDataset):
@@ -177,13 +214,13 @@ class EGRLMixin(WorkerClassesMixin):
         batch_size = self.config.data.train_batch_size
         sampler = PairBatchSampler(
             self.train_dataset,
-            batch_size=batch_size,
+            batch_size=self._prompts_a_batch,
             seed=self.config.data.get("seed") or 0,
             pairs_together=DataSettings.from_config(self.config.data).pairs_together,
         )
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
-            batch_size=batch_size,
+            batch_size=self.prompts_a_fetch,
             num_workers=self.config.data["dataloader_num_workers"],
             drop_last=True,
             collate_fn=collate_fn,
@@ -193,7 +230,8 @@ class EGRLMixin(WorkerClassesMixin):
         self.steps_per_epoch = len(sampler) // batch_size
         if self.config.trainer.total_training_steps is None:
             self.total_training_steps = self.steps_per_epoch * self.config.trainer.total_epochs
-            self.config.actor_rollout_ref.actor.optim.total_training_steps = self.total_training_steps
+            updates = self.total_training_steps * self.parameter_sync_step
+            self.config.actor_rollout_ref.actor.optim.total_training_steps = updates
 
     # ------------------------------------------------------------------ the reward stage
 
@@ -203,15 +241,19 @@ class EGRLMixin(WorkerClassesMixin):
         rows = read_rows(batch.keys, batch.partition_id)
         expected = len(rows)
         if training:
-            expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+            expected = self._prompts_a_batch * self.config.actor_rollout_ref.rollout.n
         averaged = self.embedder_training is not None and self.embedder_training.averaged
         scored = score_rows(
             rows,
             partial(self.embedder.embed_rows, averaged=averaged),
-            self.reward_manager.score_batch,
+            self._score_batch,
             max_failed_share=self.embedrl.reward.max_failed_share,
             expected_rows=expected,
+            judge=None if self.judge is None else self.judge.of(rows, batch.partition_id, self.global_steps),
         )
+        if self.judge is not None and self.judge.judgement is not None:
+            scored.metrics.update(self.judge.judgement.metrics())
+            self.judge.judgement = None
         write_scores(scored, batch.partition_id, training=training)
         if metrics is not None:
             metrics.update(scored.metrics)
@@ -228,6 +270,12 @@ class EGRLMixin(WorkerClassesMixin):
         batch.reorder([position[row.key] for row in rows])
         return batch
 
+    def _score_batch(self, batch: RewardBatch) -> dict[str, Tensor]:
+        if self.judge is None:
+            return self.reward_manager.score_batch(batch)
+        with self.judge.awake():
+            return self.reward_manager.score_batch(batch)
+
     def _train_embedder(self, training: EmbedderTraining, scored: ScoredRows) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if training.is_due(self.global_steps):
@@ -238,7 +286,7 @@ class EGRLMixin(WorkerClassesMixin):
         return metrics
 
     def _remember(self, scored: ScoredRows, training: bool) -> None:
-        if training:
+        if training and self.local_trigger_step == 0:
             self._dump_parts = {}
         if self.config.trainer.get("rollout_data_dir") or self.config.trainer.get("validation_data_dir"):
             self._dump_parts.update({row.key: scored.describe(i) for i, row in enumerate(scored.rows)})

@@ -8,18 +8,16 @@ EG-RL trainer's reward stage calls `score_batch` once a step.
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.experimental.reward_loop.reward_manager.registry import register
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards import RewardBatch
+from embedrl_verl.rewards.contract import call_reward_function
 from embedrl_verl.tcot import format_reward, parse_tcot
 
 
@@ -56,34 +54,14 @@ class EmbedderGuidedRewardManager(RewardManagerBase):  # type: ignore[misc]
         score = format_reward(tcot, row.non_tensor_batch.get("embedrl_required"))
         return {"reward_score": score, "reward_extra_info": {"format": score, "well_formed": tcot.is_well_formed}}
 
-    def score_batch(self, batch: RewardBatch) -> dict[str, torch.Tensor]:
+    def score_batch(self, batch: RewardBatch) -> dict[str, Tensor]:
         """Call the user's reward function on the whole batch and check what it returns.
 
         Returns:
             "score" (N,) float32, NaN where unknown, and every other part the function reports, each (N,).
 
         Raises:
-            ConfigError: no "score", a wrong shape, or an infinite score.
+            ConfigError: as `call_reward_function`.
         """
-        parts = self.compute_score(batch)
-        if inspect.isawaitable(parts):
-            parts = asyncio.run(_await(parts))
-        where = f"{self.config.reward.custom_reward_function.path}:{self.config.reward.custom_reward_function.name}"
-        if not isinstance(parts, Mapping) or "score" not in parts:
-            raise ConfigError(f"{where} must return a mapping with the key 'score'; got {type(parts).__name__}")
-        rows = batch.valid.numel()
-        checked: dict[str, torch.Tensor] = {}
-        for name, value in parts.items():
-            tensor = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
-            if tensor.shape != (rows,):
-                raise ConfigError(
-                    f"{where}: part {name!r} must have one value per row, shape ({rows},); got {tuple(tensor.shape)}"
-                )
-            if torch.isinf(tensor).any():
-                raise ConfigError(f"{where}: part {name!r} has an infinite value; use NaN for an unknown row")
-            checked[name] = tensor
-        return checked
-
-
-async def _await(parts: Any) -> Any:
-    return await parts
+        named = self.config.reward.custom_reward_function
+        return call_reward_function(self.compute_score, batch, f"{named.path}:{named.name}")

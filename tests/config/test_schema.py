@@ -29,7 +29,7 @@ def test_the_yaml_defaults_are_the_dataclass_defaults():
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"embedder": {"path": "x"}, "rewards": {}}, ["embedrl", "rewards", "evidence, reward"]),
+        ({"embedder": {"path": "x"}, "rewards": {}}, ["embedrl", "rewards", "evidence, judge, reward"]),
         ({"embedder": {"path": "x", "profil": "auto"}}, ["embedrl.embedder", "profil", "profile"]),
         ({"embedder": {}}, ["embedrl.embedder.path", "EMBEDDER_PATH"]),
         ({"embedder": {"path": "x", "dtype": "fp8"}}, ["dtype", "bfloat16", "fp8"]),
@@ -46,6 +46,9 @@ def test_the_yaml_defaults_are_the_dataclass_defaults():
         ({"embedder": {"path": "x", "train": {"ema_decay": 1.0}}}, ["train.ema_decay", "below 1", "1.0"]),
         ({"embedder": {"path": "x", "train": {"anchor_files": "a"}}}, ["train.anchor_files", "list of str", "a"]),
         ({"embedder": {"path": "x", "train": {"enabled": True}}}, ["embedrl.embedder.train", "enabled", "enable"]),
+        ({"embedder": {"path": "x"}, "judge": {"max_unknown_share": 2}}, ["judge.max_unknown_share", "0 and 1", "2"]),
+        ({"embedder": {"path": "x"}, "judge": {"limit": 0}}, ["judge.limit", "1 or more", "0"]),
+        ({"embedder": {"path": "x"}, "judge": {"urls": "http://a"}}, ["judge.urls", "list of str", "http://a"]),
         ({"embedder": {"path": "x"}, "evidence": 3}, ["embedrl.evidence", "section", "3"]),
         ({}, ["embedrl.embedder", "missing"]),
     ],

@@ -8,7 +8,9 @@ import json
 import pytest
 import torch
 
+from embedrl_verl.tiny.judge import JudgeTraining, TinyJudge
 from tests.e2e import harness
+from tests.e2e.judge_faults import FaultyJudge
 from tests.e2e.rescore import rescore
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -124,18 +126,56 @@ def test_a_run_resumes_where_it_stopped_with_the_same_rollouts_and_rewards(one_r
     assert set(resumed.metrics) == set(before)  # the first part of the log is kept
 
 
-def test_the_embedder_is_co_trained_on_devices_of_its_own_with_an_average_for_the_rewards(inputs, tmp_path):
+@pytest.fixture(scope="module")
+def judged(inputs, tmp_path_factory):
+    """5 steps with the paper's reward, a judge that meets every fault, and a co-trained Embedder on its own device."""
+    folder = tmp_path_factory.mktemp("judged")
     train = {"enable": True, "lr": 1e-3, "warmup_steps": 1, "ema_decay": 0.5, "max_anchor_drop": 1.0, "anchor_pairs": 8}
     extra = [f"embedrl.embedder.train.{name}={value}" for name, value in train.items()]
     extra += ["embedrl.embedder.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2", "trainer.save_freq=2"]
-    run = harness.run(inputs, tmp_path, extra, steps=2)
+    extra += ["reward.custom_reward_function.path=reward/paper.py", "trainer.val_before_train=False"]
+    limits = {"limit": 4, "timeout_s": 1.5, "retries": 1, "backoff_s": 0.1, "deadline_s": 6, "max_unknown_share": 1.0}
+    extra += [f"embedrl.judge.{name}={value}" for name, value in limits.items()]
+    judge = FaultyJudge(folder / "judge", folder / "metrics.jsonl")
+    try:
+        run = harness.run(inputs, folder, [*extra, f"embedrl.judge.urls=[{judge.url}]"], steps=5)
+    finally:
+        judge.close()
     assert run.code == 0, run.output[-6000:]
+    assert judge.happened == ["killed", "stopped", "garbage", "well"]
+    return run
+
+
+def test_what_a_judge_fails_to_say_is_unknown_and_training_goes_on(judged):
+    """Killed in step 2, hanging in step 3, garbage in step 4: its answers count, the others are no misses."""
+    rates = [judged.metrics[step]["judge/unknown_rate"] for step in range(1, 6)]
+    assert rates[0] == rates[4] == 0 and rates[3] == 1
+    assert 0 < rates[1] < 1 and 0 < rates[2] < 1
+    for step, rate in enumerate(rates, start=1):
+        rows = judged.dump("rollouts", step)
+        assert len(rows) == ROWS
+        process = [row["reward"]["process"] for row in rows]
+        assert process.count(None) == round(rate * ROWS)
+        assert all(row["reward"]["score"] is not None for row in rows), "the other terms are still paid"
+        assert judged.metrics[step]["embedrl/unknown/process"] == process.count(None)
+
+
+def test_a_judge_that_always_names_the_first_hits_as_a_blind_one(judged):
+    metrics = judged.metrics[1]
+    assert metrics["judge/picked_at/1"] == 1
+    # 8 lists of 4 own and 3 other candidates, one a prompt: the rate of one step, within 4 standard deviations.
+    assert metrics["judge/blind_rate/mean"] == pytest.approx(4 / 7)
+    assert abs(metrics["judge/hit_rate/mean"] - 4 / 7) < 4 * (4 / 7 * 3 / 7 / 8) ** 0.5
+
+
+def test_the_embedder_is_co_trained_on_devices_of_its_own_with_an_average_for_the_rewards(inputs, judged):
+    run = judged
     for step in (1, 2):
         metrics = run.metrics[step]
         assert metrics["embedder/updates"] == step and metrics["embedder/active"] == 1
         assert metrics["embedder/rows"] == 8 and metrics["embedder/grad_norm"] > 0.1
         assert 0 <= metrics["embedder/anchor_hit@1"] <= 1
-    folder = tmp_path / "checkpoints" / "global_step_2"
+    folder = run.folder / "checkpoints" / "global_step_2"
     assert json.loads((folder / "cotraining.json").read_text())["updates"] == 2
     saved = torch.load(folder / "embedder" / "model_world_size_1_rank_0.pt", weights_only=False)
     average = torch.load(folder / "embedder" / "average_world_size_1_rank_0.pt", weights_only=True)
@@ -150,8 +190,8 @@ def test_the_embedder_is_co_trained_on_devices_of_its_own_with_an_average_for_th
     assert 0 < closest < moved, "the average lies between the beginning and the weights"
 
 
-def test_stock_main_ppo_runs_the_mode_because_the_plugin_is_installed(inputs, tmp_path):
-    """The same configuration through verl's own entry point."""
+def test_stock_main_ppo_runs_the_mode_with_a_judge_that_verl_serves(inputs, tmp_path):
+    """The same configuration through verl's own entry point; the judge is a vLLM of verl's reward-model manager."""
     import os
     import subprocess
     import sys
@@ -162,9 +202,16 @@ def test_stock_main_ppo_runs_the_mode_because_the_plugin_is_installed(inputs, tm
     config = Path(embedrl_verl.config.__file__).parent
     command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-dir={config}", "--config-name=egrl_trainer"]
     environment = {**os.environ, **harness.ENV, "VERL_FILE_LOGGER_PATH": str(tmp_path / "metrics.jsonl")}
+    TinyJudge(JudgeTraining(layers=1)).save(tmp_path / "judge")
     arguments = [*harness.overrides(inputs, tmp_path, steps=1), "trainer.val_before_train=False"]
+    arguments += ["reward.custom_reward_function.path=reward/paper.py", "embedrl.judge.style=compact"]
+    arguments += ["reward.reward_model.enable=True", f"reward.reward_model.model_path={tmp_path / 'judge'}"]
+    arguments += ["reward.reward_model.rollout.prompt_length=496", "reward.reward_model.rollout.max_model_len=512"]
     process = subprocess.run([*command, *arguments], env=environment, text=True, capture_output=True, timeout=900)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     assert "embedrl-verl" in process.stdout + process.stderr
     assert "is loaded in verl" in process.stdout + process.stderr
-    assert harness.Run(tmp_path, "", 0).metrics[1]["embedrl/rows"] == ROWS
+    metrics = harness.Run(tmp_path, "", 0).metrics[1]
+    assert metrics["embedrl/rows"] == metrics["judge/requests"] == ROWS
+    assert metrics["judge/unknown_rate"] == 0, "constrained decoding: also an untrained judge names a candidate"
+    assert 0 <= metrics["judge/hit_rate/mean"] <= 1

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards import RewardBatch, outcome_reward
 from embedrl_verl.tcot import format_reward, parse_tcot
 
@@ -177,3 +178,30 @@ def test_wrong_input_is_refused(make_batch, change, message):
 def test_an_unknown_side_is_refused(make_batch):
     with pytest.raises(ValueError, match="query or target; got 'both'"):
         make_batch().direction("both")
+
+
+def test_the_raw_direction_knows_what_has_a_raw_embedding(make_batch):
+    """Whatever became of the row's T-CoT: a row is ranked by its raw input alone."""
+    raw = _embeddings(40, seed=5)
+    raw[3] = NAN
+    valid = torch.arange(40) != 7
+    batch = make_batch(5, 4, embeddings=_embeddings(40), valid=valid, raw_embeddings=raw)
+    assert batch.raw_valid().tolist() == [i != 3 for i in range(40)]
+    for side in ("query", "target"):
+        way, plain = batch.direction(side, raw=True), batch.direction(side)
+        assert way.row_valid.equal(way.rows != 3) and way.col_valid.equal(way.cols != 3)
+        wanted = (raw[way.rows].double() @ raw[way.cols].double().T).float()
+        torch.testing.assert_close(way.similarity, wanted, rtol=0, atol=1e-7, equal_nan=True)
+        assert way.row_pair.equal(plain.row_pair) and way.col_content.equal(plain.col_content)
+    assert batch.ranks(raw=True).rank.isnan().nonzero().tolist() == [[3]]
+    assert batch.ranks().rank.isnan().nonzero().tolist() == [[7]]
+    both = batch.ranks(raw=True, among=valid).rank
+    assert both.isnan().nonzero().flatten().tolist() == [3, 7]
+    part = _build(batch, valid.nonzero()[:, 0], _embeddings(40), raw_embeddings=raw[valid])
+    assert both[valid].nan_to_num(9).equal(part.ranks(raw=True).rank.nan_to_num(9))
+
+
+def test_without_raw_embeddings_the_raw_direction_says_what_to_set(make_batch):
+    for call in (lambda b: b.direction("query", raw=True), lambda b: b.ranks(raw=True), lambda b: b.raw_valid()):
+        with pytest.raises(ConfigError, match="set embedrl.reward.raw_embeddings=True"):
+            call(make_batch())

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process reward (method section 4): an instruct model on OpenAI-style servers picks a row's partner from a list.
+
+All requests of a step run at the same time, under the pool's limit, and end at one deadline. A row whose request failed
+or whose answer names no listed number is unknown: it is counted by cause and never scored as a miss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from embedrl_verl.errors import EmbedRLError
+from embedrl_verl.judge.answer import parse_choice
+from embedrl_verl.judge.candidates import JudgeList, judge_lists
+from embedrl_verl.judge.judgement import Judgement
+from embedrl_verl.judge.prompt import JudgePrompt, judge_prompt
+from embedrl_verl.judge.settings import JudgeSettings
+from embedrl_verl.rewards.batch import RewardBatch
+from embedrl_verl.serving import ServerError, ServerPool
+
+_CHAT = "/v1/chat/completions"
+NO_NUMBER = "names no listed number"
+MALFORMED = "malformed response"
+
+
+class ListwiseJudge:
+    """A judge behind a pool of servers. `judge` may be called under one event loop after another.
+
+    Args:
+        pool: the judge's servers; all serve the same model.
+        settings: lists, prompt and limits.
+    """
+
+    def __init__(self, pool: ServerPool, settings: JudgeSettings | None = None) -> None:
+        self.pool = pool
+        self.settings = settings or JudgeSettings()
+        self._model = self.settings.model
+        self._is_vllm: bool | None = None
+
+    async def judge(
+        self,
+        batch: RewardBatch,
+        *,
+        step: int,
+        identity: Sequence[str] | None = None,
+        images: Callable[[int], Sequence[str] | None] | None = None,
+        instructions: Sequence[str | None] | None = None,
+    ) -> Judgement:
+        """Judge all rows of a step.
+
+        Args:
+            batch: N rows.
+            step, identity: see `judge_lists`.
+            images: data: URLs of a row's input, or None; asked once a list, in a thread, if the settings show images.
+            instructions: of each row's input.
+
+        Raises:
+            EmbedRLError: more rows than `max_unknown_share` are unknown (the message counts them by cause), or the
+                server refuses constrained decoding.
+            ValueError: `instructions` or `identity` do not fit the batch.
+        """
+        start = time.monotonic()
+        deadline = start + self.settings.deadline_s
+        if instructions is not None and len(instructions) != len(batch):
+            raise ValueError(f"instructions must have one entry for each of {len(batch)} rows; got {len(instructions)}")
+        lists = await asyncio.to_thread(
+            judge_lists,
+            batch,
+            seed=self.settings.seed,
+            step=step,
+            hard_pairs=self.settings.hard_pairs,
+            shared=self.settings.shared_lists,
+            identity=identity,
+        )
+        before = self.pool.stats()
+        answers: dict[int, int | str] = {}
+        if lists:
+            async with self.pool:
+                try:
+                    await self._meet(deadline)
+                except ServerError as error:
+                    answers = {row: error.cause for listed in lists for row in listed.rows}
+                else:
+                    answers = await self._ask_all(batch, lists, images, instructions, deadline)
+        after = self.pool.stats()
+        return self._collect(
+            batch,
+            lists,
+            answers,
+            requests=after.requests - before.requests,
+            retries=after.retries - before.retries,
+            seconds=time.monotonic() - start,
+        )
+
+    async def _meet(self, deadline: float) -> None:
+        """Ask once which model is served, and by which software."""
+        if self._model is None:
+            answer = await self.pool.get("/v1/models", deadline=deadline)
+            try:
+                self._model = str(answer["data"][0]["id"])
+            except (TypeError, KeyError, IndexError) as error:
+                raise EmbedRLError(
+                    f"GET /v1/models of {', '.join(self.pool.urls)} must list a model; got {str(answer)[:200]}. "
+                    "Name it in embedrl.judge.model"
+                ) from error
+        if self._is_vllm is None and self.settings.constrained:
+            try:
+                answer = await self.pool.get("/version", deadline=deadline)
+                self._is_vllm = isinstance(answer, dict) and "version" in answer
+            except ServerError as error:
+                if error.status is None:
+                    raise
+                self._is_vllm = False
+
+    async def _ask_all(
+        self,
+        batch: RewardBatch,
+        lists: Sequence[JudgeList],
+        images: Callable[[int], Sequence[str] | None] | None,
+        instructions: Sequence[str | None] | None,
+        deadline: float,
+    ) -> dict[int, int | str]:
+        """For every listed row the number picked, or the cause of having none."""
+        tasks: dict[int, asyncio.Task[int | str]] = {}
+        try:
+            for listed in lists:
+                row = listed.rows[0]
+                shown = await asyncio.to_thread(images, row) if images is not None and self.settings.images else None
+                prompt = judge_prompt(
+                    [batch.tcots[candidate] for candidate in listed.candidates],
+                    side=listed.side,
+                    style=self.settings.style,
+                    instruction=instructions[row] if instructions is not None else None,
+                    images=shown or (),
+                )
+                for row in listed.rows:
+                    request = self._ask(prompt, batch, row, len(listed), deadline)
+                    tasks[row] = asyncio.get_running_loop().create_task(request)
+                await asyncio.sleep(
+                    0
+                )  # a list at a time: the loop stays free, and requests leave while others are built
+            await asyncio.gather(*tasks.values())
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks.values())
+        return {row: task.result() for row, task in tasks.items()}
+
+    async def _ask(self, prompt: JudgePrompt, batch: RewardBatch, row: int, n: int, deadline: float) -> int | str:
+        payload = {
+            "model": self._model,
+            "messages": prompt.messages(batch.tcots[row]),
+            "max_tokens": self.settings.max_tokens,
+            "temperature": self.settings.temperature,
+            **self.settings.extra_body,
+        }
+        try:
+            if self.settings.constrained and self._is_vllm:
+                answer = await self._constrained(payload, n, deadline)
+            else:
+                answer = await self.pool.post(_CHAT, payload, deadline=deadline)
+        except ServerError as error:
+            return error.cause
+        try:
+            text = answer["choices"][0]["message"]["content"]
+        except (TypeError, KeyError, IndexError):
+            return MALFORMED
+        return parse_choice(text if isinstance(text, str) else "", n) or NO_NUMBER
+
+    async def _constrained(self, payload: dict[str, Any], n: int, deadline: float) -> Any:
+        choices = {"structured_outputs": {"choice": [str(number) for number in range(1, n + 1)]}}
+        try:
+            return await self.pool.post(_CHAT, payload | choices, deadline=deadline)
+        except ServerError as error:
+            if error.status != 400:
+                raise
+            # Is it the constraint that the server refuses, or the request (such as a prompt that is too long)?
+            await self.pool.post(_CHAT, payload, deadline=deadline)
+            raise EmbedRLError(
+                "the judge's server refuses constrained decoding (field structured_outputs) and answers without it; "
+                f"set embedrl.judge.constrained=False. It said: {error}"
+            ) from error
+
+    def _collect(
+        self,
+        batch: RewardBatch,
+        lists: Sequence[JudgeList],
+        answers: dict[int, int | str],
+        *,
+        requests: int,
+        retries: int,
+        seconds: float,
+    ) -> Judgement:
+        scores = torch.full((len(batch),), torch.nan)
+        picks = torch.zeros(len(batch), dtype=torch.int64)
+        own_positions: list[tuple[int, ...]] = [()] * len(batch)
+        causes: Counter[str] = Counter()
+        for listed in lists:
+            own = tuple(number for number, is_own in enumerate(listed.own, start=1) if is_own)
+            for row in listed.rows:
+                own_positions[row] = own
+                answer = answers[row]
+                if isinstance(answer, str):
+                    causes[answer] += 1
+                else:
+                    picks[row] = answer
+                    scores[row] = float(listed.own[answer - 1])
+        unknown, allowed = causes.total(), self.settings.max_unknown_share
+        if unknown > allowed * len(answers):
+            counted = "; ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+            raise EmbedRLError(
+                f"the judge left {unknown} of {len(answers)} rows unknown, more than embedrl.judge.max_unknown_share="
+                f"{allowed}. Causes: {counted}. Servers: {', '.join(self.pool.urls)}"
+            )
+        return Judgement(
+            scores=scores,
+            picks=picks,
+            side=batch.side,
+            own_positions=tuple(own_positions),
+            lists=tuple(lists),
+            causes=causes,
+            requests=requests,
+            retries=retries,
+            seconds=seconds,
+        )

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step's rewards in one file, complete enough to compute them again, or others, without any model.
+
+`<step>.rewards.safetensors` (one more number, `<step>.<part>.rewards.safetensors`, where a step is rewarded in parts)
+lies beside verl's `<step>.jsonl` in `trainer.rollout_data_dir`. It holds the similarities in float32 as they were, the
+reward function's results, and the texts. Tensors and JSON only: nothing in it can run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from embedrl_verl.errors import DataError, EmbedRLError
+from embedrl_verl.rewards.batch import Judge, RewardBatch
+from embedrl_verl.tcot import TCoT, parse_tcot
+
+FORMAT = "embedrl-reward-dump"
+VERSION = "1"
+_NAME = re.compile(r"(\d+)(?:\.(\d+))?\.rewards\.safetensors")
+_ALWAYS = ("side", "pair", "rollout", "valid", "content", "similarity", "query_rows", "target_rows")
+_MAYBE = ("lengths", "raw_similarity")
+_PART = "part:"
+_ROW_KEYS = ("pair_id", "data_source", "text", "num_images", "num_frames")
+
+
+def dump_name(step: int, part: int | None = None) -> str:
+    """File name of a step's dump, or of one of its parts."""
+    return f"{step}.rewards.safetensors" if part is None else f"{step}.{part}.rewards.safetensors"
+
+
+@dataclass(frozen=True)
+class RewardDump:
+    """What a dump holds.
+
+    parts: the reward function's results, (N,) float32 each, with "score".
+    rows: N mappings with `pair_id`, `data_source`, `text` (the T-CoT), `num_images`, `num_frames`.
+    function: what the run called its reward function, "" if it did not say.
+    """
+
+    path: Path
+    parts: dict[str, Tensor]
+    rows: list[dict[str, Any]]
+    function: str
+    _batch: RewardBatch
+
+    def batch(self) -> RewardBatch:
+        """The step's batch, bit for bit. It has a judge if the run's reward had the part "process": one that gives the
+        same answers again.
+        """
+        return self._batch
+
+
+def write_reward_dump(
+    path: str | Path,
+    batch: RewardBatch,
+    parts: Mapping[str, Tensor],
+    *,
+    rows: Sequence[Mapping[str, Any]],
+    function: str = "",
+) -> None:
+    """Write a dump; the file is there whole or not at all.
+
+    Args:
+        path: file to write, named by `dump_name`; its folder is made if missing.
+        batch: N rows.
+        parts: what the reward function returned for it, (N,) float32 each, with "score".
+        rows: for each row of the batch `pair_id`, `data_source`, `text`, and `num_images`, `num_frames` (0 or None: the
+            input has none); other JSON values may stand beside them.
+        function: how the run names its reward function.
+
+    Raises:
+        ValueError: rows or parts are not those of the batch.
+        EmbedRLError: the file cannot be written.
+    """
+    path = Path(path)
+    if len(rows) != len(batch):
+        raise ValueError(f"rows must have one entry for each of {len(batch)} rows; got {len(rows)}")
+    for index, (row, tcot) in enumerate(zip(rows, batch.tcots, strict=True)):
+        if _parsed(row) != tcot:
+            raise ValueError(
+                f"row {index}: text, num_images and num_frames must give the batch's T-CoT; they give another one"
+            )
+    for name, value in parts.items():
+        if value.shape != (len(batch),) or value.dtype != torch.float32:
+            raise ValueError(f"part {name!r} must be ({len(batch)},) float32; got {tuple(value.shape)} {value.dtype}")
+    if "score" not in parts:
+        raise ValueError(f"parts must have 'score'; got {', '.join(parts)}")
+    tensors = {name: getattr(batch, name) for name in (*_ALWAYS, *_MAYBE) if getattr(batch, name) is not None}
+    tensors |= {_PART + name: value for name, value in parts.items()}
+    text = json.dumps({"rows": [dict(row) for row in rows], "required": list(batch.required), "function": function})
+    tensors["json"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    # Clones: the format refuses tensors that share memory, and a function may return one tensor under two names.
+    content = save(
+        {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()},
+        metadata={"format": FORMAT, "version": VERSION},
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise EmbedRLError(f"{path}: the reward dump cannot be written ({error})") from error
+
+
+def read_reward_dump(path: str | Path) -> RewardDump:
+    """Read a dump.
+
+    Raises:
+        DataError: the file is missing, damaged, of another kind or of another version; the message names it.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_kind(path, file.metadata() or {})
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        told = json.loads(tensors.pop("json").numpy().tobytes())
+        rows, required, function = told["rows"], told["required"], told["function"]
+        parts = {name.removeprefix(_PART): tensors.pop(name) for name in list(tensors) if name.startswith(_PART)}
+        batch = RewardBatch(
+            **{name: tensors[name] for name in _ALWAYS},
+            lengths=tensors.get("lengths"),
+            raw_similarity=tensors.get("raw_similarity"),
+            tcots=tuple(_parsed(row) for row in rows),
+            required=tuple(required),
+            judge=_again(parts["process"]) if "process" in parts else None,
+        )
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: not a readable reward dump ({error})") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: a damaged reward dump ({type(error).__name__}: {error})") from error
+    _check_parts(path, batch, parts)
+    return RewardDump(path, parts, rows, function, batch)
+
+
+def find_dumps(run: str | Path) -> list[tuple[str, Path]]:
+    """The dumps of a run, by step: ("12", file), or ("12.0", file) for a part of a step.
+
+    Args:
+        run: one dump file, the folder with them, or the folder of the run (`rollouts` in it, or one folder below).
+
+    Raises:
+        DataError: there are none, or several folders have some.
+    """
+    run = Path(run)
+    if run.is_file():
+        named = _NAME.fullmatch(run.name)
+        return [(_step_of(named) if named else run.name, run)]
+    folders = [run, run / "rollouts", *sorted(run.glob("*/rollouts"))]
+    found = {folder: names for folder in folders if (names := _dumps_in(folder))}
+    if len(found) != 1:
+        several = f"dumps of several runs ({', '.join(map(str, found))}); name one of them"
+        none = "no reward dump (*.rewards.safetensors); runs with trainer.rollout_data_dir write one a step"
+        raise DataError(f"{run} has {several if found else none}" if run.is_dir() else f"there is no {run}")
+    return next(iter(found.values()))
+
+
+def _dumps_in(folder: Path) -> list[tuple[str, Path]]:
+    if not folder.is_dir():
+        return []
+    named = [(found, path) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name))]
+    named.sort(key=lambda entry: (int(entry[0][1]), int(entry[0][2] or 0)))
+    return [(_step_of(found), path) for found, path in named]
+
+
+def _step_of(named: re.Match[str]) -> str:
+    return named[1] if named[2] is None else f"{named[1]}.{named[2]}"
+
+
+def _parsed(row: Mapping[str, Any]) -> TCoT:
+    missing = [key for key in _ROW_KEYS if key not in row]
+    if missing:
+        raise ValueError(f"a row must have {', '.join(_ROW_KEYS)}; {', '.join(missing)} is missing")
+    return parse_tcot(row["text"], num_frames=row["num_frames"] or None, num_images=row["num_images"] or None)
+
+
+def _again(process: Tensor) -> Judge:
+    async def judge(batch: RewardBatch) -> Tensor:
+        return process
+
+    return judge
+
+
+def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise DataError(f"{path}: not a reward dump; its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    if metadata.get("version") != VERSION:
+        raise DataError(
+            f"{path}: a reward dump of version {metadata.get('version')}; this embedrl reads version {VERSION}. "
+            "Use the embedrl that wrote it"
+        )
+
+
+def _check_parts(path: Path, batch: RewardBatch, parts: Mapping[str, Tensor]) -> None:
+    wrong = [name for name, value in parts.items() if value.shape != (len(batch),) or value.dtype != torch.float32]
+    order = torch.cat((batch.query_rows, batch.target_rows)).sort().values
+    if "score" not in parts or wrong or not order.equal(torch.arange(len(batch))):
+        raise DataError(
+            f"{path}: a damaged reward dump (its parts must be ({len(batch)},) float32 with 'score', and its rows "
+            "query or target rows)"
+        )

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""R = alpha F + mean over p of (1 - softrank_p / n): smooth places, without ties; alpha 0.05.
+
+softrank_p = sum over the row's n negatives j of sigmoid((S_ij - S_ip) / temperature), over the positives p of row i:
+how many negatives are ahead of p, those close to it counting in part. `outcome` gives every row below the top the
+accuracy 0; here each negative that falls behind is worth the same.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from embedrl_verl.rewards.batch import RewardBatch
+from embedrl_verl.rewards.presets import RewardConfig, check_number, row_scores
+
+
+def compute_score(batch: RewardBatch, *, alpha: float = 0.05, temperature: float = 0.05) -> Mapping[str, Tensor]:
+    """Format, and the share of the negatives that the own pair leaves behind.
+
+    Args:
+        alpha: weight of the format.
+        temperature: in cosines, at least 0.005; the smaller, the closer to hard ranks.
+
+    Returns:
+        (N,) float32 each, NaN = unknown: "score", "format", "soft_rank" (the share, in [0, 1]) and "rank" (mean of 1 +
+        softrank). Without a valid positive, or without any negative, both ranks are unknown and the format is left:
+        with nothing to be ranked against, a place says nothing. False negatives and columns without embedding are no
+        negatives.
+
+    Raises:
+        ConfigError: bad arguments.
+    """
+    check_number("temperature", temperature, 0.005)
+    config = RewardConfig(alpha=alpha, beta=0.0, gamma=1.0)
+    form, ranks = batch.format(), batch.ranks(temperature=temperature)
+    score = row_scores(batch, config, form, None, ranks.beaten)
+    return {"score": score, "format": form, "soft_rank": ranks.beaten, "rank": ranks.rank}

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What another reward function would change in a run: its scores beside those of a dump, and what GRPO makes of them.
+
+`score_dump` computes one dump again, `summarise` compares over any number of them, `largest_changes` names rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedrl_verl.rewards.advantages import grpo_advantages
+from embedrl_verl.rewards.batch import SIDES
+from embedrl_verl.rewards.contract import call_reward_function
+from embedrl_verl.rewards.dump import RewardDump
+
+_BOTH = ("old", "new")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One function's result for N rows: scores (N,) float32 and GRPO's advantages (N,) float64, NaN = unknown."""
+
+    score: Tensor
+    advantage: Tensor
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row whose training would change; `score` and `advantage` are (old, new)."""
+
+    step: str
+    pair_id: str
+    data_source: str
+    side: str
+    rollout: int
+    score: tuple[float, float]
+    advantage: tuple[float, float]
+    text: str
+
+
+@dataclass(frozen=True)
+class ScoredStep:
+    """A trial on one dump. `side`, `group`: (N,) int64, rows of one prompt share a group. `parts`: what the function
+    returned. `changes`: the rows whose advantage changes most, largest first.
+    """
+
+    step: str
+    side: Tensor
+    group: Tensor
+    old: Scores
+    new: Scores
+    parts: dict[str, Tensor]
+    changes: list[Change]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers over the rows of one or several steps; old is the dump's, new the tried function's. None: no such number
+    (no known row, or nothing varies).
+
+    mean: of the scores by side ("query", "target", "mean"), (old, new).
+    unknown: rows without score. identical: every score is the same, bit for bit.
+    correlation, advantage_correlation: of old and new, over rows known in both (Pearson).
+    sign_flips: share of the rows known in both whose advantage has the opposite sign.
+    no_signal: share of the groups whose rows all have advantage 0 or unknown.
+    parts: mean of every part of the tried function.
+    """
+
+    step: str
+    rows: int
+    groups: int
+    mean: dict[str, tuple[float | None, float | None]]
+    unknown: tuple[int, int]
+    identical: bool
+    correlation: float | None
+    advantage_correlation: float | None
+    sign_flips: float | None
+    no_signal: tuple[float, float]
+    parts: dict[str, float | None] = field(default_factory=dict)
+
+
+def score_dump(
+    function: Callable[..., Any], where: str, dump: RewardDump, *, step: str = "", limit: int = 5
+) -> ScoredStep:
+    """Call a reward function (named `where`) on a dump; up to `limit` rows are told one by one.
+
+    Raises:
+        ConfigError: as `call_reward_function`, or the function's own.
+    """
+    batch = dump.batch()
+    parts = call_reward_function(function, batch, where)
+    group = batch.groups()
+    old, new = (Scores(score, grpo_advantages(score, group)) for score in (dump.parts["score"], parts["score"]))
+    changed = (new.advantage - old.advantage).abs().nan_to_num(nan=0.0)
+    order = changed.argsort(descending=True, stable=True)[: min(limit, int((changed > 0).sum()))]
+    changes = [
+        Change(
+            step=step,
+            pair_id=str(dump.rows[row]["pair_id"]),
+            data_source=str(dump.rows[row]["data_source"]),
+            side=SIDES[int(batch.side[row])],
+            rollout=int(batch.rollout[row]),
+            score=(float(old.score[row]), float(new.score[row])),
+            advantage=(float(old.advantage[row]), float(new.advantage[row])),
+            text=dump.rows[row]["text"],
+        )
+        for row in order.tolist()
+    ]
+    return ScoredStep(step, batch.side, group, old, new, parts, changes)
+
+
+def summarise(scored: Sequence[ScoredStep], step: str) -> Summary:
+    """Compare old and new over all rows of `scored`, which is not empty; `step` names them."""
+    side = torch.cat([one.side for one in scored])
+    old, new = torch.cat([one.old.score for one in scored]), torch.cat([one.new.score for one in scored])
+    before, after = (torch.cat([getattr(one, which).advantage for one in scored]) for which in _BOTH)
+    selections: dict[str, Tensor] = {name: side == number for number, name in enumerate(SIDES)}
+    selections["mean"] = torch.ones_like(side, dtype=torch.bool)
+    both = ~before.isnan() & ~after.isnan()
+    groups = sum(_distinct(one.group) for one in scored)
+    flat = [sum(_groups_without_signal(getattr(one, which).advantage, one.group) for one in scored) for which in _BOTH]
+    names = [name for name in scored[0].parts if name != "score" and all(name in one.parts for one in scored)]
+    return Summary(
+        step=step,
+        rows=len(side),
+        groups=groups,
+        mean={name: (_mean(old[rows]), _mean(new[rows])) for name, rows in selections.items()},
+        unknown=(int(old.isnan().sum()), int(new.isnan().sum())),
+        identical=_same_bits(old, new),
+        correlation=_correlation(old[both], new[both]),
+        advantage_correlation=_correlation(before[both], after[both]),
+        sign_flips=_mean((before[both] * after[both] < 0).double()),
+        no_signal=(flat[0] / groups, flat[1] / groups),
+        parts={name: _mean(torch.cat([one.parts[name] for one in scored])) for name in names},
+    )
+
+
+def largest_changes(scored: Iterable[ScoredStep], limit: int) -> list[Change]:
+    """The `limit` rows of all steps whose advantage changes most; rows that are unknown in either are left out."""
+    changes = [change for one in scored for change in one.changes]
+    return sorted(changes, key=lambda change: -abs(change.advantage[1] - change.advantage[0]))[:limit]
+
+
+def _groups_without_signal(advantage: Tensor, group: Tensor) -> int:
+    moved = group[advantage.nan_to_num(nan=0.0) != 0]
+    return _distinct(group) - _distinct(moved)
+
+
+def _distinct(values: Tensor) -> int:
+    found: Tensor = torch.unique(values)
+    return len(found)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
+
+
+def _mean(values: Tensor) -> float | None:
+    known = values[~values.isnan()].double()
+    return float(known.mean()) if len(known) else None
+
+
+def _correlation(a: Tensor, b: Tensor) -> float | None:
+    """Pearson's; None for fewer than two rows or where one does not vary."""
+    if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
+        return None
+    left, right = (values.double() - values.double().mean() for values in (a, b))
+    return float((left @ right) / (left.norm() * right.norm()).clamp(min=torch.finfo(torch.float64).tiny))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge in the trainer: which servers it has, when they are awake, and what it is shown of a batch.
+
+Servers are verl's own (`reward.reward_model.enable`: on the actor's devices, where they sleep outside the reward stage,
+or on their own), or those of `embedrl.judge.urls`. verl's servers are asked directly, not through its router, which has
+limits and retries of its own and hides why a request failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import transfer_queue as tq
+
+from embedrl_verl.config.schema import JudgeConfig
+from embedrl_verl.data.dataset import row_item
+from embedrl_verl.data.media import load_item
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.judge import Judgement, JudgeSettings, ListwiseJudge, image_urls
+from embedrl_verl.rewards import Judge, RewardBatch
+from embedrl_verl.serving import PoolSettings, ServerPool
+from embedrl_verl.trainer.batch_reward import Row, tu_list
+
+ITEM = "embedrl_item"
+
+
+def has_judge(config: Any) -> bool:
+    """Whether a run configuration names a judge."""
+    return bool(config.reward.reward_model.enable or config.embedrl.judge.urls)
+
+
+def judge_settings(config: JudgeConfig) -> JudgeSettings:
+    """What `ListwiseJudge` takes of the section `embedrl.judge`."""
+    return JudgeSettings(
+        model=config.model,
+        hard_pairs=config.hard_pairs,
+        shared_lists=config.shared_lists,
+        style=config.style,
+        constrained=config.constrained,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        deadline_s=config.deadline_s,
+        seed=config.seed,
+        images=config.images,
+        max_unknown_share=config.max_unknown_share,
+    )
+
+
+class JudgeStage:
+    """The judge of a run. `judgement` is what it said of the last batch it was asked about.
+
+    Args:
+        config: the section `embedrl.judge`.
+        servers: verl's reward-model manager, or None with `urls`.
+        shares_devices: the manager's servers live on the actor's devices.
+        media_root, max_frames: as the data set's, to load the images that the judge is shown.
+
+    Raises:
+        ConfigError: no servers, servers from both sources, or a key's variable that is not set.
+    """
+
+    def __init__(
+        self, config: JudgeConfig, servers: Any, *, shares_devices: bool, media_root: str | None, max_frames: int
+    ) -> None:
+        if (servers is None) == (not config.urls):
+            raise ConfigError(
+                "a judge has its servers either from embedrl.judge.urls or from reward.reward_model.enable=True; got "
+                + ("both" if config.urls else "neither")
+            )
+        self._sleeper = servers if servers is not None and servers.config.rollout.free_cache_engine else None
+        if self._sleeper is not None and not shares_devices:
+            self._sleeper.wake_up()  # verl puts them to sleep at the start; nobody else needs their devices
+            self._sleeper = None
+        key = None
+        if config.api_key_env is not None:
+            key = os.environ.get(config.api_key_env)
+            if not key:
+                raise ConfigError(f"embedrl.judge.api_key_env names {config.api_key_env}, which is not set")
+        urls = config.urls or tuple(f"http://{address}" for address in servers.server_addresses)
+        limits = PoolSettings(
+            limit=config.limit, timeout_s=config.timeout_s, retries=config.retries, backoff_s=config.backoff_s
+        )
+        self._images = config.images
+        self._media = (media_root, max_frames)
+        self._judge = ListwiseJudge(ServerPool(urls, limits, api_key=key, name="judge"), judge_settings(config))
+        self.judgement: Judgement | None = None
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers' addresses."""
+        return self._judge.pool.urls
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """The servers hold their weights inside; outside they leave the devices to the actor. Not inside a loop."""
+        if self._sleeper is None:
+            yield
+            return
+        self._sleeper.wake_up()
+        try:
+            yield
+        finally:
+            self._sleeper.sleep()
+
+    def of(self, rows: Sequence[Row], partition_id: str, step: int) -> Judge:
+        """The judge of one batch whose rows, in the batch's order, are `rows`."""
+        identity = [row.pair_id for row in rows]
+        images = self._image_source(rows, partition_id) if self._images else None
+
+        async def judge(batch: RewardBatch) -> torch.Tensor:
+            self.judgement = await self._judge.judge(batch, step=step, identity=identity, images=images)
+            return self.judgement.scores
+
+        return judge
+
+    def _image_source(self, rows: Sequence[Row], partition_id: str) -> Callable[[int], list[str]]:
+        """Row -> its input's images as data URLs."""
+        data = tq.kv_batch_get(keys=[row.key for row in rows], partition_id=partition_id, select_fields=[ITEM])
+        items = [row_item({ITEM: item}) for item in tu_list(data, ITEM)]
+        root, max_frames = self._media
+
+        def images(row: int) -> list[str]:
+            loaded = load_item(items[row], root, max_frames=max_frames)
+            return image_urls([*loaded.images, *loaded.frames])
+
+        return images

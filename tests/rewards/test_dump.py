@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dumped step is the step, bit for bit; a damaged file is named and never read in part."""
+
+import json
+import struct
+
+import pytest
+import torch
+
+from embedrl_verl.errors import DataError, EmbedRLError
+from embedrl_verl.rewards.contract import call_reward_function, load_reward_function
+from embedrl_verl.rewards.dump import dump_name, find_dumps, read_reward_dump, write_reward_dump
+from embedrl_verl.tcot import parse_tcot
+
+NAN = float("nan")
+TENSORS = ("side", "pair", "rollout", "valid", "content", "similarity", "query_rows", "target_rows")
+
+
+async def _judge(batch):
+    return (batch.rollout % 2).float().masked_fill(batch.pair == 1, NAN)
+
+
+@pytest.fixture
+def batch(make_batch):
+    embeddings = torch.nn.functional.normalize(torch.randn(40, 24, generator=torch.Generator().manual_seed(3)), dim=1)
+    embeddings[7] = NAN
+    raw = embeddings.roll(1, dims=1).index_fill(0, torch.tensor([7, 9]), NAN)
+    return make_batch(embeddings=embeddings, raw_embeddings=raw, lengths=torch.arange(40), judge=_judge)
+
+
+def _rows(batch):
+    return [
+        {"pair_id": f"p{pair}", "data_source": "s", "text": tcot.text, "num_images": 0, "num_frames": None}
+        for pair, tcot in zip(batch.pair.tolist(), batch.tcots, strict=True)
+    ]
+
+
+def _scores(batch, name):
+    return call_reward_function(load_reward_function(f"pkg://embedrl_verl.rewards.functions.{name}")[0], batch, name)
+
+
+def _dump(folder, batch, name="paper", **change):
+    path = folder / dump_name(3)
+    write_reward_dump(path, batch, _scores(batch, name), rows=_rows(batch), **change)
+    return path
+
+
+def _bits(value):
+    return value.view(torch.int32) if value.dtype == torch.float32 else value
+
+
+@pytest.mark.parametrize("name", ["paper", "public_code", "no_judge", "gain", "length_shaped", "soft_rank"])
+def test_the_runs_own_function_gives_its_scores_again_bit_for_bit(tmp_path, batch, name):
+    dump = read_reward_dump(_dump(tmp_path, batch, name))
+    again = _scores(dump.batch(), name)
+    assert again.keys() == dump.parts.keys()
+    for part, value in _scores(batch, name).items():
+        assert _bits(dump.parts[part]).equal(_bits(value)) and _bits(again[part]).equal(_bits(value)), part
+    assert dump.parts["score"].isnan().any() and not dump.parts["score"].isnan().all()
+
+
+def test_everything_of_the_batch_is_there_again(tmp_path, batch):
+    dump = read_reward_dump(_dump(tmp_path, batch, function="reward/paper.py:compute_score"))
+    again = dump.batch()
+    for name in (*TENSORS, "lengths", "raw_similarity"):
+        assert _bits(getattr(again, name)).equal(_bits(getattr(batch, name))), name
+    assert again.tcots == batch.tcots and again.required == batch.required
+    assert again.process().nan_to_num(9).equal(batch.process().nan_to_num(9))
+    assert dump.rows == _rows(batch) and dump.function == "reward/paper.py:compute_score"
+
+
+def test_what_a_run_did_not_have_is_not_there(tmp_path, make_batch):
+    batch = make_batch()
+    again = read_reward_dump(_dump(tmp_path, batch, "no_judge")).batch()
+    assert again.judge is None and again.lengths is None and again.raw_similarity is None
+
+
+def test_frames_and_images_limit_the_evidence_again_and_any_text_survives(tmp_path, make_batch):
+    texts = [
+        '<thinking>{"key_frames": [1, 9]}</thinking><rethink>a</rethink><answer>b</answer>',
+        "a lone \ud800 surrogate, ümläuts, \0 and 鷺",
+    ]
+    tcots = [parse_tcot(texts[i % 2], num_frames=4) for i in range(4)]
+    batch = make_batch(2, 1, rows=torch.arange(4), tcots=tcots)
+    rows = [{**row, "num_frames": 4} for row in _rows(batch)]
+    write_reward_dump(tmp_path / dump_name(1), batch, {"score": torch.zeros(4)}, rows=rows)
+    assert read_reward_dump(tmp_path / dump_name(1)).batch().tcots == tuple(tcots)
+    with pytest.raises(ValueError, match="row 0: text, num_images and num_frames must give the batch's T-CoT"):
+        write_reward_dump(tmp_path / dump_name(1), batch, {"score": torch.zeros(4)}, rows=_rows(batch))
+
+
+def test_parts_that_share_memory_are_written(tmp_path, make_batch):
+    batch, score = make_batch(2, 1), torch.arange(8.0)[::2]
+    write_reward_dump(tmp_path / dump_name(1), batch, {"score": score, "base": score}, rows=_rows(batch))
+    assert read_reward_dump(tmp_path / dump_name(1)).parts["base"].tolist() == [0.0, 2.0, 4.0, 6.0]
+
+
+def test_a_dump_is_there_whole_or_not_at_all(tmp_path, batch, monkeypatch):
+    path = _dump(tmp_path / "new" / "folder", batch, "no_judge")
+    before = path.read_bytes()
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(EmbedRLError, match=r"3.rewards.safetensors: the reward dump cannot be written \(.*No space"):
+        _dump(tmp_path / "new" / "folder", batch)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": []}, "rows must have one entry for each of 40 rows; got 0"),
+        ({"rows": [{"text": ""}] * 40}, "pair_id, data_source, num_images, num_frames is missing"),
+        ({"parts": {"format": torch.zeros(40)}}, "parts must have 'score'; got format"),
+        ({"parts": {"score": torch.zeros(3)}}, r"part 'score' must be \(40,\) float32; got \(3,\)"),
+        ({"parts": {"score": torch.zeros(40).double()}}, r"part 'score' must be \(40,\) float32; got .*float64"),
+    ],
+)
+def test_what_is_not_of_the_batch_is_not_written(tmp_path, batch, change, message):
+    with pytest.raises(ValueError, match=message):
+        write_reward_dump(**{"path": tmp_path / "x", "batch": batch, "parts": {}, "rows": _rows(batch), **change})
+    assert not list(tmp_path.iterdir())
+
+
+def _header(path, change):
+    """Rewrite the file's JSON header."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a readable reward dump"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20]), "not a readable reward dump"),
+        (lambda path: path.write_bytes(b""), "not a readable reward dump"),
+        (lambda path: path.write_bytes(b"\x80\x04pickle" * 50), "not a readable reward dump"),
+        (lambda path: path.unlink(), "not a readable reward dump"),
+        (lambda path: _header(path, lambda h: h["__metadata__"].update(version="9")), "version 9; .* version 1"),
+        (lambda path: _header(path, lambda h: h.pop("__metadata__")), "not a reward dump; its format is None"),
+        (lambda path: _header(path, lambda h: h.update(sid=h.pop("side"))), "a damaged reward dump .KeyError: 'side'"),
+        (lambda path: _header(path, lambda h: h.update({"part:x": h.pop("part:score")})), "a damaged reward dump"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"rows": [', b'"rows": {')), "JSONDecodeError"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"text"', b'"txet"')), "text is missing"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, batch, damage, message):
+    path = _dump(tmp_path, batch)
+    damage(path)
+    with pytest.raises(DataError, match=message) as caught:
+        read_reward_dump(path)
+    assert str(path) in str(caught.value)
+
+
+def test_rows_that_are_on_no_side_are_damage(tmp_path, batch):
+    path = _dump(tmp_path, batch)
+    _header(path, lambda h: h.update(query_rows=h["target_rows"]))
+    with pytest.raises(DataError):
+        read_reward_dump(path)
+
+
+def test_dumps_are_found_by_step_in_a_run_its_rollouts_or_as_a_file(tmp_path):
+    rollouts = tmp_path / "rl" / "rollouts"
+    rollouts.mkdir(parents=True)
+    for name in (dump_name(10), dump_name(2), dump_name(9, 1), dump_name(9, 0), "10.jsonl", "x.rewards.safetensors"):
+        (rollouts / name).touch()
+    for run in (tmp_path, tmp_path / "rl", rollouts):
+        assert [step for step, _ in find_dumps(run)] == ["2", "9.0", "9.1", "10"]
+    assert find_dumps(rollouts / dump_name(9, 1)) == [("9.1", rollouts / dump_name(9, 1))]
+    (tmp_path / "rollouts").mkdir()
+    assert len(find_dumps(tmp_path)) == 4
+    (tmp_path / "rollouts" / dump_name(1)).touch()
+    with pytest.raises(DataError, match="has dumps of several runs"):
+        find_dumps(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match=r"has no reward dump .*trainer.rollout_data_dir"):
+        find_dumps(empty)
+    with pytest.raises(DataError, match="there is no .*gone"):
+        find_dumps(tmp_path / "gone")
