@@ -2,9 +2,10 @@
 """Reward maths against a per-row Python loop and against one bare matrix product with top-k, in the same run.
 
     python benchmarks/bench_reward_math.py [--rows 256 1024 4096 16384] [--dim 2048] [--rollouts 8]
+    python benchmarks/bench_reward_math.py --table functions --rows 256 1024 4096
 
-prints a markdown table. With R rows a side, S is (R, R) and a step has 2R rollouts. Times are the best of several
-rounds that alternate:
+prints markdown tables. In the first, with R rows a side, S is (R, R) and a step has 2R rollouts. Times are the best of
+several rounds that alternate:
 
 - rewards: outcome of both directions (masks, false negatives, ties) and the total, from S;
 - all: the same from the embeddings, S included;
@@ -14,6 +15,9 @@ rounds that alternate:
 - torch loop: one row at a time in torch operations without masks, from S; 256 rows and multiplied (~).
 
 Peak is what `all` adds to the memory of the process. Every size runs in a fresh process.
+
+The second has the ready-made reward functions on one RewardBatch (raw embeddings included, the judge answers at once),
+and their time over that of outcome_only. A batch is built once, outside the time.
 """
 
 from __future__ import annotations
@@ -26,11 +30,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from embedrl_verl.rewards import OutcomeReward, outcome_reward, similarity_matrix, total_reward
+from embedrl_verl.rewards import OutcomeReward, RewardBatch, outcome_reward, similarity_matrix, total_reward
+from embedrl_verl.rewards.contract import load_reward_function
+from embedrl_verl.rewards.functions import NEEDS
+from embedrl_verl.tcot import parse_tcot
 
 FULL_LOOP_ROWS, SAMPLED_ROWS, TORCH_ROWS = 4096, 64, 256
 TEMPERATURE = 0.5
@@ -146,27 +154,86 @@ def measure(rows: int, dim: int, rollouts: int) -> dict[str, float]:
     return {**seconds, "peak": peak, "difference": difference}
 
 
+async def judge(batch: RewardBatch) -> Tensor:
+    """Every pick is right."""
+    return torch.ones(len(batch))
+
+
+def measure_functions(rows: int, dim: int, rollouts: int) -> dict[str, float]:
+    """Seconds of every ready-made function, with `rows` rows a side."""
+    generator = torch.Generator().manual_seed(0)
+    pair = (torch.arange(rows) // rollouts).repeat(2)
+    side = torch.arange(2).repeat_interleave(rows)
+    raw = torch.randn(2, rows // rollouts, dim, generator=generator)[side, pair]
+    vectors = raw + 5.0 * torch.randn(2 * rows, dim, generator=generator)
+    tcot = parse_tcot('<thinking>It says {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>')
+    batch = RewardBatch.build(
+        side=side,
+        pair=pair,
+        rollout=torch.arange(2 * rows) % rollouts,
+        content=pair,
+        tcots=[tcot] * (2 * rows),
+        required=["text_keywords"] * (2 * rows),
+        embeddings=torch.nn.functional.normalize(vectors, dim=1),
+        valid=torch.rand(2 * rows, generator=generator) < 0.99,
+        lengths=torch.randint(1, 2048, (2 * rows,), generator=generator),
+        raw_embeddings=torch.nn.functional.normalize(raw, dim=1),
+        judge=judge,
+    )
+    functions = {name: load_reward_function(f"pkg://embedrl_verl.rewards.functions.{name}")[0] for name in NEEDS}
+    return best(
+        {256: 20, 1024: 10}.get(rows, 3), {name: partial(function, batch) for name, function in functions.items()}
+    )
+
+
+def run_child(table: str, rows: int, options: argparse.Namespace) -> dict[str, float]:
+    """One size of one table in a process of its own."""
+    command = [sys.executable, __file__, "--child", "--table", table, "--rows", str(rows)]
+    command += ["--dim", str(options.dim), "--rollouts", str(options.rollouts)]
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, float] = json.loads(child.stdout)
+    return result
+
+
+def print_functions(options: argparse.Namespace) -> None:
+    """The second table."""
+    print(f"| rows a side | {' | '.join(NEEDS)} |\n|" + "---:|" * (len(NEEDS) + 1))
+    for rows in options.rows:
+        m = run_child("functions", rows, options)
+        cells = [f"{m[name] * 1e3:,.1f} ms ({m[name] / m['outcome_only']:.1f}x)" for name in NEEDS]
+        print(f"| {rows:,} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 4096, 16384], help="rows a side")
     parser.add_argument("--dim", type=int, default=2048, help="embedding size (2048: Embed-RL-2B)")
     parser.add_argument("--rollouts", type=int, default=8, help="G; must divide the rows")
+    parser.add_argument("--table", choices=("both", "maths", "functions"), default="both", help="which table (both)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for rows in options.rows:
+        if rows % options.rollouts:
+            parser.error(f"--rows must be multiples of --rollouts ({options.rollouts}); got {rows}")
     if options.child:
-        print(json.dumps(measure(options.rows[0], options.dim, options.rollouts)))
+        measured = measure_functions if options.table == "functions" else measure
+        print(json.dumps(measured(options.rows[0], options.dim, options.rollouts)))
         return
     print(f"D = {options.dim}, G = {options.rollouts}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    if options.table != "functions":
+        print_maths(options)
+        print()
+    if options.table != "maths":
+        print_functions(options)
+
+
+def print_maths(options: argparse.Namespace) -> None:
+    """The first table."""
     heads = ["rows a side", "rewards", "all", "bare", "loop", "loop / rewards", "torch loop / rewards", "all / bare"]
     heads += ["S", "peak", "peak / S", "largest difference to loop"]
     print(f"| {' | '.join(heads)} |\n|" + "---:|" * len(heads))
     for rows in options.rows:
-        if rows % options.rollouts:
-            parser.error(f"--rows must be multiples of --rollouts ({options.rollouts}); got {rows}")
-        command = [sys.executable, __file__, "--child", "--rows", str(rows)]
-        command += ["--dim", str(options.dim), "--rollouts", str(options.rollouts)]
-        child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        m: dict[str, float] = json.loads(child.stdout)
+        m = run_child("maths", rows, options)
         size = 4 * rows * rows
         cells = [f"{rows:,}", *(f"{m[name] * 1e3:,.1f} ms" for name in ("rewards", "all", "bare"))]
         cells += [f"{'~' if rows > FULL_LOOP_ROWS else ''}{m['loop']:,.2f} s", f"{m['loop'] / m['rewards']:,.0f}x"]

@@ -40,7 +40,7 @@ def run(config: Any) -> None:
     from embedrl_verl.config import load_embedrl_config
     from embedrl_verl.doctor import check_ray_cpus
     from embedrl_verl.progress import ProgressLine, metrics_file
-    from embedrl_verl.trainer.checks import check_files, check_run_config
+    from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
     from embedrl_verl.trainer.preflight import check_embedder, check_reward_function
 
     mode = config.trainer.v1.trainer_mode
@@ -54,8 +54,9 @@ def run(config: Any) -> None:
     check_run_config(config)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     check_files(config)
-    check_reward_function(config)
-    check_embedder(load_embedrl_config(config).embedder)
+    embedrl = load_embedrl_config(config)
+    check_reward_function(config, judge=has_judge(config), raw=embedrl.reward.raw_embeddings)
+    check_embedder(embedrl.embedder)
     check_ray_cpus(config)
     with ProgressLine(metrics_file(config)):
         run_ppo(config, task_runner_class=TaskRunnerV1)

@@ -204,10 +204,12 @@ class EvidenceConfig:
 
 @dataclass(frozen=True)
 class RewardStageConfig:
-    """How the reward stage treats failures and how often it looks at the rollout queue (seconds)."""
+    """How the reward stage treats failures, how often it looks at the rollout queue (seconds), and whether each
+    prompt's input is also embedded without a T-CoT."""
 
     max_failed_share: float = 0.1
     poll_interval: float = 0.5
+    raw_embeddings: bool = False
 
     def __post_init__(self) -> None:
         share = self.max_failed_share

@@ -16,7 +16,7 @@ from embedrl_verl.rewards.batch import SIDES
 _POSITIONS = 12
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # asyncio.run prints a result for itself
 class Judgement:
     """Result of `ListwiseJudge.judge` for N rows.
 
@@ -51,7 +51,8 @@ class Judgement:
         judge without position bias picks where own candidates are. `requests`, `retries`, `seconds`,
         `requests_per_second`.
         """
-        length, blind = torch.zeros(len(self.scores), dtype=torch.int64), torch.full_like(self.scores, torch.nan)
+        length = torch.zeros(len(self.scores), dtype=torch.int64)
+        blind = torch.full((len(self.scores),), torch.nan, dtype=torch.float64)
         own = torch.zeros(len(self.scores), _POSITIONS + 1, dtype=torch.bool)  # of position 0 nothing is said
         for listed in self.lists:
             rows = torch.tensor(listed.rows)
@@ -64,7 +65,7 @@ class Judgement:
             rows = known if side is None else known & (self.side == side)
             if rows.any():
                 result[f"hit_rate/{name}"] = float(self.scores[rows].double().mean())
-                result[f"blind_rate/{name}"] = float(blind[rows].double().mean())
+                result[f"blind_rate/{name}"] = float(blind[rows].mean())
         if known.any():
             result["hit_above_blind"] = result["hit_rate/mean"] - result["blind_rate/mean"]
         if with_list.any():

@@ -22,13 +22,15 @@ from embedrl_verl.tcot.styles import fill
 
 # Marks of the chat formats in use: <|...|> (Qwen, Llama 3, Phi), <｜...｜> (DeepSeek), <start_of_turn> (Gemma), [INST]
 # (Mistral, Llama 2), sentence marks, image and embedding placeholders.
-_CONTROL = re.compile(
-    r"<(?=[|｜])|(?<=[|｜])>"
-    r"|<(?=/?(?:s|bos|eos|pad|unk|mask|emb|img|image|video|audio|think|tool_call|tool_response"
-    r"|(?:start|end)_of_\w+|(?:image|video|audio)_\w+|im_\w+)>)"
-    r"|\[(?=/?(?:INST|IMG|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS)\w*\])"
-    r"|<(?=</?SYS>>)",
-    re.IGNORECASE,
+# Each pattern starts with a literal or a set, which `re` looks for fast.
+_CONTROL = (
+    re.compile(
+        r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|mask|emb|img|image|video|audio|think|tool_call|tool_response"
+        r"|(?:start|end)_of_\w+|(?:image|video|audio)_\w+|im_\w+)>|</?SYS>>)",
+        re.IGNORECASE,
+    ),
+    re.compile(r"[|｜](?=>)"),
+    re.compile(r"\[(?=/?(?:INST|IMG|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS)\w*\])", re.IGNORECASE),
 )
 
 
@@ -112,12 +114,9 @@ def shown_text(tcot: TCoT, style: JudgeStyle) -> str:
 
 def _harmless(text: str, style: JudgeStyle) -> str:
     text = " ".join(text.split()) if style.one_line else text.strip()
-    text = _CONTROL.sub(_apart, text)
+    for control in _CONTROL:
+        text = control.sub(r"\g<0> ", text)
     return _tags(style.delimiters).sub("&lt;", text) if style.delimiters else text
-
-
-def _apart(mark: re.Match[str]) -> str:
-    return f" {mark[0]}" if mark[0] == ">" else f"{mark[0]} "
 
 
 @lru_cache

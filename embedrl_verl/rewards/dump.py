@@ -111,6 +111,7 @@ def write_reward_dump(
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise EmbedRLError(f"{path}: the reward dump cannot be written ({error})") from error
 
 

@@ -10,6 +10,7 @@ counts it.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import logging
@@ -31,7 +32,7 @@ from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.tcot import Evidence, Family, TCoT, cut_evidence, parse_tcot
-from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
+from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO, raw_key
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,12 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
             self.server_manager = _FixedPrompt(self.server_manager, ids)
         if self._settings.embedrl.rollout.request_seeds:
             sampling_params = {**sampling_params, "seed": request_seed(self._settings.seed, row)}
+        # One of a prompt's rollouts brings its raw input, while vLLM works.
+        wanted = self._settings.embedrl.reward.raw_embeddings and int(row["session_id"]) == 0
+        raw = asyncio.create_task(self._store_raw(row)) if wanted else None
         output: AgentLoopOutput = await super().run(sampling_params, **row)
+        if raw is not None:
+            await raw
         images = (output.multi_modal_data or {}).get("images") or []
         info, prepared = await self.loop.run_in_executor(
             None, self._prepare, row, output.response_ids, [image.size for image in images]
@@ -138,6 +144,21 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         key = f"{row['uid']}_{row['session_id']}_0"
         await tq.async_kv_batch_put(keys=[key], partition_id=EMBED_PARTITION, fields=fields, tags=[{}])
         return None
+
+    async def _store_raw(self, row: dict[str, Any]) -> None:
+        """Put the input without T-CoT into the queue. Without it the prompt's rows have no raw similarity, no more."""
+        settings = self._settings
+
+        def prepare() -> Any:
+            loaded = _originals(row_item(row), settings.media_root, settings.max_frames)
+            return settings.backend.prepare(EmbedInput(loaded), str(row["embedrl_side"]))
+
+        try:
+            fields = await settings.backend.fields(await self.loop.run_in_executor(None, prepare))
+        except (MediaError, EmbedderError) as error:
+            logger.warning("prompt %s has no raw embedding: %s", row.get("uid"), error)
+            return
+        await tq.async_kv_batch_put(keys=[raw_key(row["uid"])], partition_id=EMBED_PARTITION, fields=fields, tags=[{}])
 
     def _prepare(
         self, row: dict[str, Any], response_ids: list[int], resized: list[tuple[int, int]]

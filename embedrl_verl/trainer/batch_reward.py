@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,9 @@ from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import Judge, RewardBatch, batch_metrics, fill_with_group_mean
+from embedrl_verl.rewards.dump import write_reward_dump
 from embedrl_verl.tcot import TCoT, parse_tcot
-from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
+from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO, raw_key
 
 SIDES = ("query", "target")
 
@@ -53,6 +55,8 @@ class Row:
     required: str
     source: str
     tcot: TCoT
+    num_images: int
+    num_frames: int
     evidence: int
     failure: str | None
     response_tokens: int
@@ -67,6 +71,7 @@ class ScoredRows:
     """The stage's result, in the order of `rows`. `parts` are (N,) float32 with NaN for unknown."""
 
     rows: list[Row]
+    batch: RewardBatch
     embeddings: torch.Tensor
     failures: dict[int, str]
     parts: dict[str, torch.Tensor]
@@ -90,6 +95,25 @@ class ScoredRows:
             "failure": self.failures.get(index),
             "reward": {name: _finite(value[index].item()) for name, value in self.parts.items()},
         }
+
+    def write_dump(self, path: Path, function: str) -> None:
+        """Everything that `embedrl reward try` needs to compute these rewards again, or others."""
+        write_reward_dump(
+            path,
+            self.batch,
+            self.parts,
+            function=function,
+            rows=[
+                {
+                    "pair_id": row.pair_id,
+                    "data_source": row.source,
+                    "text": row.tcot.text,
+                    "num_images": row.num_images,
+                    "num_frames": row.num_frames,
+                }
+                for row in self.rows
+            ],
+        )
 
 
 def _finite(value: float) -> float | None:
@@ -126,6 +150,8 @@ def read_rows(keys: Sequence[str], partition_id: str) -> list[Row]:
                 required=str(columns["embedrl_required"][i]),
                 source=str(columns["data_source"][i]),
                 tcot=tcot,
+                num_images=int(info["num_images"]),
+                num_frames=int(info["num_frames"]),
                 evidence=int(info["evidence"]),
                 failure=info["failure"],
                 response_tokens=int(lengths[i]),
@@ -148,6 +174,7 @@ def score_rows(
     max_failed_share: float,
     expected_rows: int,
     judge: Judge | None = None,
+    raw: bool = False,
 ) -> ScoredRows:
     """Embed the rows, build the RewardBatch and call the reward function once.
 
@@ -158,6 +185,7 @@ def score_rows(
         max_failed_share: share of `expected_rows` that may be missing or without embedding.
         expected_rows: rows that a complete batch has; the rest are rollouts that failed.
         judge: gives the process term, if the reward function asks for it.
+        raw: the agent loop has left the raw inputs in the queue: embed them too.
 
     Raises:
         EmbedderError: more failures than `max_failed_share`; the message counts them by cause.
@@ -165,12 +193,19 @@ def score_rows(
     start = time.perf_counter()
     failures = {i: row.failure for i, row in enumerate(rows) if row.failure is not None}
     present = [i for i in range(len(rows)) if i not in failures]
-    embeddings = torch.empty(0)
+    raw_uids = _uids_with_raw_input(rows) if raw else []
+    embeddings, raw_embeddings = torch.empty(0), None
     if present:
-        vectors, failed = embed_rows([rows[i].key for i in present], EMBED_PARTITION)
-        failures.update({present[j]: reason for j, reason in failed.items()})
+        keys = [rows[i].key for i in present]
+        vectors, failed = embed_rows([*keys, *map(raw_key, raw_uids)], EMBED_PARTITION)
+        failures.update({present[j]: reason for j, reason in failed.items() if j < len(present)})
         embeddings = torch.full((len(rows), vectors.shape[1]), float("nan"), dtype=torch.float32)
-        embeddings[torch.tensor(present)] = vectors.float()
+        embeddings[torch.tensor(present)] = vectors[: len(present)].float()
+        if raw:
+            raw_embeddings = torch.full_like(embeddings, float("nan"))
+            place = {uid: len(present) + i for i, uid in enumerate(raw_uids)}
+            with_raw = [i for i, row in enumerate(rows) if row.uid in place]
+            raw_embeddings[with_raw] = vectors[[place[rows[i].uid] for i in with_raw]].float()
     embed_s = time.perf_counter() - start
     _check_failures(rows, failures, max_failed_share, expected_rows)
 
@@ -187,14 +222,23 @@ def score_rows(
         embeddings=embeddings,
         valid=valid,
         lengths=torch.tensor([row.response_tokens for row in rows]),
+        raw_embeddings=raw_embeddings,
         judge=judge,
     )
     parts = score_batch(batch)
     metrics = batch_metrics(batch, parts, evidence=torch.tensor([row.evidence for row in rows]))
+    if raw_embeddings is not None:
+        metrics["embedrl/rows_without_raw"] = float(raw_embeddings.isnan().any(dim=1).sum())
     metrics["embedrl/rollouts_missing"] = float(max(expected_rows - len(rows), 0))
     metrics["timing_s/reward_embed"] = embed_s
     metrics["timing_s/reward_score"] = time.perf_counter() - start
-    return ScoredRows(rows, embeddings, failures, parts, metrics)
+    return ScoredRows(rows, batch, embeddings, failures, parts, metrics)
+
+
+def _uids_with_raw_input(rows: list[Row]) -> list[str]:
+    """Prompts whose input without T-CoT lies in the queue."""
+    listed = (tq.kv_list(EMBED_PARTITION) or {}).get(EMBED_PARTITION, {})
+    return [uid for uid in dict.fromkeys(row.uid for row in rows) if raw_key(uid) in listed]
 
 
 def _check_failures(rows: list[Row], failures: Mapping[int, str], max_share: float, expected: int) -> None:

@@ -108,6 +108,11 @@ def check_run_config(config: Any) -> None:
             raise ConfigError(message)
 
 
+def has_judge(config: Any) -> bool:
+    """Whether a run configuration names a judge."""
+    return bool(config.reward.reward_model.enable or config.embedrl.judge.urls)
+
+
 def check_files(config: Any) -> None:
     """Check that every local file and folder a run names is there. Hub ids (no such local path, one slash) pass.
 

@@ -46,12 +46,13 @@ from embedrl_verl.embedder.worker import build_embedder_worker_group
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.rewards import RewardBatch
+from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.trainer import checks
 from embedrl_verl.trainer.anchors import AnchorSet
 from embedrl_verl.trainer.batch_reward import ScoredRows, clear_embed_rows, read_rows, score_rows, write_scores
 from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkpoint
-from embedrl_verl.trainer.judging import JudgeStage, has_judge
+from embedrl_verl.trainer.judging import JudgeStage
 from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
 from embedrl_verl.trainer.training_record import (
     sources_of,
@@ -117,7 +118,7 @@ class EGRLMixin(WorkerClassesMixin):
     def _setup(self) -> None:
         streamed = start_streamed_embedder(self.config, self.embedrl.embedder)
         super()._setup()  # type: ignore[misc]
-        self.judge = self._judge_stage() if has_judge(self.config) else None
+        self.judge = self._judge_stage() if checks.has_judge(self.config) else None
         self.reward_loop_manager = _BatchRewardOnly(self.reward_loop_manager)
         manager = load_reward_manager(self.config, self.tokenizer)
         assert isinstance(manager, EmbedderGuidedRewardManager), type(manager)
@@ -250,6 +251,7 @@ class EGRLMixin(WorkerClassesMixin):
             max_failed_share=self.embedrl.reward.max_failed_share,
             expected_rows=expected,
             judge=None if self.judge is None else self.judge.of(rows, batch.partition_id, self.global_steps),
+            raw=self.embedrl.reward.raw_embeddings,
         )
         if self.judge is not None and self.judge.judgement is not None:
             scored.metrics.update(self.judge.judgement.metrics())
@@ -265,6 +267,11 @@ class EGRLMixin(WorkerClassesMixin):
                 metrics.update(trained)
         clear_embed_rows({row.uid for row in rows})
         self._remember(scored, training)
+        if training and self.config.trainer.get("rollout_data_dir"):
+            part = self.local_trigger_step if self.parameter_sync_step > 1 else None
+            function = self.config.reward.custom_reward_function
+            path = Path(self.config.trainer.rollout_data_dir) / dump_name(self.global_steps, part)
+            scored.write_dump(path, f"{function.path}:{function.name}")
         # Sorted rows: the same rollouts give the same mini-batches, whatever the order of arrival.
         position = {key: i for i, key in enumerate(batch.keys)}
         batch.reorder([position[row.key] for row in rows])

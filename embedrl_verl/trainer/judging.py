@@ -28,11 +28,6 @@ from embedrl_verl.trainer.batch_reward import Row, tu_list
 ITEM = "embedrl_item"
 
 
-def has_judge(config: Any) -> bool:
-    """Whether a run configuration names a judge."""
-    return bool(config.reward.reward_model.enable or config.embedrl.judge.urls)
-
-
 def judge_settings(config: JudgeConfig) -> JudgeSettings:
     """What `ListwiseJudge` takes of the section `embedrl.judge`."""
     return JudgeSettings(

@@ -6,3 +6,8 @@ EMBED_PARTITION = "embed"
 
 ROW_INFO = "embedrl"
 """Key in a row's `extra_fields`: the T-CoT's text, media counts, evidence and why the row failed (or None)."""
+
+
+def raw_key(uid: str) -> str:
+    """Key, in partition `embed`, of a prompt's input without any T-CoT."""
+    return f"{uid}_raw"

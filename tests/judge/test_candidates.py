@@ -3,7 +3,6 @@ import time
 
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from embedrl_verl.judge import judge_lists
 from embedrl_verl.rewards import RewardBatch
@@ -126,7 +125,8 @@ def test_own_positions_are_uniform_over_2000_lists(shared):
             first = [batch.rollout[c].item() if own else -1 for c, own in zip(x.candidates, x.own, strict=True)]
             places[first.index(0)] += 1
         step += 1
-    assert chisquare(places.numpy()).pvalue > 0.01
+    expected = places.sum() / 6
+    assert ((places - expected) ** 2 / expected).sum() < 15.086  # chi-square, 5 degrees of freedom: p > 0.01
 
 
 def test_false_negatives_and_failed_columns_are_never_listed():

@@ -3,6 +3,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,15 +98,21 @@ def test_parts_that_share_memory_are_written(tmp_path, make_batch):
 
 def test_a_dump_is_there_whole_or_not_at_all(tmp_path, batch, monkeypatch):
     path = _dump(tmp_path / "new" / "folder", batch, "no_judge")
-    before = path.read_bytes()
+    before, write = path.read_bytes(), Path.write_bytes
 
-    def full(self, content):
+    def half(self, content):
+        write(self, content[: len(content) // 2])
+        assert path.read_bytes() == before
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(EmbedRLError, match=r"3.rewards.safetensors: the reward dump cannot be written \(.*No space"):
-        _dump(tmp_path / "new" / "folder", batch)
-    assert path.read_bytes() == before
+        _dump(path.parent, batch)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    written = []
+    monkeypatch.setattr(Path, "write_bytes", lambda self, content: written.append(self) or write(self, content))
+    _dump(path.parent, batch)
+    assert path.read_bytes() != before and path not in written and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

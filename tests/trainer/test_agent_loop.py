@@ -2,8 +2,27 @@
 """What the agent loop adds to verl's own."""
 
 import asyncio
+import threading
+from types import SimpleNamespace
 
-from embedrl_verl.trainer.agent_loop import _FixedPrompt
+import pytest
+import torch
+from tensordict import TensorDict
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+from embedrl_verl.config.schema import EvidenceConfig
+from embedrl_verl.errors import EmbedderError
+from embedrl_verl.trainer import agent_loop
+from embedrl_verl.trainer.agent_loop import TCoTAgentLoop, _FixedPrompt
+from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
+
+TEXT = '<thinking>two {"text_keywords": ["a"]}</thinking><rethink>yes</rethink><answer>a</answer>'
+ROW = {
+    "uid": "u",
+    "session_id": 3,
+    "embedrl_side": "target",
+    "embedrl_item": {"text": "a", "instruction": "", "images": (), "video": None, "kind": None},
+}
 
 
 class _FakeClient:
@@ -15,3 +34,74 @@ def test_a_fixed_prompt_replaces_the_ids_and_nothing_else():
     client = _FixedPrompt(_FakeClient(), [1, 2])
     answer = asyncio.run(client.generate(prompt_ids=[1, 9, 9, 2], request_id="r", video_data=["clip"]))
     assert answer == ([1, 2], {"request_id": "r", "video_data": ["clip"]})
+
+
+class _FakeBackend:
+    """Gives a vector, or the errors that it is told to raise; remembers who prepared what."""
+
+    def __init__(self, prepare_error=None, embed_error=None):
+        self.prepare_error, self.embed_error = prepare_error, embed_error
+        self.seen = None
+
+    def prepare(self, inputs, side):
+        self.seen = (threading.current_thread(), inputs.tcot.answer, side)
+        if self.prepare_error:
+            raise self.prepare_error
+        return inputs
+
+    async def fields(self, prepared):
+        if self.embed_error:
+            raise self.embed_error
+        return TensorDict({"embeddings": torch.ones(1, 2)}, batch_size=[1])
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`run(backend)`: one row through the agent loop; returns its info and what lies in the queue."""
+    stored = {}
+
+    async def put(*, keys, partition_id, fields, tags):
+        stored[(partition_id, *keys)] = fields
+
+    async def answered(self, sampling_params, **row):
+        return SimpleNamespace(response_ids=[1], multi_modal_data=None, extra_fields={})
+
+    monkeypatch.setattr(agent_loop.tq, "async_kv_batch_put", put)
+    monkeypatch.setattr(SingleTurnAgentLoop, "run", answered)
+
+    def go(backend):
+        loop = object.__new__(TCoTAgentLoop)
+        embedrl = SimpleNamespace(
+            rollout=SimpleNamespace(request_seeds=False),
+            reward=SimpleNamespace(raw_embeddings=False),
+            evidence=EvidenceConfig(),
+        )
+        loop._settings = SimpleNamespace(
+            backend=backend, embedrl=embedrl, family="qwen2_vl", media_root=None, max_frames=8, seed=0
+        )
+        loop.tokenizer = SimpleNamespace(decode=lambda ids, **_: TEXT)
+
+        async def one():
+            loop.loop = asyncio.get_running_loop()
+            return await loop.run({}, **ROW)
+
+        return asyncio.run(one()).extra_fields[ROW_INFO], stored
+
+    return go
+
+
+def test_a_vector_lies_in_the_queue_when_the_rollout_is_done(run):
+    backend = _FakeBackend()
+    info, stored = run(backend)
+    assert info["failure"] is None
+    assert stored[(EMBED_PARTITION, "u_3_0")]["embeddings"].tolist() == [[1.0, 1.0]]
+    thread, answer, side = backend.seen
+    assert thread is not threading.main_thread(), "the event loop must not decode or encode"
+    assert (answer, side) == ("a", "target")
+
+
+@pytest.mark.parametrize("where", ["prepare_error", "embed_error"])
+def test_a_row_without_a_vector_says_why_and_stores_nothing(where, run):
+    info, stored = run(_FakeBackend(**{where: EmbedderError("embedding server: timeout")}))
+    assert info["failure"] == "embedding server: timeout"
+    assert info["text"] == TEXT and stored == {}

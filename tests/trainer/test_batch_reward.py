@@ -6,8 +6,11 @@ import torch
 
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import RewardBatch
+from embedrl_verl.rewards.dump import read_reward_dump
 from embedrl_verl.tcot import parse_tcot
+from embedrl_verl.trainer import batch_reward
 from embedrl_verl.trainer.batch_reward import Row, score_rows
+from embedrl_verl.trainer.rows import raw_key
 
 WELL_FORMED = '<thinking>It is {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
 
@@ -20,7 +23,7 @@ def _rows(pairs=2, rollouts=2, failures=()):
                 key = f"uid{pair}{side}_{session}_0"
                 failure = "image missing" if key in failures else None
                 tcot = parse_tcot(WELL_FORMED)
-                rows.append(Row(key, f"p{pair}", side, session, pair, "text_keywords", "s", tcot, 0, failure, 5))
+                rows.append(Row(key, f"p{pair}", side, session, pair, "text_keywords", "s", tcot, 0, 0, 0, failure, 5))
     return rows
 
 
@@ -77,3 +80,53 @@ def test_too_many_failures_stop_the_step_and_name_their_causes():
     assert "2 x image missing" in message
     assert "1 x the rollout failed" in message
     assert "max_failed_share=0.2" in message
+
+
+def test_raw_inputs_are_embedded_in_the_same_call_and_shared_by_a_prompts_rollouts(monkeypatch):
+    """A prompt whose raw input is missing has no raw similarity; nothing else changes."""
+    rows = _rows()
+    there = {raw_key(uid): {} for uid in ("uid00", "uid01", "uid11")}
+    monkeypatch.setattr(batch_reward.tq, "kv_list", lambda partition: {partition: there})
+    embedder, calls = _FakeEmbedder(), []
+
+    def embed(keys, partition_id):
+        calls.append(keys)
+        return embedder(keys, partition_id)
+
+    scored = score_rows(rows, embed, _margin, max_failed_share=0.0, expected_rows=8, raw=True)
+    plain = score_rows(rows, embedder, _margin, max_failed_share=0.0, expected_rows=8)
+    assert len(calls) == 1 and len(calls[0]) == 8 + 3
+    assert plain.batch.raw_similarity is None
+    assert scored.parts["score"].equal(plain.parts["score"])
+    raw = scored.batch.raw_similarity
+    missing = torch.tensor([row.uid == "uid10" for row in rows])
+    assert (
+        raw[missing[scored.batch.query_rows]].isnan().all() and not raw[~missing[scored.batch.query_rows]].isnan().any()
+    )
+    assert scored.metrics["embedrl/rows_without_raw"] == 2
+
+
+def test_the_judge_is_asked_about_the_rows_as_they_stand():
+    rows, seen = _rows(), []
+
+    async def judge(batch):
+        seen.append(batch)
+        return torch.arange(8) % 2
+
+    def paper(batch):
+        return {"score": batch.process(), "process": batch.process()}
+
+    scored = score_rows(rows, _FakeEmbedder(), paper, max_failed_share=0.0, expected_rows=8, judge=judge)
+    assert scored.parts["process"].tolist() == [0.0, 1.0] * 4
+    assert seen[0].lengths.tolist() == [5] * 8 and seen[0].rollout.tolist() == [row.session for row in rows]
+
+
+def test_a_dump_holds_the_rows_and_gives_the_same_rewards_again(tmp_path):
+    rows = _rows(failures=("uid00_1_0",))
+    scored = score_rows(rows, _FakeEmbedder(), _margin, max_failed_share=0.5, expected_rows=8)
+    scored.write_dump(tmp_path / "3.rewards.safetensors", "mine.py:compute_score")
+    dump = read_reward_dump(tmp_path / "3.rewards.safetensors")
+    assert [row["pair_id"] for row in dump.rows] == [row.pair_id for row in rows]
+    assert dump.function == "mine.py:compute_score"
+    again = _margin(dump.batch())["score"]
+    assert again.nan_to_num(9).equal(scored.parts["score"].nan_to_num(9))

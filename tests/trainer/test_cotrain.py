@@ -26,7 +26,7 @@ D = 6
 
 def row(pair: int, side: int, session: int, content: int | None = None) -> Row:
     key = f"u{pair}{side}_{session}_0"
-    return Row(key, f"p{pair}", side, session, pair if content is None else content, "", "s", TCOT, 0, None, 4)
+    return Row(key, f"p{pair}", side, session, pair if content is None else content, "", "s", TCOT, 0, 0, 0, None, 4)
 
 
 ROWS = [row(pair, side, session) for pair in (0, 1, 2) for side in (0, 1) for session in (0, 1)]
@@ -40,7 +40,7 @@ def scored(rows=ROWS, failures=None, seed: int = 0) -> ScoredRows:
         torch.randn(len(rows), D, generator=torch.Generator().manual_seed(seed)), dim=1
     )
     vectors[list(failures or {})] = float("nan")
-    return ScoredRows(list(rows), vectors, dict(failures or {}), {"score": SCORES[: len(rows)]})
+    return ScoredRows(list(rows), None, vectors, dict(failures or {}), {"score": SCORES[: len(rows)]})
 
 
 class _FakeClient:
