@@ -34,6 +34,18 @@ def _export(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def _reward(arguments: argparse.Namespace) -> int:
+    from embedrl_verl.cli_reward import run
+
+    return run(arguments)
+
+
+def _serve_embedder(arguments: argparse.Namespace) -> int:
+    from embedrl_verl.cli_serve import run
+
+    return run(arguments)
+
+
 def _add_emb(arguments: argparse.Namespace) -> int:
     from embedrl_verl.embedder.add_token import add_emb_token
 
@@ -53,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `command` of the parsed arguments is the function to call."""
     from embedrl_verl.cli_data import add_parser as add_data_parser
     from embedrl_verl.cli_export import add_parser as add_export_parser
+    from embedrl_verl.cli_reward import add_parser as add_reward_parser
+    from embedrl_verl.cli_serve import add_parser as add_serve_parser
 
     parser = argparse.ArgumentParser(
         prog="embedrl", description="Embedder-guided RL for multimodal embeddings, on stock verl."
@@ -73,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands.choices["data"].set_defaults(command=_data)
     add_export_parser(commands)
     commands.choices["export"].set_defaults(command=_export)
+    add_serve_parser(commands)
+    commands.choices["serve-embedder"].set_defaults(command=_serve_embedder)
+    add_reward_parser(commands)
+    commands.choices["reward"].set_defaults(command=_reward)
     return parser
 
 

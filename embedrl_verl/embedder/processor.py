@@ -90,12 +90,18 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a pooling server is given: the prompt with one placeholder a medium, and the fitted media in order."""
+    """What a pooling server is given: the prompt with one placeholder a medium, and the fitted media in order.
+
+    Attributes:
+        images: at the size at which the model reads them.
+        videos: per video uint8 (T, height, width, 3) and its frames per second.
+        messages: what the prompt was rendered from; media parts hold the same fitted images and frames.
+    """
 
     prompt: str
     images: tuple[Image.Image, ...]
     videos: tuple[tuple[np.ndarray, float], ...]
-    """Per video: uint8 (T, height, width, 3) and its frames per second."""
+    messages: tuple[dict[str, Any], ...]
 
 
 class EmbedProcessor:
@@ -131,7 +137,8 @@ class EmbedProcessor:
             PatchSpec.of(processor.image_processor),
             PatchSpec.of(processor.video_processor),
         )
-        self._family, self._tokens_per_second, self._pixel_dtype = family, tokens_per_second, pixel_dtype
+        self.family = family
+        self._tokens_per_second, self._pixel_dtype = tokens_per_second, pixel_dtype
         self._image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
         self._video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_PAD)
 
@@ -196,32 +203,60 @@ class EmbedProcessor:
             MediaError: a medium with impossible sides.
             EmbedderError: too long even without any item text.
         """
-        encoded = self._encode(self._prepare(inputs, self.max_text_tokens))
-        excess = len(encoded) - self.max_length
+        prepared, tokens, positions = self.fit(inputs)
+        pixels: dict[str, torch.Tensor] = {}
+        images = [np.asarray(image)[None] for image in prepared.images]
+        videos = [frames for frames, _ in prepared.videos]
+        for media, spec, name, grid in (
+            (images, self._image_spec, "pixel_values", "image_grid_thw"),
+            (videos, self._video_spec, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if media:
+                patches = [patchify(frames, spec) for frames in media]
+                pixels[name] = torch.cat([values for values, _ in patches]).to(self._pixel_dtype)
+                pixels[grid] = torch.tensor([shape for _, shape in patches])
+        return Encoded(tokens, positions, pixels)
+
+    def fit(self, inputs: EmbedInput) -> tuple[Prepared, torch.Tensor, torch.Tensor]:
+        """What `encode` encodes, without pixels.
+
+        Returns:
+            Prompt and fitted media, input_ids int64 (L,) and position_ids int64 (4, L), L at most `max_length`.
+
+        Raises:
+            MediaError, EmbedderError: as `encode`.
+        """
+        prepared = self._prepare(inputs, self.max_text_tokens)
+        tokens, positions = self._expand(prepared)
+        excess = len(tokens) - self.max_length
         if excess <= 0:
-            return encoded
+            return prepared, tokens, positions
         text_tokens = min(self._count(inputs.item.text), self.max_text_tokens)
         if text_tokens > excess:
             # One token of slack: a cut can change how the tokens around it merge.
-            encoded = self._encode(self._prepare(inputs, text_tokens - excess - 1))
-        if len(encoded) > self.max_length:
+            prepared = self._prepare(inputs, text_tokens - excess - 1)
+            tokens, positions = self._expand(prepared)
+        if len(tokens) > self.max_length:
             raise EmbedderError(
-                f"the prompt must have at most {self.max_length} tokens; it has {len(encoded)}, and only {text_tokens} "
+                f"the prompt must have at most {self.max_length} tokens; it has {len(tokens)}, and only {text_tokens} "
                 "tokens of item text may be cut. Lower the media limits, the evidence images or the response length"
             )
-        return encoded
+        return prepared, tokens, positions
 
     def _prepare(self, inputs: EmbedInput, text_tokens: int) -> Prepared:
-        item = replace(inputs.item, text=self._cut(inputs.item.text, text_tokens))
+        item = replace(inputs.item, text=cut_text(self.tokenizer, inputs.item.text, text_tokens))
         messages = build_messages(item, inputs.tcot, inputs.evidence, profile=self.profile)
         images: list[Image.Image] = []
         videos: list[tuple[np.ndarray, float]] = []
         for part in (part for message in messages for part in message["content"]):
             if part["type"] == "image":
-                images.append(fit_image(part["image"], self.limits))
+                part["image"] = fit_image(part["image"], self.limits)
+                images.append(part["image"])
             elif part["type"] == "video":
-                videos.append((self._fit_frames(part["video"]), part["fps"]))
-        return Prepared(render_prompt(messages, chat=self.profile.chat), tuple(images), tuple(videos))
+                part["video"] = self._fit_frames(part["video"])
+                videos.append((part["video"], part["fps"]))
+        prompt = render_prompt(messages, chat=self.profile.chat)
+        return Prepared(prompt, tuple(images), tuple(videos), tuple(messages))
 
     def _fit_frames(self, frames: list[Image.Image]) -> np.ndarray:
         """uint8 (T, height, width, 3), T even: frames at the first one's fitted size, the last repeated if T is odd."""
@@ -234,40 +269,24 @@ class EmbedProcessor:
             fitted.append(fitted[-1])
         return np.stack([np.asarray(frame) for frame in fitted])
 
-    def _encode(self, prepared: Prepared) -> Encoded:
-        """Pixels and tokens of a prepared input."""
-        images = [patchify(np.asarray(image)[None], self._image_spec) for image in prepared.images]
-        videos = [patchify(frames, self._video_spec) for frames, _ in prepared.videos]
-        inputs: dict[str, torch.Tensor] = {}
-        for media, pixels, grid in (
-            (images, "pixel_values", "image_grid_thw"),
-            (videos, "pixel_values_videos", "video_grid_thw"),
-        ):
-            if media:
-                inputs[pixels] = torch.cat([patches for patches, _ in media]).to(self._pixel_dtype)
-                inputs[grid] = torch.tensor([shape for _, shape in media])
-        tokens, positions = self._expand(
-            prepared.prompt,
-            [_merged(shape, self._image_spec.merge) for _, shape in images],
-            [_merged(shape, self._video_spec.merge) for _, shape in videos],
-            [fps for _, fps in prepared.videos],
-        )
-        return Encoded(tokens, positions, inputs)
-
-    def _expand(
-        self, prompt: str, images: list[Grid], videos: list[Grid], rates: list[float]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _expand(self, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (L,) and positions (4, L), each placeholder repeated as often as its medium has merged tokens."""
-        patch_frames = self._video_spec.frames
+        prompt, patch_frames = prepared.prompt, self._video_spec.frames
+        images: list[Grid] = [(1, *_merged(image.height, image.width, self._image_spec)) for image in prepared.images]
+        videos: list[Grid] = [
+            (len(frames) // patch_frames, *_merged(frames.shape[1], frames.shape[2], self._video_spec))
+            for frames, _ in prepared.videos
+        ]
+        rates = [fps for _, fps in prepared.videos]
         slots: dict[int, list[tuple[Grid, float]]] = {self._image_id: [(grid, 1.0) for grid in images]}
-        if self._family == "qwen3_vl":
+        if self.family == "qwen3_vl":
             first, *others = prompt.split(f"{VISION_START}{VIDEO_PAD}{VISION_END}")
             stamps = [_time_stamps(t, fps, patch_frames) for (t, _, _), fps in zip(videos, rates, strict=True)]
             prompt = first + "".join(stamp + text for stamp, text in zip(stamps, others, strict=True))
             slots[self._video_id] = [((1, h, w), 1.0) for t, h, w in videos for _ in range(t)]
         else:
             # Qwen2-VL counts temporal patches; Qwen2.5-VL counts tokens_per_second (1.0 stands for "just count").
-            seconds = [patch_frames / fps if self._family == "qwen2_5_vl" else 1.0 for fps in rates]
+            seconds = [patch_frames / fps if self.family == "qwen2_5_vl" else 1.0 for fps in rates]
             slots[self._video_id] = [
                 (grid, self._tokens_per_second * s) for grid, s in zip(videos, seconds, strict=True)
             ]
@@ -286,12 +305,13 @@ class EmbedProcessor:
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _cut(self, text: str, limit: int) -> str:
-        """The longest start of `text` that has at most `limit` tokens."""
-        if len(text.encode()) <= limit:  # a token has at least one byte
-            return text
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return text if len(offsets) <= limit else text[: offsets[limit][0]]
+
+def cut_text(tokenizer: Any, text: str, limit: int) -> str:
+    """The longest start of `text` that has at most `limit` tokens; `tokenizer` is a fast one."""
+    if len(text.encode()) <= limit:  # a token has at least one byte
+        return text
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text if len(offsets) <= limit else text[: offsets[limit][0]]
 
 
 def _time_stamps(patches: int, fps: float, patch_frames: int) -> str:
@@ -300,7 +320,7 @@ def _time_stamps(patches: int, fps: float, patch_frames: int) -> str:
     return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for second in seconds)
 
 
-def _merged(grid: Grid, merge: int) -> Grid:
-    """A grid in patches as a grid in merged tokens."""
-    t, h, w = grid
-    return t, h // merge, w // merge
+def _merged(height: int, width: int, spec: PatchSpec) -> tuple[int, int]:
+    """Rows and columns of merged tokens of an image of that size in pixels."""
+    side = spec.patch * spec.merge
+    return height // side, width // side

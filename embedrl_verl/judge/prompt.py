@@ -113,7 +113,11 @@ def shown_text(tcot: TCoT, style: JudgeStyle) -> str:
 
 
 def _harmless(text: str, style: JudgeStyle) -> str:
-    text = " ".join(text.split()) if style.one_line else text.strip()
+    if style.one_line:
+        for separator in style.separators:
+            text = text.replace(separator, " ")
+        text = " ".join(text.split())
+    text = text.strip()
     for control in _CONTROL:
         text = control.sub(r"\g<0> ", text)
     return _tags(style.delimiters).sub("&lt;", text) if style.delimiters else text

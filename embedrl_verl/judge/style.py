@@ -5,7 +5,8 @@ A style is one YAML file in `templates/`. Its keys:
 
     style        its name
     shows        "text": the whole T-CoT; "answer": what stands in its <answer>
-    one_line     true: white space in a shown text becomes single spaces, so that it cannot start a line of its own
+    one_line     true: white space in a shown text becomes single spaces, so that it cannot start a line of its own; and
+                 what parts number and text in `candidate` becomes a space, too
     delimiters   names of tags that the template uses; tags of these names in a shown text are broken up
     join         what stands between blocks
     head         blocks before the images; may use $task and $instruction. One that comes out empty is left out
@@ -22,6 +23,7 @@ All rollouts of a prompt share everything before the judged text, so `judged` ha
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -61,6 +63,11 @@ class JudgeStyle:
     candidates: str
     candidate: str
     sides: Mapping[Side, SideTemplate]
+
+    @property
+    def separators(self) -> tuple[str, ...]:
+        """What parts number and text in `candidate`."""
+        return tuple(part for part in re.split(r"\$(?:number|text)", self.candidate) if part.strip())
 
 
 @functools.cache

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches to judge: every T-CoT answers with the number of its pair."""
 
+import re
+
 import torch
 
+from embedrl_verl.judge import load_judge_style
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.tcot import parse_tcot
 
@@ -11,6 +14,15 @@ def tcot_of(answer, thinking="It says"):
     return parse_tcot(
         f'<thinking>{thinking} {{"text_keywords": ["a"]}}.</thinking><rethink>Yes.</rethink><answer>{answer}</answer>'
     )
+
+
+def lines_of(text, style="compact"):
+    """Numbered texts of a one-line prompt, and its last line."""
+    *lines, last = text.splitlines()
+    candidate = re.escape(load_judge_style(style).candidate)
+    pattern = candidate.replace(r"\$number", r"(?P<number>\d+)").replace(r"\$text", "(?P<text>.*)")
+    found = [re.fullmatch(pattern, line) for line in lines]
+    return {match["number"]: match["text"] for match in found}, last
 
 
 def make_batch(pairs=6, rollouts=4, seed=0, noise=0.8, order=None, **change):

@@ -17,7 +17,7 @@ from aiohttp import web
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.judge import JudgeSettings, ListwiseJudge
 from embedrl_verl.serving import PoolSettings, ServerPool
-from tests.judge.batches import make_batch
+from tests.judge.batches import lines_of, make_batch
 from tests.serving.fakes import FakeServer, heartbeat
 
 QUICK = {"timeout_s": 20.0, "backoff_s": 0.01, "probe_interval_s": 0.05}
@@ -25,8 +25,8 @@ QUICK = {"timeout_s": 20.0, "backoff_s": 0.01, "probe_interval_s": 0.05}
 
 def reading(body):
     """The right number: the list has the judged answer on that line."""
-    *lines, judged = body["messages"][0]["content"].splitlines()
-    return next(line.split(":")[0] for line in lines if line.split(": ")[1] == judged.split(": ")[1])
+    shown, judged = lines_of(body["messages"][0]["content"])
+    return next(number for number, text in shown.items() if text == re.search(r"\d+", judged)[0])
 
 
 def says(pick, *, vllm=False, chat=None):
@@ -83,7 +83,7 @@ def test_a_judge_that_reads_hits_everywhere_and_one_that_avoids_nowhere(shared, 
 
 def test_scores_belong_to_their_rows_however_the_batch_is_ordered():
     def fickle(body):
-        return "1" if "4" in body["messages"][0]["content"].splitlines()[-1] else reading(body)
+        return "1" if "4" in lines_of(body["messages"][0]["content"])[1] else reading(body)
 
     base, _ = run(says(fickle), make_batch(pairs=9))
     order = torch.randperm(72, generator=torch.Generator().manual_seed(3))
@@ -190,7 +190,7 @@ def test_a_failure_that_passes_is_retried():
 
 def test_some_unknown_rows_leave_the_others_alone():
     def pick(body):
-        return "?" if body["messages"][0]["content"].endswith("2") else reading(body)
+        return "?" if "2" in lines_of(body["messages"][0]["content"])[1] else reading(body)
 
     found, _ = run(says(pick), max_unknown_share=0.2)
     unknown = make_batch().pair == 2
@@ -213,7 +213,7 @@ def test_a_dead_judge_stops_the_step_with_its_cause():
 
 def test_the_deadline_ends_the_stage():
     async def slow(body):
-        await asyncio.sleep(30 if body["messages"][0]["content"].endswith("2") else 0)
+        await asyncio.sleep(30 if "2" in lines_of(body["messages"][0]["content"])[1] else 0)
         return {"choices": [{"message": {"content": reading(body)}}]}
 
     start = time.monotonic()
@@ -229,6 +229,8 @@ def test_rows_without_a_list_are_no_failures():
     # Rows of the first pair lost all their partners or their own embedding, one row of the second its embedding.
     assert found.metrics()["judge/rows_without_list"] == 9 and not found.causes
     assert found.scores.isnan().sum() == 9 and found.own_positions[0] == ()
+    with pytest.raises(EmbedRLError, match="39 of 39 rows unknown"):  # a share of the rows that have a list
+        run(says(lambda body: "?"), make_batch(valid=valid), max_unknown_share=0.9)
     found, server = run(says(reading), make_batch(content=content), max_unknown_share=0.0)
     assert found.metrics()["judge/rows_without_list"] == 48 and not server.bodies
 

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A row as a chat request to a stock vLLM pooling server, and the vector in its answer.
+
+The messages are those of `build_messages`, with media already at the size at which the model reads them; the server's
+chat template (`command`) renders them to the same prompt. Pixels travel without loss: images as PNG, a video as vLLM's
+list of frames (media type video/jpeg, whose frames it opens with Pillow whatever their format, hence PNG too).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from embedrl_verl.embedder.messages import EmbedInput
+from embedrl_verl.embedder.processor import EmbedProcessor
+from embedrl_verl.errors import EmbedderError
+
+PATH = "/v1/embeddings"
+NOT_FINITE = "the embedding server gave a vector that is not finite or has no direction"
+OTHER_PROMPT = "the embedding server read another prompt than the row's"
+NO_VECTOR = "the embedding server's answer holds no vector"
+NOT_NORMAL = "the embedding server's vector is not of length 1"
+LENGTH_TOLERANCE = 1e-2
+"""How far a vector may be from length 1: bfloat16 rounds by less."""
+_RUN_LENGTHS = 3  # zlib's Z_RLE
+
+
+@dataclass(frozen=True, eq=False)
+class EmbedRequest:
+    """`payload` is the JSON body; `input_ids` int64 (L,) are the tokens that the server must come to."""
+
+    payload: dict[str, Any]
+    input_ids: torch.Tensor
+
+
+def embed_request(processor: EmbedProcessor, inputs: EmbedInput) -> EmbedRequest:
+    """The request of one row. Blocks (decoding, PNG): call it in a thread.
+
+    Raises:
+        MediaError, EmbedderError: as `EmbedProcessor.encode`.
+    """
+    prepared, input_ids, _ = processor.fit(inputs)
+    payload: dict[str, Any] = {
+        "messages": [
+            {"role": message["role"], "content": [content_part(part) for part in message["content"]]}
+            for message in prepared.messages
+        ],
+        "encoding_format": "base64",
+        "embed_dtype": "float32",
+        "endianness": "little",
+    }
+    if prepared.videos:
+        if len(prepared.videos) > 1:
+            raise EmbedderError(f"a request can hold one video; the row has {len(prepared.videos)}")
+        ((frames, fps),) = prepared.videos
+        # vLLM would keep 32 frames; -1 keeps all.
+        payload["media_io_kwargs"] = {"video": {"fps": fps, "num_frames": -1}}
+        if processor.family == "qwen2_5_vl":  # vLLM does not tell this family's processor the frame rate
+            metadata = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+            payload["mm_processor_kwargs"] = {"video_metadata": metadata}
+    return EmbedRequest(payload, input_ids)
+
+
+def read_vector(answer: Any, request: EmbedRequest) -> torch.Tensor:
+    """The vector of an answer: float32 (D,), length 1.
+
+    Raises:
+        EmbedderError: no vector in it, one that is not finite or has not length 1, or the server read another number of
+            tokens than the row has.
+    """
+    try:
+        value, tokens = answer["data"][0]["embedding"], answer["usage"]["prompt_tokens"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise EmbedderError(NO_VECTOR) from error
+    if tokens != len(request.input_ids):
+        raise EmbedderError(OTHER_PROMPT)
+    vector = _decode(value)
+    length = vector.norm().item()
+    if not 0 < length < float("inf"):
+        raise EmbedderError(NOT_FINITE)
+    if abs(length - 1) > LENGTH_TOLERANCE:
+        raise EmbedderError(NOT_NORMAL)
+    return vector / length
+
+
+def _decode(value: Any) -> torch.Tensor:
+    if isinstance(value, str):
+        raw = base64.b64decode(value)
+        if raw and len(raw) % 4 == 0:
+            return torch.frombuffer(bytearray(raw), dtype=torch.float32)
+    elif isinstance(value, list) and value and all(isinstance(number, (int, float)) for number in value):
+        return torch.tensor(value, dtype=torch.float32)
+    raise EmbedderError(NO_VECTOR)
+
+
+def content_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of `build_messages` (fitted image, or frames as uint8 (T, height, width, 3)) as vLLM's API takes it."""
+    if part["type"] == "text":
+        return {"type": "text", "text": part["text"]}
+    if part["type"] == "image":
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part['image'])}"}}
+    frames = ",".join(_png(Image.fromarray(frame)) for frame in part["video"])
+    return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    # Run lengths of the filtered pixels: half of the default's time, and no larger on photos.
+    image.save(buffer, "PNG", compress_level=1, compress_type=_RUN_LENGTHS)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
