@@ -3,7 +3,6 @@ import asyncio
 import contextlib
 import math
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -16,11 +15,8 @@ from aiohttp import web
 
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.judge import JudgeSettings, ListwiseJudge
-from embedrl_verl.serving import PoolSettings, ServerPool
 from tests.judge.batches import lines_of, make_batch
-from tests.serving.fakes import FakeServer, heartbeat
-
-QUICK = {"timeout_s": 20.0, "backoff_s": 0.01, "probe_interval_s": 0.05}
+from tests.serving.fakes import FakeServer, free_url, heartbeat, quick_pool
 
 
 def reading(body):
@@ -49,8 +45,7 @@ def chats(server):
 
 
 async def judged(server, batch=None, pool=None, step=0, call=None, **settings):
-    pool = ServerPool([server.url], PoolSettings(**{**QUICK, **(pool or {})}), name="judge")
-    judge = ListwiseJudge(pool, JudgeSettings(**{"style": "compact", **settings}))
+    judge = ListwiseJudge(quick_pool(server.url, **(pool or {})), JudgeSettings(**{"style": "compact", **settings}))
     return await judge.judge(make_batch() if batch is None else batch, step=step, **(call or {}))
 
 
@@ -140,8 +135,7 @@ def test_model_and_software_are_asked_for_once_under_successive_event_loops():
         nonlocal judge
         async with FakeServer(says(reading, vllm=True), port=port) as server:
             if judge is None:
-                pool = ServerPool([server.url], PoolSettings(**QUICK))
-                judge = ListwiseJudge(pool, JudgeSettings(style="compact"))
+                judge = ListwiseJudge(quick_pool(server.url), JudgeSettings(style="compact"))
             found = await judge.judge(make_batch(), step=number)
             asked.append(len(server.bodies))
             assert found.scores.mean() == 1
@@ -197,14 +191,15 @@ def test_some_unknown_rows_leave_the_others_alone():
     assert torch.equal(found.scores.isnan(), unknown) and (found.scores[~unknown] == 1).all()
     metrics = found.metrics()
     assert metrics["judge/unknown_rate"] == pytest.approx(1 / 6) and metrics["judge/hit_rate/query"] == 1
+    for name in ("picked_at", "own_at"):  # shares of the rows that were judged: 8 places, 4 of them own
+        total = sum(value for key, value in metrics.items() if f"/{name}/" in key)
+        assert total == pytest.approx(1 if name == "picked_at" else 4)
     with pytest.raises(EmbedRLError, match=r"8 of 48 rows unknown.*max_unknown_share=0.1.*8 x names no listed number"):
         run(says(pick), max_unknown_share=0.1)
 
 
 def test_a_dead_judge_stops_the_step_with_its_cause():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        pool = ServerPool([f"127.0.0.1:{probe.getsockname()[1]}"], PoolSettings(**QUICK), name="judge")
+    pool = quick_pool(free_url())
     start = time.monotonic()
     with pytest.raises(EmbedRLError, match="48 x no server is up"):
         asyncio.run(ListwiseJudge(pool, JudgeSettings(deadline_s=0.5)).judge(make_batch(), step=0))
@@ -333,8 +328,9 @@ def test_512_rollouts_run_at_the_limit_and_never_block_the_event_loop():
     with slow_server(0.2) as server:
         found, gaps = asyncio.run(main(server))
     assert server.most == 64 and found.requests == 514
-    assert found.seconds < 3 * 8 * 0.2  # 8 rounds; one after the other would take 102 s. See benchmarks/bench_judge.py
-    assert gaps[-1] < 0.5 and gaps[len(gaps) // 2] < 0.05
+    # 8 rounds of 0.2 s; one after the other they take 102 s. Close limits are those of benchmarks/bench_judge.py.
+    assert found.seconds < 12
+    assert gaps[len(gaps) // 2] < 0.05 and gaps[-1] < 2  # blocking calls make every gap 0.2 s
 
 
 def test_judge_and_pool_import_no_trainer_and_no_model_library():

@@ -1,12 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small HTTP server inside the test's event loop, and a watch on that loop."""
+"""A small HTTP server inside the test's event loop, a watch on that loop, and pools for tests."""
 
 import asyncio
 import contextlib
 import inspect
 import json
+import socket
 
+import pytest
 from aiohttp import web
+
+from embedrl_verl.serving import PoolSettings, ServerError, ServerPool
+
+QUICK = {"timeout_s": 10.0, "backoff_s": 0.01, "probe_interval_s": 0.05}
+
+
+def quick_pool(*urls, **change):
+    """A pool that loses no time in retries and probes."""
+    return ServerPool(urls, PoolSettings(**{**QUICK, **change}), name="fake")
+
+
+async def failure_of(request):
+    """The ServerError in which it ends."""
+    with pytest.raises(ServerError) as caught:
+        await request
+    return caught.value
+
+
+def free_url():
+    """An address at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 class FakeServer:
@@ -32,7 +57,8 @@ class FakeServer:
         return result if isinstance(result, web.StreamResponse) else web.json_response(result)
 
     async def __aenter__(self):
-        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=0.01, handler_cancellation=True)
+        server = web.Server(self._handle, handler_cancellation=True)
+        self._runner = web.ServerRunner(server, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
         self.port = self._runner.addresses[0][1]
