@@ -22,7 +22,7 @@ from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.sentence import SentenceModel, SentenceRow, has_profile
 from embedrl_verl.embedder.served.command import media_size
 from embedrl_verl.embedder.settings import processor_for
-from embedrl_verl.errors import EmbedderError
+from embedrl_verl.errors import EmbedderError, ResourceError
 
 logger = logging.getLogger(__name__)
 ACTOR = "embedrl_sentence_embedder"
@@ -85,7 +85,7 @@ class SentenceClient:
             raise EmbedderError(f"the sentence-transformers process: {type(error).__name__}") from error
         if vector is None:
             raise EmbedderError(reason)
-        return torch.from_numpy(vector)
+        return torch.tensor(vector)
 
 
 class _SentenceActor:
@@ -127,13 +127,23 @@ class _SentenceActor:
 
 
 def start_sentence_actor(config: EmbedderConfig) -> Any:
-    """The run's actor, loading its model; it ends with the process that started it."""
+    """The run's actor, loading its model; it ends with the process that started it.
+
+    Raises:
+        ResourceError: the cluster has no GPU left for it.
+    """
+    wanted, free = config.sentence.n_gpus, ray.available_resources().get("GPU", 0.0)
+    if free < wanted:
+        raise ResourceError(
+            f"the sentence-transformers model asks for {wanted} GPU (embedrl.embedder.sentence.n_gpus); the cluster "
+            f"has {free:g} left; set it to 0, or add a GPU"
+        )
     return (
         ray.remote(_SentenceActor)
         .options(
             name=ACTOR,
             num_cpus=1,
-            num_gpus=config.sentence.n_gpus,
+            num_gpus=wanted,
             max_concurrency=4096,
             max_restarts=3,
             max_task_retries=3,

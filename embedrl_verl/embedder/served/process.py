@@ -39,6 +39,7 @@ class ServerProcess:
         log: file for its output; every start appends.
         startup_s: seconds from a start until /health must answer.
         hang_s: see `HANG_S`.
+        name: what it is called in messages.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class ServerProcess:
         *,
         startup_s: float,
         hang_s: float = HANG_S,
+        name: str = "embedding server",
     ) -> None:
-        self.url, self.log = url, log
+        self.url, self.log, self._name = url, log, name
         self._command = [sys.executable, guard.__file__, *command]
         self._environment, self._startup_s, self._hang_s = dict(environment), startup_s, hang_s
         self._starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
@@ -140,11 +142,11 @@ class ServerProcess:
         if not (was_up or self._ready) or too_often:
             often = f", {MAX_RESTARTS} restarts within {RESTART_WINDOW_S:.0f} s did not help" if too_often else ""
             self._set(
-                failure=f"the embedding server {self.url} {cause}{often}. The end of its log {self.log}:\n{self.tail()}"
+                failure=f"the {self._name} {self.url} {cause}{often}. The end of its log {self.log}:\n{self.tail()}"
             )
             return
         self.restarts += 1
-        logger.warning("the embedding server %s %s; starting it again. Its log: %s", self.url, cause, self.log)
+        logger.warning("the %s %s %s; starting it again. Its log: %s", self._name, self.url, cause, self.log)
         with self._changed:
             self._changed.wait_for(lambda: self._stopping, timeout=2.0**recent - 2.0)
         if not self._stopping:
