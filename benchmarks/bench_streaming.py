@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reward stage after the last rollout: rows embedded as rollouts finish, against all of them at the barrier.
 
-Two stock vLLM servers, as in a run with `embedrl.embedder.backend=server`: one writes the T-CoTs of a step (all prompts
-and rollouts at once, as agent loops send them), one embeds. Rounds alternate; like a training batch, the pairs of a
-round are of one data source, and each round takes the next one. In both ways a row is parsed, its evidence cut and its
-request made as soon as its rollout is there; the one sends the request at once, the other when all are there. The clock
-runs from the last rollout's answer to the rewards.
+1. An EG-RL run with `embedrl.embedder.backend=server` trains for some steps; what it sends to its embedding server is
+   recorded: every row's request, and when in its step it was sent.
+2. Each recorded step is played back against the same server, which now has the machine to itself, as a server in a pool
+   of its own has: once with every request at its own time, once with all of them when the last rollout is there. The
+   clock runs from the last rollout to the last vector. What the rest of the reward stage took in the run is added to
+   both. The server's caches are emptied before each.
 
     python benchmarks/bench_streaming.py --inputs RUN_FOLDER
 
@@ -17,37 +18,35 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import aiohttp
+from aiohttp import web
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
-from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
-from embedrl_verl.data.schema import SIDES, Side
-from embedrl_verl.embedder.served.client import ServedEmbedder
 from embedrl_verl.embedder.served.command import server_arguments, server_command, server_options
-from embedrl_verl.embedder.served.handshake import check_servers
 from embedrl_verl.embedder.served.process import ServerProcess
-from embedrl_verl.embedder.served.requests import content_part
+from embedrl_verl.embedder.served.requests import PATH
 from embedrl_verl.embedder.settings import processor_for
-from embedrl_verl.rewards import RewardBatch
-from embedrl_verl.rewards.functions.no_judge import compute_score
+from embedrl_verl.progress import read_metrics
 from embedrl_verl.serving import PoolSettings, ServerPool
-from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.tiny.contrastive import embed_input
-from embedrl_verl.tiny.digits import Sample, read_samples
 from embedrl_verl.tiny.reasoner import TINY_LIMITS
 
 BAR = 0.30
-MAX_TOKENS = 96
+WARM_UP = 2
+MAX_MODEL_LEN = 1024
+HOST = "127.0.0.1"
+CACHES = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")  # routes of vLLM's development mode
 ENV = {
     "VERL_PLATFORM": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -59,202 +58,194 @@ ENV = {
 
 
 @dataclass(frozen=True)
-class Round:
-    """Seconds of one step: until the last rollout, from there to the rewards, and rows without a vector."""
+class Sent:
+    """One request of the run: seconds at which it came and was answered, and its body."""
 
-    rollouts_s: float
-    stage_s: float
-    failed: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One rollout to be."""
-
-    sample: Sample
-    side: Side
-    pair: int
-    rollout: int
+    came: float
+    answered: float
+    body: bytes
 
 
-class Step:
-    """A step's rows and the two servers."""
+class Recorder:
+    """Passes requests on to the server, and keeps those for vectors."""
 
-    def __init__(self, rows: list[Row], reasoner: ServerPool, embedder: ServedEmbedder) -> None:
-        self._rows, self._reasoner, self._embedder = rows, reasoner, embedder
-        self._prompts: dict[tuple[int, Side], dict[str, Any]] = {}
-        for row in rows:
-            if (row.pair, row.side) not in self._prompts:
-                self._prompts[row.pair, row.side] = _chat(row)
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.sent: list[Sent] = []
 
-    async def run(self, *, streaming: bool) -> Round:
-        """Roll out, embed in one of the two ways, and reward."""
-        barrier = asyncio.Event()
-        answered = 0
-        last = 0.0
-        loop = asyncio.get_running_loop()
-        texts: dict[int, str] = {}
+    async def serve(self, port: int) -> web.AppRunner:
+        """Listen until the runner is cleaned up."""
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._pass_on)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, HOST, port).start()
+        # The server closes idle connections after 5 s, and one must not be used while it does.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=connector)
+        return runner
 
-        async def one(index: int, row: Row) -> Any:
-            nonlocal answered, last
-            answer = await self._reasoner.post("/v1/chat/completions", self._prompts[row.pair, row.side])
-            answered, last = answered + 1, time.perf_counter()
-            if answered == len(self._rows):
-                barrier.set()
-            texts[index] = answer["choices"][0]["message"]["content"] or ""
-            inputs = await loop.run_in_executor(None, embed_input, row.sample, row.side, texts[index])
-            request = await loop.run_in_executor(None, self._embedder.prepare, inputs)
-            if not streaming:
-                await barrier.wait()
-            return await self._embedder.embed(request)
+    async def close(self) -> None:
+        """End the connections to the server."""
+        await self._session.close()
 
-        start = time.perf_counter()
-        results = await asyncio.gather(*(one(i, row) for i, row in enumerate(self._rows)), return_exceptions=True)
-        self._reward(results, texts)
-        end = time.perf_counter()
-        return Round(last - start, end - last, sum(not isinstance(result, torch.Tensor) for result in results))
+    async def _pass_on(self, request: web.Request) -> web.Response:
+        came, body = time.monotonic(), await request.read()
+        headers = {"Content-Type": request.content_type}
+        async with self._session.request(
+            request.method, self._url + request.path, data=body or None, headers=headers
+        ) as answer:
+            found = await answer.read()
+            if request.path == PATH and answer.status == 200:
+                self.sent.append(Sent(came, time.monotonic(), body))
+            return web.Response(body=found, status=answer.status, content_type=answer.content_type)
 
-    def _reward(self, results: list[Any], texts: dict[int, str]) -> None:
-        width = next(len(result) for result in results if isinstance(result, torch.Tensor))
-        missing = torch.full((width,), torch.nan)
-        valid = torch.tensor([isinstance(result, torch.Tensor) for result in results])
-        pair = torch.tensor([row.pair for row in self._rows])
-        batch = RewardBatch.build(
-            side=torch.tensor([SIDES.index(row.side) for row in self._rows]),
-            pair=pair,
-            rollout=torch.tensor([row.rollout for row in self._rows]),
-            content=pair,
-            tcots=[parse_tcot(texts.get(i, "")) for i in range(len(self._rows))],
-            required=["text_keywords"] * len(self._rows),
-            embeddings=torch.stack([result if isinstance(result, torch.Tensor) else missing for result in results]),
-            valid=valid,
+
+def overrides(inputs: Path, folder: Path, url: str, steps: int, pairs: int, rollouts: int) -> list[str]:
+    """The run of the recipe, with an embedding server."""
+    limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
+    return [
+        "platform=cpu",
+        f"data.train_files={inputs / 'world' / 'train.parquet'}",
+        f"data.val_files={inputs / 'world' / 'heldout.parquet'}",
+        f"data.train_batch_size={2 * pairs}",
+        "data.max_prompt_length=256",
+        "data.max_response_length=96",
+        "data.seed=0",
+        "data.embedrl.prompt_style=compact",
+        *(f"{part}.{name}={value}" for part in ("data.embedrl", "embedrl.embedder") for name, value in limits.items()),
+        f"actor_rollout_ref.model.path={inputs / 'sft'}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={pairs}",
+        f"actor_rollout_ref.rollout.n={rollouts}",
+        "actor_rollout_ref.rollout.max_model_len=512",
+        f"embedrl.embedder.path={inputs / 'embedder'}",
+        "embedrl.embedder.backend=server",
+        f"embedrl.embedder.server.urls=[{url}]",
+        f"embedrl.embedder.server.max_model_len={MAX_MODEL_LEN}",
+        f"trainer.total_training_steps={steps}",
+        "trainer.total_epochs=1000",
+        "trainer.logger=[file]",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+        "trainer.resume_mode=disable",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+    ]
+
+
+async def record(inputs: Path, folder: Path, server: str, steps: int, pairs: int, rollouts: int) -> list[list[Sent]]:
+    """Requests of each step after the warm-up, by time."""
+    recorder, port = Recorder(server), _free_port()
+    runner = await recorder.serve(port)
+    environment = {**os.environ, **ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+    arguments = overrides(inputs, folder, f"http://{HOST}:{port}", steps, pairs, rollouts)
+    with (folder / "run.log").open("w") as log:
+        run = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "embedrl_verl.train", *arguments),
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
-        compute_score(batch)
+        code = await run.wait()
+    await recorder.close()
+    await runner.cleanup()
+    if code:
+        raise SystemExit(f"the run ended with status {code}:\n{(folder / 'run.log').read_text()[-4000:]}")
+    rows = 2 * pairs * rollouts
+    # The handshake's probes come first; a step's rows are all there before the next one's begin.
+    sent = sorted(recorder.sent, key=lambda one: one.came)[-steps * rows :]
+    return [sent[first : first + rows] for first in range(WARM_UP * rows, steps * rows, rows)]
 
 
-def _chat(row: Row) -> dict[str, Any]:
-    """The rollout's request: the run's prompt with its media, sampling as in training."""
-    messages = prompt_messages(
-        row.sample.record, row.side, family="qwen2_vl", style="compact", few_shot=False, max_frames=8
-    )
-    images, videos = load_prompt_media(messages, TINY_LIMITS, None)
-    media = {"image": iter(images or ()), "video": (video.permute(0, 2, 3, 1).numpy() for video, _ in videos or ())}
-    turns = []
-    for message in messages:
-        parts = message["content"]
-        if not isinstance(parts, str):
-            parts = [
-                content_part({**part, part["type"]: next(media[part["type"]])} if part["type"] in media else part)
-                for part in parts
-            ]
-        turns.append({"role": message["role"], "content": parts})
-    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": MAX_TOKENS}
-    if videos:
-        options["media_io_kwargs"] = {"video": {"num_frames": -1}}
-    return {"messages": turns, **options}
+async def play_back(pool: ServerPool, step: list[Sent], *, streaming: bool) -> float:
+    """Seconds from the last rollout of the step to its last vector."""
+    for cache in CACHES:
+        await pool.post(cache, {})
+    began = step[0].came if streaming else step[-1].came
+    payloads = [json.loads(one.body) for one in step]
+    start = time.monotonic()
 
+    async def one(sent: Sent, payload: dict[str, Any]) -> None:
+        await asyncio.sleep(max(start + sent.came - began - time.monotonic(), 0))
+        answer = await pool.post(PATH, payload)
+        assert answer["data"][0]["embedding"], answer
 
-def _serve(arguments: list[str], port: int, folder: Path, name: str) -> ServerProcess:
-    process = ServerProcess(
-        server_command(arguments),
-        {**os.environ, **ENV},
-        f"http://127.0.0.1:{port}",
-        folder / f"{name}.log",
-        startup_s=900,
-        name=f"{name} server",
-    )
-    process.wait_ready()
-    return process
+    await asyncio.gather(*(one(sent, payload) for sent, payload in zip(step, payloads, strict=True)))
+    return time.monotonic() - start - (step[-1].came - began)
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
-def _steps(world: Path, pairs: int, rollouts: int) -> list[list[Row]]:
-    """One batch of rows for each data source."""
-    by_source: dict[str, list[Sample]] = defaultdict(list)
-    for sample in read_samples(world / "train.parquet"):
-        by_source[sample.record.data_source].append(sample)
-    return [
-        [
-            Row(sample, side, pair, g)
-            for pair, sample in enumerate(some[:pairs])
-            for side in SIDES
-            for g in range(rollouts)
-        ]
-        for some in by_source.values()
-    ]
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def measure(inputs: Path, pairs: int, rollouts: int, rounds: int, limit: int) -> dict[str, list[Round]]:
-    """Rounds by way, the first of each (which warms up) left out."""
+async def measure(args: argparse.Namespace, folder: Path) -> None:
+    """Record, play back, print."""
+    inputs = args.inputs.resolve()
     limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
-    config = EmbedderConfig(path=str(inputs / "embedder"), backend="server", dtype="float32", **limits)
-    processor = processor_for(config)
-    section = EmbedderServerConfig(max_model_len=1024, limit=limit)
-    config = replace(config, server=section)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        options = server_options(config, processor, on_cpu=True)
-        template = folder / "template.jinja"
-        template.write_text(options.template)
-        ports = _free_port(), _free_port()
-        embedding = server_arguments(options, template, host="127.0.0.1", port=ports[0])
-        writing = ["--model", str(inputs / "sft"), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-        writing += ["--max-num-seqs", "64", "--max-num-batched-tokens", "2048", "--disable-uvicorn-access-log"]
-        writing += ["--host", "127.0.0.1", "--port", str(ports[1])]
-        servers: list[ServerProcess] = []
-        try:
-            servers.append(_serve(embedding, ports[0], folder, "embedder"))
-            servers.append(_serve(writing, ports[1], folder, "reasoner"))
-            urls = [server.url for server in servers]
-            check_servers(config, processor, urls[:1])
-            served = ServedEmbedder(replace(config, server=replace(section, urls=(urls[0],))), processor)
-            reasoner = ServerPool([urls[1]], PoolSettings(limit=len(SIDES) * pairs * rollouts, timeout_s=600))
-            steps = [Step(rows, reasoner, served) for rows in _steps(inputs / "world", pairs, rollouts)]
-
-            async def run() -> dict[str, list[Round]]:
-                found: dict[str, list[Round]] = {"streaming": [], "barrier": []}
-                async with reasoner, served.pool:
-                    for number in range(rounds + 1):
-                        for way in found:
-                            step = steps[number % len(steps)]
-                            found[way].append(await step.run(streaming=way == "streaming"))
-                return {way: results[1:] for way, results in found.items()}
-
-            return asyncio.run(run())
-        finally:
-            for server in servers:
-                server.stop()
+    config = EmbedderConfig(
+        path=str(inputs / "embedder"),
+        backend="server",
+        dtype="float32",
+        server=EmbedderServerConfig(max_model_len=MAX_MODEL_LEN),
+        **limits,
+    )
+    options = server_options(config, processor_for(config), on_cpu=True)
+    template, port = folder / "template.jinja", _free_port()
+    template.write_text(options.template)
+    command = server_command(server_arguments(options, template, host=HOST, port=port))
+    url = f"http://{HOST}:{port}"
+    environment = {**os.environ, **ENV, "VLLM_SERVER_DEV_MODE": "1"}
+    server = ServerProcess(command, environment, url, folder / "server.log", startup_s=900)
+    try:
+        server.wait_ready()
+        steps = await record(inputs, folder, url, args.steps, args.pairs, args.rollouts)
+        times: dict[str, list[float]] = {"streaming": [], "barrier": []}
+        async with ServerPool([url], PoolSettings(limit=args.limit)) as pool:
+            for _ in range(args.rounds):
+                for step in steps:
+                    for way, found in times.items():
+                        found.append(await play_back(pool, step, streaming=way == "streaming"))
+    finally:
+        server.stop()
+    metrics = [one for step, one in sorted(read_metrics(folder / "metrics.jsonl").items()) if step > WARM_UP]
+    rest = statistics.median(one["timing_s/reward_stage"] for one in metrics)
+    live = [max(one.answered for one in step) - step[-1].came for step in steps]
+    took = [step[-1].came - step[0].came for step in steps]
+    rows = len(steps[0])
+    print(
+        f"{rows} rollouts a step, {len(steps)} recorded steps, each played back {args.rounds} times; medians in seconds"
+    )
+    print("(least to most)\n")
+    print(f"first to last rollout: {_spread(took)}")
+    print(f"rest of the reward stage (queue, reward function), as in the run: {rest:.3f}\n")
+    print("| rows are embedded | last rollout to last vector | with the rest of the stage |")
+    print("|---|---|---|")
+    totals = {way: statistics.median(found) + rest for way, found in times.items()}
+    for way, name in (("streaming", "as rollouts finish"), ("barrier", "at the barrier")):
+        print(f"| {name} | {_spread(times[way])} | {totals[way]:.3f} |")
+    print(f"| as rollouts finish, in the run itself, on the same cores | {_spread(live)} | |")
+    ratio = totals["streaming"] / totals["barrier"]
+    print(f"\nstreaming / barrier: {ratio:.3f} (bar: below {BAR:.2f}, {'met' if ratio < BAR else 'NOT met'})")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=8, help=f"of the run, of which {WARM_UP} warm up")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=256, help="requests in flight, as embedrl.embedder.server.limit")
     args = parser.parse_args()
-    found = measure(args.inputs.resolve(), args.pairs, args.rollouts, args.rounds, args.limit)
-    rows = len(SIDES) * args.pairs * args.rollouts
-    print(f"{rows} rollouts a step, {args.rounds} rounds each, medians in seconds (least to most)\n")
-    print("| rows are embedded | until the last rollout | from there to the rewards | rows without a vector |")
-    print("|---|---|---|---|")
-    medians = {}
-    for way, results in found.items():
-        cells = []
-        for values in ([one.rollouts_s for one in results], [one.stage_s for one in results]):
-            cells.append(f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        medians[way] = statistics.median(one.stage_s for one in results)
-        name = "as they come" if way == "streaming" else "at the barrier"
-        print(f"| {name} | {cells[0]} | {cells[1]} | {sum(one.failed for one in results)} |")
-    ratio = medians["streaming"] / medians["barrier"]
-    print(f"\nstreaming / barrier: {ratio:.3f} (bar: below {BAR:.2f}, {'met' if ratio < BAR else 'NOT met'})")
+    with tempfile.TemporaryDirectory() as scratch:
+        asyncio.run(measure(args, Path(scratch)))
 
 
 if __name__ == "__main__":

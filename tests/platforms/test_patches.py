@@ -2,8 +2,11 @@
 """Each change of upstream does its work, refuses another release, and is still needed."""
 
 import asyncio
+import inspect
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import zmq
@@ -18,10 +21,11 @@ from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import (  # noqa
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
 from vllm.model_executor.layers import utils  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 
 from embedrl_verl.errors import PluginError  # noqa: E402
 from embedrl_verl.platforms.cpu import CpuPlatform  # noqa: E402
-from embedrl_verl.platforms.patches import keep_cpu_linear_weights  # noqa: E402
+from embedrl_verl.platforms.patches import keep_cpu_linear_weights, rewind_cpu_generators  # noqa: E402
 from embedrl_verl.platforms.vllm_worker import CpuColocateWorkerExtension  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
@@ -31,6 +35,7 @@ pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLL
 def restored(monkeypatch):
     """Undoes a patch after the test."""
     current_platform.import_kernels()
+    monkeypatch.setattr(GPUModelRunner, "_bookkeeping_sync", GPUModelRunner._bookkeeping_sync)
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
 
 
@@ -60,6 +65,52 @@ def test_another_vllm_is_refused(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.25.0")
     with pytest.raises(PluginError, match="keep_cpu_linear_weights is written for vllm"):
         keep_cpu_linear_weights()
+
+
+def test_upstream_still_moves_an_offset_that_cpu_generators_do_not_have():
+    """The day vLLM sets generators back in another way, this fails and the patch can go."""
+    assert "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        torch.Generator().get_offset()
+
+
+class _Runner:
+    """Two requests with seeds in vLLM's model runner; each step draws a number for each, and some are thrown away."""
+
+    def __init__(self):
+        self.requests = {name: SimpleNamespace() for name in "ab"}
+        generators = {index: torch.Generator().manual_seed(index) for index in range(2)}
+        self.input_batch = SimpleNamespace(num_reqs=2, req_ids=["a", "b"], generators=generators)
+        self.discard_request_mask = SimpleNamespace(np=np.zeros(4, dtype=bool))
+
+    def step(self, *discarded):
+        self.discard_request_mask.np[:2] = [index in discarded for index in range(2)]
+        drawn = [torch.rand(3, generator=self.input_batch.generators[index]).tolist() for index in range(2)]
+        GPUModelRunner._bookkeeping_sync(self)
+        return drawn
+
+
+def test_a_draw_that_is_thrown_away_changes_nothing(monkeypatch):
+    """Before the first token, and after some (a request that was pushed out and comes back)."""
+
+    def as_upstream(self):
+        for index in np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]:
+            generator = self.input_batch.generators.get(int(index))
+            if generator is not None:
+                generator.set_offset(generator.get_offset() - 4)
+
+    monkeypatch.setattr(GPUModelRunner, "_bookkeeping_sync", as_upstream)
+    rewind_cpu_generators()
+    rewind_cpu_generators()
+    plain, rewound = _Runner(), _Runner()
+    expected = [plain.step() for _ in range(3)]
+    rewound.step(0, 1)
+    assert rewound.step(1)[0] == expected[0][0]
+    assert rewound.step(0)[1] == expected[0][1]
+    assert rewound.step() == expected[1]
+    rewound.step(0, 1)
+    assert rewound.step() == expected[2]
+    assert set(rewound.input_batch.generators) == {0, 1}
 
 
 def test_upstream_still_hands_out_views_of_the_bucket(tmp_path, monkeypatch):

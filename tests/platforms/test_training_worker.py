@@ -8,8 +8,11 @@ import pytest
 import ray
 import torch
 import torch.distributed
+from omegaconf import OmegaConf
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import MAGIC_ATTR
+from verl.utils.fsdp_utils import fsdp2_sharded_load_from_cpu, fsdp2_sharded_save_to_cpu
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
@@ -18,6 +21,7 @@ from embedrl_verl.platforms import cpu_engines, training_worker
 from embedrl_verl.platforms.cpu_engines import ResidentOnCpuMixin
 from embedrl_verl.platforms.training_worker import (
     EmbedRLActorRolloutRefWorker,
+    EmbedRLDetachActorWorker,
     NestedPositionIdsTrainingWorker,
     use_nested_position_ids_workers,
 )
@@ -97,13 +101,36 @@ def test_overridden_methods_are_dispatched_as_verls_own():
 
 
 def test_verls_roles_get_the_classes_of_this_package():
-    mapping = {"actor_rollout": ray.remote(ActorRolloutRefWorker), "critic": ray.remote(TrainingWorker)}
+    mapping = {
+        "actor_rollout": ray.remote(ActorRolloutRefWorker),
+        "actor": ray.remote(DetachActorWorker),
+        "critic": ray.remote(TrainingWorker),
+    }
     use_nested_position_ids_workers(mapping)
     use_nested_position_ids_workers(mapping)
     assert mapping["actor_rollout"].__ray_actor_class__ is EmbedRLActorRolloutRefWorker
     assert mapping["critic"].__ray_actor_class__ is NestedPositionIdsTrainingWorker
-    assert EmbedRLActorRolloutRefWorker.actor_worker_cls is NestedPositionIdsTrainingWorker
-    assert EmbedRLActorRolloutRefWorker.ref_worker_cls is NestedPositionIdsTrainingWorker
+    assert mapping["actor"].__ray_actor_class__ is EmbedRLDetachActorWorker
+    for cls in (EmbedRLActorRolloutRefWorker, EmbedRLDetachActorWorker):
+        assert cls.actor_worker_cls is cls.ref_worker_cls is NestedPositionIdsTrainingWorker
+
+
+@pytest.mark.parametrize(("device", "apart"), [("cpu", True), ("cuda", False)])
+def test_weights_put_aside_on_a_cpu_do_not_change_with_the_actors(device, apart, rendezvous, monkeypatch):
+    """The day verl's own copy is one on a CPU too, the second case fails and `copied_apart` can go."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=rendezvous)
+    module = fully_shard(torch.nn.Linear(4, 4), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    monkeypatch.setattr(training_worker, "get_device_name", lambda: device)
+    worker = object.__new__(EmbedRLDetachActorWorker)
+    worker.config, worker._strategy_handlers = OmegaConf.create({"actor": {"strategy": "fsdp2"}}), None
+    assert worker.restore_handler is fsdp2_sharded_load_from_cpu
+    assert (worker.copy_handler is fsdp2_sharded_save_to_cpu) is not apart
+    before = module.weight.full_tensor().detach().clone()
+    saved, layout = worker.copy_handler(module)
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    worker.restore_handler(module, saved, layout)
+    assert torch.equal(module.weight.full_tensor(), before) is apart
 
 
 def test_a_worker_class_that_is_not_known_is_refused():
@@ -111,7 +138,7 @@ def test_a_worker_class_that_is_not_known_is_refused():
         pass
 
     with pytest.raises(
-        PluginError, match=r"role actor must be one of ActorRolloutRefWorker, TrainingWorker; got Other"
+        PluginError, match=r"role actor must be one of ActorRolloutRefWorker, .*TrainingWorker; got Other"
     ):
         use_nested_position_ids_workers({"actor": ray.remote(Other)})
 

@@ -109,7 +109,7 @@ def main(folder: Path) -> dict[str, Any]:
         "kept": kept,
         "train": named(listed["train"]),
         "embed": named(listed["embed"]),
-        "inputs": tq.kv_batch_get(keys=[f"{uids[2]}_1_0"], partition_id="embed")["input_ids"].tolist(),
+        "inputs": [row.tolist() for row in tq.kv_batch_get(keys=[f"{uids[2]}_1_0"], partition_id="embed")["input_ids"]],
         "reissued": reissued,
         "reissued_as_they_were": all(row == before[uids.index(row[0])] for row in again),
         "steps": {name: tag["global_steps"] for name, tag in after.items()},

@@ -57,7 +57,7 @@ def _when_told_to_end(end: Callable[[], None]) -> None:
 
 def outer(command: list[str]) -> int:
     """Run the inner guard; returns its exit status."""
-    inner = [sys.executable, os.path.abspath(__file__), INNER, *command]
+    inner = [sys.executable, "-I", os.path.abspath(__file__), INNER, *command]
     child = subprocess.Popen(inner, stdin=subprocess.PIPE, start_new_session=True)
     pipe = child.stdin
     assert pipe is not None

@@ -54,7 +54,7 @@ class ServerProcess:
         name: str = "embedding server",
     ) -> None:
         self.url, self.log, self._name = url, log, name
-        self._command = [sys.executable, guard.__file__, *command]
+        self._command = [sys.executable, "-I", guard.__file__, *command]
         self._environment, self._startup_s, self._hang_s = dict(environment), startup_s, hang_s
         self._starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
         self._changed = threading.Condition()

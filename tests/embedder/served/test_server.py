@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stock vLLM pooling server gives the Embedder's vectors, also after it hung, was killed, or one of two was lost.
+
+Real processes; what fails is an error, never a vector.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
+from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.embedder.served.client import ServedEmbedder
+from embedrl_verl.embedder.served.command import server_arguments, server_command, server_options
+from embedrl_verl.embedder.served.handshake import check_servers
+from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.errors import EmbedderError
+from embedrl_verl.tiny.models import build_tiny_model
+from tests.embedder.inputs import ENV, LIMITS, mixed_inputs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+ROWS = 24  # twice every combination of medium, T-CoT and evidence
+# Takes connections and never answers.
+SILENT = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint) -> EmbedderConfig:
+    limits = {name: value for name, value in dataclasses.asdict(LIMITS["qwen2_vl"]).items() if name.endswith("_tokens")}
+    return EmbedderConfig(
+        path=str(checkpoint()),
+        dtype="float32",
+        backend="server",
+        server=EmbedderServerConfig(max_model_len=1024, limit=8),
+        **limits,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(config, tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    options = server_options(config, processor_for(config), on_cpu=True)
+    template = folder / "template.jinja"
+    template.write_text(options.template)
+    command = server_command(server_arguments(options, template, host="127.0.0.1", port=port))
+    process = ServerProcess(command, {**os.environ, **ENV}, f"http://127.0.0.1:{port}", folder / "log", startup_s=400)
+    process.wait_ready()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(embedder) -> torch.Tensor:
+    return embedder().embed(mixed_inputs(ROWS))
+
+
+def embed(config: EmbedderConfig, inputs: Sequence[EmbedInput], urls: Sequence[str], **settings: Any) -> Any:
+    """(results, the pool's counts): a vector or an EmbedderError of each row, all sent at once."""
+    section = dataclasses.replace(config.server, urls=tuple(urls), **settings)
+    served = ServedEmbedder(dataclasses.replace(config, server=section), processor_for(config))
+
+    async def run() -> list[Any]:
+        async with served.pool:
+            requests = [served.prepare(one) for one in inputs]
+            return await asyncio.gather(*map(served.embed, requests), return_exceptions=True)
+
+    results = asyncio.run(run())
+    assert all(isinstance(one, (torch.Tensor, EmbedderError)) for one in results), results
+    return results, served.pool.stats()
+
+
+def worst(results: Sequence[Any], expected: torch.Tensor) -> float:
+    errors = [str(one) for one in results if isinstance(one, Exception)]
+    assert not errors, errors
+    return float((torch.stack(list(results)) * expected).sum(dim=1).min())
+
+
+def server_pid(process: ServerProcess) -> int:
+    """The API server, which leads a process group of its own: the child of the inner guard."""
+    pid = process._child.pid
+    for _ in range(2):
+        pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    return pid
+
+
+def test_the_vectors_are_the_embedders(config, server, expected):
+    results, _ = embed(config, mixed_inputs(ROWS), [server.url])
+    assert worst(results, expected) >= 0.999
+    assert float((expected[:-1] * expected[1:]).sum(dim=1).min()) < 0.99  # else anything would pass
+
+
+def test_a_server_that_fits_passes_the_handshake(config, server):
+    check_servers(config, processor_for(config), [server.url])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"image_max_tokens": 300},
+            "large images probe.*--mm-processor-kwargs.*embedrl serve-embedder.*--image-tokens 1 300",
+        ),
+        ({"profile": "vlm2vec_v2"}, "text probe.*chat template.*--profile vlm2vec_v2"),
+        (
+            {"server": EmbedderServerConfig(max_model_len=2048)},
+            "--max-model-len.* is 1024 tokens, and rows may have 2048.*embedrl serve-embedder.*--max-model-len 2048",
+        ),
+    ],
+)
+def test_a_server_started_otherwise_is_refused(change, reason, config, server):
+    other = dataclasses.replace(config, **change)
+    with pytest.raises(EmbedderError, match=rf"(?s){server.url}: .*{reason}"):
+        check_servers(other, processor_for(other), [server.url])
+
+
+def test_a_server_of_another_model_is_refused(config, server, tmp_path):
+    wider = dataclasses.replace(config, path=str(build_tiny_model(tmp_path / "wider", hidden_size=192)))
+    with pytest.raises(EmbedderError, match="vectors have 128 numbers; the Embedder's have 192"):
+        check_servers(wider, processor_for(wider), [server.url])
+
+
+def test_nobody_at_the_address_is_said_before_the_run(config):
+    section = dataclasses.replace(config.server, retries=0)
+    with pytest.raises(EmbedderError, match="connection refused.*embedrl serve-embedder"):
+        check_servers(dataclasses.replace(config, server=section), processor_for(config), [f"127.0.0.1:{free_port()}"])
+
+
+def test_rows_of_a_server_that_is_lost_move_to_the_other(config, server, expected):
+    port = free_port()
+    silent = subprocess.Popen([sys.executable, "-c", SILENT, str(port)])
+    killer = subprocess.Popen(["sh", "-c", f"sleep 3; kill -9 {silent.pid}"])
+    try:
+        results, stats = embed(config, mixed_inputs(ROWS), [f"http://127.0.0.1:{port}", server.url], deadline_s=120)
+    finally:
+        killer.wait()
+        silent.wait()
+    lost, good = stats.servers
+    assert worst(results, expected) >= 0.999
+    assert lost.requests >= 4 and not lost.up and lost.last_error in ("connection lost", "connection refused")
+    assert good.requests == ROWS
+
+
+def test_a_hanging_server_fails_rows_in_time_and_is_used_again(config, server, expected):
+    group = server_pid(server)
+    inputs = mixed_inputs(ROWS)
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        results, _ = embed(config, inputs[:8], [server.url], timeout_s=2, retries=1, deadline_s=5)
+        assert time.monotonic() - start < 8
+    finally:
+        os.killpg(group, signal.SIGCONT)
+    assert {str(one) for one in results} <= {
+        f"embedding server: {why}" for why in ("timeout", "deadline", "no server is up")
+    }
+    results, _ = embed(config, inputs, [server.url])
+    assert worst(results, expected) >= 0.999
+
+
+def test_a_killed_server_is_started_again_and_used_again(config, server, expected):
+    group, before = server_pid(server), server.restarts
+    os.kill(group, signal.SIGKILL)
+    results, stats = embed(config, mixed_inputs(ROWS), [server.url], deadline_s=400)
+    assert worst(results, expected) >= 0.999
+    assert server.restarts == before + 1 and stats.servers[0].last_error == "connection refused"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)

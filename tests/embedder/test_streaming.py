@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vectors that agent loops left in the queue are read as they are, and what is no vector is a failed row."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig, SentenceConfig, parse_embedrl_section
+from embedrl_verl.embedder import EmbedInput, streaming
+from embedrl_verl.embedder.served.client import ServedEmbedder, open_pool
+from embedrl_verl.embedder.streaming import NO_DIRECTION, EmbeddedRowsBackend, EncodedRows, QueuedVectors, row_backend
+from embedrl_verl.errors import ConfigError, EmbedderError
+from tests.embedder.inputs import item
+
+SERVER = {"urls": ["http://localhost:1"]}
+
+
+class _FakeQueue:
+    """Holds one vector a key."""
+
+    def __init__(self, rows: dict[str, torch.Tensor]) -> None:
+        self.rows = rows
+
+    def kv_batch_get(self, *, keys: list[str], partition_id: str, select_fields: list[str]) -> TensorDict:
+        assert (partition_id, select_fields) == ("embed", ["embeddings"])
+        found = [self.rows[key] for key in keys if key in self.rows]
+        if len({len(row) for row in found}) > 1:
+            found = torch.nested.as_nested_tensor(found, layout=torch.jagged)
+            return TensorDict({"embeddings": found}, batch_size=[len(keys)])
+        return TensorDict({"embeddings": torch.stack(found)}, batch_size=[len(found)])
+
+
+def read(rows: dict[str, torch.Tensor], keys: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streaming, "tq", _FakeQueue(rows))
+    return QueuedVectors().embed_rows(keys, "embed")
+
+
+def test_vectors_come_in_the_order_asked_for_at_length_one(monkeypatch):
+    rows = {f"u{i}_0_0": torch.nn.functional.one_hot(torch.tensor(i), 4) * (1.0 + i / 1000) for i in range(4)}
+    vectors, failures = read(rows, ["u2_0_0", "u0_0_0", "u3_0_0"], monkeypatch)
+    assert torch.equal(vectors, torch.eye(4)[[2, 0, 3]]) and failures == {}
+
+
+def test_what_is_no_vector_is_a_failed_row_and_never_zeros(monkeypatch):
+    rows = {"a": torch.tensor([1.0, 0.0]), "b": torch.zeros(2), "c": torch.tensor([torch.nan, 1.0])}
+    vectors, failures = read(rows, ["a", "b", "c"], monkeypatch)
+    assert failures == {1: NO_DIRECTION, 2: NO_DIRECTION}
+    assert torch.isnan(vectors[1:]).all() and torch.equal(vectors[0], rows["a"])
+
+
+def test_rows_that_the_queue_does_not_have_and_mixed_widths_are_errors(monkeypatch):
+    with pytest.raises(EmbedderError, match="asked for 2 vectors"):
+        read({"a": torch.ones(2)}, ["a", "b"], monkeypatch)
+    with pytest.raises(EmbedderError, match=r"different widths, \[2, 3\]"):
+        read({"a": torch.ones(2), "b": torch.ones(3)}, ["a", "b"], monkeypatch)
+    with pytest.raises(EmbedderError, match="frozen"):
+        QueuedVectors().embed_rows(["a"], "embed", averaged=True)
+
+
+def test_each_backend_stores_what_the_reward_stage_reads(checkpoint):
+    path = str(checkpoint())
+    worker = row_backend(EmbedderConfig(path=path), max_frames=8, processes=1)
+    assert isinstance(worker, EncodedRows)
+    prepared = worker.prepare(EmbedInput(item("a")), "query")
+    assert set(asyncio.run(worker.fields(prepared)).keys()) == {"input_ids", "position_ids", "multi_modal_inputs"}
+
+    class Fixed:
+        def prepare(self, inputs: EmbedInput, side: str) -> str:
+            return side
+
+        async def embed(self, prepared: str) -> torch.Tensor:
+            return torch.tensor([1.0, 2.0]) if prepared == "query" else torch.tensor([3.0, 4.0])
+
+    streamed = EmbeddedRowsBackend(Fixed())
+    fields = asyncio.run(streamed.fields(streamed.prepare(EmbedInput(item("a")), "target")))
+    assert fields.batch_size == (1,) and fields["embeddings"].tolist() == [[3.0, 4.0]]
+
+
+def test_agent_loop_workers_share_the_limit(checkpoint):
+    server = EmbedderServerConfig(urls=("http://localhost:1",), limit=20, max_model_len=100)
+    config = EmbedderConfig(path=str(checkpoint()), backend="server", server=server)
+    backend = row_backend(config, max_frames=8, processes=8)
+    assert isinstance(backend, EmbeddedRowsBackend) and isinstance(backend._embedder, ServedEmbedder)
+    assert backend._embedder.pool.settings.limit == 2
+    assert backend._embedder._processor.max_length == 100
+    assert open_pool(server, share=64).settings.limit == 1
+
+
+def test_a_key_that_is_not_in_the_environment_is_an_error(monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with pytest.raises(ConfigError, match="NO_SUCH_KEY, which is not set"):
+        open_pool(EmbedderServerConfig(urls=("http://localhost:1",), api_key_env="NO_SUCH_KEY"))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"backend": "remote"}, "embedder.backend must be one of worker, server, sentence_transformers"),
+        ({"backend": "server", "train": {"enable": True}}, "embedder.backend must be worker with train.enable=True"),
+        ({"backend": "sentence_transformers", "train": {"enable": True}}, "must be worker with train.enable=True"),
+        ({"server": {"limit": 0}}, "embedder.server.limit must be 1 or more"),
+        ({"server": {"deadline_s": 0}}, "embedder.server.deadline_s must be a positive number of seconds"),
+        ({"server": {"gpu_memory_utilization": 1.5}}, "embedder.server.gpu_memory_utilization must be above 0"),
+        ({"server": {"extra_args": ["64"]}}, "embedder.server.extra_args must be a list of --option=value"),
+        ({"server": {"url": "http://a"}}, "embedder.server has no key url"),
+        ({"sentence": {"n_gpus": 2}}, "embedder.sentence.n_gpus must be 0 or 1"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(section, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_embedrl_section({"embedder": {"path": "x", **section}})
+
+
+def test_the_sections_are_read_with_their_types():
+    embedder = parse_embedrl_section(
+        {
+            "embedder": {
+                "path": "x",
+                "backend": "server",
+                "server": {**SERVER, "timeout_s": 5},
+                "sentence": {"n_gpus": 0},
+            }
+        }
+    ).embedder
+    assert embedder.server.urls == ("http://localhost:1",) and embedder.server.timeout_s == 5.0
+    assert embedder.sentence == SentenceConfig(n_gpus=0)
