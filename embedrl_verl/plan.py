@@ -18,11 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
+from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.plan_lines import (
+    SIDES,
+    batch_lines,
+    device_lines,
+    file_lines,
+    is_megatron,
+    replica_size,
+    training_lines,
+)
 
-SIDES = 2
 # Model types that Megatron-Bridge, the weight converter of verl 0.9.1's Megatron engine, can load.
 MEGATRON_FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
@@ -156,16 +164,16 @@ def make_plan(config: Any) -> Plan:
     _check_with_verl(config)
     section = load_embedrl_config(config)
     family = _model_type(config)
-    if _is_megatron(config) and family not in (*MEGATRON_FAMILIES, None):
+    if is_megatron(config) and family not in (*MEGATRON_FAMILIES, None):
         raise ConfigError(
             f"verl 0.9.1's Megatron engine cannot load {family}: its weight converter has "
             f"{', '.join(MEGATRON_FAMILIES)}. Use the FSDP recipe of that family"
         )
     lines = (
-        *_device_lines(config, batch, section),
-        *_batch_lines(config, batch),
-        *_training_lines(config),
-        *_file_lines(config, batch, section, family),
+        *device_lines(config, batch, section),
+        *batch_lines(config, batch),
+        *training_lines(config),
+        *file_lines(config, batch, section, family),
     )
     return Plan(batch=batch, lines=lines)
 
@@ -175,13 +183,9 @@ def print_plan(config: Any) -> None:
     print(make_plan(config))
 
 
-def _is_megatron(config: Any) -> bool:
-    return str(config.actor_rollout_ref.actor.strategy) == "megatron"
-
-
 def _batch_plan(config: Any) -> BatchPlan:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    if _is_megatron(config):
+    if is_megatron(config):
         mesh = actor.megatron
         model_parallel = (
             mesh.tensor_model_parallel_size * mesh.pipeline_model_parallel_size * mesh.context_parallel_size
@@ -194,9 +198,8 @@ def _batch_plan(config: Any) -> BatchPlan:
         mini_prompts=int(actor.ppo_mini_batch_size),
         devices=int(config.trainer.nnodes) * int(config.trainer.n_gpus_per_node),
         model_parallel=int(model_parallel),
-        rollout_parallel=int(
-            rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
-        ),
+        # Without servers on the training devices nothing has to fit there; checks_async looks at the rollout's own.
+        rollout_parallel=replica_size(rollout) if config.actor_rollout_ref.hybrid_engine else 1,
     )
 
 
@@ -231,151 +234,6 @@ def _model_type(config: Any) -> str | None:
         return named
     file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
     return str(json.loads(file.read_text())["model_type"]) if file.is_file() else None
-
-
-def _device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[tuple[str, str]]:
-    import torch
-
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    nodes, per_node = int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node)
-    if str(config.trainer.device) == "cpu":
-        devices = f"{_count(batch.devices, 'process')} on the CPU (gloo)"
-        unit = "CPU process"
-    else:
-        here = torch.cuda.device_count()
-        known = "as here" if nodes == 1 and here == per_node else f"simulated: this machine has {here}"
-        devices = f"{nodes} x {per_node} = {batch.devices} GPUs ({known})"
-        unit = "GPU"
-    if _is_megatron(config):
-        mesh = actor.megatron
-        engine = (
-            f"Megatron, TP {mesh.tensor_model_parallel_size} x PP {mesh.pipeline_model_parallel_size} x "
-            f"CP {mesh.context_parallel_size}, {_count(batch.data_parallel, 'data-parallel rank')}"
-        )
-    else:
-        engine = f"{actor.strategy}, {_count(batch.data_parallel, 'data-parallel rank')}"
-    embedder, train = section.embedder, section.embedder.train
-    own = embedder.nnodes * embedder.n_gpus_per_node
-    where = f"{_count(own, unit)} of its own" if own else f"{_count(batch.devices, 'process')} on the actor's devices"
-    trained = "frozen"
-    if train.enable:
-        weights = f"LoRA {train.lora_rank}/{train.lora_alpha}" if train.lora_rank else "all weights"
-        trained = (
-            f"co-trained every {_count(train.every, 'step')} ({weights}, lr {train.lr:g}, {train.rollouts} rollouts)"
-        )
-    return [
-        ("devices", devices),
-        ("actor", engine),
-        (
-            "rollout",
-            f"{rollout.name}, {_count(batch.devices // batch.rollout_parallel, 'replica')} of "
-            f"{_count(batch.rollout_parallel, unit)}",
-        ),
-        (
-            "embedder",
-            f"{trained}; {embedder.strategy}, {where}, {embedder.dtype}, at most {embedder.max_tokens_per_gpu} tokens "
-            "a micro-batch" + (", offloaded between uses" if embedder.offload else ""),
-        ),
-    ]
-
-
-def _batch_lines(config: Any, batch: BatchPlan) -> list[tuple[str, str]]:
-    side = batch.pairs * batch.rollouts
-    share, left = divmod(batch.rows, batch.data_parallel)
-    return [
-        (
-            "batch",
-            f"{batch.pairs} pairs x {SIDES} sides = {batch.prompts} prompts, x {batch.rollouts} rollouts = "
-            f"{batch.rows} rows a step, {share}{'+' if left else ''} a rank",
-        ),
-        (
-            "updates",
-            f"{batch.updates} a step: {batch.mini_prompts} prompts = {batch.mini_rows} rows each, "
-            f"{batch.mini_rows // batch.data_parallel} a rank",
-        ),
-        ("reward", f"{side} x {side} similarities a direction, {batch.prompts} GRPO groups of {batch.rollouts}"),
-        (
-            "lengths",
-            f"prompt up to {config.data.max_prompt_length}, response up to {config.data.max_response_length} tokens",
-        ),
-    ]
-
-
-def _training_lines(config: Any) -> list[tuple[str, str]]:
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    function = config.reward.custom_reward_function
-    kl = f"{actor.kl_loss_coef} ({actor.kl_loss_type})" if actor.use_kl_loss else "off"
-    kwargs = ", ".join(f"{key}={value}" for key, value in (function.reward_kwargs or {}).items())
-    steps = config.trainer.total_training_steps
-    length = _count(steps, "step") if steps is not None else _count(config.trainer.total_epochs, "epoch")
-    return [
-        (
-            "optimiser",
-            f"lr {actor.optim.lr}, clip {actor.clip_ratio}, KL loss {kl}, temperature {rollout.temperature}, {length}",
-        ),
-        ("reward function", f"{function.path}:{function.name}({kwargs})"),
-        ("judge", _judge(config)),
-    ]
-
-
-def _judge(config: Any) -> str:
-    judge, served = config.embedrl.judge, config.reward.reward_model
-    if judge.urls:
-        return f"{', '.join(judge.urls)}, {_count(judge.limit, 'request')} at a time"
-    if not served.enable:
-        return "none"
-    own = f"{served.nnodes} x {served.n_gpus_per_node} devices of its own"
-    where = own if served.enable_resource_pool else "on the actor's devices, by turns"
-    return f"{_folder(served.model_path)}, {where}, {_count(judge.limit, 'request')} at a time"
-
-
-def _file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: str | None) -> list[tuple[str, str]]:
-    lines = [
-        ("reasoner", f"{_folder(config.actor_rollout_ref.model.path)}, family {family or 'known when it is loaded'}"),
-        ("embedder model", f"{_folder(section.embedder.path)}, profile {section.embedder.profile}"),
-    ]
-    for topic, key in (("training pairs", "train_files"), ("validation pairs", "val_files")):
-        value = config.data[key]
-        files = [value] if isinstance(value, str) else list(value or [])
-        counts = [_pairs_in(file) for file in files]
-        total = sum(count for count in counts if count is not None)
-        described = "; ".join(
-            f"{file} ({'not found here' if count is None else f'{count} pairs'})"
-            for file, count in zip(files, counts, strict=True)
-        )
-        if topic == "training pairs" and total and None not in counts:
-            described += f" = {total // batch.pairs} steps an epoch"
-        lines.append((topic, described or "none"))
-    root = config.data.media_root
-    lines.append(("media root", "none: media are bytes in the rows" if root is None else _folder(root)))
-    lines.append(("checkpoints", str(config.trainer.default_local_dir)))
-    return lines
-
-
-def _count(number: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number} {noun if number == 1 else plural}"
-
-
-def _folder(path: object) -> str:
-    text = str(path)
-    if Path(text).expanduser().is_dir():
-        return text
-    return f"{text} (not a folder here" + (": a hub id)" if text.count("/") == 1 and text[0] not in "./~" else ")")
-
-
-def _pairs_in(file: str) -> int | None:
-    """Rows of a parquet file, None when it is not there. Raises ConfigError when it is not parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = Path(file).expanduser()
-    if not path.is_file():
-        return None
-    try:
-        return int(pq.read_metadata(path).num_rows)
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{path} must be a parquet file of pair records; it cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ require_gpus() {
             "bash recipes/run_egrl_tiny_cpu.sh (the same code with tiny models)," \
             "or look at this recipe's plan: DRY_RUN=1 bash recipes/${0##*/}"
     fi
+    if [[ "$MODE" == separate_async ]] && ((present < GPUS_PER_NODE + ROLLOUT_GPUS_PER_NODE)); then
+        fail 4 "MODE=separate_async on one machine needs GPUS_PER_NODE + ROLLOUT_GPUS_PER_NODE =" \
+            "$GPUS_PER_NODE + $ROLLOUT_GPUS_PER_NODE GPUs, and it has $present; lower one of them, or drive a cluster" \
+            "(RAY_ADDRESS)"
+    fi
     if ((present < GPUS_PER_NODE)); then
         fail 4 "GPUS_PER_NODE=$GPUS_PER_NODE, but this machine has $present GPU(s); set GPUS_PER_NODE=$present"
     fi
@@ -139,6 +144,17 @@ gpu_knobs() {
     OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)}
     PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
     ROLLOUT_TP=${ROLLOUT_TP:-1}
+    MODE=${MODE:-sync} ROLLOUT_NNODES=${ROLLOUT_NNODES:-1} ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$GPUS_PER_NODE}
+    case "$MODE" in
+        sync | colocate_async) ;;
+        separate_async)
+            if ((NNODES + ROLLOUT_NNODES > 2)) && [[ -z "${RAY_ADDRESS:-}" ]] && ! is_dry_run; then
+                fail 2 "MODE=separate_async on several nodes needs a Ray cluster that has the GPUs of training" \
+                    "(NNODES x GPUS_PER_NODE) and of rollouts (ROLLOUT_NNODES x ROLLOUT_GPUS_PER_NODE): set RAY_ADDRESS"
+            fi
+            ;;
+        *) fail 2 "MODE must be sync, colocate_async or separate_async; got $MODE" ;;
+    esac
 }
 
 # The overrides of every GPU recipe, in OVERRIDES. The family comes first: gpu_overrides qwen2_vl
@@ -177,6 +193,19 @@ gpu_overrides() {
     [[ -z "$MEDIA_ROOT" ]] || OVERRIDES+=("data.media_root='$MEDIA_ROOT'")
     [[ -z "$JUDGE_URLS" ]] || OVERRIDES+=("embedrl.judge.urls=$(hydra_list "$JUDGE_URLS")")
     [[ -z "$JUDGE_PATH" ]] || judge_overrides
+    [[ "$MODE" == sync ]] || OVERRIDES+=("trainer.v1.trainer_mode=egrl_$MODE")
+    [[ "$MODE" != separate_async ]] || separate_overrides
+}
+
+# Rollouts on GPUs of their own, which get new weights after each step's two updates (of PAIRS prompts each).
+separate_overrides() {
+    OVERRIDES+=(
+        actor_rollout_ref.hybrid_engine=False
+        "actor_rollout_ref.rollout.nnodes=$ROLLOUT_NNODES"
+        "actor_rollout_ref.rollout.n_gpus_per_node=$ROLLOUT_GPUS_PER_NODE"
+        actor_rollout_ref.rollout.checkpoint_engine.backend=nccl
+        trainer.v1.separate_async.parameter_sync_step=2
+    )
 }
 
 # verl's own servers for the judge: by turns with the actor on its devices, or on JUDGE_GPUS_PER_NODE more a node.

@@ -6,7 +6,7 @@
 #
 # REWARDS="no_judge paper outcome_only public_code" (files of reward/, the first is what the others are compared with),
 # SEEDS="0 1 2", STEPS=40, OUT=runs/rewards. A seed's world and pretrained models are made once, in OUT/base, and linked
-# into OUT/<reward>/seed<n>. About 20 minutes a run on two cores; finished runs are not run again.
+# into OUT/<reward>/seed<n>. About 15 minutes a run on two cores; finished runs are not run again.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 read -ra REWARDS <<<"${REWARDS:-no_judge paper outcome_only public_code}"
@@ -15,6 +15,7 @@ OUT=${OUT:-$ROOT/runs/rewards}
 export STEPS=${STEPS:-40}
 TINY="$RECIPES/run_egrl_tiny_cpu.sh"
 
+((${#REWARDS[@]} > 1)) || fail 2 "REWARDS must name two or more reward functions to compare; got ${REWARDS[*]}"
 for reward in "${REWARDS[@]}"; do
     [[ -f "$ROOT/reward/$reward.py" ]] || fail 2 "REWARDS names $reward, but there is no reward/$reward.py"
 done
@@ -25,7 +26,7 @@ for seed in "${SEEDS[@]}"; do
         folder="$OUT/$reward/seed$seed"
         mkdir -p "$folder/.stages"
         for part in models world sft embedder judge; do
-            [[ -e "$folder/$part" ]] || ln -s "$OUT/base/seed$seed/$part" "$folder/$part"
+            ln -sfn "$OUT/base/seed$seed/$part" "$folder/$part"
         done
         for stage in world pretrain judge; do
             cp "$OUT/base/seed$seed/.stages/$stage" "$folder/.stages/$stage"
@@ -40,4 +41,4 @@ for reward in "${REWARDS[@]}"; do
     list=$(printf ",$OUT/$reward/seed%s" "${SEEDS[@]}")
     RUNS+=(--runs "$reward=${list:1}")
 done
-"$ROOT/.venv/bin/python" -m embedrl_verl.tiny.reward_table "${RUNS[@]}" --out "$OUT"
+"${PYTHON:-$ROOT/.venv/bin/python}" -m embedrl_verl.tiny.reward_table "${RUNS[@]}" --out "$OUT"

@@ -239,6 +239,7 @@ class JudgeConfig:
     backoff_s: float = 0.5
     deadline_s: float = 300.0
     max_unknown_share: float = 0.5
+    extra_body: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -311,6 +312,9 @@ def build_section(cls: type[_T], section: Mapping[str, Any], path: str) -> _T:
             continue
         if get_origin(hint) is dict:
             inner = get_args(hint)[1]
+            if inner is Any and isinstance(value, Mapping):
+                values[name] = dict(value)
+                continue
             if not isinstance(value, Mapping) or not all(type(one) in (inner, int) for one in value.values()):
                 raise ConfigError(f"{path}.{name} must be a section of {inner.__name__} values; got {value!r}")
             values[name] = {str(key): inner(one) for key, one in value.items()}

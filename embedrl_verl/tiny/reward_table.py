@@ -20,12 +20,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.evaluation.stats import mean_interval
 from embedrl_verl.tiny.summary import HIT1, REWARD, SEED_COLORS, Run, smoothed
 
 JUDGED, BLIND, UNKNOWN = "judge/hit_rate/mean", "judge/blind_rate/mean", "judge/unknown_rate"
 AFTER = "hit@1/after"
+COLORS = (*SEED_COLORS, "#744210", "#718096", "#d69e2e", "#1a202c")
 
 
 def tenths(run: Run, key: str) -> tuple[float, float] | None:
@@ -41,11 +42,15 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
     """By reward: means over seeds and the paired difference of held-out Hit@1 to the first reward.
 
     Raises:
-        ConfigError: fewer than two rewards, or other seeds in one than in another.
+        ConfigError: fewer than two rewards, other seeds in one than in another, or a seed twice.
     """
     seeds = {name: [run.evaluation["seed"] for run in found] for name, found in runs.items()}
-    if len(runs) < 2 or len({tuple(one) for one in seeds.values()}) > 1:
-        raise ConfigError(f"a comparison needs two or more rewards with the same seeds in the same order; got {seeds}")
+    orders = {tuple(one) for one in seeds.values()}
+    if len(runs) < 2 or len(orders) > 1 or any(len(set(one)) < len(one) for one in orders):
+        raise ConfigError(
+            "--runs must name two or more rewards, each with the same seeds in the same order and every seed once; "
+            f"got {seeds}"
+        )
     base = [run.numbers()[AFTER] for run in next(iter(runs.values()))]
     result = {}
     for name, found in runs.items():
@@ -90,34 +95,50 @@ def _arrow(both: Sequence[float] | None) -> str:
 
 
 def draw(runs: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """Hit@1 in the batch, the judge's hit rate over a blind one, and held-out Hit@1; a colour a reward."""
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    hit, judged, bars = figure.subplots(1, 3, width_ratios=(1.15, 1.15, 1))
-    colors = dict(zip(runs, SEED_COLORS, strict=False))
+    """Hit@1 in the batch, held-out Hit@1 and, if a run had a judge, its hit rate over a blind one; a colour a reward.
+
+    Raises:
+        ConfigError: more rewards than there are colours to tell them apart.
+    """
+    if len(runs) > len(COLORS):
+        raise ConfigError(
+            f"--runs must name at most {len(COLORS)} rewards, as there are no more colours; got {len(runs)}"
+        )
+    colors = dict(zip(runs, COLORS, strict=False))
+    has_judge = any(run.curve(JUDGED) for found in runs.values() for run in found)
+    figure = Figure(figsize=(15 if has_judge else 10.5, 4.4), layout="constrained")
+    panels = iter(figure.subplots(1, 3 if has_judge else 2))
+    hit = next(panels)
     for name, found in runs.items():
         _mean_curve(hit, found, HIT1, colors[name], name)
-        _mean_curve(judged, found, JUDGED, colors[name], name)
-        _mean_curve(judged, found, BLIND, colors[name], None, dashed=True)
     hit.set(title="Hit@1 in the batch", ylabel="share of queries and targets")
-    judged.set(title="Judge names the own pair (dashed: blind)", ylabel="share of judged rows")
-    for axes in (hit, judged):
-        axes.set_xlabel("RL step")
-        axes.set_ylim(0, 1.02)
-        axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9)
+    _finish_curves(hit)
+    if has_judge:
+        judged = next(panels)
+        for name, found in runs.items():
+            _mean_curve(judged, found, JUDGED, colors[name], name)
+            _mean_curve(judged, found, BLIND, colors[name], None, dashed=True)
+        judged.set(title="Judge names the own pair (dashed: blind)", ylabel="share of judged rows")
+        _finish_curves(judged)
+    bars = next(panels)
     for place, (name, found) in enumerate(runs.items()):
         values = [run.numbers()[AFTER] for run in found]
         bars.bar(place, statistics.fmean(values), width=0.62, color=colors[name])
         bars.scatter([place] * len(values), values, s=16, color="white", edgecolor="#222222", zorder=3)
-        bars.annotate(
-            f"{statistics.fmean(values):.3f}", (place, max(values)), (0, 6), textcoords="offset points", ha="center"
-        )
-    bars.set_xticks(range(len(runs)), list(runs), rotation=15)
+        label = f"{statistics.fmean(values):.3f}" if len(runs) <= 6 else f"{statistics.fmean(values):.2f}"
+        bars.annotate(label, (place, max(values)), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+    bars.set_xticks(range(len(runs)), list(runs), rotation=20, ha="right", rotation_mode="anchor")
     bars.set(title="Hit@1 on held-out pairs, after RL", ylabel="share of queries", ylim=(0, 1.1))
-    for axes in (hit, judged, bars):
-        axes.spines[["top", "right"]].set_visible(False)
+    bars.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def _finish_curves(axes: Axes) -> None:
+    axes.set(xlabel="RL step", ylim=(0, 1.02))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, _ = axes.get_legend_handles_labels()
+    axes.legend(loc="lower right", ncols=1 if len(handles) <= 5 else 2, frameon=False, fontsize=9)
 
 
 def _mean_curve(
@@ -133,6 +154,13 @@ def _mean_curve(
     axes.plot(list(line), list(line.values()), color=color, label=label, **style)
 
 
+def _load(argument: str, folder: str) -> Run:
+    try:
+        return Run.load(Path(folder))
+    except DataError as error:
+        raise DataError(f"--runs {argument}: {error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: print the table, write `rewards.json`, `table.md` and `curves.png`."""
     parser = argparse.ArgumentParser(prog="python -m embedrl_verl.tiny.reward_table", description=compare.__doc__)
@@ -142,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs: dict[str, list[Run]] = {}
     for one in args.runs:
         name, _, folders = one.partition("=")
-        if not folders or name in runs:
+        if not name or not folders or name in runs:
             raise ConfigError(f"--runs must be NAME=DIR[,DIR...], each name once; got {one!r}")
-        runs[name] = [Run.load(Path(folder)) for folder in folders.split(",")]
+        runs[name] = [_load(one, folder) for folder in folders.split(",")]
     rows = compare(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rewards.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -42,6 +42,7 @@ def judge_settings(config: JudgeConfig) -> JudgeSettings:
         seed=config.seed,
         images=config.images,
         max_unknown_share=config.max_unknown_share,
+        extra_body=config.extra_body,
     )
 
 

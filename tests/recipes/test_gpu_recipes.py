@@ -144,3 +144,35 @@ def test_a_dry_run_as_a_person_runs_it_prints_the_plan_and_refuses_with_exit_cod
     assert bad.returncode == 2
     assert "ConfigError: one update has ppo_mini_batch_size x rollout.n = 32 x 8 = 256 rows" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize("name", [FSDP[2], MEGATRON[1]])
+@pytest.mark.parametrize("mode", ["colocate_async", "separate_async"])
+def test_asynchronous_modes_are_planned_and_named(tmp_path: Path, name: str, mode: str) -> None:
+    command = command_of(tmp_path, name, MODE=mode, GPUS_PER_NODE="4", ROLLOUT_GPUS_PER_NODE="2", ROLLOUT_NNODES="3")
+    config = compose(command[2:])
+    text = str(make_plan(config))
+    assert config.trainer.v1.trainer_mode == f"egrl_{mode}"
+    assert f"egrl_{mode}, staleness at 8: drop" in text
+    own = "6 replicas of 1 GPU, on 6 GPUs of its own"
+    assert (own in text) == (mode == "separate_async")
+
+
+def test_the_rollouts_own_gpus_need_not_fit_those_of_training(tmp_path: Path) -> None:
+    knobs = {"MODE": "separate_async", "GPUS_PER_NODE": "1", "ROLLOUT_GPUS_PER_NODE": "4", "ROLLOUT_TP": "4"}
+    assert "1 replica of 4 GPUs, on 4 GPUs of its own" in str(plan_of(tmp_path, FSDP[2], **knobs))
+
+
+def test_an_unknown_mode_and_too_few_gpus_for_both_are_refused(tmp_path: Path) -> None:
+    bad = run_recipe(FSDP[0], DRY_RUN="1", PYTHON=sys.executable, MODE="async")
+    assert bad.returncode == 2
+    assert "MODE must be sync, colocate_async or separate_async; got async" in bad.stderr
+    path = no_gpu_path(tmp_path)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/usr/bin/env bash\nprintf 'GPU 0: a\\nGPU 1: b\\n'\n")
+    both = {"MODE": "separate_async", "GPUS_PER_NODE": "2", "PYTHON": sys.executable}
+    few = run_recipe(FSDP[0], path=path, ROLLOUT_GPUS_PER_NODE="1", **both)
+    assert few.returncode == 4
+    assert "GPUS_PER_NODE + ROLLOUT_GPUS_PER_NODE = 2 + 1 GPUs, and it has 2" in few.stderr
+    several = run_recipe(FSDP[0], path=path, ROLLOUT_NNODES="2", **both)
+    assert several.returncode == 2
+    assert "MODE=separate_async on several nodes needs a Ray cluster" in several.stderr

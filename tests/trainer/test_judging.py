@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge's place in the trainer: which servers it asks, when they are awake, and which keys reach it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+
+from embedrl_verl.config.schema import JudgeConfig
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.judge import JudgeSettings
+from embedrl_verl.trainer.judging import JudgeStage, judge_settings
+
+URLS = ("http://judge-a:8000", "http://judge-b:8000")
+
+
+class Manager:
+    """verl's reward-model manager, as far as its servers' sleep goes."""
+
+    def __init__(self, *, sleeps: bool = True) -> None:
+        self.server_addresses = ["10.0.0.1:8001", "10.0.0.2:8001"]
+        self.config = SimpleNamespace(rollout=SimpleNamespace(free_cache_engine=sleeps))
+        self.calls: list[str] = []
+
+    def wake_up(self) -> None:
+        self.calls.append("wake_up")
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+
+def stage(config: JudgeConfig, servers: Manager | None = None, *, shares_devices: bool = True) -> JudgeStage:
+    return JudgeStage(config, servers, shares_devices=shares_devices, media_root=None, max_frames=8)
+
+
+def test_the_servers_are_those_of_the_urls_or_verls_own_asked_directly() -> None:
+    assert stage(JudgeConfig(urls=URLS)).urls == URLS
+    assert stage(JudgeConfig(), Manager()).urls == ("http://10.0.0.1:8001", "http://10.0.0.2:8001")
+
+
+@pytest.mark.parametrize(("urls", "servers", "got"), [((), None, "neither"), (URLS, Manager(), "both")])
+def test_no_servers_and_two_kinds_of_servers_are_refused(urls, servers, got) -> None:
+    with pytest.raises(ConfigError, match=f"embedrl.judge.urls or from reward.reward_model.enable=True; got {got}"):
+        stage(JudgeConfig(urls=urls), servers)
+
+
+def test_servers_on_the_actors_devices_are_awake_only_while_they_judge_also_after_an_error() -> None:
+    manager = Manager()
+    judge = stage(JudgeConfig(), manager)
+    with judge.awake():
+        assert manager.calls == ["wake_up"]
+    with pytest.raises(RuntimeError), judge.awake():
+        raise RuntimeError
+    assert manager.calls == ["wake_up", "sleep"] * 2
+
+
+def test_servers_on_devices_of_their_own_are_woken_once_and_stay_awake() -> None:
+    manager = Manager()
+    judge = stage(JudgeConfig(), manager, shares_devices=False)
+    for _ in range(2):
+        with judge.awake():
+            pass
+    assert manager.calls == ["wake_up"]
+
+
+@pytest.mark.parametrize("config", [JudgeConfig(urls=URLS), JudgeConfig()])
+def test_servers_that_keep_their_memory_are_left_alone(config) -> None:
+    manager = None if config.urls else Manager(sleeps=False)
+    with stage(config, manager).awake():
+        pass
+    assert manager is None or manager.calls == []
+
+
+def test_a_key_is_read_from_its_variable_and_a_variable_that_is_not_set_is_refused(monkeypatch) -> None:
+    config = JudgeConfig(urls=URLS, api_key_env="SOME_KEY")
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(ConfigError, match="embedrl.judge.api_key_env names SOME_KEY, which is not set"):
+        stage(config)
+    monkeypatch.setenv("SOME_KEY", "secret")
+    assert stage(config)._judge.pool._headers == {"Authorization": "Bearer secret"}
+
+
+def test_every_setting_of_the_judge_reaches_it() -> None:
+    """A key of `embedrl.judge` that is a setting of the judge, changed, changes that setting and no other."""
+    shared = {field.name for field in fields(JudgeSettings)} & {field.name for field in fields(JudgeConfig)}
+    assert shared == {field.name for field in fields(JudgeSettings)}
+    values = {"model": "m", "style": "compact", "extra_body": {"top_k": 1}, "max_unknown_share": 0.25}
+    plain = judge_settings(JudgeConfig())
+    for name in sorted(shared):
+        default = getattr(JudgeConfig(), name)
+        if name not in values:
+            values[name] = not default if isinstance(default, bool) else default + 1
+        value = values[name]
+        changed = judge_settings(JudgeConfig(**{name: value}))
+        different = {
+            field.name for field in fields(plain) if getattr(plain, field.name) != getattr(changed, field.name)
+        }
+        assert different == {name} and getattr(changed, name) == value
+
+
+def test_the_pool_has_the_limits_of_the_configuration() -> None:
+    config = JudgeConfig(urls=URLS, limit=7, timeout_s=1.5, retries=2, backoff_s=0.25)
+    limits = stage(config)._judge.pool.settings
+    assert (limits.limit, limits.timeout_s, limits.retries, limits.backoff_s) == (7, 1.5, 2, 0.25)
