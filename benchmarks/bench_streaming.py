@@ -11,7 +11,8 @@
     python benchmarks/bench_streaming.py --inputs RUN_FOLDER
 
 `RUN_FOLDER` is the output of recipes/run_egrl_tiny_cpu.sh: trained models and data, so that rollouts take as long, and
-differ in length, as they do in a run.
+differ in length, as they do in a run. What streaming saves depends on when rollouts end and on how busy the server is;
+the output says both. `--max-num-seqs` (vLLM's places) spreads the ends over a step, or lets rollouts end together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import socket
 import statistics
@@ -39,11 +41,12 @@ from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.embedder.served.requests import PATH
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.progress import read_metrics
+from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.serving import PoolSettings, ServerPool
 from embedrl_verl.tiny.reasoner import TINY_LIMITS
 
 BAR = 0.30
-WARM_UP = 2
+WARM_UP = 1
 MAX_MODEL_LEN = 1024
 HOST = "127.0.0.1"
 CACHES = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")  # routes of vLLM's development mode
@@ -59,7 +62,7 @@ ENV = {
 
 @dataclass(frozen=True)
 class Sent:
-    """One request of the run: seconds at which it came and was answered, and its body."""
+    """One request of the run: when it came and was answered, by `time.monotonic`, and its body."""
 
     came: float
     answered: float
@@ -101,8 +104,9 @@ class Recorder:
             return web.Response(body=found, status=answer.status, content_type=answer.content_type)
 
 
-def overrides(inputs: Path, folder: Path, url: str, steps: int, pairs: int, rollouts: int) -> list[str]:
+def overrides(args: argparse.Namespace, folder: Path, url: str) -> list[str]:
     """The run of the recipe, with an embedding server."""
+    inputs, pairs = args.inputs.resolve(), args.pairs
     limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
     return [
         "platform=cpu",
@@ -116,13 +120,14 @@ def overrides(inputs: Path, folder: Path, url: str, steps: int, pairs: int, roll
         *(f"{part}.{name}={value}" for part in ("data.embedrl", "embedrl.embedder") for name, value in limits.items()),
         f"actor_rollout_ref.model.path={inputs / 'sft'}",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={pairs}",
-        f"actor_rollout_ref.rollout.n={rollouts}",
+        f"actor_rollout_ref.rollout.n={args.rollouts}",
+        f"actor_rollout_ref.rollout.max_num_seqs={args.max_num_seqs}",
         "actor_rollout_ref.rollout.max_model_len=512",
         f"embedrl.embedder.path={inputs / 'embedder'}",
         "embedrl.embedder.backend=server",
         f"embedrl.embedder.server.urls=[{url}]",
         f"embedrl.embedder.server.max_model_len={MAX_MODEL_LEN}",
-        f"trainer.total_training_steps={steps}",
+        f"trainer.total_training_steps={args.steps}",
         "trainer.total_epochs=1000",
         "trainer.logger=[file]",
         "trainer.val_before_train=False",
@@ -130,15 +135,16 @@ def overrides(inputs: Path, folder: Path, url: str, steps: int, pairs: int, roll
         "trainer.save_freq=-1",
         "trainer.resume_mode=disable",
         f"trainer.default_local_dir={folder / 'checkpoints'}",
+        f"trainer.rollout_data_dir={folder / 'rollouts'}",
     ]
 
 
-async def record(inputs: Path, folder: Path, server: str, steps: int, pairs: int, rollouts: int) -> list[list[Sent]]:
+async def record(args: argparse.Namespace, folder: Path, server: str) -> list[list[Sent]]:
     """Requests of each step after the warm-up, by time."""
     recorder, port = Recorder(server), _free_port()
     runner = await recorder.serve(port)
     environment = {**os.environ, **ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
-    arguments = overrides(inputs, folder, f"http://{HOST}:{port}", steps, pairs, rollouts)
+    arguments = overrides(args, folder, f"http://{HOST}:{port}")
     with (folder / "run.log").open("w") as log:
         run = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "embedrl_verl.train", *arguments),
@@ -146,15 +152,19 @@ async def record(inputs: Path, folder: Path, server: str, steps: int, pairs: int
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-        code = await run.wait()
-    await recorder.close()
-    await runner.cleanup()
+        try:
+            code = await run.wait()
+        finally:
+            if run.returncode is None:
+                run.kill()
+            await recorder.close()
+            await runner.cleanup()
     if code:
         raise SystemExit(f"the run ended with status {code}:\n{(folder / 'run.log').read_text()[-4000:]}")
-    rows = 2 * pairs * rollouts
+    rows = 2 * args.pairs * args.rollouts
     # The handshake's probes come first; a step's rows are all there before the next one's begin.
-    sent = sorted(recorder.sent, key=lambda one: one.came)[-steps * rows :]
-    return [sent[first : first + rows] for first in range(WARM_UP * rows, steps * rows, rows)]
+    sent = sorted(recorder.sent, key=lambda one: one.came)[-args.steps * rows :]
+    return [sent[first : first + rows] for first in range(WARM_UP * rows, args.steps * rows, rows)]
 
 
 async def play_back(pool: ServerPool, step: list[Sent], *, streaming: bool) -> float:
@@ -184,12 +194,20 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def _sent_by(steps: list[list[Sent]], share: float) -> float:
+    """The part of a step, from its first request to its last, in which this share of them is sent; median."""
+    found = []
+    for step in steps:
+        first, last = step[0].came, step[-1].came
+        found.append((step[math.ceil(share * len(step)) - 1].came - first) / (last - first))
+    return statistics.median(found)
+
+
 async def measure(args: argparse.Namespace, folder: Path) -> None:
     """Record, play back, print."""
-    inputs = args.inputs.resolve()
     limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
     config = EmbedderConfig(
-        path=str(inputs / "embedder"),
+        path=str(args.inputs.resolve() / "embedder"),
         backend="server",
         dtype="float32",
         server=EmbedderServerConfig(max_model_len=MAX_MODEL_LEN),
@@ -204,7 +222,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
     server = ServerProcess(command, environment, url, folder / "server.log", startup_s=900)
     try:
         server.wait_ready()
-        steps = await record(inputs, folder, url, args.steps, args.pairs, args.rollouts)
+        steps = await record(args, folder, url)
         times: dict[str, list[float]] = {"streaming": [], "barrier": []}
         async with ServerPool([url], PoolSettings(limit=args.limit)) as pool:
             for _ in range(args.rounds):
@@ -214,22 +232,45 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
     finally:
         server.stop()
     metrics = [one for step, one in sorted(read_metrics(folder / "metrics.jsonl").items()) if step > WARM_UP]
-    rest = statistics.median(one["timing_s/reward_stage"] for one in metrics)
+    report(args, folder, steps, times, metrics)
+
+
+def report(
+    args: argparse.Namespace,
+    folder: Path,
+    steps: list[list[Sent]],
+    times: dict[str, list[float]],
+    metrics: list[dict[str, float]],
+) -> None:
+    """Print what was measured."""
+    parts = {name: [one[f"timing_s/{name}"] for one in metrics] for name in ("reward_stage", "reward_embed")}
+    rest = statistics.median(parts["reward_stage"])
     live = [max(one.answered for one in step) - step[-1].came for step in steps]
+    # A step's dump is written at the end of its reward stage.
+    clock = time.time() - time.monotonic()
+    dumps = [folder / "rollouts" / dump_name(WARM_UP + 1 + i) for i in range(len(steps))]
+    whole = [dump.stat().st_mtime - clock - step[-1].came for dump, step in zip(dumps, steps, strict=True)]
     took = [step[-1].came - step[0].came for step in steps]
-    rows = len(steps[0])
+    barrier = statistics.median(times["barrier"])
     print(
-        f"{rows} rollouts a step, {len(steps)} recorded steps, each played back {args.rounds} times; medians in seconds"
+        f"{len(steps[0])} rollouts a step, at most {args.max_num_seqs} at once, {len(steps)} recorded steps, each "
+        f"played back {args.rounds} time(s);\nmedians in seconds (least to most); {os.cpu_count()} cores\n"
     )
-    print("(least to most)\n")
+    print(f"tokens of a rollout: {statistics.median(one['response_length/mean'] for one in metrics):.0f}")
     print(f"first to last rollout: {_spread(took)}")
-    print(f"rest of the reward stage (queue, reward function), as in the run: {rest:.3f}\n")
+    ended = ", ".join(f"{share:.0%} by {_sent_by(steps, share):.2f}" for share in (0.25, 0.5, 0.75, 0.9))
+    print(f"rollouts that have ended, by part of that time: {ended}")
+    print(f"embedding all rows takes the server {barrier / statistics.median(took):.2f} of that time")
+    print(f"rest of the reward stage, as in the run: {_spread(parts['reward_stage'])},")
+    print(f"of which reading vectors {_spread(parts['reward_embed'])}\n")
     print("| rows are embedded | last rollout to last vector | with the rest of the stage |")
     print("|---|---|---|")
     totals = {way: statistics.median(found) + rest for way, found in times.items()}
     for way, name in (("streaming", "as rollouts finish"), ("barrier", "at the barrier")):
         print(f"| {name} | {_spread(times[way])} | {totals[way]:.3f} |")
-    print(f"| as rollouts finish, in the run itself, on the same cores | {_spread(live)} | |")
+    print(f"| as rollouts finish, in the run itself, server on the same cores | {_spread(live)} | |")
+    print("\nlast rollout to the end of the reward stage in the run itself, with storing and finding rows in")
+    print(f"TransferQueue (verl's own, and the vectors): {_spread(whole)}")
     ratio = totals["streaming"] / totals["barrier"]
     print(f"\nstreaming / barrier: {ratio:.3f} (bar: below {BAR:.2f}, {'met' if ratio < BAR else 'NOT met'})")
 
@@ -240,12 +281,16 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help=f"of the run, of which {WARM_UP} warm up")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="rollouts at once (vLLM's places)")
+    parser.add_argument("--steps", type=int, default=4, help=f"of the run, of which {WARM_UP} warm up")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=int, default=256, help="requests in flight, as embedrl.embedder.server.limit")
+    parser.add_argument("--keep", type=Path, help="folder for the logs and metrics of run and server")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        asyncio.run(measure(args, Path(scratch)))
+        folder = args.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        asyncio.run(measure(args, folder))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +47,13 @@ class RowBackend(Protocol):
             EmbedderError: it has no vector; the message is the cause alone, to count rows by.
         """
 
+    async def store(self, key: str, partition_id: str, prepared: Any) -> None:
+        """Put the row's fields into TransferQueue; returns when they are there.
+
+        Raises:
+            EmbedderError: as `fields`.
+        """
+
 
 class EncodedRows:
     """Backend `worker`: pixels and tokens."""
@@ -60,6 +69,67 @@ class EncodedRows:
         """As TransferQueue stores a row."""
         return prepared.to_tensordict()
 
+    async def store(self, key: str, partition_id: str, prepared: Encoded) -> None:
+        """A put for each row: what rows hold differs in length."""
+        fields = await self.fields(prepared)
+        await tq.async_kv_batch_put(keys=[key], partition_id=partition_id, fields=fields, tags=[{}])
+
+
+@dataclass(frozen=True)
+class _Put:
+    key: str
+    partition_id: str
+    fields: TensorDict
+    written: asyncio.Future[None]
+
+    @property
+    def kind(self) -> tuple[str, torch.Size]:
+        """Puts of the same kind can be one."""
+        return self.partition_id, self.fields[VECTOR].shape
+
+
+class VectorWriter:
+    """Puts vectors into TransferQueue; those that come while a put is under way go together in the next one.
+
+    A put takes four round trips whatever it holds. With one for each row, hundreds of rows queue up, and the last
+    rollouts wait for seconds.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[_Put] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    async def put(self, key: str, partition_id: str, fields: TensorDict) -> None:
+        """Returns when the vector is in the queue. `fields` is a batch of one."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Put(key, partition_id, fields, written))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
+        await written
+
+    async def _write(self) -> None:
+        while self._waiting:
+            kind = self._waiting[0].kind
+            batch = [one for one in self._waiting if one.kind == kind]
+            self._waiting = [one for one in self._waiting if one.kind != kind]
+            failure: Exception | None = None
+            try:
+                await tq.async_kv_batch_put(
+                    keys=[one.key for one in batch],
+                    partition_id=batch[0].partition_id,
+                    fields=TensorDict(
+                        {VECTOR: torch.cat([one.fields[VECTOR] for one in batch])}, batch_size=[len(batch)]
+                    ),
+                    tags=[{} for _ in batch],
+                )
+            except Exception as error:  # goes to those who wait; the next batch is tried
+                failure = error
+            for written in (one.written for one in batch if not one.written.done()):  # done: its rollout was cancelled
+                if failure is None:
+                    written.set_result(None)
+                else:
+                    written.set_exception(failure)
+
 
 class Embeds(Protocol):
     """An Embedder that takes rows one by one, as they come."""
@@ -74,6 +144,7 @@ class EmbeddedRowsBackend:
 
     def __init__(self, embedder: Embeds) -> None:
         self._embedder = embedder
+        self._writer = VectorWriter()
 
     def prepare(self, inputs: EmbedInput, side: str) -> Any:
         """As the Embedder's own."""
@@ -83,6 +154,10 @@ class EmbeddedRowsBackend:
         """Embed the row, wherever that happens."""
         vector = await self._embedder.embed(prepared)
         return TensorDict({VECTOR: vector[None].float()}, batch_size=[1])
+
+    async def store(self, key: str, partition_id: str, prepared: Any) -> None:
+        """Together with other rows that have their vectors by then."""
+        await self._writer.put(key, partition_id, await self.fields(prepared))
 
 
 def row_backend(config: EmbedderConfig, *, max_frames: int, processes: int) -> RowBackend:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -78,6 +79,59 @@ def test_each_backend_stores_what_the_reward_stage_reads(checkpoint):
     streamed = EmbeddedRowsBackend(Fixed())
     fields = asyncio.run(streamed.fields(streamed.prepare(EmbedInput(item("a")), "target")))
     assert fields.batch_size == (1,) and fields["embeddings"].tolist() == [[3.0, 4.0]]
+
+
+class _SlowQueue:
+    """Takes its time for a put; refuses what it is told to."""
+
+    def __init__(self, refused: str = "") -> None:
+        self.refused, self.puts, self.rows = refused, [], {}
+
+    async def async_kv_batch_put(self, *, keys, partition_id, fields, tags) -> None:
+        self.puts.append(keys)
+        await asyncio.sleep(0.01)
+        if self.refused in keys:
+            raise RuntimeError("the queue is full")
+        assert len(keys) == len(tags) == len(fields)
+        self.rows.update(zip([(partition_id, key) for key in keys], fields["embeddings"], strict=True))
+
+
+class _Ready:
+    """Gives the vector that it is handed."""
+
+    def prepare(self, inputs: EmbedInput, side: str) -> None:
+        return None
+
+    async def embed(self, prepared: torch.Tensor) -> torch.Tensor:
+        return prepared
+
+
+def store(queue: _SlowQueue, rows: Sequence[tuple[str, str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch) -> list:
+    monkeypatch.setattr(streaming, "tq", queue)
+    backend = EmbeddedRowsBackend(_Ready())
+
+    async def run() -> list:
+        return await asyncio.gather(*(backend.store(*row) for row in rows), return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_vectors_that_come_while_a_put_is_under_way_go_together_in_the_next(monkeypatch):
+    rows = [(f"u{i}", "embed", torch.full((4,), float(i))) for i in range(100)]
+    queue = _SlowQueue()
+    assert store(queue, rows, monkeypatch) == [None] * 100
+    assert len(queue.puts) <= 2
+    assert {key: vector.tolist() for (_, key), vector in queue.rows.items()} == {
+        key: vector.tolist() for key, _, vector in rows
+    }
+
+
+def test_partitions_and_widths_are_not_mixed_and_a_refused_put_fails_its_rows_alone(monkeypatch):
+    rows = [("a", "embed", torch.ones(2)), ("b", "embed", torch.ones(3)), ("c", "other", torch.ones(2))]
+    queue = _SlowQueue(refused="b")
+    first, second, third = store(queue, rows, monkeypatch)
+    assert (first, third) == (None, None) and str(second) == "the queue is full"
+    assert set(queue.rows) == {("embed", "a"), ("other", "c")}
 
 
 def test_agent_loop_workers_share_the_limit(checkpoint):

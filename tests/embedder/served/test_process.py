@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -18,17 +19,22 @@ import pytest
 from embedrl_verl.embedder.served import guard, process
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.serving import PoolSettings, ServerPool
 
-# Answers every GET with its own process id and that of a child that would outlive it.
+# Answers every GET with its own process id and that of a child that would outlive it; a POST, after a while, with the
+# first as JSON.
 SERVER = """
-import http.server, os, subprocess, sys
+import http.server, os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers(); self.wfile.write(f"{os.getpid()} {child.pid}".encode())
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"])); time.sleep(0.2)
+        self.send_response(200); self.end_headers(); self.wfile.write(str(os.getpid()).encode())
     def log_message(self, *args): pass
 print("a line of the log", flush=True)
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 # Owns a server as ServerProcess does, in a process that the test may kill.
 OWNER = """
@@ -104,6 +110,27 @@ def test_a_server_that_dies_is_started_again_at_the_same_place(start, url):
     assert eventually(lambda: not any(map(alive, first))), "what the server had started outlived it"
     assert eventually(lambda: server.restarts == 1 and answers(url))
     assert pids(url)[0] != first[0] and server.failure is None
+
+
+def test_requests_of_a_server_that_is_killed_are_answered_by_the_one_that_comes_after_it(start, url):
+    server = start()
+    server.wait_ready()
+    first = pids(url)[0]
+
+    async def answered_by() -> list[int]:
+        async with ServerPool([url], PoolSettings(limit=4, backoff_s=0.1, probe_interval_s=0.2)) as pool:
+
+            async def ask(number: int) -> int:
+                pid = await pool.post("/", {}, deadline=time.monotonic() + 20)
+                if number == 0:
+                    os.kill(first, signal.SIGKILL)  # 3 others are under way, 8 have not been sent
+                return int(pid)
+
+            return await asyncio.gather(*(ask(number) for number in range(12)))
+
+    answers = asyncio.run(answered_by())
+    assert server.restarts == 1
+    assert set(answers) == {first, pids(url)[0]} and answers.count(first) <= 4
 
 
 def test_a_server_that_hangs_is_started_again(start, url):

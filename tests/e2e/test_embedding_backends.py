@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EG-RL with the Embedder behind a vLLM server, and in a sentence-transformers process; both are killed in a step.
+
+Rows are embedded while rollouts still run. In step 2 the process that embeds is killed (kill -9) when it has answered
+the first rows of that step, and the reward stage then waits until it is back, so that step 3 has one again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from embedrl_verl.embedder.served import guard
+from embedrl_verl.export.folder import export_checkpoint
+from embedrl_verl.progress import read_metrics
+from tests.e2e import harness
+from tests.e2e.rescore import rescore
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+ROWS = 8 * 4
+# Few rollouts at once, so that they end one after another; of the killed process some rows are embedded, some not.
+EXTRA = ["actor_rollout_ref.rollout.max_num_seqs=4", "trainer.val_before_train=False"]
+REWARD = """
+import pathlib, time
+from embedrl_verl.rewards.functions import no_judge
+
+def compute_score(batch):
+    until = time.monotonic() + 400
+    while pathlib.Path({hold!r}).exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    return no_judge.compute_score(batch)
+"""
+
+
+def ours() -> list[psutil.Process]:
+    """Every process that the run has started."""
+    return psutil.Process().children(recursive=True)
+
+
+def words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
+
+
+def server() -> psutil.Process | None:
+    """vLLM's API server: the child of its inner guard."""
+    inner = [one for one in ours() if guard.__file__ in words(one) and guard.INNER in words(one)]
+    return next((child for one in inner for child in one.children()), None)
+
+
+def sentence_actor() -> psutil.Process | None:
+    return next((one for one in ours() if words(one)[:1] and words(one)[0].startswith("ray::_SentenceActor")), None)
+
+
+def answer(process: psutil.Process, path: str) -> str:
+    """What the server says; "" if it does not."""
+    command = words(process)
+    where = {name: command[command.index(name) + 1] for name in ("--host", "--port") if name in command}
+    try:
+        with urllib.request.urlopen(f"http://{where['--host']}:{where['--port']}{path}", timeout=5) as response:
+            return response.read().decode() or "yes"
+    except (OSError, KeyError):
+        return ""
+
+
+def answered(process: psutil.Process) -> float:
+    """Rows that the server has embedded."""
+    lines = [line for line in answer(process, "/metrics").splitlines() if line.startswith("http_requests_total{")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if '"/v1/embeddings"' in line and '"2xx"' in line)
+
+
+def worked(process: psutil.Process) -> float:
+    """Tenths of seconds that a process has computed: a few rows."""
+    return process.cpu_times().user // 0.1
+
+
+class Killer(threading.Thread):
+    """Kills what `find` finds in step 2 as soon as `done` of it grows; `happened` says what was really done."""
+
+    def __init__(
+        self,
+        folder: Path,
+        find: Callable[[], psutil.Process | None],
+        done: Callable[[psutil.Process], float],
+        is_up: Callable[[psutil.Process], Any],
+    ) -> None:
+        super().__init__(daemon=True)
+        self._folder, self._find, self._done, self._is_up = folder, find, done, is_up
+        self._hold = folder / "hold"
+        self.happened: list[str] = []
+        self.started: psutil.Process | None = None
+        self.over = threading.Event()
+        folder.mkdir(exist_ok=True)
+        (folder / "reward.py").write_text(REWARD.format(hold=str(self._hold)))
+        self.overrides = [f"reward.custom_reward_function.path={folder / 'reward.py'}"]
+
+    def _wait(self, condition: Callable[[], Any], pause_s: float) -> bool:
+        while not self.over.is_set():
+            if condition():
+                return True
+            time.sleep(pause_s)
+        return False
+
+    def _is_back(self, killed: int) -> bool:
+        self.started = self._find()
+        return self.started is not None and self.started.pid != killed and bool(self._is_up(self.started))
+
+    def run(self) -> None:
+        metrics = self._folder / "metrics.jsonl"
+        if not self._wait(lambda: metrics.exists() and 1 in read_metrics(metrics), 0.1):
+            return
+        process = self._find()
+        assert process is not None
+        before = self._done(process)
+        if not self._wait(lambda: self._done(process) > before, 0.05):
+            return
+        self._hold.touch()
+        os.kill(process.pid, signal.SIGKILL)
+        self.happened.append("killed")
+        if self._wait(lambda: self._is_back(process.pid), 0.5):
+            self.happened.append("back")
+        self._hold.unlink()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            self.happened.append("what it had started is left")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    harness.prepare(folder)
+    return folder
+
+
+def finished(inputs: Path, killer: Killer, folder: Path, settings: dict[str, Any], *, steps: int) -> harness.Run:
+    extra = [*EXTRA, *killer.overrides, *(f"embedrl.{name}={value}" for name, value in settings.items())]
+    killer.start()
+    try:
+        run = harness.run(inputs, folder, extra, steps=steps)
+    finally:
+        killer.over.set()
+        killer.join()
+    assert run.code == 0, run.output[-6000:]
+    assert killer.happened == ["killed", "back"]
+    assert killer.started is not None
+    assert not killer.started.is_running(), "what embeds has outlived its run"
+    return run
+
+
+@pytest.fixture(scope="module")
+def served(inputs, tmp_path_factory):
+    """3 steps with a server that the run starts. A row waits 12 s for a server: less than one takes to start."""
+    folder = tmp_path_factory.mktemp("served")
+    settings = {"embedder.backend": "server", "embedder.server.servers": 1, "embedder.server.max_model_len": 1024}
+    settings |= {"embedder.server.deadline_s": 12, "reward.max_failed_share": 0.99}
+    killer = Killer(folder, server, answered, lambda one: answer(one, "/health"))
+    return finished(inputs, killer, folder, settings, steps=3)
+
+
+@pytest.fixture(scope="module")
+def sentence(inputs, tmp_path_factory):
+    """2 steps with the Embedder as a sentence-transformers model."""
+    folder = tmp_path_factory.mktemp("sentence")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "huggingface").symlink_to(inputs / "embedder")
+    export_checkpoint(folder / "checkpoint", folder / "model", kind="embedder")
+    killer = Killer(folder, sentence_actor, worked, lambda one: True)
+    settings = {"embedder.backend": "sentence_transformers", "embedder.path": folder / "model"}
+    return finished(inputs, killer, folder, settings, steps=2)
+
+
+def check_rewards(run: harness.Run, step: int, inputs: Path) -> list[dict]:
+    """The rewards of the rows that have a vector are those of the Embedder in one process; returns the other rows."""
+    rows = run.dump("rollouts", step)
+    assert len(rows) == ROWS
+    present, failed = ([row for row in rows if (row["failure"] is None) == kept] for kept in (True, False))
+    expected = torch.tensor([row["score"] for row in present])
+    assert expected.std() > 1e-3, "rewards that are all equal would prove nothing"
+    found = rescore(present, inputs / "data" / "train.parquet", inputs / "embedder", batch_size=32)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    return failed
+
+
+def test_a_server_of_the_run_gives_the_embedders_rewards_also_after_it_was_killed(served, inputs):
+    for step in (1, 3):
+        assert check_rewards(served, step, inputs) == []
+        assert served.metrics[step]["embedrl/failed_rows"] == 0
+        assert served.metrics[step]["timing_s/reward_embed"] < 1.0  # vectors are there already
+
+
+def test_rows_that_a_killed_server_leaves_without_a_vector_are_counted_and_unknown(served, inputs):
+    failed = check_rewards(served, 2, inputs)
+    assert 0 < len(failed) < ROWS
+    assert served.metrics[2]["embedrl/failed_rows"] == len(failed)
+    causes = {f"embedding server: {why}" for why in ("connection lost", "connection refused", "no server is up")}
+    assert {row["failure"] for row in failed} <= causes
+    assert [row["score"] for row in failed] == [None] * len(failed)
+    assert "NaN" not in (served.folder / "rollouts" / "2.jsonl").read_text()
+
+
+def test_a_killed_sentence_transformers_process_is_started_again_and_no_row_is_lost(sentence, inputs):
+    for step in (1, 2):
+        assert check_rewards(sentence, step, inputs) == []
+        assert sentence.metrics[step]["embedrl/failed_rows"] == 0
+
+
+@pytest.mark.parametrize("name", ["served", "sentence"])
+def test_training_goes_on(name, request):
+    for metrics in request.getfixturevalue(name).metrics.values():
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["actor/grad_norm"] > 0
