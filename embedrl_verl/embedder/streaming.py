@@ -40,18 +40,11 @@ class RowBackend(Protocol):
             MediaError, EmbedderError: the row cannot be embedded.
         """
 
-    async def fields(self, prepared: Any) -> TensorDict:
-        """The row's fields, a batch of one.
+    async def store(self, key: str, partition_id: str, prepared: Any) -> None:
+        """Put what the reward stage needs of the row into TransferQueue; returns when it is there.
 
         Raises:
             EmbedderError: it has no vector; the message is the cause alone, to count rows by.
-        """
-
-    async def store(self, key: str, partition_id: str, prepared: Any) -> None:
-        """Put the row's fields into TransferQueue; returns when they are there.
-
-        Raises:
-            EmbedderError: as `fields`.
         """
 
 

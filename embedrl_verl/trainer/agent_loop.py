@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import transfer_queue as tq
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
@@ -135,14 +134,13 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
 
     async def _store(self, row: dict[str, Any], prepared: Any) -> str | None:
         """Put what the reward stage needs of the row into the queue; returns why the row has failed, if it has."""
+        # verl stores a session's single output as {uid}_{session}_{index}, index 0.
+        key = f"{row['uid']}_{row['session_id']}_0"
         try:
-            fields = await self._settings.backend.fields(prepared)
+            await self._settings.backend.store(key, EMBED_PARTITION, prepared)
         except EmbedderError as error:
             logger.warning("row %s has no embedding: %s", row.get("uid"), error)
             return str(error)
-        # verl stores a session's single output as {uid}_{session}_{index}, index 0.
-        key = f"{row['uid']}_{row['session_id']}_0"
-        await tq.async_kv_batch_put(keys=[key], partition_id=EMBED_PARTITION, fields=fields, tags=[{}])
         return None
 
     async def _store_raw(self, row: dict[str, Any]) -> None:
@@ -154,11 +152,10 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
             return settings.backend.prepare(EmbedInput(loaded), str(row["embedrl_side"]))
 
         try:
-            fields = await settings.backend.fields(await self.loop.run_in_executor(None, prepare))
+            prepared = await self.loop.run_in_executor(None, prepare)
+            await settings.backend.store(raw_key(row["uid"]), EMBED_PARTITION, prepared)
         except (MediaError, EmbedderError) as error:
             logger.warning("prompt %s has no raw embedding: %s", row.get("uid"), error)
-            return
-        await tq.async_kv_batch_put(keys=[raw_key(row["uid"])], partition_id=EMBED_PARTITION, fields=fields, tags=[{}])
 
     def _prepare(
         self, row: dict[str, Any], response_ids: list[int], resized: list[tuple[int, int]]

@@ -38,6 +38,7 @@ def test_the_file_names_every_key_that_means_something_here():
     assert set(raw.embedrl.embedder.train) == train - cotraining
     assert set(raw.contrastive) == {field.name for field in fields(ContrastiveConfig)}
     elsewhere = {"nnodes", "n_gpus_per_node", "tensor_model_parallel_size", "pipeline_model_parallel_size"}
+    elsewhere |= {"backend", "server", "sentence"}  # who embeds for the reward
     assert set(raw.embedrl.embedder) == {field.name for field in fields(EmbedderConfig)} - elsewhere
 
 

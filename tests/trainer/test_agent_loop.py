@@ -6,13 +6,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-import torch
-from tensordict import TensorDict
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.trainer import agent_loop
 from embedrl_verl.trainer.agent_loop import TCoTAgentLoop, _FixedPrompt
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
 
@@ -41,7 +38,7 @@ class _FakeBackend:
 
     def __init__(self, prepare_error=None, embed_error=None):
         self.prepare_error, self.embed_error = prepare_error, embed_error
-        self.seen = None
+        self.seen, self.stored = None, {}
 
     def prepare(self, inputs, side):
         self.seen = (threading.current_thread(), inputs.tcot.answer, side)
@@ -49,24 +46,19 @@ class _FakeBackend:
             raise self.prepare_error
         return inputs
 
-    async def fields(self, prepared):
+    async def store(self, key, partition_id, prepared):
         if self.embed_error:
             raise self.embed_error
-        return TensorDict({"embeddings": torch.ones(1, 2)}, batch_size=[1])
+        self.stored[(partition_id, key)] = prepared
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """`run(backend)`: one row through the agent loop; returns its info and what lies in the queue."""
-    stored = {}
-
-    async def put(*, keys, partition_id, fields, tags):
-        stored[(partition_id, *keys)] = fields
+    """`run(backend)`: one row through the agent loop; returns its info."""
 
     async def answered(self, sampling_params, **row):
         return SimpleNamespace(response_ids=[1], multi_modal_data=None, extra_fields={})
 
-    monkeypatch.setattr(agent_loop.tq, "async_kv_batch_put", put)
     monkeypatch.setattr(SingleTurnAgentLoop, "run", answered)
 
     def go(backend):
@@ -85,16 +77,16 @@ def run(monkeypatch):
             loop.loop = asyncio.get_running_loop()
             return await loop.run({}, **ROW)
 
-        return asyncio.run(one()).extra_fields[ROW_INFO], stored
+        return asyncio.run(one()).extra_fields[ROW_INFO]
 
     return go
 
 
 def test_a_vector_lies_in_the_queue_when_the_rollout_is_done(run):
     backend = _FakeBackend()
-    info, stored = run(backend)
+    info = run(backend)
     assert info["failure"] is None
-    assert stored[(EMBED_PARTITION, "u_3_0")]["embeddings"].tolist() == [[1.0, 1.0]]
+    assert backend.stored[(EMBED_PARTITION, "u_3_0")].tcot.answer == "a"
     thread, answer, side = backend.seen
     assert thread is not threading.main_thread(), "the event loop must not decode or encode"
     assert (answer, side) == ("a", "target")
@@ -102,6 +94,7 @@ def test_a_vector_lies_in_the_queue_when_the_rollout_is_done(run):
 
 @pytest.mark.parametrize("where", ["prepare_error", "embed_error"])
 def test_a_row_without_a_vector_says_why_and_stores_nothing(where, run):
-    info, stored = run(_FakeBackend(**{where: EmbedderError("embedding server: timeout")}))
+    backend = _FakeBackend(**{where: EmbedderError("embedding server: timeout")})
+    info = run(backend)
     assert info["failure"] == "embedding server: timeout"
-    assert info["text"] == TEXT and stored == {}
+    assert info["text"] == TEXT and backend.stored == {}
