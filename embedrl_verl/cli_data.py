@@ -1,132 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`embedrl data check FILE...`: is this file of pair records fit for training?
-
-Reads every row, loads every medium as a rollout would, and with --tokenizer counts every prompt. Prints a table by data
-source and one line for each row that cannot be used; the exit code is 3 if there is any, else 0.
-"""
+"""`embedrl data COMMAND`: the data build, one module a command (`embedrl_verl.cli_data_<command>`)."""
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from importlib import import_module
+from types import ModuleType
 
-from embedrl_verl.data.schema import input_kind
-from embedrl_verl.data.settings import DataSettings, resolve_family
-from embedrl_verl.errors import ConfigError, DataError, MediaError
-from embedrl_verl.tcot import family_of
-
-if TYPE_CHECKING:  # the other commands of `embedrl` need not wait for torch
-    from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem
-
-DEFAULT_FAMILY = "qwen2_vl"
-UNKNOWN_SOURCE = "(unreadable)"
-
-
-@dataclass
-class _SourceCounts:
-    """What the table says of one data source."""
-
-    pairs: int = 0
-    bad: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
+COMMANDS = ("annotate", "filter", "split", "content-ids", "check", "show", "stats")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command `data` to `embedrl`; `run` carries it out."""
-    data = subparsers.add_parser("data", help="pair records: check files before training")
-    commands = data.add_subparsers(dest="data_command", required=True)
-    check = commands.add_parser("check", help="check records, media and prompt lengths; exit code 3 if a row is bad")
-    check.add_argument("files", nargs="+", metavar="FILE", help="parquet file of pair records")
-    check.add_argument("--media-root", metavar="DIR", help="folder that media paths are relative to (data.media_root)")
-    check.add_argument(
-        "--family",
-        default="auto",
-        help=f"model family of prompts and sizes; auto: of the tokenizer's folder, else {DEFAULT_FAMILY}",
-    )
-    check.add_argument("--prompt-style", default="paper", help="prompt templates: paper or compact")
-    check.add_argument("--tokenizer", metavar="DIR", help="the Reasoner's folder; counts the tokens of every prompt")
-    check.add_argument("--max-prompt-length", type=int, metavar="N", help="limit in tokens; needs --tokenizer")
-    for name in ("image_min_tokens", "image_max_tokens", "frame_min_tokens", "frame_max_tokens", "max_frames"):
-        default = getattr(DataSettings(), name)
-        option = "--" + name.replace("_", "-")
-        check.add_argument(option, type=int, default=default, metavar="N", help=f"data.embedrl.{name} ({default})")
+    data = subparsers.add_parser("data", help="pair records: annotate, filter, split, check and look at them")
+    commands = data.add_subparsers(dest="data_command", required=True, metavar="DATA_COMMAND")
+    for name in COMMANDS:
+        _module(name).add_parser(commands)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the files and print the report. Returns 0, or 3 if a row or file cannot be used.
-
-    Raises:
-        ConfigError: options that contradict each other, or media limits that the processor does not share.
-    """
-    from embedrl_verl.data.inspection import Problem, default_threads, locate_pairs
-
-    inspector = _inspector(args)
-    pairs, problems = locate_pairs(args.files)
-    for pair, facts in zip(pairs, inspector.inspect_all(pairs, default_threads()), strict=True):
-        if isinstance(facts, MediaError):
-            problems.append(Problem(pair.file, pair.row, str(facts), pair.record.data_source))
-        elif args.max_prompt_length is not None:
-            for side, tokens in facts.overlong(args.max_prompt_length).items():
-                message = (
-                    f"{pair}, field {side}: prompt has {tokens} tokens, over the limit of {args.max_prompt_length}"
-                )
-                problems.append(Problem(pair.file, pair.row, message, pair.record.data_source))
-    _print_report(pairs, problems)
-    return DataError.exit_code if problems else 0
+    """Carry out the chosen command. Returns its exit code; raises what it raises."""
+    code: int = _module(args.data_command).run(args)
+    return code
 
 
-def _inspector(args: argparse.Namespace) -> PairInspector:
-    from embedrl_verl.data.inspection import PairInspector
-
-    settings = DataSettings(
-        family=args.family,
-        prompt_style=args.prompt_style,
-        image_min_tokens=args.image_min_tokens,
-        image_max_tokens=args.image_max_tokens,
-        frame_min_tokens=args.frame_min_tokens,
-        frame_max_tokens=args.frame_max_tokens,
-        max_frames=args.max_frames,
-    )
-    if args.tokenizer is None:
-        if args.max_prompt_length is not None:
-            raise ConfigError("--max-prompt-length counts tokens and needs --tokenizer DIR, the Reasoner's folder")
-        family = family_of(DEFAULT_FAMILY if args.family == "auto" else args.family)
-        return PairInspector(settings, family, args.media_root, meter=None)
-    from verl.utils.tokenizer import hf_processor, hf_tokenizer  # heavy, and needed only to count tokens
-
-    from embedrl_verl.data.lengths import PromptMeter
-
-    tokenizer, processor = hf_tokenizer(args.tokenizer), hf_processor(args.tokenizer)
-    if processor is None:
-        raise ConfigError(
-            f"--tokenizer {args.tokenizer}: the folder has no image processor; name a Qwen-VL model's folder"
-        )
-    family = resolve_family(args.family, processor)
-    return PairInspector(settings, family, args.media_root, PromptMeter(tokenizer, processor, family, {}))
-
-
-def _print_report(pairs: Iterable[LocatedPair], problems: list[Problem]) -> None:
-    counts: dict[str, _SourceCounts] = defaultdict(_SourceCounts)
-    for pair in pairs:
-        source = counts[pair.record.data_source]
-        source.pairs += 1
-        source.kinds[f"{input_kind(pair.record, 'query')} > {input_kind(pair.record, 'target')}"] += 1
-    for name, rows in _bad_rows(problems).items():
-        counts[name].bad = rows
-    width = max([len("data source"), *map(len, counts)])
-    print(f"{'data source':{width}}  {'pairs':>8}  {'bad rows':>8}  kinds")
-    for name, source in sorted(counts.items()):
-        kinds = ", ".join(f"{kind} ({count})" for kind, count in source.kinds.most_common())
-        print(f"{name:{width}}  {source.pairs:>8}  {source.bad:>8}  {kinds}")
-    for problem in problems:
-        print(f"BAD {problem.message}")
-    print(f"{sum(source.pairs for source in counts.values())} pairs, {len(problems)} problem(s)")
-
-
-def _bad_rows(problems: list[Problem]) -> Counter[str]:
-    """Rows with a problem by data source; a row with two problems counts once."""
-    rows = {(problem.file, problem.row): problem.data_source or UNKNOWN_SOURCE for problem in problems}
-    return Counter(rows.values())
+def _module(name: str) -> ModuleType:
+    return import_module(f"embedrl_verl.cli_data_{name.replace('-', '_')}")

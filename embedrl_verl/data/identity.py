@@ -2,57 +2,102 @@
 """Which targets are the same thing: the id behind the false-negative masks.
 
 Two pairs of a batch whose targets have the same content must not be negatives of each other. The same `target_id` means
-the same content; without one, the content is the normalised text together with a hash of every medium's bytes.
+the same content; without one, the content is the normalised text together with a hash of every medium's bytes. That is
+also what `embedrl data content-ids` writes into an empty `target_id`, so that records with and without such an id mix.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from embedrl_verl.data.media import resolve_media_path
 from embedrl_verl.data.schema import Item, Media, PairRecord
+from embedrl_verl.errors import MediaError
 
 CHUNK = 1 << 20
+TEXT_ID = "content-text:"
+MEDIA_ID = "content-media:"
+_CONTENT = hashlib.sha256(b"content").digest()
+STATED_CONTENT = re.compile(rf"(?:{TEXT_ID}|{MEDIA_ID})([0-9a-f]{{32}})")
 
 
 def content_id(record: PairRecord, media_root: str | Path | None) -> int:
     """Stable id of the target's content in the range of int64: the same on every machine and in every run.
 
-    Ids and contents live in separate spaces: a record with a `target_id` never equals one without.
+    Ids of a source and contents live in separate spaces: a record with a source's `target_id` never equals one without.
+    A `target_id` made by `target_content_id` stands for the content.
 
     Raises:
         MediaError: a medium that has to be hashed is missing or refused.
     """
+    stated = STATED_CONTENT.fullmatch(record.target_id)
+    if stated:
+        return _to_int64(bytes.fromhex(stated[1]))
     if record.target_id:
         return _to_int64(_digest([b"id", record.target_id.encode()]))
-    return _to_int64(_digest([b"content", *_content_parts(record.target, media_root)]))
+    return _to_int64(_item_digest(record.target, media_root))
+
+
+def target_content_id(text: str, images: Sequence[bytes] = (), frames: Sequence[bytes] = ()) -> str:
+    """The `target_id` of a content: "content-text:<hex>", or "content-media:<hex>" if it has images or a video.
+
+    Args:
+        text: the target's text, as `normalise_text` returns it.
+        images: SHA-256 of each image's bytes, in order.
+        frames: SHA-256 of each frame's bytes, or the one of the video file.
+    """
+    if not images and not frames:
+        return TEXT_ID + _content_digest(text, []).hex()[:32]
+    return MEDIA_ID + _content_digest(text, _media_parts(images, frames)).hex()[:32]
 
 
 def normalise_text(text: str) -> str:
     """Text without differences that do not change its content: case, width, composed accents, white space."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    composed = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return " ".join(composed.casefold().split())
 
 
-def _content_parts(item: Item, media_root: str | Path | None) -> list[bytes]:
-    parts = [normalise_text(item.text).encode()]
-    parts += [b"image" + _media_digest(media, media_root) for media in item.images]
-    if item.video is not None:
-        frames: tuple[Media, ...] = item.video.frames if item.video.path is None else (item.video.path,)
-        parts += [b"frame" + _media_digest(media, media_root) for media in frames]
-    return parts
+def media_digest(media: Media, media_root: str | Path | None) -> bytes:
+    """SHA-256 of the encoded bytes, whether they come as bytes or in a file.
 
-
-def _media_digest(media: Media, media_root: str | Path | None) -> bytes:
-    """SHA-256 of the encoded bytes, whether they come as bytes or in a file."""
+    Raises:
+        MediaError: the path is refused, or the file is missing or cannot be read.
+    """
     if isinstance(media, bytes):
         return hashlib.sha256(media).digest()
     digest = hashlib.sha256()
-    with open(resolve_media_path(media, media_root), "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    try:
+        with open(resolve_media_path(media, media_root), "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise MediaError(f"media path {media!r}: cannot be read ({error})") from error
     return digest.digest()
+
+
+def _item_digest(item: Item, media_root: str | Path | None) -> bytes:
+    video: tuple[Media, ...] = ()
+    if item.video is not None:
+        video = item.video.frames if item.video.path is None else (item.video.path,)
+    images = [media_digest(media, media_root) for media in item.images]
+    frames = [media_digest(media, media_root) for media in video]
+    return _content_digest(normalise_text(item.text), _media_parts(images, frames))
+
+
+def _content_digest(text: str, media: list[bytes]) -> bytes:
+    """`_digest` of b"content", the text and the media, without the list: it runs once for every pair of a data set."""
+    digests = _CONTENT + hashlib.sha256(text.encode()).digest()
+    for part in media:
+        digests += hashlib.sha256(part).digest()
+    return hashlib.sha256(digests).digest()
+
+
+def _media_parts(images: Sequence[bytes], frames: Sequence[bytes]) -> list[bytes]:
+    return [b"image" + digest for digest in images] + [b"frame" + digest for digest in frames]
 
 
 def _digest(parts: list[bytes]) -> bytes:

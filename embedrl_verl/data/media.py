@@ -192,7 +192,8 @@ def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: over the limit of {MAX_PIXELS} pixels ({error})") from error
     except DECODE_ERRORS as error:
-        raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+        why = str(error).replace(repr(source), "these bytes")  # Pillow names a buffer by its address in memory
+        raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {why})") from error
 
 
 def load_frames(video: Video, media_root: str | Path | None, max_frames: int) -> tuple[tuple[Image.Image, ...], float]:

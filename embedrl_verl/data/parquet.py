@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -51,6 +52,8 @@ SCHEMA = pa.schema(
 )
 OPTIONAL_COLUMNS = ("negatives",)
 ROWS_PER_BATCH = 256
+ROWS_PER_GROUP = 1024
+BYTES_PER_GROUP = 16 << 20
 
 
 def read_pairs(path: str | Path) -> Iterator[PairRecord]:
@@ -76,33 +79,62 @@ def scan_pairs(path: str | Path) -> Iterator[tuple[int, PairRecord | DataError]]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from error
     with file:
-        _check_schema(file.schema_arrow, path)
+        check_schema(file.schema_arrow, path)
         columns = [name for name in SCHEMA.names if name in file.schema_arrow.names]
         row = 0
         try:
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
                 for values in batch.to_pylist():
-                    yield row, _record_or_error(values, path, row)
+                    yield row, record_or_error(values, path, row)
                     row += 1
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
 
 
+class PairWriter:
+    """Writes records to a parquet file, in order, with bounded memory: a row group is written when it has
+    `ROWS_PER_GROUP` records or `BYTES_PER_GROUP` bytes of media. Pages carry checksums. A context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._writer = pq.ParquetWriter(path, SCHEMA, write_page_checksum=True)
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> PairWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._write_group()
+        finally:
+            self._writer.close()
+
+    def add(self, record: PairRecord) -> None:
+        """Append a record."""
+        self._rows.append(_row_from_record(record))
+        self._bytes += sum(len(media) for media in _media_of(record) if isinstance(media, bytes))
+        if len(self._rows) == ROWS_PER_GROUP or self._bytes >= BYTES_PER_GROUP:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+        self._rows, self._bytes = [], 0
+
+
 def write_pairs(records: Iterable[PairRecord], path: str | Path) -> None:
     """Write records to a parquet file, in order; the folder is made if missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    with pq.ParquetWriter(path, SCHEMA) as writer:
+    with PairWriter(path) as writer:
         for record in records:
-            rows.append(_row_from_record(record))
-            if len(rows) == ROWS_PER_BATCH:
-                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-                rows = []
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+            writer.add(record)
 
 
-def _check_schema(found: pa.Schema, path: str | Path) -> None:
+def check_schema(found: pa.Schema, path: str | Path) -> None:
+    """Raise DataError, naming file and field, if a file of this schema does not hold pair records."""
     for field in SCHEMA:
         if field.name in found.names:
             _check_type(found.field(field.name).type, field.type, f"{path}, field {field.name}")
@@ -137,7 +169,8 @@ def _check_type(found: pa.DataType, wanted: pa.DataType, where: str) -> None:
         raise DataError(f"{where}: must be {wanted}; got {found}")
 
 
-def _record_or_error(values: dict[str, Any], path: str | Path, row: int) -> PairRecord | DataError:
+def record_or_error(values: dict[str, Any], path: str | Path, row: int) -> PairRecord | DataError:
+    """A row's plain values as a record, or the error that names file, row (from 0) and field."""
     try:
         return _record(values)
     except DataError as error:
@@ -198,6 +231,13 @@ def _media_list(values: list[dict[str, Any] | None] | None, field: str) -> tuple
             raise DataError(f"field {field}[{index}]: must have a path or bytes; both are empty")
         media.append(reference)
     return tuple(media)
+
+
+def _media_of(record: PairRecord) -> Iterator[Media]:
+    for item in (record.query, record.target, *record.negatives):
+        yield from item.images
+        if item.video is not None:
+            yield from item.video.frames
 
 
 def _row_from_record(record: PairRecord) -> dict[str, Any]:

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who answers: OpenAI-style servers behind a `ServerPool`. (`engine` has vLLM in this process.)
+
+`prepare` encodes a prompt (it blocks, so it runs in a thread, shortly before sending); `complete` sends it. What fails
+is one of three things:
+
+- the request is refused (HTTP 400 and the like: too long, a medium that the server cannot take), or it fails again and
+  again while others are answered: `Refused`, an outcome of that row;
+- the settings are wrong (unknown model, key refused): ConfigError at once;
+- nobody answers for `patience_s`, or nothing but errors come: ServersLost; the job stops and can be resumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from PIL import Image
+
+from embedrl_verl.annotate.prompts import Messages, Prompt
+from embedrl_verl.errors import ConfigError, EmbedRLError
+from embedrl_verl.serving import ServerError, ServerPool
+from embedrl_verl.tcot import Family
+
+CHAT = "/v1/chat/completions"
+_RUN_LENGTHS = 3  # zlib's Z_RLE: half of the default's time, and no larger on photos
+_LOOK_S = 0.5
+_SETTINGS_WRONG = (401, 403, 404, 405)
+_TRIES_BESIDE_OTHERS, _TRIES_ALONE = 3, 5
+_FOREVER_S = 1e9
+OURS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed")
+
+
+class ServersLost(EmbedRLError):
+    """No server answers; the job can be resumed."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one reply is drawn. `choices`: the reply is one of these, where the backend can see to it."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's reply. `cut_off`: it ended at max_tokens. Token counts are the server's; None if it gave none."""
+
+    text: str
+    cut_off: bool = False
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The request has no reply, for a reason of its own. `cause`: a few words to count by."""
+
+    cause: str
+    detail: str
+
+
+Request: TypeAlias = Any
+
+
+class Backend(Protocol):
+    """Who answers. `meet` is called once, before all else, in the event loop that then calls `complete`."""
+
+    async def meet(self) -> Mapping[str, Any]:
+        """What is served, as facts that belong to the settings: "model", and whatever changes the questions."""
+        ...
+
+    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Request, int]:
+        """A request, and how many bytes of memory it takes. Blocks; called in threads."""
+        ...
+
+    async def complete(self, request: Request) -> Reply | Refused:
+        """The answer to a request."""
+        ...
+
+    async def aclose(self) -> None:
+        """End what `meet` began."""
+        ...
+
+
+@dataclass
+class ServerBackend:
+    """Servers that all serve the same model.
+
+    Attributes:
+        pool: the servers. Its retries cover short troubles.
+        family: of the model, decides how videos are sent.
+        model: the served name; None asks the server, which must list one model then.
+        videos: "auto", "video_url" (vLLM's list of frames) or "images" (each frame as an image).
+        extra: more fields of every request.
+        patience_s: seconds without any server that is up, after which the job stops.
+    """
+
+    pool: ServerPool
+    family: Family
+    model: str | None = None
+    videos: str = "auto"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    patience_s: float = 300.0
+    is_vllm: bool = False
+    _answered: int = 0
+    _down_since: float | None = None
+    _watch: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.videos not in ("auto", "video_url", "images"):
+            raise ConfigError(f"videos must be sent as auto, video_url or images; got {self.videos!r}")
+        taken = sorted(set(self.extra) & set(OURS))
+        if taken:
+            raise ConfigError(f"extra fields of a request must not be {', '.join(OURS)}; got {taken}")
+
+    async def meet(self) -> Mapping[str, Any]:
+        """See `Backend`. Waits up to `patience_s` for a server.
+
+        Raises:
+            ConfigError: the model is not among the served ones, or not one of several was named.
+            ServersLost: no server answers.
+        """
+        await self.pool.__aenter__()
+        try:
+            self.model = await self._model()
+            version = await self._get("/version")
+        except ServerError as error:
+            raise ServersLost(f"{error}. Is a server running there? Start it, then run the command again") from error
+        self.is_vllm = isinstance(version, dict) and "version" in version
+        if self.videos == "auto":
+            self.videos = "video_url" if self.is_vllm else "images"
+        self._watch = asyncio.get_running_loop().create_task(self._look())
+        return {"model": self.model, "videos": self.videos, "vllm": self.is_vllm, "extra": dict(self.extra)}
+
+    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Request, int]:
+        """See `Backend`."""
+        payload: dict[str, Any] = {
+            "model": self.model,
+            "messages": encode(prompt.messages, videos=self.videos),
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            **self.extra,
+        }
+        if sampling.choices and self.is_vllm and "structured_outputs" not in self.extra:
+            payload["structured_outputs"] = {"choice": list(sampling.choices)}
+        clips = [part for part in _parts(prompt.messages) if part["type"] == "video"]
+        if clips and self.videos == "video_url":
+            if len(clips) > 1:
+                raise ConfigError(f"a request can hold one video; got {len(clips)}")
+            fps, total = clips[0]["fps"], len(clips[0]["video"])
+            # vLLM would keep 32 frames; -1 keeps all.
+            payload["media_io_kwargs"] = {"video": {"fps": fps, "num_frames": -1}}
+            if self.family == "qwen2_5_vl":  # vLLM does not tell this family's processor the frame rate
+                metadata = {"fps": fps, "total_num_frames": total, "frames_indices": list(range(total))}
+                payload["mm_processor_kwargs"] = {"video_metadata": metadata}
+        # Beside the URLs their JSON is held while a request is out.
+        return payload, 2 * sum(len(url) for url in _urls(payload["messages"])) + 4096
+
+    async def complete(self, request: Request) -> Reply | Refused:
+        """See `Backend`."""
+        tries, answered = 0, self._answered
+        while True:
+            try:
+                answer = await self.pool.post(CHAT, request, deadline=time.monotonic() + _FOREVER_S)
+            except ServerError as error:
+                if self._down_since is not None:
+                    raise ServersLost(self._why_lost()) from error
+                if error.status in _SETTINGS_WRONG:
+                    raise ConfigError(f"{error}. Check --url, --model and the key") from error
+                if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 429):
+                    return Refused(error.cause, str(error))
+                tries += 1
+                if tries >= _TRIES_BESIDE_OTHERS and self._answered > answered:
+                    return Refused(error.cause, str(error))
+                if tries >= _TRIES_ALONE:
+                    raise ServersLost(
+                        f"{error}; no request is answered any more. Mend the servers, then run the command again"
+                    ) from error
+                await asyncio.sleep(tries)
+                continue
+            self._answered += 1
+            return read_reply(answer)
+
+    async def aclose(self) -> None:
+        """See `Backend`."""
+        if self._watch is not None:
+            self._watch.cancel()
+        await self.pool.aclose()
+
+    async def _model(self) -> str:
+        answer = await self._get("/v1/models")
+        listed = answer.get("data") if isinstance(answer, dict) else None
+        names = [str(entry["id"]) for entry in listed if "id" in entry] if isinstance(listed, list) else []
+        if self.model is None:
+            if len(names) != 1:
+                raise ConfigError(f"name the model (--model): {', '.join(self.pool.urls)} list {names or 'none'}")
+            return names[0]
+        if names and self.model not in names:
+            raise ConfigError(
+                f"--model must be one that {', '.join(self.pool.urls)} serve, {names}; got {self.model!r}"
+            )
+        return self.model
+
+    async def _get(self, path: str) -> Any:
+        """The answer, or None if the server has no such page."""
+        try:
+            return await self.pool.get(path, deadline=time.monotonic() + self.patience_s)
+        except ServerError as error:
+            if error.status in (401, 403):
+                raise ConfigError(f"{error}. Check the key") from error
+            if error.status is None:
+                raise
+            return None
+
+    async def _look(self) -> None:
+        """Close the pool, so that waiting requests end, when no server was up for `patience_s`."""
+        since: float | None = None
+        while True:
+            now = time.monotonic()
+            stats = self.pool.stats()
+            since = None if any(server.up for server in stats.servers) else since or now
+            if since is not None and now - since > self.patience_s:
+                self._down_since = since
+                await self.pool.aclose()
+                return
+            await asyncio.sleep(_LOOK_S)
+
+    def _why_lost(self) -> str:
+        errors = "; ".join(f"{server.url}: {server.last_error}" for server in self.pool.stats().servers)
+        return f"no server was up for {self.patience_s:g} s ({errors}). Start them, then run the command again"
+
+
+def read_reply(answer: Any) -> Reply | Refused:
+    """The reply in a chat completion."""
+    try:
+        choice = answer["choices"][0]
+        text, reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return Refused("malformed response", repr(answer)[:300])
+    usage = answer.get("usage") or {}
+    clean = (text if isinstance(text, str) else "").encode("utf-8", "replace").decode()  # lone surrogates
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return Reply(clean, reason == "length", *(count if type(count) is int else None for count in counts))
+
+
+def encode(messages: Messages, *, videos: str) -> Messages:
+    """Messages with media as data: URLs. Pixels travel without loss, as PNG."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [new for part in message["content"] for new in _encoded(part, videos)]}
+        for message in messages
+    ]
+
+
+def _encoded(part: Mapping[str, Any], videos: str) -> list[dict[str, Any]]:
+    if part["type"] == "image":
+        return [_image_url(part["image"])]
+    if part["type"] == "video":
+        if videos == "images":
+            return [_image_url(frame) for frame in part["video"]]
+        # The frames' media type is vLLM's name for a list of frames; it opens them whatever their format.
+        frames = ",".join(_png(frame) for frame in part["video"])
+        return [{"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}]
+    return [dict(part)]
+
+
+def _image_url(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(image)}"}}
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1, compress_type=_RUN_LENGTHS)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _parts(messages: Messages) -> list[dict[str, Any]]:
+    return [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+
+
+def _urls(messages: Messages) -> list[str]:
+    return [part[part["type"]]["url"] for part in _parts(messages) if part["type"].endswith("_url")]

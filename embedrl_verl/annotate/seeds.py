@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers drawn from a pair's id: the same in every run, whatever was asked before or beside it."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def seed_of(seed: int, *key: object) -> int:
+    """A seed in [0, 2^31) for one request."""
+    return _number(seed, *key) >> 33
+
+
+def is_in_share(share: float, seed: int, *key: object) -> bool:
+    """Whether a key belongs to a random share of all keys. Raising the share only adds keys."""
+    return _number(seed, *key) < share * 2.0**64
+
+
+def _number(*key: object) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode(errors="surrogatepass")).digest()[:8], "big")

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A column map: where a user's rows keep the fields of a pair record. YAML, or options of the command line.
+
+```yaml
+data_source: {value: birds}                 # a constant
+instruction: {value: Find the caption.}
+pair_id: id                                 # a column; leave it out and rows are numbered
+query:
+  images: photo                             # a path, bytes, a struct of both, or a list of them
+  text: {template: "{place}, {year}"}       # several columns in one text
+target:
+  text: captions[0]                         # into lists and structs: a.b, a[0]
+negatives:                                  # optional: one map (lists in it are spread), or a list of maps
+  text: wrong_captions
+```
+
+A side has text, instruction, tcot, kind (`page`), images, and a video: `video` (a path, or a list of frames) and `fps`.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from embedrl_verl.convert.converter import RowError, as_media, as_text, show
+from embedrl_verl.data.schema import Item, Media, Video
+from embedrl_verl.errors import ConfigError, DataError
+
+RECORD_KEYS = ("pair_id", "data_source", "instruction", "target_id")
+ITEM_KEYS = ("text", "images", "video", "fps", "kind", "instruction", "tcot")
+STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]|\.")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How one field is filled: by a column (a path into the row), a constant, or a template of columns."""
+
+    column: str = ""
+    constant: Any = None
+    template: str = ""
+
+    def look_up(self, row: Mapping[str, Any]) -> Any:
+        """The value in a row.
+
+        Raises:
+            RowError: the column, or a step into it, does not exist.
+        """
+        if self.template:
+            parts = string.Formatter().parse(self.template)
+            return "".join(text + (_as_words(row, name) if name else "") for text, name, _, _ in parts)
+        return follow(row, self.column) if self.column else self.constant
+
+    @property
+    def name(self) -> str:
+        """For messages: the column."""
+        return self.column or self.template or "value"
+
+
+@dataclass(frozen=True)
+class ColumnMap:
+    """Where the fields are.
+
+    Attributes:
+        record: field of the record -> reference.
+        query, target: field of the side -> reference.
+        negatives: one map of fields a negative.
+    """
+
+    record: Mapping[str, Reference] = field(default_factory=dict)
+    query: Mapping[str, Reference] = field(default_factory=dict)
+    target: Mapping[str, Reference] = field(default_factory=dict)
+    negatives: tuple[Mapping[str, Reference], ...] = ()
+
+    def as_plain(self) -> dict[str, Any]:
+        """For the data card: key -> reference, flat, in the form of the command line."""
+        sides = [("query", self.query), ("target", self.target)]
+        sides += [(f"negatives[{index}]", fields) for index, fields in enumerate(self.negatives)]
+        flat = {name: _plain(reference) for name, reference in self.record.items()}
+        for side, fields in sides:
+            flat |= {f"{side}.{name}": _plain(reference) for name, reference in fields.items()}
+        return flat
+
+
+def load_column_map(path: str | None, columns: Sequence[str] = (), values: Sequence[str] = ()) -> ColumnMap | None:
+    """The map of a YAML file, with KEY=COLUMN and KEY=TEXT of the command line over it; None if nothing is given.
+
+    Raises:
+        ConfigError: the file cannot be read, an unknown key, or a value that is no reference.
+    """
+    plain: dict[str, Any] = {}
+    if path is not None:
+        try:
+            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: not a readable column map ({error})") from error
+        if not isinstance(plain, dict):
+            raise ConfigError(f"{path}: a column map is a mapping of fields to columns; got {show(plain)}")
+    for texts, option in ((columns, "--column"), (values, "--value")):
+        for text in texts:
+            key, equals, content = text.partition("=")
+            if not equals or not key or not content:
+                raise ConfigError(f"{option} takes KEY=..., as query.text=question; got {text!r}")
+            _set(plain, key, content if option == "--column" else {"value": content}, f"{option} {text}")
+    return column_map(plain, path or "the command line") if plain else None
+
+
+def column_map(plain: Mapping[str, Any], where: str) -> ColumnMap:
+    """A map from plain values, as YAML gives them. Raises ConfigError, with `where` in the message."""
+    known = (*RECORD_KEYS, "query", "target", "negatives")
+    for key in plain:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
+    for side in ("query", "target"):
+        if side not in plain:
+            raise ConfigError(f"{where}: {side} is missing; a pair needs both sides")
+    negatives = plain.get("negatives") or []
+    negatives = [negatives] if not isinstance(negatives, list) else negatives
+    return ColumnMap(
+        record={key: _reference(plain[key], f"{where}: {key}") for key in RECORD_KEYS if key in plain},
+        query=_fields(plain["query"], f"{where}: query"),
+        target=_fields(plain["target"], f"{where}: target"),
+        negatives=tuple(_fields(item, f"{where}: negatives[{index}]") for index, item in enumerate(negatives)),
+    )
+
+
+def follow(row: Mapping[str, Any], path: str) -> Any:
+    """The value at a path such as `conversations[1].value`; a column of that very name wins; null stays null.
+
+    Raises:
+        RowError: a step does not exist.
+    """
+    if path in row:
+        return row[path]
+    value: Any = row
+    done = ""
+    for match in STEP.finditer(path):
+        key, index = match.group(1), match.group(2)
+        if key is None and index is None:
+            continue
+        if value is None:
+            return None
+        try:
+            value = value[key] if key is not None else value[int(index)]
+        except (KeyError, IndexError, TypeError) as error:
+            found = ", ".join(map(str, value)) if isinstance(value, Mapping) else show(value)
+            raise RowError(path, f"{match.group(0)!r} is not in {done or 'the row'}, which has {found}") from error
+        done = path[: match.end()]
+    return value
+
+
+def item_of(values: Mapping[str, Any], name: Callable[[str], str], side: str) -> Item:
+    """A side from raw values by field.
+
+    Args:
+        name: field -> column, for messages.
+
+    Raises:
+        RowError: naming the column.
+    """
+    images, video, kind = values.get("images"), values.get("video"), values.get("kind")
+    try:
+        return Item(
+            text=_text(values, "text", name),
+            images=_media_list(images, name("images")) if images else (),
+            video=_video(video, values.get("fps"), name) if video is not None else None,
+            instruction=_text(values, "instruction", name),
+            kind=as_text(kind, name("kind")) if kind else None,
+            tcot=_text(values, "tcot", name),
+        )
+    except RowError:
+        raise
+    except DataError as error:
+        raise RowError(side, str(error)) from error
+
+
+def _video(value: Any, fps: Any, name: Callable[[str], str]) -> Video | None:
+    if isinstance(value, Mapping):  # {frames, path, fps}, as in our own files; or one struct of a path
+        fps = value.get("fps") if fps is None else fps
+        value = value.get("frames") or value.get("path")
+    if value is None or value == "":
+        return None
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float)):
+        raise RowError(name("fps"), f"must be a number; got {show(fps)}")
+    rate = None if fps is None else float(fps)
+    if value == []:
+        raise RowError(name("video"), "has no frames")
+    try:
+        if isinstance(value, list):
+            return Video(frames=_media_list(value, name("video")), fps=rate)
+        return Video(path=as_text(value, name("video")), fps=rate)
+    except RowError:
+        raise
+    except DataError as error:
+        raise RowError(name("video"), str(error)) from error
+
+
+def _media_list(value: Any, name: str) -> tuple[Media, ...]:
+    if isinstance(value, list):
+        return tuple(as_media(part, f"{name}[{index}]") for index, part in enumerate(value))
+    return (as_media(value, name),)
+
+
+def _text(values: Mapping[str, Any], key: str, name: Callable[[str], str]) -> str:
+    value = values.get(key)
+    return "" if value is None else value if isinstance(value, str) else as_text(value, name(key))
+
+
+def _as_words(row: Mapping[str, Any], name: str) -> str:
+    value = follow(row, name)
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise RowError(name, f"a template takes strings and numbers; got {show(value)}")
+
+
+def _fields(plain: Any, where: str) -> dict[str, Reference]:
+    if isinstance(plain, str):  # `query: question` is its text
+        plain = {"text": plain}
+    if not isinstance(plain, Mapping) or not plain:
+        raise ConfigError(f"{where}: must be a column, or a mapping of {', '.join(ITEM_KEYS)}; got {show(plain)}")
+    for key in plain:
+        if key not in ITEM_KEYS:
+            raise ConfigError(f"{where}: unknown key {key!r}; known are {', '.join(ITEM_KEYS)}")
+    return {key: _reference(value, f"{where}.{key}") for key, value in plain.items()}
+
+
+def _reference(plain: Any, where: str) -> Reference:
+    if isinstance(plain, str) and plain:
+        return Reference(column=plain)
+    if isinstance(plain, Mapping) and len(plain) == 1:
+        ((kind, content),) = plain.items()
+        if kind == "value" and content is not None:
+            return Reference(constant=content)
+        if kind == "column" and isinstance(content, str) and content:
+            return Reference(column=content)
+        if kind == "template" and isinstance(content, str) and content:
+            return Reference(template=content)
+    if where.endswith((".kind", ".fps")) and isinstance(plain, int | float):
+        return Reference(constant=plain)
+    raise ConfigError(f"{where}: must be a column, {{value: ...}} or {{template: ...}}; got {show(plain)}")
+
+
+def _plain(reference: Reference) -> Any:
+    if reference.column:
+        return reference.column
+    return {"template": reference.template} if reference.template else {"value": reference.constant}
+
+
+def _set(plain: dict[str, Any], key: str, content: Any, where: str) -> None:
+    """Set `query.text` and the like in a nested mapping."""
+    head, _, rest = key.partition(".")
+    if not rest:
+        plain[head] = content
+        return
+    inner = plain.setdefault(head, {})
+    if isinstance(inner, str):
+        inner = plain[head] = {"text": inner}
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{where}: {head} is {show(inner)} and has no fields")
+    _set(inner, rest, content, where)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of a source are used: caps, evenly spaced or random draws, and the published tables as presets.
+
+`sampling.yaml` beside this file has the numbers: `paper_caps` (caps and weights of Embed-RL's contrastive stage),
+`vlm2vec_v2`, and `rl_13` (its RL stage; `embedrl data split` draws it after the filter).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import yaml
+
+from embedrl_verl.convert.rows import Rows
+from embedrl_verl.errors import ConfigError
+
+METHODS = ("even", "random")
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One line of a preset; the comments of `sampling.yaml` say what the fields mean. None: not stated."""
+
+    rows: int | None = None
+    weight: float | None = None
+    initial: int | None = None
+    kept: int | None = None
+    left_out: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published table. `origin` says where it is from, `note` what to know before using it."""
+
+    name: str
+    origin: str
+    note: str
+    sources: Mapping[str, SourceEntry]
+
+    @property
+    def caps(self) -> dict[str, int]:
+        """Data source -> rows used at most."""
+        return {name: entry.rows for name, entry in self.sources.items() if entry.rows is not None}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Data source -> weight of contrastive training, without the sources that are left out of it."""
+        return {
+            name: entry.weight
+            for name, entry in self.sources.items()
+            if entry.weight is not None and not entry.left_out
+        }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rows are drawn.
+
+    Attributes:
+        caps: data source -> rows used at most.
+        default_cap: cap of a source that is not named; None = all rows.
+        method: "even" (equidistant) or "random" (without replacement, by `seed` and the source's name).
+        preset: name of the preset that the caps are from; "" for own ones.
+    """
+
+    caps: Mapping[str, int] = field(default_factory=dict)
+    default_cap: int | None = None
+    method: str = "even"
+    seed: int = 0
+    preset: str = ""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"the sampling method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        for name, cap in [*self.caps.items(), ("", self.default_cap)]:
+            if cap is not None and cap < 1:
+                raise ConfigError(f"a cap must be at least 1 row; got {cap}{f' for {name}' if name else ''}")
+
+    def cap(self, source: str) -> int | None:
+        """Rows used at most of a source; None = all."""
+        return self.caps.get(source, self.default_cap)
+
+    def choose(self, source: str, total: int) -> Rows | None:
+        """Ascending positions, of 0..total-1, that are used; None = all of them."""
+        cap = self.cap(source)
+        if cap is None or cap >= total:
+            return None
+        if self.method == "even":
+            return evenly_spaced(total, cap)
+        digest = hashlib.sha256(f"{self.seed}\0{source}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+        return np.sort(rng.choice(total, size=cap, replace=False, shuffle=False)).astype(np.int64)
+
+
+def evenly_spaced(total: int, count: int) -> Rows:
+    """`count` different positions of 0..total-1 at equal distances: floor(i x total / count). All if count >= total."""
+    count = min(count, total)
+    return np.arange(count, dtype=np.int64) * total // max(count, 1)
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """All published tables by name."""
+    text = (resources.files("embedrl_verl.convert") / "sampling.yaml").read_text(encoding="utf-8")
+    tables: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return {
+        name: Preset(
+            name=name,
+            origin=table["from"],
+            note=table["note"],
+            sources={source: SourceEntry(**entry) for source, entry in table["sources"].items()},
+        )
+        for name, table in tables.items()
+    }
+
+
+def preset(name: str) -> Preset:
+    """A published table by name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in presets():
+        raise ConfigError(f"unknown preset {name!r}; known are {', '.join(presets())}")
+    return presets()[name]
+
+
+def sampling_from_options(
+    caps: Iterable[str], preset_name: str | None, *, method: str = "even", seed: int = 0
+) -> Sampling:
+    """Sampling as told on the command line: `--cap 50000`, `--cap SOURCE=1000`, `--preset NAME`; a cap wins over the
+    preset's.
+
+    Raises:
+        ConfigError: unknown preset, or a cap that is no positive number.
+    """
+    by_source = preset(preset_name).caps if preset_name else {}
+    default: int | None = None
+    for text in caps:
+        source, _, number = text.rpartition("=")
+        if not number.isdecimal():
+            raise ConfigError(f"--cap takes ROWS or SOURCE=ROWS; got {text!r}")
+        if source:
+            by_source[source] = int(number)
+        else:
+            default = int(number)
+    return Sampling(by_source, default, method, seed, preset_name or "")

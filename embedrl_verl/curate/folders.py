@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data set folders that curation writes: begun, resumed, finished; with a data card as the converters write one."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from embedrl_verl import __version__
+from embedrl_verl.convert.card import count_causes, difference
+from embedrl_verl.curate.records import remove_temporary_files
+from embedrl_verl.data.files import (
+    CARD_FILE,
+    PART_PATTERN,
+    REJECTED_FILE,
+    WORK_FOLDER,
+    begin_work,
+    publish,
+    temporary_name,
+    write_atomically,
+    write_json,
+)
+from embedrl_verl.errors import ConfigError, DataError
+
+CARD_TEXT_FILE = "data_card.md"
+STATE_FILE = "state.json"
+CAUSES_SHOWN = 20
+CHUNK = 1 << 20
+
+
+@contextmanager
+def work_in(
+    out: Path, build: Mapping[str, Any], files: Sequence[Path], command: Sequence[str]
+) -> Iterator[Path | None]:
+    """Begin a folder, or go on with it; one process at a time.
+
+    Args:
+        out: folder to write.
+        build: tool, settings and inputs (`build_facts`): a folder is only resumed with the same.
+        files: of the input; changed files are noticed by their size and time of change.
+        command: what finishes the folder, noted for the user.
+
+    Yields:
+        the path of `out/_work`; None if the folder is already finished, by the same build.
+
+    Raises:
+        ConfigError: the folder is of another build or of none, or another process is writing it.
+    """
+    work, build = out / WORK_FOLDER, json.loads(json.dumps(build))
+    if (out / CARD_FILE).is_file() and not work.exists():
+        changed = difference(_read(out / CARD_FILE).get("build"), build)
+        if changed:
+            raise ConfigError(f"{out} was made with other options or input: {changed}; name another folder")
+        yield None
+        return
+    if not work.exists() and next(out.glob(PART_PATTERN), None) is not None:
+        raise ConfigError(f"{out} holds parquet files that this command did not write; name another folder")
+    begin_work(out, command)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process is writing {out}; wait for it, or end it") from error
+        state = {**build, "stamps": [file.stat().st_mtime_ns for file in files]}
+        if not (work / STATE_FILE).is_file():
+            write_json(work / STATE_FILE, state)
+        elif changed := difference(_read(work / STATE_FILE), state):
+            raise ConfigError(
+                f"{out} was begun with other options or input: {changed}. Finish it with the same, or remove the folder"
+            )
+        remove_temporary_files(out)
+        yield work
+
+
+def build_facts(command: str, settings: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+    """What a data set is made by and from: equal facts give equal files."""
+    inputs = [{"file": str(file), "bytes": file.stat().st_size, "sha256": _known_hash(file)} for file in files]
+    return {"tool": f"embedrl-verl {__version__}", "command": command, "settings": dict(settings), "input": inputs}
+
+
+def part_facts(path: Path, rows: int) -> dict[str, Any]:
+    """A part's line in the data card."""
+    return {"file": path.name, "records": rows, "bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    return digest.hexdigest()
+
+
+def finish(
+    out: Path,
+    name: str,
+    build: Mapping[str, Any],
+    *,
+    parts: Sequence[Mapping[str, Any]],
+    by_source: Mapping[str, int],
+    media_root: str | None,
+    rejected: Path,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the data card, last of all files, and remove `_work`.
+
+    Args:
+        name: what the data set is, for people.
+        parts: of `part_facts`, in order.
+        by_source: pairs of each data source.
+        media_root: absolute; None if no record has a path.
+        rejected: `rejected.jsonl`.
+        facts: more to be told, beside the counts.
+    """
+    causes, examples = count_causes(read_lines(rejected))
+    card = {
+        "format": "embedrl pair records 1",
+        "name": name,
+        "tool": build["tool"],
+        "licence": _licences([Path(entry["file"]) for entry in build["input"]]),
+        "records": sum(part["records"] for part in parts),
+        "media_root": media_root,
+        "by_source": {source: {"records": count} for source, count in sorted(by_source.items())},
+        "rejected": {
+            "rows": sum(causes.values()),
+            "causes": [
+                {"cause": cause, "rows": count, "example": examples[cause]}
+                for cause, count in causes.most_common(CAUSES_SHOWN)
+            ],
+        },
+        **(facts or {}),
+        "build": dict(build),
+        "parts": list(parts),
+    }
+    write_atomically(out / CARD_TEXT_FILE, _card_text(card))
+    write_json(out / CARD_FILE, card)
+    shutil.rmtree(out / WORK_FOLDER)
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
+    """Write a JSON-lines file, complete or not at all. Returns the number of lines."""
+    temporary, count = temporary_name(path), 0
+    with open(temporary, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            count += 1
+    publish(temporary, path)
+    return count
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON-lines file; none if there is no file."""
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+
+
+def stop_if_bad(rejected: Sequence[Mapping[str, Any]], rows: int, max_bad_share: float, file: Path) -> None:
+    """Raise when too many rows cannot be used.
+
+    Args:
+        rejected: lines for `rejected.jsonl`.
+        rows: of the input.
+        max_bad_share: of them that may be rejected.
+        file: `rejected.jsonl`; it is written before the error is raised.
+
+    Raises:
+        DataError: the message has the causes.
+    """
+    if len(rejected) <= max_bad_share * rows:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(file, rejected)
+    causes, examples = count_causes(rejected)
+    listed = [f"  {count} x {cause} (first: {examples[cause]})" for cause, count in causes.most_common(5)]
+    raise DataError(
+        "\n".join([f"{len(rejected)} of {rows} rows cannot be used, over the limit of {max_bad_share:.2%}:", *listed])
+        + f"\n{file} has all that were found. Mend the input and write a new folder, or run the same command with a "
+        "higher --max-bad-share to leave them out"
+    )
+
+
+def _card_text(card: Mapping[str, Any]) -> str:
+    lines = [
+        f"# Data card: {card['name']}",
+        "",
+        f"{card['records']:,} pairs in {len(card['parts'])} parquet files, written by {card['tool']}.",
+        f"Licence: {card['licence']}.",
+        f"Media root: {card['media_root'] or 'not needed'}.",
+        "",
+        "| data source | pairs |",
+        "|---|---:|",
+        *(f"| {source} | {counts['records']:,} |" for source, counts in card["by_source"].items()),
+    ]
+    rejected = card["rejected"]
+    if rejected["rows"]:
+        lines += ["", f"Rejected: {rejected['rows']:,} rows ({REJECTED_FILE} has them all).", ""]
+        lines += [f"- {cause['rows']:,} x {cause['cause']} (first: {cause['example']})" for cause in rejected["causes"]]
+    settings = ", ".join(f"{name} {value}" for name, value in card["build"]["settings"].items())
+    lines += ["", f"Made by `{card['build']['command']}` with {settings}.", ""]
+    lines += ["| input file | bytes | SHA-256 |", "|---|---:|---|"]
+    for file in card["build"]["input"]:
+        lines.append(f"| {file['file']} | {file['bytes']:,} | {file['sha256'] or 'not known'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _known_hash(file: Path) -> str | None:
+    """SHA-256 of a part as the card beside it says, if the size agrees."""
+    card = _read(file.parent / CARD_FILE) if (file.parent / CARD_FILE).is_file() else {}
+    for part in card.get("parts", ()):
+        if part["file"] == file.name and part["bytes"] == file.stat().st_size:
+            return str(part["sha256"])
+    return None
+
+
+def _licences(files: Iterable[Path]) -> str:
+    """What the cards of the inputs declare."""
+    found = []
+    for folder in dict.fromkeys(file.parent for file in files):
+        licence = _read(folder / CARD_FILE).get("licence") if (folder / CARD_FILE).is_file() else None
+        found.append(licence or "not declared")
+    return "; ".join(dict.fromkeys(found))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); write the folder again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must hold a JSON object; write the folder again")
+    return found

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relevance judge (method section 5): are the T-CoTs of a query and of its target obviously irrelevant to each
+other, or in conflict, given the task?
+
+No keeps the pair ("match"), Yes does not ("mismatch"); the judge is told to say No in doubt. What names neither, or
+both, is "unknown" and never counted as an opinion; so is a pair that lacks a T-CoT. Where the server is vLLM (or the
+engine), decoding is constrained to the two words.
+
+Styles are YAML files in `templates/`, `relevance_<style>.yaml`, with the keys
+
+    style        its name
+    shows        "text": whole T-CoTs; "answer": what stands in their <answer>
+    one_line     true: white space in a shown text becomes single spaces
+    delimiters   names of tags that the template uses; tags of these names in a shown text are broken up
+    yes_word, no_word   the two words
+    join         what stands between blocks
+    instruction  a line with $value, the task; "" leaves it out
+    layout       blocks, which may use $instruction, $query, $target; one that comes out empty is left out
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from typing import Any, Literal, TypeAlias
+
+import yaml
+
+from embedrl_verl.annotate.backends import Refused, Reply, Sampling
+from embedrl_verl.annotate.journal import Entry
+from embedrl_verl.annotate.prompts import Prompt
+from embedrl_verl.annotate.runner import Errand
+from embedrl_verl.annotate.seeds import seed_of
+from embedrl_verl.data.schema import PairRecord
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.tcot import parse_tcot
+from embedrl_verl.tcot.harmless import break_control, break_tags
+from embedrl_verl.tcot.styles import fill
+
+Verdict: TypeAlias = Literal["match", "mismatch", "unknown"]
+VERDICTS: tuple[Verdict, ...] = ("match", "mismatch", "unknown")
+STYLES = ("paper", "compact")
+ERRAND = "relevance"
+NO_WORD = "names neither word, or both"
+
+
+@dataclass(frozen=True)
+class RelevanceStyle:
+    """A checked style; see the module for its fields."""
+
+    style: str
+    shows: str
+    one_line: bool
+    delimiters: tuple[str, ...]
+    yes_word: str
+    no_word: str
+    join: str
+    instruction: str
+    layout: tuple[str, ...]
+
+    def prompt(self, instruction: str, query_tcot: str, target_tcot: str) -> str:
+        """The question about two T-CoTs. They, and the instruction, are put in as data."""
+        wish = fill(self.instruction, value=self._harmless(instruction)) if instruction.strip() else ""
+        values = {"query": self._shown(query_tcot), "target": self._shown(target_tcot), "instruction": wish}
+        return self.join.join(block for layout in self.layout if (block := fill(layout, **values)).strip())
+
+    def _shown(self, tcot: str) -> str:
+        return self._harmless(parse_tcot(tcot).answer if self.shows == "answer" else tcot)
+
+    def _harmless(self, text: str) -> str:
+        text = " ".join(text.split()) if self.one_line else text.strip()
+        return break_tags(break_control(text), self.delimiters)
+
+
+@functools.cache
+def load_relevance_style(name: str) -> RelevanceStyle:
+    """A style that ships with the package.
+
+    Raises:
+        ConfigError: an unknown name, or a malformed file.
+    """
+    if name not in STYLES:
+        raise ConfigError(f"the relevance judge's style must be one of {', '.join(STYLES)}; got {name!r}")
+    return parse_relevance_style(_template(name), source=f"relevance_{name}.yaml")
+
+
+def parse_relevance_style(text: str, *, source: str) -> RelevanceStyle:
+    """Read and check a style.
+
+    Raises:
+        ConfigError: not YAML, a key missing, unknown or of the wrong type, a text that is not shown, or words that
+            cannot be told apart; the message names `source`.
+    """
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"template {source}: not YAML: {error}") from error
+    names = [field.name for field in fields(RelevanceStyle)]
+    if not isinstance(raw, dict) or set(raw) != set(names):
+        raise ConfigError(f"template {source} must have exactly the keys {', '.join(names)}; got {raw!r:.200}")
+    for name in names:
+        wanted = {"one_line": bool, "delimiters": list, "layout": list}.get(name, str)
+        entries = raw[name] if wanted is list and isinstance(raw[name], list) else []
+        if not isinstance(raw[name], wanted) or not all(isinstance(entry, str) for entry in entries):
+            kind = "a list of strings" if wanted is list else wanted.__name__
+            raise ConfigError(f"template {source}: {name} must be {kind}; got {raw[name]!r}")
+    style = RelevanceStyle(**{**raw, "delimiters": tuple(raw["delimiters"]), "layout": tuple(raw["layout"])})
+    if style.shows not in ("text", "answer"):
+        raise ConfigError(f"template {source}: shows must be text or answer; got {style.shows!r}")
+    words = [re.fullmatch(r"\w+", word) and word.casefold() for word in (style.yes_word, style.no_word)]
+    if not all(words) or words[0] == words[1]:
+        raise ConfigError(
+            f"template {source}: yes_word and no_word must be two different words; "
+            f"got {style.yes_word!r}, {style.no_word!r}"
+        )
+    try:
+        shown = style.prompt("(task)", *("<answer>(query)</answer>", "<answer>(target)</answer>"))
+    except ConfigError as error:
+        raise ConfigError(f"template {source}: {error}") from error
+    for part in ("(query)", "(target)"):
+        if part not in shown:
+            raise ConfigError(f"template {source}: the layout must show ${part.strip('()')}")
+    return style
+
+
+def read_verdict(text: str, style: RelevanceStyle) -> Verdict:
+    """What a reply says: one of the two words, whatever stands around it, and not the other."""
+    words = {word.casefold() for word in re.findall(r"\w+", text)}
+    says_yes, says_no = style.yes_word.casefold() in words, style.no_word.casefold() in words
+    if says_yes == says_no:
+        return "unknown"
+    return "mismatch" if says_yes else "match"
+
+
+@dataclass(frozen=True)
+class RelevanceSettings:
+    """What changes the verdicts, beside the model.
+
+    Attributes:
+        style: the prompt.
+        tries: how often one pair is asked about, at most; later tries are drawn at `retry_temperature` or above.
+        temperature, max_tokens: of the reply.
+        constrained: have the server decode one of the two words, where it is vLLM.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+
+    style: str = "paper"
+    tries: int = 2
+    temperature: float = 0.0
+    retry_temperature: float = 0.7
+    max_tokens: int = 16
+    constrained: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("style", self.style in STYLES, f"one of {', '.join(STYLES)}"),
+            ("tries", self.tries >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature <= 2, "between 0 and 2"),
+            ("retry_temperature", 0 <= self.retry_temperature <= 2, "between 0 and 2"),
+            ("max_tokens", self.max_tokens >= 1, "1 or more"),
+        )
+        for key, holds, rule in rules:
+            if not holds:
+                raise ConfigError(f"{key.replace('_', '-')} must be {rule}; got {getattr(self, key)!r}")
+
+
+@dataclass(frozen=True)
+class RelevanceAsker:
+    """See `embedrl_verl.annotate.runner.Asker`."""
+
+    settings: RelevanceSettings
+
+    def described(self) -> Mapping[str, Any]:
+        """All that changes the verdicts but the model and the input, as JSON values."""
+        template = hashlib.sha256(_template(self.settings.style).encode()).hexdigest()
+        return {**asdict(self.settings), "template": template}
+
+    def errands(self, record: PairRecord) -> Sequence[str]:
+        """One verdict; none without both T-CoTs."""
+        return (ERRAND,) if record.query.tcot.strip() and record.target.tcot.strip() else ()
+
+    def ask(self, errand: Errand) -> tuple[Prompt, Sampling]:
+        """The question of the next try."""
+        settings, record, number = self.settings, errand.record, len(errand.tries)
+        style = load_relevance_style(settings.style)
+        text = style.prompt(record.item("query").instruction, record.query.tcot, record.target.tcot)
+        temperature = max(settings.temperature, settings.retry_temperature) if number else settings.temperature
+        seed = seed_of(settings.seed, record.pair_id, ERRAND, number)
+        choices = (style.yes_word, style.no_word) if settings.constrained else ()
+        sampling = Sampling(settings.max_tokens, temperature, seed=seed, choices=choices)
+        return Prompt([{"role": "user", "content": text}]), sampling
+
+    def read(self, errand: Errand, prompt: Prompt, reply: Reply | Refused) -> Entry:
+        """What came of a try."""
+        entry: Entry = {"source": errand.record.data_source}
+        if isinstance(reply, Refused):
+            return entry | {"verdict": "unknown", "text": "", "done": True, "ok": False, "cause": reply.cause}
+        verdict = read_verdict(reply.text, load_relevance_style(self.settings.style))
+        entry |= {"verdict": verdict, "text": reply.text, "in": reply.prompt_tokens, "out": reply.completion_tokens}
+        if verdict != "unknown":
+            return entry | {"done": True, "ok": True}
+        return entry | {"done": len(errand.tries) + 1 >= self.settings.tries, "ok": False, "cause": NO_WORD}
+
+
+def _template(name: str) -> str:
+    folder = resources.files("embedrl_verl.curate").joinpath("templates")
+    return folder.joinpath(f"relevance_{name}.yaml").read_text(encoding="utf-8")

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data set folders, and the parquet files of pair records behind the paths that a user names.
+
+A data set folder holds `part-00000.parquet` ..., `media/` (its media root, if media were extracted), `data_card.json`
+and `data_card.md`, and `rejected.jsonl`. While a command writes it there is also `_work/` with the state to resume
+from; `data_card.json` is written last, then `_work/` goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from embedrl_verl.errors import DataError
+
+PART_PATTERN = "part-*.parquet"
+CARD_FILE = "data_card.json"
+REJECTED_FILE = "rejected.jsonl"
+MEDIA_FOLDER = "media"
+WORK_FOLDER = "_work"
+COMMAND_FILE = "command.txt"
+
+
+def part_name(index: int) -> str:
+    """File name of a part: `part-00000.parquet`."""
+    return f"part-{index:05d}.parquet"
+
+
+def pair_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The parquet files behind files and data set folders, in order; a folder gives its sorted parts.
+
+    Raises:
+        DataError: a path does not exist, a folder is unfinished (the message says how to finish it) or has no part, or
+            a file comes twice.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found += _parts_of(path) if path.is_dir() else [_existing(path)]
+    seen: set[Path] = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise DataError(f"{path} is named twice; name every file and folder once")
+        seen.add(path.resolve())
+    return found
+
+
+def media_root_of(path: str | Path) -> str | None:
+    """Media root of a data set folder (or of the folder that a part lies in), as its data card says; None without one.
+
+    Raises:
+        DataError: the data card cannot be read.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return str(folder / MEDIA_FOLDER) if (folder / MEDIA_FOLDER).is_dir() else None
+    try:
+        root = json.loads(card.read_bytes()).get("media_root")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{card}: not a readable data card ({error}); write the folder again") from error
+    return None if root is None else str(folder / root)  # an absolute path stays as it is
+
+
+def begin_work(folder: str | Path, command: Sequence[str]) -> Path:
+    """Make `_work/` in a data set folder and note the command that finishes it. Returns the path of `_work/`.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    work = Path(folder) / WORK_FOLDER
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error})") from error
+    write_atomically(work / COMMAND_FILE, shlex.join(command) + "\n")
+    return work
+
+
+def finishing_command(folder: str | Path) -> str:
+    """The command that goes on with an unfinished folder; "" if it is not known."""
+    file = Path(folder) / WORK_FOLDER / COMMAND_FILE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file so that after a crash it has either the old or the new content: temporary name, fsync, rename.
+
+    Raises:
+        OSError: as the system says, a full disk among them; the temporary file is removed.
+    """
+    target = Path(path)
+    temporary = temporary_name(target)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        publish(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """`write_atomically` as indented JSON in UTF-8, keys in the order given."""
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside the file that no other process uses and no pattern of finished files matches."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def publish(temporary: Path, target: Path, *, flush_folder: bool = True) -> None:
+    """Flush a finished temporary file to the disk and give it its name. Without `flush_folder` the name is only sure to
+    outlast a power failure after the next call with it, in the same folder."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+    if not flush_folder:
+        return
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _parts_of(folder: Path) -> list[Path]:
+    if (folder / WORK_FOLDER).exists():
+        command = finishing_command(folder)
+        how = f"finish it with: {command}" if command else "run the command that writes it again"
+        raise DataError(f"{folder} is unfinished (it has {WORK_FOLDER}/); {how}")
+    parts = sorted(folder.glob(PART_PATTERN), key=lambda part: (len(part.name), part.name))
+    if not parts:
+        raise DataError(f"{folder} has no {PART_PATTERN}; name a parquet file or a folder that a data command wrote")
+    return parts
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    return path

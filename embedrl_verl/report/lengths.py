@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lengths in tokens against a recipe's limits, as counts, percentiles and shares over the limit.
+
+Three lengths a side: the prompt with its media, counted with the code that the rollout runs (`data.max_prompt_length`;
+a pair over it is left out of RL); the T-CoT with its end token (`data.max_response_length`; a longer one cannot be
+written by the policy); the side's own text (`embedrl.embedder.max_text_tokens`; the Embedder's input is cut there).
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+from embedrl_verl.data.schema import SIDES, PairRecord, Side
+from embedrl_verl.data.settings import resolve_family
+from embedrl_verl.errors import ConfigError, MediaError
+from embedrl_verl.report.recipe import RecipeLimits
+from embedrl_verl.report.rows import Row
+from embedrl_verl.tcot import Family
+
+if TYPE_CHECKING:  # imports verl
+    from embedrl_verl.data.lengths import PromptMeter
+
+Measure: TypeAlias = Literal["prompt", "tcot", "text"]
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+MEASURES: tuple[Measure, ...] = ("prompt", "tcot", "text")
+PERCENTILES = (50, 90, 99)
+Lengths: TypeAlias = dict[Side, dict[Measure, int]]
+
+
+def limit_of(measure: Measure, limits: RecipeLimits) -> int:
+    """The recipe's limit of a length, in tokens."""
+    return {
+        "prompt": limits.max_prompt_length,
+        "tcot": limits.max_response_length,
+        "text": limits.max_text_tokens,
+    }[measure]
+
+
+@dataclass(frozen=True)
+class LengthMeter:
+    """Counts the lengths of records. Safe to call from several threads.
+
+    Attributes:
+        family: of the Reasoner whose tokenizer it is; decides the template and the sizes of media.
+    """
+
+    limits: RecipeLimits
+    family: Family
+    tokenizer: Any
+    meter: PromptMeter
+
+    @classmethod
+    def from_pretrained(cls, path: str, limits: RecipeLimits) -> LengthMeter:
+        """Load tokenizer and image processor of a Reasoner; no weights.
+
+        Raises:
+            ConfigError: the folder has no image processor, or is of no known family.
+        """
+        from verl.utils.tokenizer import hf_processor, hf_tokenizer  # heavy
+
+        from embedrl_verl.data.lengths import PromptMeter
+
+        try:
+            tokenizer, processor = hf_tokenizer(path), hf_processor(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        if processor is None:
+            raise ConfigError(f"--tokenizer {path}: the folder has no image processor; name a Qwen-VL model's folder")
+        family = resolve_family(limits.data.family, processor)
+        return cls(limits, family, tokenizer, PromptMeter(tokenizer, processor, family, {}))
+
+    def measure(self, record: PairRecord, row: Row) -> Lengths:
+        """Lengths of both sides; a side without T-CoT has no length of one, and one without text none of that.
+
+        Raises:
+            MediaError: a medium cannot be read; names file, row and field.
+            ConfigError: the processor does not take fitted media as they are.
+        """
+        from embedrl_verl.data.inspection import LocatedPair, PairInspector  # imports torch
+
+        inspector = PairInspector(self.limits.data, self.family, row.media_root, self.meter)
+        prompts = inspector.inspect(LocatedPair(str(row.file), row.row, record)).tokens
+        lengths: Lengths = {}
+        for side in SIDES:
+            item, prompt = record.item(side), prompts[side]
+            assert prompt is not None
+            lengths[side] = {"prompt": prompt}
+            if item.tcot.strip():
+                lengths[side]["tcot"] = self._count(item.tcot) + 1
+            if item.text.strip():
+                lengths[side]["text"] = self._count(item.text)
+        return lengths
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class LengthSummary:
+    """One length of one side of one source; tokens. `percentiles` are lengths that rows have (nearest rank)."""
+
+    source: str
+    side: Side
+    measure: Measure
+    rows: int
+    mean: float
+    percentiles: tuple[int, ...]
+    max: int
+    limit: int
+    over: int
+
+    @property
+    def share_over(self) -> float:
+        """Share of the rows over the limit."""
+        return self.over / self.rows
+
+
+class LengthTable:
+    """Collects lengths, 4 bytes each."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, Side, Measure], array[int]] = {}
+        self.rows = 0
+
+    def add(self, source: str, lengths: Lengths) -> None:
+        """Add a record's lengths."""
+        self.rows += 1
+        for side, measures in lengths.items():
+            for measure, tokens in measures.items():
+                self._values.setdefault((source, side, measure), array("i")).append(tokens)
+
+    def summaries(self, limits: RecipeLimits) -> list[LengthSummary]:
+        """By source, then measure, then side."""
+        order = {name: place for place, name in enumerate((*MEASURES, *SIDES))}
+        keys = sorted(self._values, key=lambda key: (key[0], order[key[2]], order[key[1]]))
+        return [_summary(*key, self._values[key], limit_of(key[2], limits)) for key in keys]
+
+    def totals(self, limits: RecipeLimits) -> list[LengthSummary]:
+        """All sources together, as source "all"."""
+        merged = LengthTable()
+        for (_, side, measure), values in self._values.items():
+            merged._values.setdefault(("all", side, measure), array("i")).extend(values)
+        return merged.summaries(limits)
+
+
+def _summary(source: str, side: Side, measure: Measure, values: array[int], limit: int) -> LengthSummary:
+    ordered = sorted(values)
+    count = len(ordered)
+    ranks = tuple(ordered[-(-count * percent // 100) - 1] for percent in PERCENTILES)
+    over = sum(value > limit for value in ordered)
+    return LengthSummary(source, side, measure, count, sum(ordered) / count, ranks, ordered[-1], limit, over)
+
+
+def measure_rows(
+    rows: Iterable[tuple[Row, PairRecord]], meter: LengthMeter, threads: int
+) -> Iterator[tuple[PairRecord, Lengths | MediaError]]:
+    """Lengths or the error of every record, in order; decoding runs in threads, a few rows ahead."""
+
+    def one(pair: tuple[Row, PairRecord]) -> tuple[PairRecord, Lengths | MediaError]:
+        row, record = pair
+        try:
+            return record, meter.measure(record, row)
+        except MediaError as error:
+            return record, error
+
+    yield from in_threads(one, rows, threads)
+
+
+def default_threads() -> int:
+    """Threads for decoding: one a core, 16 at most."""
+    return min(16, os.cpu_count() or 1)
+
+
+def in_threads(function: Callable[[_In], _Out], inputs: Iterable[_In], threads: int) -> Iterator[_Out]:
+    """`map` in threads, in order, that reads only a few inputs ahead of what was asked for."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[_Out]] = deque()
+        for one in inputs:
+            running.append(pool.submit(function, one))
+            if len(running) > 2 * threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def overlong(lengths: Mapping[Measure, int], limits: RecipeLimits) -> list[tuple[Measure, int, int]]:
+    """(measure, tokens, limit) of a side's lengths that are over their limit."""
+    return [
+        (name, tokens, limit_of(name, limits)) for name, tokens in lengths.items() if tokens > limit_of(name, limits)
+    ]

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's own failure is an outcome of its row; wrong settings and lost servers stop the job."""
+
+import asyncio
+import base64
+import io
+
+import numpy as np
+import pytest
+from aiohttp import web
+from PIL import Image
+
+from embedrl_verl.annotate.backends import Refused, Reply, Sampling, ServerBackend, ServersLost, encode, read_reply
+from embedrl_verl.annotate.prompts import Prompt
+from embedrl_verl.errors import ConfigError
+from tests.annotate.fakes import PROMPTS, pairs
+from tests.serving.fakes import FakeServer, free_url, quick_pool
+
+SAMPLING = Sampling(max_tokens=16, temperature=0.5, top_p=0.9, seed=7, choices=("yes", "no"))
+HELLO = Prompt([{"role": "user", "content": "hello"}])
+
+
+def completion(text="hi", reason="stop", usage=(3, 2)):
+    counts = usage and dict(zip(("prompt_tokens", "completion_tokens"), usage, strict=True))
+    return {"choices": [{"message": {"content": text}, "finish_reason": reason}], "usage": counts}
+
+
+def served(chat, version=None):
+    """An answer function: one model, a version if it is vLLM, and `chat(body)`."""
+
+    def answer(path, body):
+        if path == "/v1/models":
+            return {"data": [{"id": "m"}]}
+        if path == "/version":
+            return {"version": version} if version else web.Response(status=404)
+        return chat(body)
+
+    return answer
+
+
+def talk(answer, do, urls=(), patience_s=5.0, **fields):
+    """Run `do(backend, server)` against a server."""
+
+    async def run():
+        async with FakeServer(answer) as server:
+            pool = quick_pool(*(urls or [server.url]), retries=1)
+            backend = ServerBackend(pool, "qwen2_vl", patience_s=patience_s, **fields)
+            try:
+                return await do(backend, server)
+            finally:
+                await backend.aclose()
+
+    return asyncio.run(run())
+
+
+async def ask(backend, server, prompt=HELLO):
+    facts = await backend.meet()
+    request, _ = backend.prepare(prompt, SAMPLING)
+    return facts, await backend.complete(request), [body for body in server.bodies if body]
+
+
+def test_a_reply_comes_with_its_tokens_and_the_request_with_its_seed():
+    facts, reply, (body,) = talk(served(lambda body: completion()), ask, extra={"top_k": 5})
+    assert facts == {"model": "m", "videos": "images", "vllm": False, "extra": {"top_k": 5}}
+    assert reply == Reply("hi", False, 3, 2)
+    assert body == {
+        "model": "m",
+        "messages": HELLO.messages,
+        "max_tokens": 16,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 7,
+        "top_k": 5,
+    }
+
+
+def test_only_vllm_is_asked_to_constrain_the_reply():
+    facts, _, (body,) = talk(served(lambda body: completion(), version="1"), ask)
+    assert body["structured_outputs"] == {"choice": ["yes", "no"]} and facts["videos"] == "video_url"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_clips_travel_as_vllms_list_of_frames_without_loss(family):
+    prompt = PROMPTS.prompt(pairs(3)[2], "target")
+    *_, (body,) = talk(served(lambda body: completion(), version="1"), lambda b, s: _ask_as(b, s, prompt, family))
+    (part, _) = body["messages"][0]["content"]
+    frames = part["video_url"]["url"].removeprefix("data:video/jpeg;base64,").split(",")
+    sent = [np.asarray(Image.open(io.BytesIO(base64.b64decode(frame)))) for frame in frames]
+    assert len(sent) == 4  # an odd clip repeats its last frame
+    frames = prompt.messages[0]["content"][0]["video"]
+    assert all((mine == np.asarray(frame)).all() for mine, frame in zip(sent, frames, strict=True))
+    assert body["media_io_kwargs"] == {"video": {"fps": 1.0, "num_frames": -1}}
+    assert ("mm_processor_kwargs" in body) == (family == "qwen2_5_vl")
+
+
+async def _ask_as(backend, server, prompt, family):
+    backend.family = family
+    return await ask(backend, server, prompt)
+
+
+def test_clips_travel_as_images_where_the_server_is_not_vllm():
+    messages = encode(PROMPTS.prompt(pairs(3)[2], "target").messages, videos="images")
+    assert [part["type"] for part in messages[0]["content"]] == ["image_url"] * 4 + ["text"]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_request_is_an_outcome(status):
+    body = {"error": {"message": "the prompt is too long"}}
+    _, reply, _ = talk(served(lambda _: web.json_response(body, status=status)), ask)
+    assert isinstance(reply, Refused) and reply.cause == f"HTTP {status}" and "too long" in reply.detail
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_wrong_settings_stop_the_job(status):
+    with pytest.raises(ConfigError, match=f"HTTP {status}.*--url, --model and the key"):
+        talk(served(lambda _: web.Response(status=status)), ask)
+
+
+def test_a_request_that_breaks_while_others_are_answered_is_an_outcome_of_its_row():
+    def chat(body):
+        return web.Response(status=500) if body["messages"][0]["content"] == "poison" else completion()
+
+    async def both(backend, server):
+        await backend.meet()
+        good, bad = (backend.prepare(Prompt([{"role": "user", "content": c}]), SAMPLING)[0] for c in ("ok", "poison"))
+        task = asyncio.ensure_future(backend.complete(bad))
+        while not task.done():
+            assert (await backend.complete(good)) == Reply("hi", False, 3, 2)
+            await asyncio.sleep(0.02)
+        return task.result()
+
+    assert talk(served(chat), both).cause == "HTTP 500"
+
+
+def test_nothing_but_errors_stops_the_job():
+    with pytest.raises(ServersLost, match="HTTP 503.*no request is answered any more"):
+        talk(served(lambda _: web.Response(status=503)), ask)
+
+
+def test_a_server_that_dies_stops_the_job_after_its_patience():
+    async def lose(backend, server):
+        await backend.meet()
+        request, _ = backend.prepare(HELLO, SAMPLING)
+        await backend.complete(request)
+        await server._runner.cleanup()
+        start = asyncio.get_running_loop().time()
+        with pytest.raises(ServersLost, match="no server was up for 0.5 s .*connection refused.*run the command again"):
+            await asyncio.gather(*(backend.complete(request) for _ in range(50)))
+        return asyncio.get_running_loop().time() - start
+
+    assert 0.4 < talk(served(lambda _: completion()), lose, patience_s=0.5) < 5
+
+
+def test_a_server_that_comes_back_in_time_is_gone_on_with():
+    async def lose(backend, server):
+        await backend.meet()
+        request, _ = backend.prepare(HELLO, SAMPLING)
+        await server._runner.cleanup()
+        waiting = [asyncio.ensure_future(backend.complete(request)) for _ in range(20)]
+        await asyncio.sleep(0.4)
+        async with FakeServer(served(lambda _: completion()), port=server.port):
+            return await asyncio.gather(*waiting)
+
+    assert talk(served(lambda _: completion()), lose, patience_s=30.0) == [Reply("hi", False, 3, 2)] * 20
+
+
+def test_nobody_at_the_address_is_said_at_once():
+    with pytest.raises(ServersLost, match="connection refused.*Is a server running there"):
+        talk(served(lambda _: completion()), ask, urls=[free_url()], patience_s=0.5)
+
+
+def test_the_model_must_be_one_that_is_served():
+    with pytest.raises(ConfigError, match=r"--model must be one that .* serve, \['m'\]; got 'other'"):
+        talk(served(lambda _: completion()), ask, model="other")
+    assert talk(served(lambda _: completion()), ask, model="m")[0]["model"] == "m"
+
+
+def test_strange_answers_are_outcomes_and_usage_may_lack():
+    assert read_reply({"choices": []}).cause == "malformed response" == read_reply(None).cause
+    assert read_reply(completion(text=None, usage=None)) == Reply("", False, None, None)
+    assert read_reply(completion(text="a\ud800b", reason="length")).text == "a?b"
+    assert read_reply(completion(reason="length")).cut_off
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"extra": {"seed": 1}}, "got \\['seed'\\]"), ({"videos": "x"}, "'x'")]
+)
+def test_fields_that_cannot_work_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        ServerBackend(quick_pool(free_url()), "qwen2_vl", **fields)

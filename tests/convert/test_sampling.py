@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from embedrl_verl.convert.names import ALL_SOURCES, MMEB_SOURCES
+from embedrl_verl.convert.sampling import Sampling, evenly_spaced, preset, presets, sampling_from_options
+from embedrl_verl.errors import ConfigError
+
+
+@pytest.mark.parametrize(("total", "count"), [(10, 3), (50, 50), (7, 9), (1_000_000, 999), (3, 1), (0, 5)])
+def test_evenly_spaced_positions_differ_and_are_equally_far_apart(total: int, count: int) -> None:
+    chosen = evenly_spaced(total, count)
+    assert len(chosen) == min(total, count)
+    assert len(set(chosen.tolist())) == len(chosen)
+    if len(chosen) > 1:
+        gaps = np.diff(chosen)
+        assert gaps.min() >= 1
+        assert gaps.max() - gaps.min() <= 1
+        assert chosen[0] == 0
+        assert chosen[-1] < total
+
+
+def test_evenly_spaced_positions_do_not_overflow() -> None:
+    chosen = evenly_spaced(3_000_000_000, 5)
+    assert chosen.tolist() == [0, 600_000_000, 1_200_000_000, 1_800_000_000, 2_400_000_000]
+
+
+def test_random_draws_depend_on_seed_and_source_only() -> None:
+    def draw(seed: int, source: str) -> list[int]:
+        chosen = Sampling({"a": 20, "b": 20}, method="random", seed=seed).choose(source, 1000)
+        assert chosen is not None
+        return list(chosen.tolist())
+
+    assert draw(1, "a") == draw(1, "a") == sorted(set(draw(1, "a")))
+    assert draw(1, "a") != draw(2, "a")
+    assert draw(1, "a") != draw(1, "b")
+
+
+def test_a_cap_above_the_rows_takes_all() -> None:
+    assert Sampling({"a": 10}).choose("a", 10) is None
+    assert Sampling({"a": 10}).choose("other", 10**6) is None
+
+
+def test_the_papers_table_is_as_printed() -> None:
+    table = preset("paper_caps")
+    published = {name: entry for name, entry in table.sources.items() if entry.initial is not None}
+    sums = [sum(getattr(entry, name) for entry in published.values()) for name in ("initial", "kept")]
+    assert sums == [2_023_882, 1_683_111]  # of the lines; the totals that the paper prints are others
+    assert all(f"{total:,}" in table.note for total in [*sums, 2_223_882, 1_828_341])
+    assert set(MMEB_SOURCES.values()) <= set(published)
+    assert {name for name, entry in published.items() if entry.left_out} == {
+        "mmeb_hatefulmemes",
+        "mmeb_n24news",
+        "mmeb_voc2007",
+    }
+    assert not {"mmeb_hatefulmemes", "mmeb_n24news", "mmeb_voc2007"} & set(table.weights)
+    caps = [50_000] * 20 + [300_000] * 3 + [100_000] * 2
+    assert sorted(table.caps[name] for name in published) == sorted(caps)
+    assert all((entry.initial or 0) <= (entry.rows or 0) for entry in published.values())
+
+
+def test_the_rl_set_has_19000_pairs_of_13_sets() -> None:
+    table = preset("rl_13")
+    assert len(table.caps) == 13
+    assert sum(table.caps.values()) == 19_000
+
+
+def test_every_preset_speaks_of_sources_that_converters_write() -> None:
+    for table in presets().values():
+        assert set(table.sources) <= set(ALL_SOURCES), table.name
+
+
+def test_command_line_caps_win_over_the_preset() -> None:
+    sampling = sampling_from_options(["7", "visrag=9"], "paper_caps")
+    assert (sampling.cap("visrag"), sampling.cap("mmeb_cirr"), sampling.cap("mine")) == (9, 50_000, 7)
+    assert sampling_from_options([], None).cap("visrag") is None
+
+
+@pytest.mark.parametrize("cap", ["many", "a=-1", "a=", "a=1.5"])
+def test_a_cap_is_a_number_of_rows(cap: str) -> None:
+    with pytest.raises(ConfigError, match="--cap takes ROWS or SOURCE=ROWS"):
+        sampling_from_options([cap], None)
+
+
+def test_impossible_samplings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a cap must be at least 1 row; got 0 for a"):
+        Sampling({"a": 0})
+    with pytest.raises(ConfigError, match="must be one of even, random; got 'best'"):
+        Sampling(method="best")
+    with pytest.raises(ConfigError, match="unknown preset 'mine'; known are paper_caps, vlm2vec_v2, rl_13"):
+        preset("mine")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of an image are put together, other images are not, however alike they look."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from embedrl_verl.curate.id_job import IdSettings, fill_content_ids
+from embedrl_verl.curate.near_duplicates import (
+    Likeness,
+    Looks,
+    LookWriter,
+    Representatives,
+    _close_hashes,
+    near_groups,
+)
+from embedrl_verl.curate.perceptual import bit_distance, hash_of, picture_of
+from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.tiny.canvas import Grid, Strip, draw_canvas
+
+MakePair = Callable[..., PairRecord]
+WriteParts = Callable[..., list[Path]]
+ReadAll = Callable[[Path], list[PairRecord]]
+PINNED = [2006089668082752064, 15184508383631904578, 3262030278627291326, 17021628284303950355]
+WORDS = "revenue grew by the end of the third quarter while costs of materials fell and margins rose again in Europe".split()
+
+
+def page(seed: int, number: str = "") -> Image.Image:
+    """A page of print under a common title; `number` replaces one word."""
+    choose = np.random.default_rng(seed)
+    image = Image.new("RGB", (600, 800), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    pen.rectangle((0, 0, 600, 50), fill=(20, 40, 120))
+    pen.text((20, 15), "Annual report", font=font, fill="white")
+    for y in range(80, 760, 22):
+        if choose.random() < 0.85:
+            pen.text((50, y), " ".join(choose.choice(WORDS, 9)), font=font, fill="black")
+    if number:
+        pen.rectangle((100, 240, 180, 262), fill="white")
+        pen.text((102, 241), number, font=font, fill="black")
+    return image
+
+
+def photo(seed: int) -> Image.Image:
+    colours = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((480, 360), Image.Resampling.BICUBIC)
+
+
+def saved(image: Image.Image, quality: int | None = None) -> bytes:
+    buffer = io.BytesIO()
+    image.save(
+        buffer, *(("PNG",) if quality is None else ("JPEG",)), **({} if quality is None else {"quality": quality})
+    )
+    return buffer.getvalue()
+
+
+def half(image: Image.Image) -> Image.Image:
+    return image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
+
+
+def groups_of(folder: Path, images: Sequence[bytes], likeness: Likeness | None = None) -> list[set[int]]:
+    """The groups of more than one image, as sets of positions."""
+    digests = [hashlib.sha256(content).digest() for content in images]
+    with LookWriter(folder / "000") as writer:
+        for digest, content in zip(digests, images, strict=True):
+            if not writer.has(digest):
+                writer.add(digest, Image.open(io.BytesIO(content)).convert("RGB"))
+    looks = Looks([folder / "000"])
+    stands = Representatives.of_groups(looks, near_groups(looks, likeness or Likeness()))
+    stands.save(folder / "stands.npy")
+    stands = Representatives.load(folder / "stands.npy")
+    found: dict[bytes, set[int]] = {}
+    for place, digest in enumerate(digests):
+        if (first := stands.of(digest)) is not None:
+            found.setdefault(first, set()).add(place)
+    for first, members in found.items():
+        assert first == min(digests[place] for place in members)
+    return sorted(found.values(), key=min)
+
+
+@pytest.mark.parametrize("draw", [page, photo])
+def test_copies_at_other_quality_and_size_are_one_group(tmp_path: Path, draw: Callable[[int], Image.Image]) -> None:
+    images = []
+    for seed in range(4):
+        image = draw(seed)
+        images += [saved(image), saved(image, 90), saved(image, 30), saved(half(image)), saved(half(image), 80)]
+    assert groups_of(tmp_path, images) == [set(range(start, start + 5)) for start in range(0, 20, 5)]
+
+
+def test_pages_of_one_template_and_pages_with_one_other_number_stay_apart(tmp_path: Path) -> None:
+    images = [saved(page(seed)) for seed in range(8)]
+    images += [saved(page(seed, number)) for seed in range(4) for number in ("1,234", "98.7%")]
+    assert groups_of(tmp_path, images) == []
+    # the hash alone puts a page together with its edited copies: the comparison of pictures is what keeps them apart
+    assert groups_of(tmp_path, images, Likeness(12, 255)) != []
+
+
+def test_canvases_of_other_digits_stay_apart(tmp_path: Path) -> None:
+    grid = Grid(4, 5)
+    strips = [
+        Strip(row=1, column=0, scans=scans) for scans in itertools.product((3, 40), (5, 70), (9, 33), (11,), (21,))
+    ]
+    assert groups_of(tmp_path, [saved(draw_canvas(grid, [strip]).convert("RGB")) for strip in strips]) == []
+
+
+def test_blank_images_and_other_shapes_are_nobodys_near_duplicates(tmp_path: Path) -> None:
+    blank = [saved(Image.new("RGB", (64, 64), colour)) for colour in ("white", "#fefefe", "black")]
+    image = photo(1)
+    squeezed = [saved(image), saved(image.resize((480, 300)))]
+    assert groups_of(tmp_path, blank + squeezed) == []
+
+
+def test_the_search_finds_every_pair_of_close_hashes() -> None:
+    random = np.random.default_rng(0)
+    words = random.integers(0, 2**63, (60, 4), dtype=np.uint64)
+    bits = np.unpackbits(words.view(np.uint8), axis=1)
+    for place in range(1, 60, 2):  # odd ones are even ones with 0..14 bits turned
+        bits[place] = bits[place - 1]
+        turned = random.choice(256, place // 4, replace=False)
+        bits[place, turned] ^= 1
+    words = np.packbits(bits, axis=1).view(np.uint64)
+    for limit in (0, 3, 12, 20):
+        found = {
+            tuple(sorted(pair)) for block in _close_hashes(words, limit) for pair in zip(*map(np.ndarray.tolist, block))
+        }
+        wanted = {(a, b) for a, b in itertools.combinations(range(60), 2) if bit_distance(words[a], words[b]) <= limit}
+        assert found == wanted
+        assert len(wanted) > 1
+
+
+def test_groups_do_not_depend_on_order_nor_on_files(tmp_path: Path) -> None:
+    images = [
+        content for seed in range(3) for content in (saved(page(seed)), saved(page(seed), 40), saved(half(page(seed))))
+    ]
+    first = {frozenset(images[place] for place in group) for group in groups_of(tmp_path, images)}
+    assert len(first) == 3
+    order = np.random.default_rng(1).permutation(len(images)).tolist()
+    shuffled = [images[place] for place in order]
+    assert {frozenset(shuffled[place] for place in group) for group in groups_of(tmp_path, shuffled)} == first
+
+
+def test_hashes_are_stable() -> None:
+    words = hash_of(picture_of(photo(0)))
+    assert words is not None
+    assert bit_distance(words, np.array(PINNED, np.uint64)) <= 2  # Pillow's resampling may move a bit
+
+
+def test_near_duplicate_targets_share_an_id_of_their_content(
+    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
+) -> None:
+    pages = [saved(page(0)), saved(page(0), 50), saved(page(1)), b"no image"]
+    targets = [
+        Item(text="t", images=(pages[0],)),
+        Item(text="T", images=(pages[1],)),  # a copy with the same text
+        Item(text="u", images=(pages[1],)),  # a copy with another text
+        Item(text="t", images=(pages[2],)),
+        Item(video=Video(frames=(pages[0], pages[2]))),
+        Item(video=Video(frames=(pages[1], pages[2]))),
+        Item(video=Video(frames=(pages[2], pages[1]))),  # the same frames in another order
+        Item(text="t", images=(pages[0], pages[3])),
+    ]
+    files = write_parts("in", [pair(f"p{i}", target=target) for i, target in enumerate(targets)], [3])
+    for name, workers in (("one", 1), ("two", 2)):
+        report = fill_content_ids(
+            files, tmp_path / name, IdSettings(near=Likeness()), workers=workers, max_bad_share=0.2
+        )
+        records = read_all(tmp_path / name)
+        ids = [record.target_id for record in records]
+        assert ids[0] == ids[1] and ids[4] == ids[5] and len(set(ids)) == 5
+        assert [record.target.images for record in records[:3]] == [(pages[0],), (pages[1],), (pages[1],)]
+        assert (report.rejected, report.near_groups, report.near_media, report.sources["s"].near) == (1, 1, 6, 6)
+    exact = fill_content_ids(files, tmp_path / "exact", workers=1)
+    assert exact.sources["s"].contents == 8
+    first = min(pages[:2], key=lambda content: hashlib.sha256(content).digest())
+    row = 0 if first == pages[0] else 1
+    assert read_all(tmp_path / "exact")[row].target_id == ids[0]  # that of the group's first member
+    assert read_all(tmp_path / "exact")[3].target_id == ids[3]
+    (group,) = map(json.loads, (tmp_path / "one" / "near_duplicates.jsonl").read_text().splitlines())
+    assert group["media"] == 6
+    assert [(line["pair_id"], line["medium"]) for line in group["members"]] == [
+        ("p0", "target.images[0]"),
+        ("p1", "target.images[0]"),
+        ("p2", "target.images[0]"),
+        ("p4", "target.video.frames[0]"),
+        ("p5", "target.video.frames[0]"),
+        ("p6", "target.video.frames[1]"),
+    ]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_likeness_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_bits must lie in 0..64 of 256; got 65"):
+        Likeness(max_bits=65)
+    with pytest.raises(ConfigError, match="max_difference"):
+        Likeness(max_difference=-1)

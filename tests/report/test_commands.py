@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl data show` and `embedrl data stats` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedrl_verl import cli_data
+from embedrl_verl.cli import build_parser
+from embedrl_verl.data.parquet import SCHEMA
+from embedrl_verl.tiny.models import build_tiny_model
+from tests.report.inputs import Seen
+
+Command = Callable[..., int]
+
+
+def titles(page: Path) -> list[str]:
+    """Which records a page shows, by file and row."""
+    return [str(one["data-source"]) for one in Seen(page.read_text(encoding="utf-8")).all("article")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(build_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def test_show_needs_nothing_but_the_file(embedrl: Command, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert embedrl("data", "show", file) == 0
+    page = file.with_suffix(".html")
+    assert "6 of 6 records, 2 with a fault" in capsys.readouterr().out
+    assert len(titles(page)) == 6
+    assert embedrl("data", "show", file, "--limit", 5) == 0  # its own page may be replaced
+    assert len(titles(page)) == 5
+
+
+def test_a_file_of_somebody_else_is_not_replaced(
+    embedrl: Command, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.with_suffix(".html").write_text("<p>mine</p>")
+    assert embedrl("data", "show", file) == 2
+    assert "name another file with --out" in capsys.readouterr().err
+    assert file.with_suffix(".html").read_text() == "<p>mine</p>"
+
+
+def test_records_can_be_chosen(embedrl: Command, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "page.html"
+    assert embedrl("data", "show", file, "--pair-id", "clip", "bare", "--out", out) == 0
+    assert titles(out) == ["videos", "text"]
+    assert embedrl("data", "show", file, "--only", "problems", "--out", out) == 0
+    assert len(titles(out)) == 2 and "6 records were looked through" in out.read_text()
+    assert embedrl("data", "show", file, "--only", "problems", "--limit", 1, "--out", out) == 0
+    assert len(titles(out)) == 1
+    assert embedrl("data", "show", file, "--seed", 3, "--limit", 5, "--out", out) == 0
+    assert "random in each source, seed 3" in out.read_text()
+
+
+def test_a_row_that_is_no_record_is_shown_with_its_reason(embedrl: Command, file: Path, tmp_path: Path) -> None:
+    rows = pq.read_table(file).to_pylist()[:2]
+    rows[1]["target"] = None
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+    assert embedrl("data", "show", file, "--out", tmp_path / "p.html") == 0
+    seen = Seen((tmp_path / "p.html").read_text())
+    assert seen.all("article")[1]["data-flags"] == "unreadable"
+    assert "pairs.parquet, row 1: field target: null" in seen.characters
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--limit", 0], 2, "--limit must be at least 1"),
+        (["--max-mib", 0.1], 2, "--max-mib must be at least"),
+        (["--family", "llava"], 2, "llava"),
+        (["--pair-id", "nobody"], 3, "no row has the pair_id 'nobody'"),
+        (["--set", "data.max_promt_length=5"], 2, "max_promt_length"),
+    ],
+)
+def test_what_cannot_work_is_told(
+    embedrl: Command, file: Path, capsys: pytest.CaptureFixture[str], options: list[object], code: int, message: str
+) -> None:
+    assert embedrl("data", "show", file, *options) == code
+    assert message in capsys.readouterr().err
+
+
+def test_show_reads_boxes_in_the_units_that_are_named(embedrl: Command, file: Path, tmp_path: Path) -> None:
+    pages = []
+    for options in (["--family", "qwen2_5_vl"], ["--boxes", "absolute"], []):
+        assert embedrl("data", "show", file, "--pair-id", "image", "--out", tmp_path / "p.html", *options) == 0
+        pages.append(Seen((tmp_path / "p.html").read_text()).all("rect", "line")[0])
+    assert pages[0] == pages[1] != pages[2]
+
+
+def test_show_with_a_tokenizer_tells_what_is_too_long(
+    embedrl: Command, file: Path, tmp_path: Path, model: Path
+) -> None:
+    options = ["--tokenizer", model, "--prompt-style", "compact", "--max-response-length", 20, "--image-min-tokens", 4]
+    assert embedrl("data", "show", file, "--pair-id", "image", "--out", tmp_path / "p.html", *options) == 0
+    seen = Seen((tmp_path / "p.html").read_text())
+    assert seen.all("article")[0]["data-flags"] == "too_long"
+    assert "The T-CoT has " in seen.characters and "the recipe's limit is 20" in seen.characters
+
+
+def test_stats_counts_what_training_counts(
+    embedrl: Command, file: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from verl.utils.tokenizer import hf_processor, hf_tokenizer
+
+    from embedrl_verl.data.inspection import PairInspector, locate_pairs
+    from embedrl_verl.data.lengths import PromptMeter
+    from embedrl_verl.data.settings import DataSettings
+
+    options = ["--tokenizer", model, "--prompt-style", "compact", "--image-min-tokens", 4]
+    assert embedrl("data", "stats", file, *options, "--max-prompt-length", 150, "--json") == 3
+    report = json.loads(capsys.readouterr().out)
+    assert (report["records"], report["counted"], report["unusable"]) == (6, 5, 1)
+    assert "row 4, pair 'broken', field query: media path 'gone.png'" in report["first_unusable"][0]
+    tokenizer, processor = hf_tokenizer(str(model)), hf_processor(str(model))
+    settings = DataSettings(prompt_style="compact", image_min_tokens=4)
+    meter = PromptMeter(tokenizer, processor, "qwen2_vl", {})
+    pairs, _ = locate_pairs([str(file)])
+    facts = PairInspector(settings, "qwen2_vl", None, meter).inspect(pairs[0])
+    found = {(one["source"], one["measure"], one["side"]): one for one in report["lengths"]}
+    assert found["vqa", "prompt", "query"]["max"] == facts.tokens["query"]
+    assert found["vqa", "tcot", "query"]["max"] == len(tokenizer(pairs[0].record.query.tcot)["input_ids"]) + 1
+    assert found["vqa", "prompt", "query"]["limit"] == 150
+    assert ("text", "tcot", "query") not in found  # a side without one has no length
+    assert {one["source"] for one in report["all"]} == {"all"}
+
+
+def test_stats_prints_a_table(embedrl: Command, file: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tokenizer", model, "--prompt-style", "compact", "--limit", 4]
+    assert embedrl("data", "stats", file, *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("data source") and lines[0].endswith(
+        "p50     p90     p99     max   limit    over  share over"
+    )
+    assert any(line.startswith("all ") for line in lines) and "4 of 6 records counted" in lines[-1]
+
+
+def test_stats_refuses_a_folder_without_a_tokenizer(
+    embedrl: Command, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embedrl("data", "stats", file, "--tokenizer", tmp_path) == 2
+    assert f"--tokenizer {tmp_path}" in capsys.readouterr().err
+
+
+def test_check_takes_a_data_set_folder_with_its_own_media(
+    embedrl: Command, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    (folder / "media").mkdir(parents=True)
+    rows = pq.read_table(file).slice(4, 2)
+    pq.write_table(rows, folder / "part-00000.parquet")
+    assert embedrl("data", "check", folder) == 3
+    assert f"no such file in the media root {folder / 'media'}" in capsys.readouterr().out
+
+
+def test_every_data_command_is_wired(capsys: pytest.CaptureFixture[str]) -> None:
+    modules = {path.stem.removeprefix("cli_data_") for path in Path(cli_data.__file__).parent.glob("cli_data_*.py")}
+    assert {name.replace("-", "_") for name in cli_data.COMMANDS} == modules
+    for name in cli_data.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args(["data", name, "--help"])
+        assert stop.value.code == 0 and f"embedrl data {name} " in capsys.readouterr().out
+
+
+def test_pages_need_neither_torch_nor_verl(file: Path) -> None:
+    modules = "card, evidence, examine, lengths, page, recipe, rows"
+    code = (
+        f"import sys; from embedrl_verl.report import {modules}; from embedrl_verl.cli import main; "
+        f"assert main(['data', 'show', {str(file)!r}, '--limit', '2', '--out', {str(file) + '.html'!r}]) == 0; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'verl', 'ray', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
