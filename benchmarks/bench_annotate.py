@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--model", required=True, help="folder, for the server and the benchmark's tokenizer")
     parser.add_argument("--url", help="a server that runs already")
+    parser.add_argument("--served-name", default="bench", help="its model's name")
     parser.add_argument("--family", default="qwen2_vl")
     parser.add_argument("--style", default="compact")
     parser.add_argument("--limit", type=int, default=64)
@@ -113,7 +114,15 @@ def main() -> None:
             port = probe.getsockname()[1]
         arguments.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.model]
-        command += ["--served-model-name", "bench", "--dtype", "float32", "--enforce-eager", "--port", str(port)]
+        command += [
+            "--served-model-name",
+            arguments.served_name,
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--port",
+            str(port),
+        ]
         command += ["--max-model-len", str(arguments.max_model_len), "--disable-uvicorn-access-log"]
         command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
         server = ServerProcess(command, os.environ, arguments.url, arguments.log, startup_s=600, name="vLLM server")
@@ -142,7 +151,7 @@ def main() -> None:
                 order = ["bench", "annotate"] if number % 2 == 0 else ["annotate", "bench"]
                 for what in order:
                     if what == "bench":
-                        found = bench(arguments.url, "bench", requests, count, arguments)
+                        found = bench(arguments.url, arguments.served_name, requests, count, arguments)
                     else:
                         seconds, counts = annotate(arguments.url, file, prompts, arguments)
                 base = found["duration"]

@@ -192,10 +192,6 @@ class Runner:
         self._reader = ThreadPoolExecutor(1, "reader")
         self._writer = ThreadPoolExecutor(1, "journal")
 
-    def journal_path(self, chunk: Chunk) -> Path:
-        """The journal of a chunk."""
-        return journal_path(self._folder, chunk)
-
     async def run(self) -> Progress:
         """Ask about everything that is not answered yet.
 
@@ -239,8 +235,8 @@ class Runner:
             chunk, rows = found
             async with self._room:
                 await self._room.wait_for(lambda: len(self._open) < self._max_open)
-            path = self.journal_path(chunk)
-            journal = await loop.run_in_executor(self._reader, Journal, path, self._header(chunk))
+            path = journal_path(self._folder, chunk)
+            journal = await loop.run_in_executor(self._reader, Journal, path, journal_header(self._hash, chunk))
             opened = self._open[chunk.number] = _Open(chunk, journal)
             tries = _by_errand(journal.entries)
             rejected = {entry["row"] for entry in journal.entries if "errand" not in entry}
@@ -267,14 +263,11 @@ class Runner:
 
     def _is_wanted(self, chunk: Chunk) -> bool:
         """False, and its counts taken, for a chunk whose journal is complete."""
-        summary = summary_of(self.journal_path(chunk), self._header(chunk))
+        summary = summary_of(journal_path(self._folder, chunk), journal_header(self._hash, chunk))
         if summary is None:
             return True
         self.progress.add(summary)
         return False
-
-    def _header(self, chunk: Chunk) -> dict[str, Any]:
-        return journal_header(self._hash, chunk)
 
     # ---- asking
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 
 import hashlib
 
+ALMOST_GREEDY = 0.01
+"""Temperature at which vLLM samples with a seed and comes to what greedy decoding gives (it raises lower ones to this).
+Its CPU sampler heeds seeds only while every request of a batch is sampled with one, so a greedy request would make the
+draws of those beside it depend on chance."""
+
 
 def seed_of(seed: int, *key: object) -> int:
     """A seed in [0, 2^31) for one request."""
     return _number(seed, *key) >> 33
+
+
+def temperature_of(number: int, first: float, later: float) -> float:
+    """Temperature of a try (from 0) where refused replies are drawn again: `first`, then `later` if that is higher."""
+    return max(ALMOST_GREEDY, first, later if number else 0.0)
 
 
 def is_in_share(share: float, seed: int, *key: object) -> bool:

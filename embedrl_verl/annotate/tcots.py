@@ -12,7 +12,7 @@ from embedrl_verl.annotate.journal import Entry
 from embedrl_verl.annotate.prompts import Prompt, TcotPrompts, again, gold_answer_of, templates_digest
 from embedrl_verl.annotate.replies import LEVELS, EvidenceLevel, check_tcot, rule_of
 from embedrl_verl.annotate.runner import Errand
-from embedrl_verl.annotate.seeds import is_in_share, seed_of
+from embedrl_verl.annotate.seeds import is_in_share, seed_of, temperature_of
 from embedrl_verl.data.schema import SIDES, PairRecord, Side, input_kind
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
@@ -29,7 +29,8 @@ class TcotSettings:
         overwrite: also sides that have one.
         tries: how often one side is asked about, at most.
         reask: after a bad reply, "explain" what is wrong in a conversation, or "resample": the same question, another
-            seed, at `retry_temperature` or above.
+            seed, at `retry_temperature` or above. Where replies may be resampled, none is quite greedy
+            (`embedrl_verl.annotate.seeds.ALMOST_GREEDY`).
         temperature, top_p, max_tokens: of the replies.
         evidence: see `embedrl_verl.annotate.replies`.
         gold_share: share of the queries with a text target that are asked with the answer given. Rows are drawn by a
@@ -93,10 +94,10 @@ class TcotAsker:
         settings, side, tries = self.settings, side_of(errand.name), errand.tries
         prompt = self.prompts.prompt(errand.record, side, self._gold(errand.record, side))
         temperature = settings.temperature
-        if tries and settings.reask == "explain":
-            prompt = again(prompt, tries[-1]["text"], tries[-1]["problems"])
+        if settings.reask == "resample" and settings.tries > 1:
+            temperature = temperature_of(len(tries), temperature, settings.retry_temperature)
         elif tries:
-            temperature = max(temperature, settings.retry_temperature)
+            prompt = again(prompt, tries[-1]["text"], tries[-1]["problems"])
         seed = seed_of(settings.seed, errand.record.pair_id, side, len(tries))
         return prompt, Sampling(settings.max_tokens, temperature, settings.top_p, seed)
 

@@ -65,6 +65,7 @@ def make_card(
         "records": sum(report["records"] for report in reports.values()),
         "media_root": media_root if media.paths else None,
         "by_source": by_source,
+        "without_instruction": _sum_by_source(reports, "without_instruction"),
         "rejected": {
             "rows": sum(report["rejected"] for report in reports.values()),
             "files": len(plan.faults),
@@ -158,6 +159,9 @@ def card_text(card: Mapping[str, Any]) -> str:
         kinds = ", ".join(f"{kind} ({count:,})" for kind, count in counts["kinds"].items())
         numbers = " | ".join(f"{counts[key]:,}" for key in ("rows", "sampled", "records", "unused", "rejected"))
         lines.append(f"| {source or BY_ROW} | {numbers} | {kinds} |")
+    wordless = without_instruction_text(card)
+    if wordless:
+        lines += ["", f"{wordless}."]
     media = card["media"]
     lines += [
         "",
@@ -189,6 +193,22 @@ def card_text(card: Mapping[str, Any]) -> str:
     for file in card["input"]["files"]:
         lines.append(f"| {file['file']} | {file['rows']:,} | {file['bytes']:,} | {file['sha256'] or 'not known'} |")
     return "\n".join(lines) + "\n"
+
+
+def _sum_by_source(reports: Mapping[int, Mapping[str, Any]], name: str) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for report in reports.values():
+        total.update(report[name])
+    return dict(sorted(total.items()))
+
+
+def without_instruction_text(card: Mapping[str, Any]) -> str:
+    """A line on pairs whose query has no instruction; "" if every pair has one."""
+    found = card["without_instruction"]
+    if not found:
+        return ""
+    listed = ", ".join(f"{source} {count:,}" for source, count in found.items())
+    return f"{sum(found.values()):,} pairs have no instruction: {listed}"
 
 
 def _by_source(plan: Plan, reports: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -103,6 +103,7 @@ class _Part:
         self.row = unit.first
         self.counts, self.media = _Counts(), MediaCounts()
         self.kinds: Counter[tuple[str, str]] = Counter()
+        self.without_instruction: Counter[str] = Counter()
         self.ids: list[int] = []
         self.rows: list[int] = []
 
@@ -160,6 +161,8 @@ class _Part:
         self.counts.records += 1
         kind = f"{input_kind(record, 'query')} > {input_kind(record, 'target')}"
         self.kinds[record.data_source, kind] += 1
+        if not record.item("query").instruction:
+            self.without_instruction[record.data_source] += 1
         self.ids.append(int.from_bytes(blake2b(record.pair_id.encode(), digest_size=8).digest(), "little"))
         self.rows.append(self.row)
 
@@ -171,6 +174,7 @@ class _Part:
             "doubles": len(self.doubles),
             "source": self.unit.shard.source,
             "kinds": by_source,
+            "without_instruction": dict(sorted(self.without_instruction.items())),
             "media": vars(self.media),
         }
 

@@ -105,7 +105,7 @@ class IdReport:
         if self.near_groups:
             lines.append(
                 f"{self.near_groups} groups of near-duplicate images with {self.near_media} target media; look at "
-                f"them: {GROUPS_FILE}, and embedrl data show {PAIRS_FILE}"
+                f"them: {GROUPS_FILE}, and embedrl data show --limit {PAIRS_TO_LOOK_AT} {PAIRS_FILE}"
             )
         lines.append(f"{self.rows} rows read, {self.rejected} left out")
         return lines

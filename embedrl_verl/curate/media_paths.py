@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedrl_verl.curate.records import with_values
 from embedrl_verl.data.files import media_root_of
 from embedrl_verl.errors import ConfigError
 
@@ -57,9 +58,7 @@ def _prefixed(array: pa.Array, prefix: str) -> pa.Array:
     """Recursive over lists and structs; the fields called path are media paths."""
     kind = array.type
     if pa.types.is_list(kind):
-        offsets = pc.subtract(array.offsets, array.offsets[0])
-        values = _prefixed(array.values.slice(array.offsets[0].as_py(), offsets[-1].as_py()), prefix)
-        return pa.ListArray.from_arrays(offsets, values, type=kind, mask=array.is_null() if array.null_count else None)
+        return with_values(array, _prefixed(pc.list_flatten(array), prefix), kind)
     if pa.types.is_struct(kind):
         children = []
         for field, child in zip(kind, array.flatten(), strict=True):

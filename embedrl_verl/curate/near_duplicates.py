@@ -185,7 +185,7 @@ class Representatives:
         """SHA-256 of the image that stands for this one; None if it has no near duplicate."""
         place = int(np.searchsorted(self._keys, int.from_bytes(digest[:8], "big")))
         if place < len(self._keys) and self._digests[place].tobytes() == digest:
-            return self._firsts[place].tobytes()
+            return bytes(self._firsts[place].tobytes())
         return None
 
 
@@ -232,7 +232,8 @@ def _first_of_each(digests: npt.NDArray[np.uint8]) -> Index:
     keys = np.ascontiguousarray(digests).view(">u8").astype(np.uint64)
     order = np.lexsort(keys.T[::-1])
     new = np.concatenate([[True], (keys[order[1:]] != keys[order[:-1]]).any(axis=1)])[: len(order)]
-    return order[new].astype(np.int64)
+    first: Index = order[new].astype(np.int64)
+    return first
 
 
 def _roots(parents: Index, members: Index) -> Index:

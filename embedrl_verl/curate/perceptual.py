@@ -46,7 +46,8 @@ def hash_of(picture: Picture) -> Words | None:
 
 def bit_distance(a: Words, b: Words) -> npt.NDArray[np.int64]:
     """Bits in which hashes differ; (..., 4) and (..., 4) → (...)."""
-    return np.bitwise_count(a ^ b).sum(axis=-1, dtype=np.int64)
+    distances: npt.NDArray[np.int64] = np.bitwise_count(a ^ b).sum(axis=-1, dtype=np.int64)
+    return distances
 
 
 def largest_difference(a: Picture, b: Picture) -> npt.NDArray[np.float32]:
@@ -64,5 +65,5 @@ def _smooth(pictures: Picture) -> npt.NDArray[np.float32]:
     """Weights 1, 2, 1 in both directions."""
     padded = np.pad(pictures.astype(np.float32), ((0, 0), (1, 1), (1, 1)), mode="edge")
     across = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
-    smooth: npt.NDArray[np.float32] = across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]
-    return smooth * np.float32(1 / 16)
+    smooth: npt.NDArray[np.float32] = (across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]) * np.float32(1 / 16)
+    return smooth

@@ -16,13 +16,14 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedrl_verl.data.files import publish, temporary_name
 from embedrl_verl.data.parquet import SCHEMA, check_schema
 from embedrl_verl.errors import DataError
 
-BATCH_ROWS = 8192
+BATCH_ROWS = 2048
 BATCH_BYTES = 32 << 20
 GROUP_ROWS = 16384
 GROUP_BYTES = 64 << 20
@@ -159,10 +160,23 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema = SCHEMA) -> pa.RecordBatch
         return batch
     names = batch.schema.names
     columns = [
-        batch.column(field.name).cast(field.type) if field.name in names else pa.nulls(batch.num_rows, field.type)
+        _fit(batch.column(field.name), field.type) if field.name in names else pa.nulls(batch.num_rows, field.type)
         for field in schema
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def with_values(lists: pa.Array, values: pa.Array, kind: pa.DataType) -> pa.ListArray:
+    """Lists as long as these, null where these are, of other values.
+
+    Args:
+        lists: list array of any width.
+        values: one for each of `pc.list_flatten(lists)`.
+        kind: type of the result, a list.
+    """
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, values, type=kind, mask=lists.is_null())
 
 
 def set_field(batch: pa.RecordBatch, name: str, values: pa.Array | Sequence[object]) -> pa.RecordBatch:
@@ -184,6 +198,22 @@ def set_field(batch: pa.RecordBatch, name: str, values: pa.Array | Sequence[obje
         children[kind.get_field_index(field)] = array
         array = pa.StructArray.from_arrays(children, fields=list(kind), mask=struct.is_null())
     return batch.set_column(index, batch.schema.field(index), array)
+
+
+def _fit(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The array in this type; missing fields of structs are null. Unlike `cast`, with every supported pyarrow."""
+    if array.type.equals(kind):
+        return array
+    if pa.types.is_struct(kind) and pa.types.is_struct(array.type):
+        known = dict(zip((field.name for field in array.type), array.flatten(), strict=True))
+        children = [
+            _fit(known[field.name], field.type) if field.name in known else pa.nulls(len(array), field.type)
+            for field in kind
+        ]
+        return pa.StructArray.from_arrays(children, fields=list(kind), mask=array.is_null())
+    if pa.types.is_list(kind) and not pa.types.is_null(array.type):
+        return with_values(array, _fit(pc.list_flatten(array), kind.value_type), kind)
+    return array.cast(kind)
 
 
 class PartWriter:
@@ -231,6 +261,8 @@ class PartWriter:
         try:
             if error is None:
                 self._flush()
+            if error is None and self.rows == 0:
+                self._writer.write_table(self._schema.empty_table())  # older pyarrow cannot read a file without groups
             self._writer.close()
             if error is None:
                 publish(self._temporary, self.path)

@@ -34,7 +34,7 @@ from embedrl_verl.annotate.backends import Refused, Reply, Sampling
 from embedrl_verl.annotate.journal import Entry
 from embedrl_verl.annotate.prompts import Prompt
 from embedrl_verl.annotate.runner import Errand
-from embedrl_verl.annotate.seeds import seed_of
+from embedrl_verl.annotate.seeds import seed_of, temperature_of
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
@@ -192,7 +192,9 @@ class RelevanceAsker:
         settings, record, number = self.settings, errand.record, len(errand.tries)
         style = load_relevance_style(settings.style)
         text = style.prompt(record.item("query").instruction, record.query.tcot, record.target.tcot)
-        temperature = max(settings.temperature, settings.retry_temperature) if number else settings.temperature
+        temperature = settings.temperature
+        if settings.tries > 1:
+            temperature = temperature_of(number, temperature, settings.retry_temperature)
         seed = seed_of(settings.seed, record.pair_id, ERRAND, number)
         choices = (style.yes_word, style.no_word) if settings.constrained else ()
         sampling = Sampling(settings.max_tokens, temperature, seed=seed, choices=choices)

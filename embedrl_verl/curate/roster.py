@@ -226,7 +226,8 @@ def _verdict_codes(verdicts: pa.Array, path: Path, first_row: int) -> npt.NDArra
             f"{path}, row {first_row + place}: verdict must be one of {', '.join(VERDICTS)}; "
             f"got {verdicts[place].as_py()!r}"
         )
-    return codes.astype(np.int8)
+    small: npt.NDArray[np.int8] = codes.astype(np.int8)
+    return small
 
 
 def _hashes(values: pa.Array) -> Index:
@@ -242,7 +243,8 @@ def _codes(values: pa.Array, codes: dict[str, int]) -> npt.NDArray[np.int16]:
     if len(codes) > np.iinfo(np.int16).max:
         raise DataError(f"at most {np.iinfo(np.int16).max} data sources can be split together; there are more")
     indices = pc.fill_null(encoded.indices, len(table)).to_numpy(zero_copy_only=False)
-    return np.array([*table, -1], np.int16)[indices]
+    found: npt.NDArray[np.int16] = np.array([*table, -1], np.int16)[indices]
+    return found
 
 
 def _repeats(rows: Index) -> npt.NDArray[np.bool_]:

@@ -48,12 +48,14 @@ def bad_rows(batch: pa.RecordBatch, file: str | Path, rows: int | npt.NDArray[np
 def has_media(items: pa.StructArray) -> Mask:
     """Rows of an item column that have images or a video; shape (rows,)."""
     images, video = items.flatten()[1:3]
-    return (_lengths(images) > 0) | _mask(pc.is_valid(video))
+    found: Mask = (_lengths(images) > 0) | _mask(pc.is_valid(video))
+    return found
 
 
 def is_empty(values: pa.Array) -> Mask:
     """Strings (or bytes) that are null or of length 0; shape (rows,)."""
-    return pc.fill_null(pc.equal(pc.binary_length(values), 0), True).to_numpy(zero_copy_only=False)
+    empty: Mask = pc.fill_null(pc.equal(pc.binary_length(values), 0), True).to_numpy(zero_copy_only=False)
+    return empty
 
 
 def _item_suspects(items: pa.StructArray) -> Mask:
@@ -64,9 +66,11 @@ def _item_suspects(items: pa.StructArray) -> Mask:
     suspects |= _mask(pc.is_valid(kind)) & ~is_page
     suspects |= is_page & (pictures == 0)
     bare = (pictures == 0) & ~_mask(pc.is_valid(video))
+    bare &= ~_begins_in_print(text)
     if bare.any():
-        blank = pc.match_substring_regex(text if bare.all() else pc.if_else(pa.array(bare), text, "x"), BLANK)
-        suspects |= bare & (_mask(blank) | _mask(pc.is_null(text)))
+        rows = np.flatnonzero(bare)
+        blank = pc.match_substring_regex(pc.fill_null(text.take(pa.array(rows)), ""), BLANK)
+        suspects[rows] |= _mask(blank)
     return suspects
 
 
@@ -78,7 +82,8 @@ def _video_suspects(video: pa.StructArray) -> Mask:
     has_frames, has_path = _lengths(frames) > 0, ~is_empty(path)
     good_rate = _mask(pc.and_(pc.is_finite(fps), pc.greater(fps, 0)))
     suspects = (has_frames == has_path) | (_mask(pc.is_valid(fps)) & ~good_rate)
-    return present & (suspects | _media_suspects(frames))
+    found: Mask = present & (suspects | _media_suspects(frames))
+    return found
 
 
 def _media_suspects(media: pa.ListArray) -> Mask:
@@ -94,10 +99,23 @@ def _by_parent(lists: pa.ListArray, elements: Mask) -> Mask:
     return rows
 
 
+def _begins_in_print(text: pa.Array) -> Mask:
+    """Strings whose first character is a printing one of ASCII: most of those that are not blank, at no cost."""
+    _, borders, characters = text.buffers()
+    if len(text) == 0 or characters is None or characters.size == 0:
+        return np.zeros(len(text), np.bool_)
+    starts = np.frombuffer(borders, np.int32)[text.offset : text.offset + len(text) + 1]
+    first = np.frombuffer(characters, np.uint8)[np.minimum(starts[:-1], characters.size - 1)]
+    found: Mask = (starts[1:] > starts[:-1]) & (first > 0x20) & (first < 0x7F) & _mask(pc.is_valid(text))
+    return found
+
+
 def _lengths(lists: pa.ListArray) -> npt.NDArray[np.int32]:
-    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    lengths: npt.NDArray[np.int32] = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return lengths
 
 
 def _mask(values: pa.Array) -> Mask:
     """Booleans, null as False."""
-    return pc.fill_null(values, False).to_numpy(zero_copy_only=False)
+    mask: Mask = pc.fill_null(values, False).to_numpy(zero_copy_only=False)
+    return mask

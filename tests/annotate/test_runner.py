@@ -12,7 +12,8 @@ from embedrl_verl.annotate.assemble import assemble
 from embedrl_verl.annotate.backends import Reply
 from embedrl_verl.annotate.chunks import ChunkedInput
 from embedrl_verl.annotate.journal import read_journal
-from embedrl_verl.annotate.runner import Runner, RunnerSettings, TooManyBad
+from embedrl_verl.annotate.runner import Runner, RunnerSettings, TooManyBad, journal_path
+from embedrl_verl.annotate.seeds import ALMOST_GREEDY
 from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
 from tests.annotate.fakes import PROMPTS, FakeBackend, pair_file, some_bad, tcot
 from tests.serving.fakes import heartbeat
@@ -35,7 +36,7 @@ def world(tmp_path, monkeypatch):
 
 def journals(runner):
     source = runner._source
-    return [read_journal(runner.journal_path(chunk)) for chunk in source.chunks]
+    return [read_journal(journal_path(runner._folder, chunk)) for chunk in source.chunks]
 
 
 async def run(build):
@@ -223,7 +224,7 @@ def test_a_resampled_reply_has_another_seed_and_a_temperature(world):
     bad = Watching(lambda text, digest: Reply("no T-CoT", False, 1, 1))
     asyncio.run(run(world(count=2, backend=bad, asker=TcotAsker(TcotSettings(tries=2, reask="resample"), PROMPTS))))
     assert {turns for turns, _ in seen} == {1} and len({sampling.seed for _, sampling in seen}) == 8
-    assert sorted(sampling.temperature for _, sampling in seen) == [0.0] * 4 + [0.7] * 4
+    assert sorted(sampling.temperature for _, sampling in seen) == [ALMOST_GREEDY] * 4 + [0.7] * 4
 
 
 def test_assembling_takes_rows_in_the_order_of_the_input(world, tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Against stock vLLM: annotate and filter, killed twice with kill -9 and started again, write what an unbroken run does;
+"""Against stock vLLM: killed twice with kill -9 and started again, annotation and filter write what unbroken ones do;
 so does the engine of the process itself."""
 
 import json

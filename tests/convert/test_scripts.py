@@ -90,6 +90,18 @@ def without_media(record):
     return map_media(record, lambda field, media: field)
 
 
+def test_pairs_of_an_unknown_wording_are_counted_by_source(roots, tmp_path, capsys):
+    sets = ["--sets", "OK-VQA", "NIGHTS", "CIRR"]
+    assert run("mmeb_train", roots["mmeb"], tmp_path / "out", "--split", "diverse_instruction", *sets) == 0
+    card = json.loads((tmp_path / "out/data_card.json").read_text())
+    assert card["without_instruction"] == {"mmeb_cirr": PAIRS, "mmeb_okvqa": PAIRS}
+    said = f"{2 * PAIRS} pairs have no instruction: mmeb_cirr {PAIRS}, mmeb_okvqa {PAIRS}"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "out/data_card.md").read_text()
+    assert run("mmeb_train", roots["mmeb"], tmp_path / "known", *sets) == 0
+    assert json.loads((tmp_path / "known/data_card.json").read_text())["without_instruction"] == {}
+
+
 def test_files_are_stored_once_by_content(roots, tmp_path):
     assert run("visrag_train", roots["visrag"], tmp_path / "out", "--media", "files") == 0
     names = [media for record in records(tmp_path / "out") for _, media, _ in media_fields(record)]

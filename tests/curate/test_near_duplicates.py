@@ -32,7 +32,7 @@ MakePair = Callable[..., PairRecord]
 WriteParts = Callable[..., list[Path]]
 ReadAll = Callable[[Path], list[PairRecord]]
 PINNED = [2006089668082752064, 15184508383631904578, 3262030278627291326, 17021628284303950355]
-WORDS = "revenue grew by the end of the third quarter while costs of materials fell and margins rose again in Europe".split()
+LINE = "revenue grew by the end of the third quarter while costs of materials fell and margins rose again in Europe"
 
 
 def page(seed: int, number: str = "") -> Image.Image:
@@ -44,7 +44,7 @@ def page(seed: int, number: str = "") -> Image.Image:
     pen.text((20, 15), "Annual report", font=font, fill="white")
     for y in range(80, 760, 22):
         if choose.random() < 0.85:
-            pen.text((50, y), " ".join(choose.choice(WORDS, 9)), font=font, fill="black")
+            pen.text((50, y), " ".join(choose.choice(LINE.split(), 9)), font=font, fill="black")
     if number:
         pen.rectangle((100, 240, 180, 262), fill="white")
         pen.text((102, 241), number, font=font, fill="black")
@@ -130,12 +130,23 @@ def test_the_search_finds_every_pair_of_close_hashes() -> None:
         bits[place, turned] ^= 1
     words = np.packbits(bits, axis=1).view(np.uint64)
     for limit in (0, 3, 12, 20):
+        blocks = _close_hashes(words, limit)
         found = {
-            tuple(sorted(pair)) for block in _close_hashes(words, limit) for pair in zip(*map(np.ndarray.tolist, block))
+            tuple(sorted(pair)) for left, right in blocks for pair in zip(left.tolist(), right.tolist(), strict=True)
         }
         wanted = {(a, b) for a, b in itertools.combinations(range(60), 2) if bit_distance(words[a], words[b]) <= limit}
         assert found == wanted
         assert len(wanted) > 1
+
+
+@pytest.mark.parametrize("band", range(13))
+def test_the_search_needs_every_band(band: int) -> None:
+    random = np.random.default_rng(band)
+    bits = random.integers(0, 2, (2, 256), dtype=np.uint8)
+    bits[1] = bits[0]
+    bits[1, [place for place in range(13) if place != band]] ^= 1  # one bit turned in each band but this one
+    words = np.packbits(bits, axis=1).view(np.uint64)
+    assert [len(left) for left, _ in _close_hashes(words, 12)].count(1) == 1
 
 
 def test_groups_do_not_depend_on_order_nor_on_files(tmp_path: Path) -> None:

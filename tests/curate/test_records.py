@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,9 @@ MakePair = Callable[..., PairRecord]
 def file(tmp_path: Path, pair: MakePair) -> Path:
     """1,000 pairs in row groups of 100."""
     path = tmp_path / "pairs.parquet"
-    write_pairs([pair(f"p{i}", target=Item(text="t", images=(b"x" * 1000,))) for i in range(1000)], tmp_path / "all")
+    contents = np.random.default_rng(0).bytes(1_000_000)
+    images = [(contents[i * 1000 : (i + 1) * 1000],) for i in range(1000)]
+    write_pairs([pair(f"p{i}", target=Item(text="t", images=images[i])) for i in range(1000)], tmp_path / "all")
     pq.write_table(pq.read_table(tmp_path / "all"), path, row_group_size=100)
     return path
 
@@ -42,8 +46,8 @@ def test_spans_cover_every_row_once_at_row_groups(file: Path) -> None:
             assert [span.start for span in half] == [0, *(span.stop for span in half[:-1])]
             assert half[-1].stop == 1000
             assert all(span.stop - span.start <= max(wanted, 100) for span in half)
-        rows = [batch["pair_id"].to_pylist() for span in found for _, batch in span_batches(span)]
-        assert sum(rows, []) == [f"p{i}" for i in range(1000)] * 2
+        rows = [name for span in found for _, batch in span_batches(span) for name in batch["pair_id"].to_pylist()]
+        assert rows == [f"p{i}" for i in range(1000)] * 2
 
 
 def test_batches_are_bounded_in_bytes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +95,11 @@ def test_a_damaged_page_is_noticed(tmp_path: Path, file: Path) -> None:
         for _, batch in batches(file):
             writer.write(batch)
     content = bytearray((tmp_path / "part.parquet").read_bytes())
-    place = content.find(b"p500")
+    (image,) = list(read_pairs(file))[500].target.images
+    assert isinstance(image, bytes)
+    place = content.find(image[100:200])
     assert place > 0
-    content[place + 1] ^= 1  # p500 becomes p400: a value like any other
+    content[place] ^= 1  # an image like any other, as far as parquet can see
     (tmp_path / "part.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"part\.parquet: not a readable parquet file \(.*CRC"):
         list(batches(tmp_path / "part.parquet"))
@@ -119,3 +125,10 @@ def test_a_full_disk_is_told_and_the_job_goes_on_later(
     assert report.sources["s"].pairs == 1000
     assert written[5:] == [f"part-0000{i}.parquet" for i in range(4, 10)]
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_curation_imports_neither_torch_nor_verl_nor_ray() -> None:
+    code = "import sys, embedrl_verl.curate.id_job, embedrl_verl.curate.split_job; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "pyarrow" in loaded
+    assert not {"torch", "verl", "ray", "transformers"} & set(loaded)

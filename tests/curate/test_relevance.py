@@ -98,7 +98,7 @@ class Judge(FakeBackend):
     async def complete(self, request):
         text, sampling = request
         self.asked.append(text)
-        word = self.words(text.rsplit("|", 1)[1].rstrip("="), sampling.temperature > 0)
+        word = self.words(text.rsplit("|", 1)[1].rstrip("="), sampling.temperature > 0.1)
         return word if isinstance(word, Refused) else Reply(word, False, 5, 1)
 
 

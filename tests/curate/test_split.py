@@ -18,7 +18,7 @@ from embedrl_verl.curate.split_job import split_pairs
 from embedrl_verl.curate.split_settings import SplitSettings
 from embedrl_verl.data.files import REJECTED_FILE, media_root_of
 from embedrl_verl.data.parquet import SCHEMA, write_pairs
-from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import ConfigError, DataError
 
 MakePair = Callable[..., PairRecord]
@@ -147,7 +147,7 @@ def test_the_preset_is_the_13_sets_and_missing_ones_are_named(
         pair(f"{source}:{i}", source=source) for source in sources for i in range(2 if source == "mmeb_cirr" else 4)
     ]
     files, verdicts = write_parts("in", records), judge(tmp_path, records, ["mismatch"])
-    small = {name: 3 for name in wanted}
+    small = dict.fromkeys(wanted, 3)
     with pytest.raises(DataError) as error:
         split_pairs(files, verdicts, tmp_path / "out", SplitSettings(rl_preset="rl_13", rl_rows=small), **EACH)
     for text in (

@@ -114,6 +114,9 @@ def test_narrow_files_with_wide_strings_are_read(tmp_path: Path) -> None:
         "instruction": pa.nulls(2),
         "target": pa.array([{"text": "t"}, {"text": " "}], pa.struct([("text", pa.string())])),
         "query": pa.array([{"images": [{"bytes": b"x"}]}, {"text": "t"}], item),
+        "negatives": pa.array(
+            [None, [{"text": "n"}, {"text": "m"}]], pa.large_list(pa.struct([("text", pa.string())]))
+        ),
         "unknown": pa.array([1, 2]),
     }
     file = tmp_path / "pairs.parquet"
@@ -122,3 +125,5 @@ def test_narrow_files_with_wide_strings_are_read(tmp_path: Path) -> None:
     ((_, batch),) = batches(file)
     assert batch.schema.equals(SCHEMA)
     assert has_media(batch["query"]).tolist() == [True, False]
+    assert [item["text"] for item in batch["negatives"][1].as_py()] == ["n", "m"]
+    assert batch["negatives"][0].as_py() is None
