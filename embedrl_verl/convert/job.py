@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from embedrl_verl.data.files import (
     write_atomically,
     write_json,
 )
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
 PLAN_FILE, DOUBLES_FILE = "plan.json", "doubles.json"
 CARD_TEXT_FILE = "data_card.md"
@@ -107,13 +107,14 @@ def run_conversion(root: Root, converter: Converter, options: JobOptions) -> dic
     build = json.loads(json.dumps(build_facts(root, converter, options.sampling, plan, media)))
     shutil.rmtree(out / GONE_FOLDER, ignore_errors=True)
     if options.restart:
-        _remove_data_set(out)
+        with _only_one(out / WORK_FOLDER) if (out / WORK_FOLDER).is_dir() else nullcontext():
+            _remove_data_set(out)
     if (out / CARD_FILE).is_file() and not (out / WORK_FOLDER).exists():
         return _finished_card(out, build)
     if not (out / WORK_FOLDER).exists() and next(out.glob(PART_PATTERN), None) is not None:
         raise ConfigError(f"{out} holds parquet files that this command did not write; name another folder")
     work = begin_work(out, options.command)
-    with _only_one(work):
+    with _disk_errors(out), _only_one(work):
         _same_plan(work, build, {name: root.stamp(name) for name in plan.files})
         _remove_temporary(out)
         job = _Job(plan, PartJob(root, converter, store, work), out, options)
@@ -322,6 +323,16 @@ def _only_one(work: Path) -> Iterator[None]:
         except OSError as error:
             raise ConfigError(f"another process is writing {work.parent}; wait for it, or end it") from error
         yield
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{out} cannot be written ({error}). Finished parts are kept: make room, and run the same command again"
+        ) from error
 
 
 def _folder_of(root: Root) -> Path:

@@ -18,7 +18,7 @@ from embedrl_verl.convert.sampling import sampling_from_options
 from embedrl_verl.data.files import media_root_of, pair_files
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, PairRecord
-from embedrl_verl.errors import ConfigError, DataError, EmbedRLError
+from embedrl_verl.errors import ConfigError, DataError, EmbedRLError, ResourceError
 from tests.convert.conftest import MAP, Convert, Draw, files_below, question, rejected, write_lines
 
 
@@ -244,6 +244,21 @@ def test_two_jobs_cannot_write_one_folder(tmp_path: Path, convert: Convert, monk
     monkeypatch.setattr(job_module, "make_card", again)
     convert(tmp_path / "f.jsonl")
     assert seen
+
+
+def test_a_disk_that_fills_at_the_end_is_named_and_the_job_goes_on(
+    tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "f.jsonl", [question(0)])
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job_module, "write_atomically", full)
+    with pytest.raises(ResourceError, match="cannot be written .*No space left on device.* run the same command again"):
+        convert(tmp_path / "f.jsonl")
+    monkeypatch.undo()
+    assert convert(tmp_path / "f.jsonl")["records"] == 1
 
 
 class Failing(GenericConverter):
