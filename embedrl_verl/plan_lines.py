@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedrl_verl.config import EmbedRLConfig
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.data.files import pair_files
+from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.trainer.checks_async import COLOCATE, SEPARATE, mini_batches
 
 if TYPE_CHECKING:
@@ -205,14 +206,24 @@ def _folder(path: object) -> str:
 
 
 def _pairs_in(file: str) -> int | None:
-    """Rows of a parquet file, None when it is not there. Raises ConfigError when it is not parquet."""
+    """Rows of a parquet file or of a data set folder's parts, None when it is not there.
+
+    Raises:
+        ConfigError: a file is not parquet, or the folder is no finished data set.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = Path(file).expanduser()
-    if not path.is_file():
+    if not path.exists():
         return None
+    rows = 0
     try:
-        return int(pq.read_metadata(path).num_rows)
+        for part in pair_files([path]):
+            path = part
+            rows += int(pq.read_metadata(part).num_rows)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{path} must be a parquet file of pair records; it cannot be read: {error}") from error
+    return rows

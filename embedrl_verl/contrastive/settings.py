@@ -102,7 +102,9 @@ class DataConfig:
         """What is named and not there, each with its key."""
         named = [(name, file) for name in ("train_files", "val_files") for file in getattr(self, name)]
         missing = [
-            f"data.{name}: no such file: {file}" for name, file in named if not Path(file).expanduser().is_file()
+            f"data.{name}: no such file or data set folder: {file}"
+            for name, file in named
+            if not Path(file).expanduser().exists()
         ]
         if self.media_root and not Path(self.media_root).expanduser().is_dir():
             missing.append(f"data.media_root: no such folder: {self.media_root}")

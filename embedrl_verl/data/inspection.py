@@ -10,10 +10,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from embedrl_verl.data.files import pair_files
 from embedrl_verl.data.media import load_frames, load_item, resolve_media_path
 from embedrl_verl.data.parquet import scan_pairs
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
@@ -61,11 +63,15 @@ class PairFacts:
 
 
 def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]]:
-    """All well-formed records of the files in order, and a problem for every other row; ids must be unique."""
+    """All well-formed records in order, and a problem for every other row; ids must be unique.
+
+    Args:
+        files: parquet files, or data set folders, which stand for their parts.
+    """
     pairs: list[LocatedPair] = []
     problems: list[Problem] = []
     first_with: dict[str, LocatedPair] = {}
-    for file in files:
+    for file in _parts(files, problems):
         try:
             for row, record in scan_pairs(file):
                 if isinstance(record, DataError):
@@ -81,6 +87,18 @@ def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]
         except DataError as error:
             problems.append(Problem(file, None, str(error)))
     return pairs, problems
+
+
+def _parts(files: Iterable[str], problems: list[Problem]) -> Iterator[str]:
+    """Folders as their parts; one that cannot be used becomes a problem."""
+    for file in files:
+        if not Path(file).is_dir():
+            yield file
+            continue
+        try:
+            yield from map(str, pair_files([file]))
+        except DataError as error:
+            problems.append(Problem(file, None, str(error)))
 
 
 @dataclass(frozen=True)

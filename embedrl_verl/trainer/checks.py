@@ -125,8 +125,8 @@ def check_files(config: Any) -> None:
         if not files and key.startswith("data."):
             raise ConfigError(f"{key} must name at least one parquet file of pair records; got {value!r}")
         for file in files:
-            if "://" not in file and not Path(file).expanduser().is_file():
-                raise ConfigError(f"{key}: no such file: {file}")
+            if "://" not in file and not Path(file).expanduser().exists():
+                raise ConfigError(f"{key}: no such file or data set folder: {file}")
     models = ["actor_rollout_ref.model.path", "embedrl.embedder.path"]
     if config.reward.reward_model.enable:
         models.append("reward.reward_model.model_path")

@@ -76,6 +76,6 @@ def test_missing_files_are_told_with_their_keys(tmp_path):
         composed(f"data.val_files={tmp_path / 'there.parquet'}", f"data.media_root={tmp_path / 'no'}")
     )
     assert config.data.missing_files() == [
-        "data.train_files: no such file: x.parquet",
+        "data.train_files: no such file or data set folder: x.parquet",
         f"data.media_root: no such folder: {tmp_path / 'no'}",
     ]

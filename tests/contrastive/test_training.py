@@ -173,7 +173,11 @@ def test_an_adapter_alone_is_trained(world, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
-        (["data.train_files=[nowhere.parquet]"], 2, "data.train_files: no such file: nowhere.parquet"),
+        (
+            ["data.train_files=[nowhere.parquet]"],
+            2,
+            "data.train_files: no such file or data set folder: nowhere.parquet",
+        ),
         (["contrastive.batch_pair=4"], 2, "batch_pair"),
         (
             ["contrastive.sub_batch_pairs=8", "contrastive.batch_pairs=32", "contrastive.sub_batch_pairs=32"],

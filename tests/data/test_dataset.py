@@ -218,6 +218,20 @@ def test_duplicate_pair_id_is_refused_across_files(
         TCoTDataset(files, tokenizer, config_of(root), processor)
 
 
+def test_a_data_set_folder_stands_for_its_parts_and_an_unfinished_one_is_refused(
+    tmp_path: Path, pair: MakePair, models: dict[str, tuple[Any, Any]], root: Path
+) -> None:
+    folder = tmp_path / "photos"
+    for number, names in enumerate(("ab", "cd")):
+        write_pairs([pair(name) for name in names], folder / f"part-0000{number}.parquet")
+    tokenizer, processor = models["qwen2_vl"]
+    data = TCoTDataset(str(folder), tokenizer, config_of(root), processor)
+    assert [data[row]["embedrl_pair_id"] for row in range(0, len(data), 2)] == list("abcd")
+    (folder / "_work").mkdir()
+    with pytest.raises(DataError, match=r"photos is unfinished"):
+        TCoTDataset(str(folder), tokenizer, config_of(root), processor)
+
+
 def test_max_samples_counts_prompts(make: Callable[..., TCoTDataset]) -> None:
     assert [make(max_samples=5)[index]["embedrl_pair_id"] for index in range(4)] == ["text", "text", "image", "image"]
     drawn = [make(max_samples=4, shuffle=True, seed=seed).fingerprint for seed in (1, 1, 2, 3)]

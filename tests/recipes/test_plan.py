@@ -80,6 +80,17 @@ def test_files_are_counted_in_pairs_and_missing_ones_marked(tmp_path: Path) -> N
     assert f"{tmp_path}/val.parquet (not found here)" in plan
 
 
+def test_a_data_set_folder_counts_as_its_parts_and_an_unfinished_one_is_refused(tmp_path: Path) -> None:
+    for number in range(2):
+        table = pa.table({"pair_id": [f"{number}-{row}" for row in range(48)]})
+        pq.write_table(table, tmp_path / f"part-0000{number}.parquet")
+    override = [*REQUIRED, f"data.train_files=[{tmp_path}]"]
+    assert f"{tmp_path} (96 pairs) = 3 steps an epoch" in str(make_plan(compose(override)))
+    (tmp_path / "_work").mkdir()
+    with pytest.raises(ConfigError, match="is unfinished"):
+        make_plan(compose(override))
+
+
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "train.parquet"
     file.write_text("pair_id,query\n")
