@@ -9,29 +9,15 @@ broken up, so that a text can neither leave its place nor forge a turn, a candid
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from embedrl_verl.judge.style import JudgeStyle, load_judge_style
 from embedrl_verl.rewards.batch import Side
 from embedrl_verl.tcot import TCoT
+from embedrl_verl.tcot.harmless import break_control, break_tags
 from embedrl_verl.tcot.styles import fill
-
-# Marks of the chat formats in use: <|...|> (Qwen, Llama 3, Phi), <｜...｜> (DeepSeek), <start_of_turn> (Gemma), [INST]
-# (Mistral, Llama 2), sentence marks, image and embedding placeholders.
-# Each pattern starts with a literal or a set, which `re` looks for fast.
-_CONTROL = (
-    re.compile(
-        r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|mask|emb|img|image|video|audio|think|tool_call|tool_response"
-        r"|(?:start|end)_of_\w+|(?:image|video|audio)_\w+|im_\w+)>|</?SYS>>)",
-        re.IGNORECASE,
-    ),
-    re.compile(r"[|｜](?=>)"),
-    re.compile(r"\[(?=/?(?:INST|IMG|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS)\w*\])", re.IGNORECASE),
-)
 
 
 @dataclass(frozen=True)
@@ -118,12 +104,4 @@ def _harmless(text: str, style: JudgeStyle) -> str:
             text = text.replace(separator, " ")
         text = " ".join(text.split())
     text = text.strip()
-    for control in _CONTROL:
-        text = control.sub(r"\g<0> ", text)
-    return _tags(style.delimiters).sub("&lt;", text) if style.delimiters else text
-
-
-@lru_cache
-def _tags(names: tuple[str, ...]) -> re.Pattern[str]:
-    """The opening bracket of a tag of one of these names, whatever white space is in it."""
-    return re.compile(rf"<(?=\s*/?\s*(?:{'|'.join(map(re.escape, names))})\b)", re.IGNORECASE)
+    return break_tags(break_control(text), style.delimiters)

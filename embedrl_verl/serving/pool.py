@@ -125,12 +125,12 @@ class ServerPool:
         """The servers' normalised addresses."""
         return tuple(server.url for server in self._servers)
 
-    async def post(self, path: str, payload: Mapping[str, Any], *, deadline: float | None = None) -> Any:
+    async def post(self, path: str, payload: Mapping[str, Any] | bytes, *, deadline: float | None = None) -> Any:
         """POST JSON and decode the JSON answer.
 
         Args:
             path: from the server's root, such as "/v1/embeddings".
-            payload: what `json.dumps` takes.
+            payload: what `json.dumps` takes, or JSON that is encoded already (large media: outside the event loop).
             deadline: `time.monotonic()` at which the request ends, come what may. With one, a request waits that long
                 for a server to come back; without, every `probe_interval_s` of waiting counts as a try.
 
@@ -176,7 +176,9 @@ class ServerPool:
         """`stats().metrics()`."""
         return self.stats().metrics()
 
-    async def _request(self, method: str, path: str, payload: Mapping[str, Any] | None, deadline: float | None) -> Any:
+    async def _request(
+        self, method: str, path: str, payload: Mapping[str, Any] | bytes | None, deadline: float | None
+    ) -> Any:
         if not path.startswith("/"):
             raise ValueError(f"path must start at the server's root, with a slash; got {path!r}")
         running = self._open()
@@ -241,7 +243,7 @@ class ServerPool:
         server: Server,
         method: str,
         path: str,
-        payload: Mapping[str, Any] | None,
+        payload: Mapping[str, Any] | bytes | None,
         deadline: float | None,
     ) -> Any:
         """One try on a server, in the slot that the caller has acquired."""

@@ -53,7 +53,7 @@ class Server:
         session: aiohttp.ClientSession,
         method: str,
         path: str,
-        payload: Mapping[str, Any] | None,
+        payload: Mapping[str, Any] | bytes | None,
         timeout_s: float,
     ) -> Any:
         """One try: the decoded JSON answer (None for an empty body).
@@ -62,7 +62,7 @@ class Server:
             TryFailed: with cause "timeout", "connection refused", "cannot connect", "connection lost", "HTTP <status>"
                 or "not JSON".
         """
-        body = None if payload is None else json.dumps(payload).encode()
+        body = json.dumps(payload).encode() if isinstance(payload, Mapping) else payload
         status, raw, retry_after = await self._exchange(session, method, path, body, timeout_s)
         if status >= 400:
             if retry_after is not None:
