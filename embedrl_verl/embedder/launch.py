@@ -106,7 +106,14 @@ class _Sentence:
         modalities, images, videos = ray.get(self._actor.takes.remote())
         for dataset in datasets:
             refuse_media(dataset, modalities, images=images, videos=videos, path=str(self._path))
-        return QueuedVectors()
+        return _OwnedVectors(self._actor)
+
+
+class _OwnedVectors(QueuedVectors):
+    """Holds the actor: Ray ends one that nobody holds, though agent loops find it by its name."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
 
 
 def refuse_media(dataset: Any, modalities: Sequence[str], *, images: bool, videos: bool, path: str) -> None:

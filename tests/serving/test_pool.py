@@ -130,7 +130,7 @@ def test_no_more_than_the_limit_run_and_all_of_them_do():
                 await asyncio.gather(*(pool.post("/x", {}) for _ in range(80)))
                 assert pool.stats().most_in_flight == 8 and one.most + two.most <= 8
                 assert 30 <= len(one.bodies) <= 50
-            assert max(gaps) < 0.5
+            assert sorted(gaps)[len(gaps) // 2] < 0.04  # a blocking call for every request makes them 0.05 s
 
     asyncio.run(run())
 
