@@ -19,22 +19,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
+from tiny_run import ENV, overrides
+
 from embedrl_verl.progress import read_metrics
-from embedrl_verl.tiny.reasoner import TINY_LIMITS
 
 STAGES = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "step")
 WARM_UP = 2
-ENV = {
-    "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
 PLAIN = [
     "trainer.v1.trainer_mode=plain_sync",
     "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
@@ -47,38 +39,6 @@ PLAIN = [
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: object, **_: object) -> float:
     """The constant reward of plain GRPO (verl's per-row signature)."""
     return 0.0
-
-
-def overrides(inputs: Path, steps: int, pairs: int, rollouts: int) -> list[str]:
-    """What both runs share."""
-    limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
-    return [
-        "platform=cpu",
-        f"data.train_files={inputs / 'world' / 'train.parquet'}",
-        f"data.val_files={inputs / 'world' / 'heldout.parquet'}",
-        f"data.train_batch_size={2 * pairs}",
-        "data.max_prompt_length=256",
-        "data.max_response_length=96",
-        "data.seed=0",
-        "data.embedrl.prompt_style=compact",
-        *(
-            f"{section}.{name}={value}"
-            for section in ("data.embedrl", "embedrl.embedder")
-            for name, value in limits.items()
-        ),
-        f"actor_rollout_ref.model.path={inputs / 'sft'}",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={pairs}",
-        f"actor_rollout_ref.rollout.n={rollouts}",
-        "actor_rollout_ref.rollout.max_model_len=512",
-        f"embedrl.embedder.path={inputs / 'embedder'}",
-        f"trainer.total_training_steps={steps}",
-        "trainer.total_epochs=1000",
-        "trainer.logger=[file]",
-        "trainer.val_before_train=False",
-        "trainer.test_freq=-1",
-        "trainer.save_freq=-1",
-        "trainer.resume_mode=disable",
-    ]
 
 
 def measure(module: str, arguments: list[str], folder: Path) -> dict[str, list[float]]:

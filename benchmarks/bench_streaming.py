@@ -34,6 +34,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from tiny_run import ENV, overrides
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
 from embedrl_verl.embedder.served.command import server_arguments, server_command, server_options
@@ -50,14 +51,6 @@ WARM_UP = 1
 MAX_MODEL_LEN = 1024
 HOST = "127.0.0.1"
 CACHES = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")  # routes of vLLM's development mode
-ENV = {
-    "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -104,36 +97,14 @@ class Recorder:
             return web.Response(body=found, status=answer.status, content_type=answer.content_type)
 
 
-def overrides(args: argparse.Namespace, folder: Path, url: str) -> list[str]:
+def arguments_of_run(args: argparse.Namespace, folder: Path, url: str) -> list[str]:
     """The run of the recipe, with an embedding server."""
-    inputs, pairs = args.inputs.resolve(), args.pairs
-    limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
     return [
-        "platform=cpu",
-        f"data.train_files={inputs / 'world' / 'train.parquet'}",
-        f"data.val_files={inputs / 'world' / 'heldout.parquet'}",
-        f"data.train_batch_size={2 * pairs}",
-        "data.max_prompt_length=256",
-        "data.max_response_length=96",
-        "data.seed=0",
-        "data.embedrl.prompt_style=compact",
-        *(f"{part}.{name}={value}" for part in ("data.embedrl", "embedrl.embedder") for name, value in limits.items()),
-        f"actor_rollout_ref.model.path={inputs / 'sft'}",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={pairs}",
-        f"actor_rollout_ref.rollout.n={args.rollouts}",
+        *overrides(args.inputs.resolve(), args.steps, args.pairs, args.rollouts),
         f"actor_rollout_ref.rollout.max_num_seqs={args.max_num_seqs}",
-        "actor_rollout_ref.rollout.max_model_len=512",
-        f"embedrl.embedder.path={inputs / 'embedder'}",
         "embedrl.embedder.backend=server",
         f"embedrl.embedder.server.urls=[{url}]",
         f"embedrl.embedder.server.max_model_len={MAX_MODEL_LEN}",
-        f"trainer.total_training_steps={args.steps}",
-        "trainer.total_epochs=1000",
-        "trainer.logger=[file]",
-        "trainer.val_before_train=False",
-        "trainer.test_freq=-1",
-        "trainer.save_freq=-1",
-        "trainer.resume_mode=disable",
         f"trainer.default_local_dir={folder / 'checkpoints'}",
         f"trainer.rollout_data_dir={folder / 'rollouts'}",
     ]
@@ -144,7 +115,7 @@ async def record(args: argparse.Namespace, folder: Path, server: str) -> list[li
     recorder, port = Recorder(server), _free_port()
     runner = await recorder.serve(port)
     environment = {**os.environ, **ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
-    arguments = overrides(args, folder, f"http://{HOST}:{port}")
+    arguments = arguments_of_run(args, folder, f"http://{HOST}:{port}")
     with (folder / "run.log").open("w") as log:
         run = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "embedrl_verl.train", *arguments),

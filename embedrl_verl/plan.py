@@ -27,9 +27,9 @@ from embedrl_verl.plan_lines import (
     device_lines,
     file_lines,
     is_megatron,
-    replica_size,
     training_lines,
 )
+from embedrl_verl.trainer.checks_async import replica_size
 
 # Model types that Megatron-Bridge, the weight converter of verl 0.9.1's Megatron engine, can load.
 MEGATRON_FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")

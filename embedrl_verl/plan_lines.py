@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.trainer.checks_async import COLOCATE, SEPARATE, mini_batches
+from embedrl_verl.trainer.checks_async import COLOCATE, SEPARATE, mini_batches, replica_size
 
 if TYPE_CHECKING:
     from embedrl_verl.plan import BatchPlan
@@ -20,11 +20,6 @@ SIDES = 2
 def is_megatron(config: Any) -> bool:
     """Whether the actor is on verl's Megatron engine."""
     return str(config.actor_rollout_ref.actor.strategy) == "megatron"
-
-
-def replica_size(rollout: Any) -> int:
-    """Devices of one rollout server."""
-    return int(rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size)
 
 
 def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[tuple[str, str]]:

@@ -18,6 +18,11 @@ def mini_batches(config: Any) -> int:
     return max(1, int(v1.separate_async.parameter_sync_step)) if v1.trainer_mode == SEPARATE else 1
 
 
+def replica_size(rollout: Any) -> int:
+    """Devices of one rollout server."""
+    return int(rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size)
+
+
 def async_rules(config: Any) -> list[Rule]:
     """(holds, message) for each rule; none but the first for the synchronous modes."""
     mode = config.trainer.v1.trainer_mode
@@ -56,9 +61,7 @@ def _separate_rules(config: Any) -> list[Rule]:
     mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)
     group = 2 * DataSettings.from_config(config.data).pairs_together
     devices = int(rollout.nnodes) * int(rollout.n_gpus_per_node)
-    replica = int(
-        rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
-    )
+    replica = replica_size(rollout)
     return [
         (
             config.trainer.v1.separate_async.parameter_sync_step >= 1,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,21 +30,8 @@ ITEM = "embedrl_item"
 
 
 def judge_settings(config: JudgeConfig) -> JudgeSettings:
-    """What `ListwiseJudge` takes of the section `embedrl.judge`."""
-    return JudgeSettings(
-        model=config.model,
-        hard_pairs=config.hard_pairs,
-        shared_lists=config.shared_lists,
-        style=config.style,
-        constrained=config.constrained,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        deadline_s=config.deadline_s,
-        seed=config.seed,
-        images=config.images,
-        max_unknown_share=config.max_unknown_share,
-        extra_body=config.extra_body,
-    )
+    """What `ListwiseJudge` takes of the section `embedrl.judge`: the keys have the settings' names."""
+    return JudgeSettings(**{field.name: getattr(config, field.name) for field in fields(JudgeSettings)})
 
 
 class JudgeStage:
