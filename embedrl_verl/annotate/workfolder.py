@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from embedrl_verl.data.cards import read_object
+from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import CARD_FILE, PART_PATTERN, WORK_FOLDER, begin_work, write_json
 from embedrl_verl.errors import ConfigError, DataError
 
@@ -41,7 +43,7 @@ class WorkFolder:
     Raises:
         ConfigError: the folder was begun or finished under other settings (the message names them), or another process
             works in it.
-        DataError: the folder cannot be written.
+        DataError, ResourceError: the folder cannot be written, for example because the disk is full.
     """
 
     def __init__(
@@ -65,6 +67,11 @@ class WorkFolder:
             return self
         if not self.path.exists() and any(found for pattern in self._results for found in self.out.glob(pattern)):
             raise ConfigError(f"{self.out} holds files of other work; name a new folder, or remove this one")
+        with disk_errors(self.out):
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
         begin_work(self.out, self._command)
         self._take_lock()
         try:
@@ -76,7 +83,6 @@ class WorkFolder:
         except BaseException:
             self._give_lock_back()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -93,10 +99,24 @@ class WorkFolder:
         if file.is_file():
             self._compare(json.loads(file.read_bytes()), found, "was begun")
         else:
-            write_json(file, found)
+            with disk_errors(self.out):
+                write_json(file, found)
+
+    def check_wanted(self, wanted: Mapping[str, Any]) -> None:
+        """Refuse facts that the user has named and that are not those of what was served.
+
+        Raises:
+            ConfigError: another model, or other fields of the requests.
+        """
+        known = self.known_served() or {}
+        found = json.loads(json.dumps(wanted))
+        self._compare({name: known.get(name) for name in found}, found, "is finished" if self.is_finished else "was begun")
 
     def known_served(self) -> dict[str, Any] | None:
         """What was served; None before it is known."""
+        if self.is_finished:
+            served: dict[str, Any] | None = read_object(self.out / CARD_FILE).get("served")
+            return served
         file = self.path / SERVED_FILE
         return json.loads(file.read_bytes()) if file.is_file() else None
 
@@ -106,10 +126,7 @@ class WorkFolder:
         self._remove_work()
 
     def _check_finished(self, card: Path) -> None:
-        try:
-            found = json.loads(card.read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{card}: not a readable data card ({error}); name a new folder") from error
+        found = read_object(card)
         if found.get(HASH_KEY) != self.hash:
             self._compare(found.get("settings") or {}, self.settings, "is finished")
             raise ConfigError(f"{self.out} is finished, and was made by another command; name a new folder")

@@ -64,6 +64,9 @@ class FakeBackend:
         self.now = self.most = 0
         self.delay = 0.0
 
+    def wanted(self) -> dict[str, Any]:
+        return {}
+
     async def meet(self) -> dict[str, Any]:
         return {"model": "fake"}
 

@@ -31,7 +31,7 @@ ENV = {
 # An untrained model writes no T-CoT by itself: vLLM has it write one of a text, which is right for texts alone.
 REGEX = r'<thinking>\{"text_keywords":\["(red|find)"\]\}</thinking><rethink>ok</rethink><answer>[0-9]{4}</answer>'
 ASK = ["--family", "qwen2_vl", "--style", "compact", "--no-few-shot", "--shard-rows", "32", "--tries", "2"]
-ASK += ["--image-min-tokens", "1", "--frame-min-tokens", "1", "--max-tokens", "48", "--max-failed-share", "1"]
+ASK += ["--image-min-tokens", "1", "--frame-min-tokens", "1", "--max-tokens", "96", "--max-failed-share", "1"]
 ASK += ["--keep-failed", "--evidence", "off"]
 SERVED = ["--extra-body", json.dumps({"structured_outputs": {"regex": REGEX}}), "--limit", "16"]
 
