@@ -117,7 +117,7 @@ class EngineBackend:
             return LLM(model=self.path, **dict(self.options))
         except (OSError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"vLLM must be able to load --engine {self.path} with --engine-args {dict(self.options)}; it says: {error}"
+                f"vLLM must be able to load --engine {self.path} (--engine-args {dict(self.options)}); it says: {error}"
             ) from error
 
     def _run(self, requests: list[Request]) -> list[Reply | Refused]:

@@ -194,8 +194,8 @@ def card_page(card: Mapping[str, Any]) -> str:
         [
             "# Annotated pairs",
             "",
-            f"{card['records']:,} pairs, written by {card['tool']}. T-CoTs by {card['served']['model']}; the answer was told for a share "
-            f"of {card['settings']['gold_share']:g} of the queries with a text target.",
+            f"{card['records']:,} pairs, written by {card['tool']}. T-CoTs by {card['served']['model']}; the answer "
+            f"was told for a share of {card['settings']['gold_share']:g} of the queries with a text target.",
             "",
             "| data source | pairs | T-CoTs | failed sides | gold told | reply tokens |",
             "|---|---|---|---|---|---|",

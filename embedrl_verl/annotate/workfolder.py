@@ -21,7 +21,7 @@ from typing import Any
 from embedrl_verl.data.cards import read_object
 from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import CARD_FILE, PART_PATTERN, WORK_FOLDER, begin_work, write_json
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.errors import ConfigError
 
 SETTINGS_FILE, LOCK_FILE, SERVED_FILE = "settings.json", "lock", "served.json"
 HASH_KEY = "settings_hash"
@@ -110,7 +110,9 @@ class WorkFolder:
         """
         known = self.known_served() or {}
         found = json.loads(json.dumps(wanted))
-        self._compare({name: known.get(name) for name in found}, found, "is finished" if self.is_finished else "was begun")
+        self._compare(
+            {name: known.get(name) for name in found}, found, "is finished" if self.is_finished else "was begun"
+        )
 
     def known_served(self) -> dict[str, Any] | None:
         """What was served; None before it is known."""

@@ -32,10 +32,11 @@ from embedrl_verl.curate.folders import (
 from embedrl_verl.curate.jobs import Entry, default_workers, read_entry, run_tasks
 from embedrl_verl.curate.media_paths import merged_root, with_prefix
 from embedrl_verl.curate.records import PartWriter, batches, chosen_batches
-from embedrl_verl.curate.roster import NO_VERDICT, VERDICTS, Index, Roster, read_roster, read_verdicts
+from embedrl_verl.curate.roster import NO_VERDICT, Index, Roster, read_roster, read_verdicts
 from embedrl_verl.curate.split import BOTH, CONTRASTIVE, FATES, REJECTED, RL, Fates, SplitReport, decide
 from embedrl_verl.curate.split_settings import SplitSettings
 from embedrl_verl.curate.validity import bad_rows
+from embedrl_verl.curate.verdict_file import VERDICTS
 from embedrl_verl.data.cards import part_facts
 from embedrl_verl.data.disk import disk_errors, sha256_of
 from embedrl_verl.data.files import REJECTED_FILE, pair_files, part_name, publish, temporary_name, write_json

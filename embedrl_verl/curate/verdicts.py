@@ -25,14 +25,13 @@ from embedrl_verl.annotate.journal import Entry, read_journal
 from embedrl_verl.annotate.report import Prices
 from embedrl_verl.annotate.runner import RunnerSettings, journal_path
 from embedrl_verl.annotate.workfolder import WorkFolder
-from embedrl_verl.curate.relevance import VERDICTS, RelevanceAsker
+from embedrl_verl.curate.relevance import RelevanceAsker
+from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, VERDICTS, VERDICTS_FILE
 from embedrl_verl.data.cards import known_hash
 from embedrl_verl.data.disk import disk_errors, sha256_of
 from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, publish, temporary_name
 from embedrl_verl.errors import DataError
 
-VERDICTS_FILE = "verdicts.parquet"
-VERDICT_SCHEMA = pa.schema([("pair_id", pa.string()), ("verdict", pa.string())])
 NO_TCOT = "no T-CoT"
 
 

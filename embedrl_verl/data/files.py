@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.errors import DataError
 
 PART_PATTERN = "part-*.parquet"
@@ -69,14 +70,12 @@ def begin_work(folder: str | Path, command: Sequence[str]) -> Path:
     """Make `_work/` in a data set folder and note the command that finishes it. Returns the path of `_work/`.
 
     Raises:
-        DataError: the folder cannot be written.
+        ResourceError: the folder cannot be written, or the disk is full.
     """
     work = Path(folder) / WORK_FOLDER
-    try:
+    with disk_errors(folder):
         work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error})") from error
-    write_atomically(work / COMMAND_FILE, shlex.join(command) + "\n")
+        write_atomically(work / COMMAND_FILE, shlex.join(command) + "\n")
     return work
 
 

@@ -106,7 +106,7 @@ def job(files: list[Path], out: Path, backend: Any = None, *, settings: TcotSett
         asker=TcotAsker(settings or TcotSettings(reask="resample"), changes.pop("prompts", PROMPTS)),
         backend=backend or FakeBackend(),
         runner=RunnerSettings(**runner),
-        **{"inputs": files, "chunk_rows": 4, "command": ["embedrl", "data", "annotate"], **changes},
+        **{"chunk_rows": 4, "command": ["embedrl", "data", "annotate"], **changes},
     )
 
 

@@ -121,21 +121,26 @@ def test_one_slow_answer_holds_back_nobody_and_opens_a_bounded_number_of_chunks(
     assert opened <= 8
 
 
-def test_media_in_flight_stay_within_their_memory(world):
-    sizes = []
+def test_encoded_media_stay_within_their_memory_whether_sent_or_waiting(world):
+    held, most = 0, 0
 
     class Sized(FakeBackend):
         def prepare(self, prompt, sampling):
+            nonlocal held, most
+            held += 1
+            most = max(most, held)
             return super().prepare(prompt, sampling)[0], 1000
 
         async def complete(self, request):
-            sizes.append(self.now + 1)
-            return await super().complete(request)
+            nonlocal held
+            reply = await super().complete(request)
+            held -= 1
+            return reply
 
     backend = Sized()
     backend.delay = 0.002
-    asyncio.run(run(world(backend=backend, limit=32, media_bytes=5000)))
-    assert max(sizes) == 5
+    asyncio.run(run(world(backend=backend, limit=32, media_bytes=5000, threads=3)))
+    assert 5 <= most <= 5 + 3  # media_bytes, and what the threads are at
 
 
 def test_the_event_loop_is_free_while_media_are_encoded(world):

@@ -49,7 +49,7 @@ def url(model, tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
     command += ["--served-model-name", "tiny", "--max-model-len", "512", "--enforce-eager", "--port", str(port)]
     log = tmp_path_factory.mktemp("server") / "log"
-    server = ServerProcess(command, {**os.environ, **ENV}, f"http://127.0.0.1:{port}", log, startup_s=400)
+    server = ServerProcess(command, {**os.environ, **ENV}, f"http://127.0.0.1:{port}", log, startup_s=1200)
     server.wait_ready()
     yield server.url
     server.stop()
@@ -69,7 +69,7 @@ def start(*words):
 
 
 def finish(process, code=0):
-    said, _ = process.communicate(timeout=400)
+    said, _ = process.communicate(timeout=1500)
     assert process.returncode == code, said[-3000:]
     return said
 
