@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import struct
@@ -18,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from embedrl_verl.convert.command import convert_main
 from embedrl_verl.convert.generic import add_generic_options, make_generic
@@ -27,6 +25,7 @@ from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.errors import DataError, ResourceError
 from tests.convert.conftest import Draw, files_below, rejected, write_lines
 from tests.convert.make_fixtures import Pen, write_video
+from tests.data.test_media import tiff_with_an_odd_tag
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = {"pair_id": "id", "query.text": "q", "query.images": "i", "query.video": "v", "target.text": "a"}
@@ -50,19 +49,6 @@ def ids(out: Path) -> list[str]:
 
 def card(out: Path) -> Any:
     return json.loads((out / "data_card.json").read_text())
-
-
-def tiff_with_an_odd_tag() -> bytes:
-    """Its rows of pixels begin at the place 8.0, on which Pillow stumbles over its own feet (TypeError)."""
-    buffer = io.BytesIO()
-    Image.new("RGBA", (20, 20)).save(buffer, "TIFF")
-    content = bytearray(buffer.getvalue())
-    (table,) = struct.unpack_from("<I", content, 4)
-    (entries,) = struct.unpack_from("<H", content, table)
-    for place in range(table + 2, table + 2 + 12 * entries, 12):
-        if struct.unpack_from("<H", content, place) == (273,):
-            struct.pack_into("<HIf", content, place + 2, 11, 1, 8.0)
-    return bytes(content)
 
 
 def huge_png(small: bytes) -> bytes:
@@ -99,7 +85,7 @@ MEDIA = [
     ({"i": "gone.png"}, "query.images[0]", "no such file in the media root"),
     ({"i": "torn.png"}, "query.images[0]", "not a readable image"),
     ({"i": "text.png"}, "query.images[0]", "not a readable image"),
-    ({"i": "odd.tif"}, "query.images[0]", "cannot be decoded (TypeError"),
+    ({"i": "odd.tif"}, "query.images[0]", "not a readable image (TypeError"),
     ({"i": "huge.png"}, "query.images[0]", "over the limit of 89478485 pixels"),
     ({"i": "../outside.png"}, "query.images[0]", "leaves the media root"),
     ({"i": "link.png"}, "query.images[0]", "leaves the media root"),
@@ -109,7 +95,7 @@ MEDIA = [
     ({"i": None, "v": "empty.mp4"}, "query.video.path", "the video file is empty"),
     ({"i": None, "v": "sound.mp4"}, "query.video.path", "no video stream"),
     ({"i": None, "v": "torn.mp4"}, "query.video.path", "media path 'torn.mp4'"),
-    ({"i": None, "v": "badly_named.mp4"}, "query.video.path", "cannot be decoded (UnicodeDecodeError"),
+    ({"i": None, "v": "badly_named.mp4"}, "query.video.path", "not a readable video (UnicodeDecodeError"),
     ({"i": None, "v": "clip"}, "query.video.path", "no such file"),
     ({"i": None, "v": ["good.png", "gone.png"]}, "query.video.frames[1]", "no such file in the media root"),
 ]
