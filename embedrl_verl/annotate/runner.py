@@ -17,6 +17,7 @@ keep them all open, there is a limit to their number.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -395,9 +396,4 @@ def _rejection(row: Row, field_name: str, reason: object) -> Entry:
 
 
 def _take(rows: Iterator[Row], count: int) -> list[Row]:
-    taken = []
-    for row in rows:
-        taken.append(row)
-        if len(taken) == count:
-            break
-    return taken
+    return list(itertools.islice(rows, count))

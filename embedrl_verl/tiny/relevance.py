@@ -3,8 +3,7 @@
 
 The model is `TinyJudge`'s Qwen2 with two layers, well under a million parameters; prompts are written by the code of
 the filter (`embedrl_verl.curate.relevance`, style compact), over pairs of numbers that are equal, cut short, or misread
-in a digit or in the word before them. Two answers agree if one is the beginning of the other, since a terse T-CoT is not
-wrong.
+in a digit. Two answers agree if one is the beginning of the other, since a terse T-CoT is not wrong.
 
 To compare long texts is learnt late from the last word alone. So numbers grow digit by digit, a level at a time; every
 digit of the second number is labelled with what can be said up to it; and the heads begin by looking back as far as the
@@ -30,8 +29,6 @@ from embedrl_verl.tiny.optim import MuonAdamW
 
 STYLE = "compact"
 LONGEST = 5
-LENGTHS = (2, 4, 5, 5, 5, 6)  # of numbers of the last level, or one less
-CUTS = ("q", "q", "t", "t", "qt")  # which side is cut short
 SIZE = JudgeSize(layers=2)
 # Digit i of a number of n digits lies n + 1 tokens before that of the second; a word before them adds two.
 LOOK_BACK = ((2, 3, 4, 5), (6, 7, 8, 1))
@@ -45,8 +42,8 @@ class RelevanceTraining:
         max_steps: of the whole training; if the last level has not begun by then, there is an error.
         batch_size: questions of a step.
         level_accuracy: share of the labels right, over the last steps, at which numbers get a digit longer.
-        accuracy: the same of the last level, whose numbers may be cut short and have words before them, at which it
-            ends before `max_steps`.
+        accuracy: the same of the last level, whose numbers are cut short and have words before them, at which it ends
+            before `max_steps`.
         checks: new questions of the measurement at the end.
         lr, muon_lr, warmup: see `MuonAdamW`.
     """
@@ -76,26 +73,19 @@ def agree(query: str, target: str) -> bool:
 def draw_answers(rng: random.Random, digits: int = LONGEST, *, grown: bool = True) -> tuple[str, str]:
     """Answers of the two sides of a pair, as a Reasoner might write them; half of them contradict each other.
 
-    `digits`: of the number, or one less. `grown`: numbers of other lengths come too, some are cut short on one side or
-    on both, and some have a word before them, which may be what is misread.
+    `digits`: of the number, or one less. `grown`: some are cut short to the first digit, or have a word before them.
     """
-    if grown:
-        digits = rng.choice(LENGTHS)
     number = "".join(rng.choice("0123456789") for _ in range(rng.randint(max(1, digits - 1), digits)))
-    cut, kept = "", len(number)
-    if grown and rng.random() < 0.5:
-        cut, kept = rng.choice(CUTS), rng.choice((1, 1, 1, max(1, len(number) - 1)))
-    words = [rng.choice(WORDS) + " "] * 2 if grown and rng.random() < 0.35 else ["", ""]
-    sides = [number, number]
+    is_cut, sides = grown and rng.random() < 0.4, [number, number]
     if rng.random() < 0.5:
-        if words[0] and rng.random() < 0.6:
-            words[1] = rng.choice([word for word in WORDS if word != words[0].strip()]) + " "
-        else:
-            place = rng.randrange(kept)
-            other = rng.choice([digit for digit in "0123456789" if digit != number[place]])
-            sides[1] = number[:place] + other + number[place + 1 :]
-    shown = [side[:kept] if name in cut else side for name, side in zip("qt", sides, strict=True)]
-    return words[0] + shown[0], words[1] + shown[1]
+        place = 0 if is_cut else rng.randrange(len(number))
+        other = rng.choice([digit for digit in "0123456789" if digit != number[place]])
+        sides[1] = number[:place] + other + number[place + 1 :]
+    if is_cut:
+        side = rng.randrange(2)
+        sides[side] = sides[side][:1]
+    word = rng.choice(WORDS) + " " if grown and rng.random() < 0.2 else ""
+    return word + sides[0], word + sides[1]
 
 
 def question(query: str, target: str) -> str:
