@@ -12,13 +12,12 @@ counted against the rows of the whole plan: above `max_bad_share` the job stops,
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from embedrl_verl.data.files import (
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    only_writer,
     part_name,
     publish,
     temporary_name,
@@ -111,14 +111,14 @@ def run_conversion(root: Root, converter: Converter, options: JobOptions) -> dic
     build = json.loads(json.dumps(build_facts(root, converter, options.sampling, plan, media)))
     shutil.rmtree(out / GONE_FOLDER, ignore_errors=True)
     if options.restart:
-        with disk_errors(out), _only_one(out / WORK_FOLDER) if (out / WORK_FOLDER).is_dir() else nullcontext():
+        with disk_errors(out), only_writer(out) if (out / WORK_FOLDER).is_dir() else nullcontext():
             _remove_data_set(out)
     if (out / CARD_FILE).is_file() and not (out / WORK_FOLDER).exists():
         return _finished_card(out, build)
     if not (out / WORK_FOLDER).exists() and next(out.glob(PART_PATTERN), None) is not None:
         raise ConfigError(f"{out} holds parquet files that this command did not write; name another folder")
     work = begin_work(out, options.command)
-    with disk_errors(out), _only_one(work):
+    with disk_errors(out), only_writer(out):
         _same_plan(work, build, {name: root.stamp(name) for name in plan.files})
         _remove_temporary(out)
         job = _Job(plan, PartJob(root, converter, store, work), out, options)
@@ -328,16 +328,6 @@ def _same_plan(work: Path, build: dict[str, Any], stamps: dict[str, str]) -> Non
             f"{work.parent} was begun with other options or input: {changed}. Finish it with the same, or remove the "
             "folder (--restart) to start again"
         )
-
-
-@contextmanager
-def _only_one(work: Path) -> Iterator[None]:
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another process is writing {work.parent}; wait for it, or end it") from error
-        yield
 
 
 def _folder_of(root: Root) -> Path:

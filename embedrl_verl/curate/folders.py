@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from embedrl_verl.data.files import (
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    only_writer,
     publish,
     temporary_name,
     write_atomically,
@@ -61,11 +61,7 @@ def work_in(
     if not work.exists() and next(out.glob(PART_PATTERN), None) is not None:
         raise ConfigError(f"{out} holds parquet files that this command did not write; name another folder")
     begin_work(out, command)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another process is writing {out}; wait for it, or end it") from error
+    with only_writer(out):
         state = {**build, "stamps": [file.stat().st_mtime_ns for file in files]}
         if not (work / STATE_FILE).is_file():
             write_json(work / STATE_FILE, state)

@@ -8,15 +8,17 @@ from; `data_card.json` is written last, then `_work/` goes.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.errors import DataError
+from embedrl_verl.errors import ConfigError, DataError
 
 PART_PATTERN = "part-*.parquet"
 CARD_FILE = "data_card.json"
@@ -24,6 +26,7 @@ REJECTED_FILE = "rejected.jsonl"
 MEDIA_FOLDER = "media"
 WORK_FOLDER = "_work"
 COMMAND_FILE = "command.txt"
+LOCK_FILE = "lock"
 
 
 def part_name(index: int) -> str:
@@ -77,6 +80,21 @@ def begin_work(folder: str | Path, command: Sequence[str]) -> Path:
         work.mkdir(parents=True, exist_ok=True)
         write_atomically(work / COMMAND_FILE, shlex.join(command) + "\n")
     return work
+
+
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from writing a data set folder that has `_work/`; a process that is killed gives it free.
+
+    Raises:
+        ConfigError: another process is writing it.
+    """
+    with open(Path(folder) / WORK_FOLDER / LOCK_FILE, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process is writing {folder}; wait for it, or end it") from error
+        yield
 
 
 def finishing_command(folder: str | Path) -> str:

@@ -263,7 +263,7 @@ def test_two_processes_never_work_in_one_folder(file, tmp_path):
     class Second(FakeBackend):
         async def complete(self, request):
             if not self.asked:
-                with pytest.raises(ConfigError, match="another process works in"):
+                with pytest.raises(ConfigError, match="another process is writing"):
                     job([file], tmp_path / "out").run()
             return await super().complete(request)
 
