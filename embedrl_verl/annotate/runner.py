@@ -208,15 +208,16 @@ class Runner:
         tasks = [loop.create_task(self._work(queue)) for _ in range(workers)]
         feeder = loop.create_task(self._feed(queue, workers))
         flusher = loop.create_task(self._flush_often())
+        work = asyncio.gather(feeder, *tasks)
         try:
-            work = asyncio.gather(feeder, *tasks)
             done, _ = await asyncio.wait((work, flusher), return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 ended.result()
         finally:
             for task in (feeder, flusher, *tasks):
                 task.cancel()
-            await asyncio.wait([feeder, flusher, *tasks])
+            # Every one is awaited: an error that nobody asks for would be printed when the process ends.
+            await asyncio.gather(work, feeder, flusher, *tasks, return_exceptions=True)
             try:
                 await self._flush()
             finally:
