@@ -21,9 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tiny_run import ENV, overrides
+from tiny_run import overrides
 
 from embedrl_verl.progress import read_metrics
+from embedrl_verl.tiny.environment import CPU_ENV
 
 STAGES = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "step")
 WARM_UP = 2
@@ -44,7 +45,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 def measure(module: str, arguments: list[str], folder: Path) -> dict[str, list[float]]:
     """Run once; seconds of each stage for every step after the warm-up."""
     folder.mkdir(parents=True)
-    environment = {**os.environ, **ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+    environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
     command = [sys.executable, "-m", module, *arguments, f"trainer.default_local_dir={folder / 'checkpoints'}"]
     with (folder / "log.txt").open("w") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)

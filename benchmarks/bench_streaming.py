@@ -34,7 +34,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from tiny_run import ENV, overrides
+from tiny_run import overrides
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
 from embedrl_verl.embedder.served.command import server_arguments, server_command, server_options
@@ -44,6 +44,7 @@ from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.serving import PoolSettings, ServerPool
+from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.reasoner import TINY_LIMITS
 
 BAR = 0.30
@@ -114,7 +115,7 @@ async def record(args: argparse.Namespace, folder: Path, server: str) -> list[li
     """Requests of each step after the warm-up, by time."""
     recorder, port = Recorder(server), _free_port()
     runner = await recorder.serve(port)
-    environment = {**os.environ, **ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+    environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
     arguments = arguments_of_run(args, folder, f"http://{HOST}:{port}")
     with (folder / "run.log").open("w") as log:
         run = await asyncio.create_subprocess_exec(
@@ -189,7 +190,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
     template.write_text(options.template)
     command = server_command(server_arguments(options, template, host=HOST, port=port))
     url = f"http://{HOST}:{port}"
-    environment = {**os.environ, **ENV, "VLLM_SERVER_DEV_MODE": "1"}
+    environment = {**os.environ, **CPU_ENV, "VLLM_SERVER_DEV_MODE": "1"}
     server = ServerProcess(command, environment, url, folder / "server.log", startup_s=900)
     try:
         server.wait_ready()

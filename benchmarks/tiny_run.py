@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks that time whole training runs share: the tiny recipe's models and data, and its environment."""
+"""What benchmarks that time whole training runs share: the tiny recipe's models and data."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from embedrl_verl.tiny.reasoner import TINY_LIMITS
-
-ENV = {
-    "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 def overrides(inputs: Path, steps: int, pairs: int, rollouts: int) -> list[str]:

@@ -3,12 +3,7 @@
 
 import os
 
-for _name, _value in {
-    "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}.items():
+from embedrl_verl.tiny.environment import CPU_ENV
+
+for _name, _value in CPU_ENV.items():
     os.environ.setdefault(_name, _value)

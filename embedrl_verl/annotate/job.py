@@ -24,8 +24,8 @@ from embedrl_verl.annotate.report import Prices, lines, summary
 from embedrl_verl.annotate.runner import Asker, Progress, Runner, RunnerSettings, journal_header, journal_path
 from embedrl_verl.annotate.tcots import TcotAsker
 from embedrl_verl.annotate.workfolder import WorkFolder
-from embedrl_verl.data.cards import FORMAT, known_hash, licences_of, part_facts
-from embedrl_verl.data.disk import disk_errors, sha256_of
+from embedrl_verl.data.cards import FORMAT, input_facts, licences_of, part_facts
+from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import REJECTED_FILE, part_name, write_atomically
 from embedrl_verl.errors import DataError
 
@@ -105,7 +105,7 @@ class AnnotateJob:
             "media_root": os.path.relpath(Path(media_root).resolve(), self.out.resolve()) if media_root else None,
             "by_source": {source: {"records": found["pairs"]} for source, found in sorted(counts.sources.items())},
             "rejected": {"rows": counts.totals["rejected_rows"]},
-            "input": [{"file": file.name, "sha256": known_hash(file) or sha256_of(file)} for file in self.files],
+            "input": [input_facts(file) for file in self.files],
             "served": work.known_served(),
             "settings": work.settings,
             "annotation": summary(counts, self.prices),

@@ -38,11 +38,11 @@ from embedrl_verl.convert.converter import RowError
 from embedrl_verl.data.disk import sha256_of
 from embedrl_verl.data.files import MEDIA_FOLDER, temporary_name
 from embedrl_verl.data.media import (
-    DECODE_ERRORS,
     IMAGE_FORMATS,
     MAX_ASPECT,
     MAX_PIXELS,
     describe,
+    image_errors,
     load_frames,
     load_image,
     resolve_media_path,
@@ -253,17 +253,11 @@ def _check_form(path: str) -> None:
 
 def _image_facts(source: io.BytesIO | Path, name: str) -> _Facts:
     """What the header says, after proof that training accepts an image of this kind and size."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source, formats=IMAGE_FORMATS) as image:
-                width, height, kind = image.width, image.height, str(image.format)
-                animated = kind in ANIMATED_FORMATS and bool(getattr(image, "is_animated", False))
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{name}: over the limit of {MAX_PIXELS} pixels ({error})") from error
-    except DECODE_ERRORS as error:
-        why = str(error).replace(repr(source), "these bytes")  # Pillow names a buffer by its address in memory
-        raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {why})") from error
+    with image_errors(name, source), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
+            width, height, kind = image.width, image.height, str(image.format)
+            animated = kind in ANIMATED_FORMATS and bool(getattr(image, "is_animated", False))
     if width * height > MAX_PIXELS:
         raise MediaError(f"{name}: {width}x{height} is over the limit of {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -27,7 +27,7 @@ from embedrl_verl.annotate.runner import RunnerSettings, journal_path
 from embedrl_verl.annotate.workfolder import WorkFolder
 from embedrl_verl.curate.relevance import RelevanceAsker
 from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, VERDICTS, VERDICTS_FILE
-from embedrl_verl.data.cards import known_hash
+from embedrl_verl.data.cards import input_facts
 from embedrl_verl.data.disk import disk_errors, sha256_of
 from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, publish, temporary_name
 from embedrl_verl.errors import DataError
@@ -102,7 +102,7 @@ class VerdictJob:
         publish(temporary, self.verdicts)
         return {
             "tool": f"embedrl-verl {__version__}: data filter",
-            "input": [{"file": file.name, "sha256": known_hash(file) or sha256_of(file)} for file in self.files],
+            "input": [input_facts(file) for file in self.files],
             "outputs": [{"file": VERDICTS_FILE, "sha256": sha256_of(self.verdicts)}],
             "served": work.known_served(),
             "settings": work.settings,

@@ -54,6 +54,11 @@ def known_hash(file: Path) -> str | None:
     return None
 
 
+def input_facts(file: Path) -> dict[str, Any]:
+    """An input file's line in the data card; it is read only if no card beside it knows its hash."""
+    return {"file": file.name, "sha256": known_hash(file) or sha256_of(file)}
+
+
 def licences_of(files: Iterable[Path]) -> str:
     """What the cards beside the files declare, each licence once."""
     folders = {file.parent: file for file in files}.values()

@@ -14,6 +14,8 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +176,26 @@ def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
     return full
 
 
+@contextmanager
+def image_errors(name: str, source: Path | io.BytesIO) -> Iterator[None]:
+    """Turn what Pillow raises on an image that is too large or broken into one error.
+
+    Args:
+        name: of the image, for the message.
+        source: as given to Pillow.
+
+    Raises:
+        MediaError: names the image and the cause.
+    """
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name}: over the limit of {MAX_PIXELS} pixels ({error})") from error
+    except DECODE_ERRORS as error:
+        why = str(error).replace(repr(source), "these bytes")  # Pillow names a buffer by its address in memory
+        raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {why})") from error
+
+
 def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
     """Decode one image completely: RGB, full resolution. Of an animation, the first frame.
 
@@ -182,19 +204,13 @@ def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
     """
     name = describe(media)
     source = resolve_media_path(media, media_root) if isinstance(media, str) else io.BytesIO(media)
-    try:
-        with Image.open(source, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise MediaError(f"{name}: {image.width}x{image.height} is over the limit of {MAX_PIXELS} pixels")
-            if image.mode == "F":
-                raise MediaError(f"{name}: floating point pixels have no known range; save with 8 or 16 bits")
-            image.load()
-            return to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{name}: over the limit of {MAX_PIXELS} pixels ({error})") from error
-    except DECODE_ERRORS as error:
-        why = str(error).replace(repr(source), "these bytes")  # Pillow names a buffer by its address in memory
-        raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {why})") from error
+    with image_errors(name, source), Image.open(source, formats=IMAGE_FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise MediaError(f"{name}: {image.width}x{image.height} is over the limit of {MAX_PIXELS} pixels")
+        if image.mode == "F":
+            raise MediaError(f"{name}: floating point pixels have no known range; save with 8 or 16 bits")
+        image.load()
+        return to_rgb(image)
 
 
 def load_frames(video: Video, media_root: str | Path | None, max_frames: int) -> tuple[tuple[Image.Image, ...], float]:

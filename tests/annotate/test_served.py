@@ -17,17 +17,12 @@ import pytest
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
 from tests.annotate.fakes import contents, pairs, tcot
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 COUNT = 120
-ENV = {
-    "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
 # An untrained model writes no T-CoT by itself: vLLM has it write one of a text, which is right for texts alone.
 REGEX = r'<thinking>\{"text_keywords":\["(red|find)"\]\}</thinking><rethink>ok</rethink><answer>[0-9]{4}</answer>'
 ASK = ["--family", "qwen2_vl", "--style", "compact", "--no-few-shot", "--shard-rows", "32", "--tries", "2"]
@@ -49,7 +44,7 @@ def url(model, tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
     command += ["--served-model-name", "tiny", "--max-model-len", "512", "--enforce-eager", "--port", str(port)]
     log = tmp_path_factory.mktemp("server") / "log"
-    server = ServerProcess(command, {**os.environ, **ENV}, f"http://127.0.0.1:{port}", log, startup_s=1200)
+    server = ServerProcess(command, {**os.environ, **CPU_ENV}, f"http://127.0.0.1:{port}", log, startup_s=1200)
     server.wait_ready()
     yield server.url
     server.stop()
@@ -64,7 +59,7 @@ def file(tmp_path):
 def start(*words):
     command = [sys.executable, "-m", "embedrl_verl.cli", "data", *map(str, words)]
     return subprocess.Popen(
-        command, env={**os.environ, **ENV}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env={**os.environ, **CPU_ENV}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

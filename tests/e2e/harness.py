@@ -15,16 +15,8 @@ from pathlib import Path
 
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.tiny.digits import WorldSize, write_world
+from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
-
-ENV = {
-    "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ def run(
 ) -> Run:
     """Run to the end and return what happened; never raises on a failing run."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+    environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
     process = subprocess.run(
         [
             sys.executable,

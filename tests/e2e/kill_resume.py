@@ -20,6 +20,8 @@ from pathlib import Path
 import harness  # a script: its own folder is on the path
 import psutil
 
+from embedrl_verl.tiny.environment import CPU_ENV
+
 STEPS, LIMIT = 7, 1e-5
 EXTRA = [
     "embedrl.embedder.train.enable=True",
@@ -36,7 +38,7 @@ LOSSES = ("actor/pg_loss", "actor/grad_norm", "embedder/loss", "embedder/grad_no
 
 def kill_when(inputs: Path, folder: Path, happened: Callable[[], bool]) -> None:
     """Start the run and kill -9 every process of it as soon as something has happened."""
-    environment = {**os.environ, **harness.ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+    environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
     command = [sys.executable, "-m", "embedrl_verl.train", *harness.overrides(inputs, folder, steps=STEPS), *EXTRA]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "killed.log").open("a") as log:

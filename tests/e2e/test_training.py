@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.judge_model import JudgeSize, TinyJudge
 from tests.e2e import harness
 from tests.e2e.judge_faults import FaultyJudge
@@ -201,7 +202,7 @@ def test_stock_main_ppo_runs_the_mode_with_a_judge_that_verl_serves(inputs, tmp_
 
     config = Path(embedrl_verl.config.__file__).parent
     command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-dir={config}", "--config-name=egrl_trainer"]
-    environment = {**os.environ, **harness.ENV, "VERL_FILE_LOGGER_PATH": str(tmp_path / "metrics.jsonl")}
+    environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(tmp_path / "metrics.jsonl")}
     TinyJudge(JudgeSize()).save(tmp_path / "judge")
     arguments = [*harness.overrides(inputs, tmp_path, steps=1), "trainer.val_before_train=False"]
     arguments += ["reward.custom_reward_function.path=reward/paper.py", "embedrl.judge.style=compact"]

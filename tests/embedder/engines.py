@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import ENV, LIMITS, ROWS, mixed_inputs  # a script: its own folder is on the path
+from inputs import LIMITS, ROWS, mixed_inputs  # a script: its own folder is on the path
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
 from embedrl_verl.embedder import EmbedProcessor
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.tiny.environment import CPU_ENV
 
 
 def config_of(checkpoint: str) -> EmbedderConfig:
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    os.environ.update(ENV)
+    os.environ.update(CPU_ENV)
     result = (through_verl if arguments.engine == "ray" else through_vllm)(arguments.checkpoint)
     torch.save(result, arguments.out)
 

@@ -14,14 +14,6 @@ LIMITS = {
     family: MediaLimits(side, 1, 64, 1, 64)
     for family, side in zip(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (28, 28, 32), strict=True)
 }
-ENV = {
-    "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
 ROWS = 50
 TCOT = (
     '<thinking>Two digits at the left. {"bbox_2d": [[0, 0, 500, 1000]]}</thinking>\n'

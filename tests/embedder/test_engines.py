@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.embedder.inputs import ENV, ROWS, mixed_inputs
+from embedrl_verl.tiny.environment import CPU_ENV
+from tests.embedder.inputs import ROWS, mixed_inputs
 
 SCRIPT = Path(__file__).with_name("engines.py")
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -30,7 +31,7 @@ def vectors_of(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
             command = [sys.executable, str(SCRIPT), engine, str(checkpoint("qwen2_vl")), str(out)]
             done = subprocess.run(
                 command,
-                env={**os.environ, **ENV},
+                env={**os.environ, **CPU_ENV},
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -22,7 +22,8 @@ from embedrl_verl.embedder.forward import embed_padded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout, contrastive_loss
 from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients, refuse_dropout
 from embedrl_verl.errors import ConfigError, EmbedderError
-from tests.embedder.inputs import ENV, Pair, contrastive_cases, item
+from embedrl_verl.tiny.environment import CPU_ENV
+from tests.embedder.inputs import Pair, contrastive_cases, item
 
 SCRIPT = Path(__file__).with_name("two_pass_ranks.py")
 CASES = contrastive_cases()
@@ -37,7 +38,14 @@ def start(checkpoint: Path, out: Path, ranks: int, dtype: str = "float32") -> di
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(checkpoint), str(out), dtype],
-            env={**os.environ, **ENV, **shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={
+                **os.environ,
+                **CPU_ENV,
+                **shared,
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -13,9 +13,10 @@ import sys
 from typing import Any
 
 import torch
-from inputs import ENV, LIMITS, contrastive_cases  # a script: its own folder is on the path
+from inputs import LIMITS, contrastive_cases  # a script: its own folder is on the path
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
+from embedrl_verl.tiny.environment import CPU_ENV
 
 BUDGET = 260
 """Tokens of a micro-batch: a few rows, another number of them in each."""
@@ -79,5 +80,5 @@ def main(checkpoint: str, out: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update(ENV)
+    os.environ.update(CPU_ENV)
     main(*sys.argv[1:])

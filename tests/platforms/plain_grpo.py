@@ -20,18 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
 
-ENV = {
-    "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    # With the executor "uni": the model runs in vLLM's engine process instead of one more process.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
+# With the executor "uni": the model runs in vLLM's engine process instead of one more process.
+ENV = {**CPU_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **kwargs: object) -> float:

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment of engines on a machine without a GPU, as recipes/run_egrl_tiny_cpu.sh exports it: for what starts
+them from Python (benchmarks, tests)."""
+
+CPU_ENV = {
+    "VERL_PLATFORM": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
