@@ -180,7 +180,6 @@ def job_of(args: argparse.Namespace) -> AnnotateJob:
     )
     return AnnotateJob(
         files=pair_files(args.files),
-        inputs=[Path(path) for path in args.files],
         out=Path(args.out),
         asker=TcotAsker(settings, prompts),
         backend=backend_of(args, args.family, args.videos),
@@ -204,7 +203,7 @@ def backend_of(args: argparse.Namespace, family: Family = "qwen3_vl", videos: st
     """Servers of --url, or the engine of --engine. Family and videos matter to questions with media alone.
 
     Raises:
-        ConfigError: both or neither.
+        ConfigError: both or neither, or an option of the other.
     """
     import os
 
@@ -212,6 +211,9 @@ def backend_of(args: argparse.Namespace, family: Family = "qwen3_vl", videos: st
 
     if bool(args.url) == bool(args.engine):
         raise ConfigError("name who answers: --url of a running server (repeat for several), or --engine PATH")
+    for option, owner in (("--model", "url"), ("--extra-body", "url"), ("--engine-args", "engine")):
+        if vars(args)[option.strip("-").replace("-", "_")] and not vars(args)[owner]:
+            raise ConfigError(f"{option} goes with --{owner} alone; leave it out")
     if args.engine:
         from embedrl_verl.annotate.engine import EngineBackend
 

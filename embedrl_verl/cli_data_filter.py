@@ -20,8 +20,6 @@ from embedrl_verl.cli_data_split import add_job_options, add_split_options, sett
 if TYPE_CHECKING:
     from embedrl_verl.curate.verdicts import VerdictJob
 
-VERDICTS_FOLDER = "verdicts"
-
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `filter` to `embedrl data`; `run` carries it out."""
@@ -86,6 +84,7 @@ def job_of(args: argparse.Namespace) -> VerdictJob:
 
     from embedrl_verl.annotate.report import Prices
     from embedrl_verl.curate.relevance import RelevanceAsker, RelevanceSettings
+    from embedrl_verl.curate.verdict_file import VERDICTS_FOLDER
     from embedrl_verl.curate.verdicts import VerdictJob
     from embedrl_verl.data.files import pair_files
 

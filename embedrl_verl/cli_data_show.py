@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     show.add_argument("--scan", type=int, default=2000, metavar="N", help="records that --only looks through (2000)")
     show.add_argument("--tokenizer", metavar="DIR", help="the Reasoner's folder; tells what is too long")
     show.add_argument("--boxes", choices=["relative_1000", "absolute"], help="units of boxes, if not the family's")
+    show.add_argument(
+        "--verdicts", metavar="FILE", help="of embedrl data filter (verdicts.parquet in the folder of FILE, or near it)"
+    )
     show.add_argument("--max-mib", type=float, default=20.0, metavar="MIB", help="limit of the page's size (20)")
     show.add_argument("--picture-side", type=int, default=640, metavar="PX", help="longest side of a picture (640)")
     add_options(show)
@@ -54,10 +58,11 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: options that cannot work, or a file at --out that is no such page.
         DataError: a file cannot be read or holds no pair records, or an id is not there.
     """
+    from embedrl_verl.curate.verdict_file import verdict_files_of, verdicts_of
     from embedrl_verl.data.files import write_atomically
     from embedrl_verl.report.page import MIN_MIB, render_page
     from embedrl_verl.report.recipe import limits_of
-    from embedrl_verl.report.rows import choose, index_rows, rows_with_ids
+    from embedrl_verl.report.rows import choose, ids_of, index_rows, rows_with_ids
 
     for name, least in (("limit", 1), ("scan", 1), ("picture_side", 32), ("max_mib", MIN_MIB)):
         if getattr(args, name) < least:
@@ -66,14 +71,16 @@ def run(args: argparse.Namespace) -> int:
     _check_is_ours(out)
     limits = limits_of(args)
     index = index_rows(args.files, limits.media_root)
-    examiner = _examiner(args, limits)
     if args.pair_id:
         chosen = rows_with_ids(index, args.pair_id)
     else:
         chosen = choose(index, args.scan if args.only else args.limit, args.seed)
+    verdict_files = [Path(args.verdicts)] if args.verdicts else verdict_files_of(index.files)
+    verdicts = verdicts_of(verdict_files, ids_of(index, chosen)) if verdict_files else None
+    examiner = replace(_examiner(args, limits), verdicts=verdicts)
     cards = _Cards(index, chosen, examiner, args.limit if args.only else None)
     page = render_page(
-        _head(args, index, chosen, examiner.reader),
+        _head(args, index, chosen, examiner.reader, verdict_files),
         cards,
         expected=min(args.limit, len(chosen)) if args.only else len(chosen),
         max_mib=args.max_mib,
@@ -149,7 +156,9 @@ def _examiner(args: argparse.Namespace, limits: RecipeLimits) -> Examiner:
     return Examiner(reader, limits.data.max_frames, meter)
 
 
-def _head(args: argparse.Namespace, index: RowIndex, chosen: list[int], reader: TcotReader) -> PageHead:
+def _head(
+    args: argparse.Namespace, index: RowIndex, chosen: list[int], reader: TcotReader, verdict_files: list[Path]
+) -> PageHead:
     from embedrl_verl.report.page import PageHead
 
     names = [str(file) for file in args.files]
@@ -170,6 +179,8 @@ def _head(args: argparse.Namespace, index: RowIndex, chosen: list[int], reader: 
         ("chosen", how),
         ("boxes are read as", units),
     ]
+    if verdict_files:
+        facts.append(("relevance verdicts of", ", ".join(map(str, verdict_files[:FACT_FILES]))))
     if args.tokenizer:
         facts.append(("lengths by", str(args.tokenizer)))
     title = ", ".join(Path(name).resolve().name for name in names[:3]) + (" …" if len(names) > 3 else "")

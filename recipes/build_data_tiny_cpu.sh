@@ -45,7 +45,7 @@ serve() {
     SERVER=$!
     until "$PYTHON" -c "import urllib.request as u; u.urlopen('$URL/health', timeout=5)" 2>/dev/null; do
         kill -0 "$SERVER" 2>/dev/null || fail 4 "the server of $1 has ended; see $OUT/$2.log"
-        ((waited++ < 600)) || fail 4 "the server of $1 does not answer; see $OUT/$2.log"
+        ((waited++ < 900)) || fail 4 "the server of $1 does not answer; see $OUT/$2.log"
         sleep 1
     done
 }
@@ -66,10 +66,14 @@ judge() {
 
 answers() { cat "$1"/_work/journal-*.jsonl 2>/dev/null | wc -l; }
 
-# killed COMMAND FOLDER WORK TOTAL: run it and kill it with signal 9, KILLS times at even shares of TOTAL answers; then
-# let it finish.
+# killed COMMAND FOLDER WORK TOTAL LAST: run it and kill it with signal 9, KILLS times at even shares of TOTAL answers;
+# then let it finish. LAST is the file that it writes last.
 killed() {
     local kill job share
+    if [[ -f "$2/$5" ]]; then
+        say "$2 is finished"
+        return
+    fi
     for ((kill = 1; kill <= KILLS; kill++)); do
         share=$(($4 * kill / (KILLS + 1)))
         "$1" "$2" >"$OUT/killed.log" 2>&1 &
@@ -112,10 +116,10 @@ fi
 
 serve "$REASONER" reasoner
 annotate "$OUT/annotated"
-((KILLS == 0)) || killed annotate "$OUT/annotated_killed" "$OUT/annotated_killed" "$((2 * PAIRS))"
+((KILLS == 0)) || killed annotate "$OUT/annotated_killed" "$OUT/annotated_killed" "$((2 * PAIRS))" data_card.json
 serve "$RELEVANCE_JUDGE" judge
 judge "$OUT/filtered"
-((KILLS == 0)) || killed judge "$OUT/filtered_killed" "$OUT/filtered_killed/verdicts" "$PAIRS"
+((KILLS == 0)) || killed judge "$OUT/filtered_killed" "$OUT/filtered_killed/verdicts" "$PAIRS" split.json
 if ((KILLS > 0)); then
     same "$OUT/annotated" "$OUT/annotated_killed"
     same "$OUT/filtered" "$OUT/filtered_killed"

@@ -8,7 +8,6 @@ here depends on when an answer came, so the output of a killed and resumed job i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from embedrl_verl.annotate.journal import Entry, read_journal
 from embedrl_verl.annotate.prompts import gold_answer_of
 from embedrl_verl.annotate.replies import rule_of
 from embedrl_verl.annotate.runner import journal_path
+from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import REJECTED_FILE, part_name, publish, temporary_name, write_json
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import SIDES, PairRecord, Side, input_kind
@@ -104,7 +104,18 @@ def assemble(
         out: the data set folder.
         keep_failed: records whose T-CoT failed are written, without it; else they are in `failed.jsonl` alone.
         report: called with the rows done.
+
+    Raises:
+        DataError: the input, or a journal, cannot be read.
+        ResourceError: the disk is full or cannot be written; parts that are finished are kept.
     """
+    with disk_errors(out):
+        return _assemble(source, journals, out, keep_failed, report)
+
+
+def _assemble(
+    source: ChunkedInput, journals: Path, out: Path, keep_failed: bool, report: Callable[[int], None]
+) -> PartCounts:
     for stale in out.glob(".*.tmp"):  # of a process that was killed; the folder is locked
         stale.unlink()
     made = {chunk.number for chunk in source.chunks if (out / part_name(chunk.number)).is_file()}
@@ -113,9 +124,13 @@ def assemble(
         answers = _answers(read_journal(journal_path(journals, chunk)))
         target = out / part_name(chunk.number)
         temporary = temporary_name(target)
-        write_pairs(_annotated(rows, answers, counts, keep_failed), temporary)
-        write_json(_counts_path(journals, chunk), counts.as_json())
-        publish(temporary, target)
+        try:
+            write_pairs(_annotated(rows, answers, counts, keep_failed), temporary)
+            write_json(_counts_path(journals, chunk), counts.as_json())
+            publish(temporary, target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         report(chunk.rows)
     total = PartCounts()
     lists = {"failed": temporary_name(out / FAILED_FILE), "rejected": temporary_name(out / REJECTED_FILE)}
@@ -192,12 +207,3 @@ def _answers(entries: list[Entry]) -> Answers:
 
 def _counts_path(journals: Path, chunk: Chunk) -> Path:
     return journals / f"counts-{chunk.number:05d}.json"
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

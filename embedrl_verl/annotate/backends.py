@@ -76,6 +76,10 @@ Request: TypeAlias = Any
 class Backend(Protocol):
     """Who answers. `meet` is called once, before all else, in the event loop that then calls `complete`."""
 
+    def wanted(self) -> Mapping[str, Any]:
+        """The facts of `meet` that the user has named, known before anybody is met."""
+        ...
+
     async def meet(self) -> Mapping[str, Any]:
         """What is served, as facts that belong to the settings: "model", and whatever changes the questions."""
         ...
@@ -123,6 +127,11 @@ class ServerBackend:
         taken = sorted(set(self.extra) & set(OURS))
         if taken:
             raise ConfigError(f"extra fields of a request must not be {', '.join(OURS)}; got {taken}")
+
+    def wanted(self) -> Mapping[str, Any]:
+        """See `Backend`."""
+        named = {"extra": dict(self.extra)} | ({"model": self.model} if self.model is not None else {})
+        return named | ({"videos": self.videos} if self.videos != "auto" else {})
 
     async def meet(self) -> Mapping[str, Any]:
         """See `Backend`. Waits up to `patience_s` for a server.

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from embedrl_verl.curate.records import opened
 from embedrl_verl.data.parquet import SCHEMA, check_schema, record_or_error
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import DataError
@@ -95,14 +95,14 @@ class ChunkedInput:
         wanted = np.array([(chunk.first, chunk.first + chunk.rows) for chunk in chunks])
         row = 0
         try:
-            with pq.ParquetFile(file) as opened:
-                columns = [name for name in SCHEMA.names if name in opened.schema_arrow.names]
-                for group in range(opened.metadata.num_row_groups):
-                    count = opened.metadata.row_group(group).num_rows
+            with opened(file) as parquet:
+                columns = [name for name in SCHEMA.names if name in parquet.schema_arrow.names]
+                for group in range(parquet.metadata.num_row_groups):
+                    count = parquet.metadata.row_group(group).num_rows
                     if not ((wanted[:, 0] < row + count) & (wanted[:, 1] > row)).any():
                         row += count
                         continue
-                    for batch in opened.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=columns):
+                    for batch in parquet.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=columns):
                         places = np.arange(row, row + batch.num_rows)
                         inside = ((places[:, None] >= wanted[:, 0]) & (places[:, None] < wanted[:, 1])).any(axis=1)
                         row += batch.num_rows
@@ -130,9 +130,9 @@ def _row(file: Path, place: int, values: dict[str, Any], double_of: str | None) 
 
 def _metadata(file: Path) -> Any:
     try:
-        with pq.ParquetFile(file) as opened:
-            check_schema(opened.schema_arrow, file)
-            return opened.metadata
+        with opened(file) as parquet:
+            check_schema(parquet.schema_arrow, file)
+            return parquet.metadata
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: not a readable parquet file ({error})") from error
 
@@ -168,8 +168,8 @@ def _doubles(files: Sequence[Path]) -> dict[int, dict[int, str]]:
 
 def _pair_ids(file: Path) -> Iterator[str]:
     try:
-        with pq.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(1 << 14, columns=["pair_id"]):
+        with opened(file) as parquet:
+            for batch in parquet.iter_batches(1 << 14, columns=["pair_id"]):
                 yield from (name or "" for name in batch.column(0).to_pylist())
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{file}: column pair_id cannot be read ({error})") from error

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from embedrl_verl.annotate.backends import Refused, Reply, Request, Sampling
+from embedrl_verl.annotate.backends import Refused, Reply, Request, Sampling, ServersLost
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError
 
@@ -39,17 +39,21 @@ class EngineBackend:
     _engine: Any = None
     _tokenizer: Any = None
 
+    def wanted(self) -> Mapping[str, Any]:
+        """See `Backend`."""
+        return {"model": self.path, "engine": "vllm.LLM", "options": dict(self.options)}
+
     async def meet(self) -> Mapping[str, Any]:
         """See `Backend`.
 
         Raises:
-            ConfigError: vLLM is not installed.
+            ConfigError: vLLM is not installed, or cannot load the model with these options.
         """
         loop = asyncio.get_running_loop()
         self._engine = await loop.run_in_executor(self._thread, self._start)
         self._tokenizer = self._engine.get_tokenizer()
         self._driver = loop.create_task(self._drive())
-        return {"model": self.path, "engine": "vllm.LLM", "options": dict(self.options)}
+        return self.wanted()
 
     def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Request, int]:
         """See `Backend`."""
@@ -91,10 +95,12 @@ class EngineBackend:
                 continue
             try:
                 replies = await loop.run_in_executor(self._thread, self._run, [request for request, _ in taken])
-            except Exception as error:
+            except Exception as error:  # whatever it is, the engine cannot be trusted any more
+                lost = ServersLost(f"the engine has failed ({error!r}); run the command again to go on")
+                lost.__cause__ = error
                 for _, reply in taken:
                     if not reply.done():
-                        reply.set_exception(error)
+                        reply.set_exception(lost)
                 continue
             for (_, reply), found in zip(taken, replies, strict=True):
                 if not reply.done():
@@ -107,16 +113,19 @@ class EngineBackend:
             raise ConfigError(
                 f"--engine needs vLLM in this environment ({error}); or name a server with --url"
             ) from error
-        return LLM(model=self.path, **dict(self.options))
+        try:
+            return LLM(model=self.path, **dict(self.options))
+        except (OSError, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"vLLM must be able to load --engine {self.path} (--engine-args {dict(self.options)}); it says: {error}"
+            ) from error
 
     def _run(self, requests: list[Request]) -> list[Reply | Refused]:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        longest = self._engine.llm_engine.model_config.max_model_len
-        prompts, params, places = [], [], []
-        replies: list[Reply | Refused] = [Refused("empty", "")] * len(requests)
-        for place, (messages, media, sampling) in enumerate(requests):
+        prompts, params = [], []
+        for messages, media, sampling in requests:
             text = self._tokenizer.apply_chat_template(plain(messages), tokenize=False, add_generation_prompt=True)
             prompts.append({"prompt": text, **({"multi_modal_data": media} if media else {})})
             choice = StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None
@@ -129,20 +138,22 @@ class EngineBackend:
                     structured_outputs=choice,
                 )
             )
-            places.append(place)
         try:
             outputs = self._engine.generate(prompts, params, use_tqdm=False)
-        except ValueError as error:
+        except ValueError as error:  # a prompt that is too long, a medium that the model cannot take
             if len(requests) == 1:
-                return [Refused("refused by the engine", f"{error} (max_model_len {longest})")]
-            return [reply for request in requests for reply in self._run([request])]  # find the one at fault
-        for place, output in zip(places, outputs, strict=True):
-            best = output.outputs[0]
-            clean = best.text.encode("utf-8", "replace").decode()
-            replies[place] = Reply(
-                clean, best.finish_reason == "length", len(output.prompt_token_ids or ()), len(best.token_ids)
+                return [Refused("refused by the engine", str(error))]
+            half = len(requests) // 2  # find the one at fault
+            return [*self._run(requests[:half]), *self._run(requests[half:])]
+        return [
+            Reply(
+                output.outputs[0].text.encode("utf-8", "replace").decode(),
+                output.outputs[0].finish_reason == "length",
+                len(output.prompt_token_ids or ()),
+                len(output.outputs[0].token_ids),
             )
-        return replies
+            for output in outputs
+        ]
 
 
 def plain(messages: Messages) -> Messages:

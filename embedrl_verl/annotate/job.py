@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 import time
@@ -13,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from embedrl_verl import __version__
-from embedrl_verl.annotate.assemble import PartCounts, assemble, sha256_of
+from embedrl_verl.annotate.assemble import PartCounts, assemble
 from embedrl_verl.annotate.backends import Backend
 from embedrl_verl.annotate.chunks import ChunkedInput
 from embedrl_verl.annotate.journal import summary_of
@@ -24,7 +24,9 @@ from embedrl_verl.annotate.report import Prices, lines, summary
 from embedrl_verl.annotate.runner import Asker, Progress, Runner, RunnerSettings, journal_header, journal_path
 from embedrl_verl.annotate.tcots import TcotAsker
 from embedrl_verl.annotate.workfolder import WorkFolder
-from embedrl_verl.data.files import CARD_FILE, part_name, write_atomically
+from embedrl_verl.data.cards import FORMAT, known_hash, licences_of, part_facts
+from embedrl_verl.data.disk import disk_errors, sha256_of
+from embedrl_verl.data.files import REJECTED_FILE, part_name, write_atomically
 from embedrl_verl.errors import DataError
 
 _LOG_EVERY_S = 30.0
@@ -36,7 +38,6 @@ class AnnotateJob:
 
     Attributes:
         files: parquet files of pair records.
-        inputs: what the user named, files or data set folders; their data cards tell licences.
         out: data set folder to write.
         asker: settings and wording.
         backend: who answers.
@@ -48,7 +49,6 @@ class AnnotateJob:
     """
 
     files: Sequence[Path]
-    inputs: Sequence[Path]
     out: Path
     asker: TcotAsker
     backend: Backend
@@ -76,16 +76,18 @@ class AnnotateJob:
         }
         with WorkFolder(self.out, settings, self.command) as work:
             if work.is_finished:
+                work.check_wanted(self.backend.wanted())
                 say(f"{self.out} is finished; nothing to do")
-                return 0 if not (self.out / "rejected.jsonl").stat().st_size else DataError.exit_code
+                return DataError.exit_code if (self.out / REJECTED_FILE).stat().st_size else 0
             ask_about_all(work, source, self.asker, self.backend, self.runner, label="annotate", unit="side")
             with _bar("write", source.rows, "row") as bar:
                 counts = assemble(source, work.path, self.out, keep_failed=self.keep_failed, report=bar.update)
             if not counts.totals["pairs"]:
                 raise DataError(f"{self.out}: no pair is left; see failed.jsonl and rejected.jsonl there")
-            card = self._card(work, source, counts)
-            write_atomically(self.out / "data_card.md", card_page(card))
-            work.finish(card)
+            with disk_errors(self.out):
+                card = self._card(work, source, counts)
+                write_atomically(self.out / "data_card.md", card_page(card))
+                work.finish(card)
         for line in lines(counts, self.prices):
             say(line)
         say(f"wrote {counts.totals['pairs']:,} of {source.rows:,} pairs to {self.out}")
@@ -95,15 +97,19 @@ class AnnotateJob:
         media_root = self.asker.prompts.media_root
         parts = [self.out / part_name(chunk.number) for chunk in source.chunks]
         return {
-            "made_by": f"embedrl-verl {__version__}: data annotate",
-            "pairs": counts.totals["pairs"],
+            "format": FORMAT,
+            "name": "annotated pairs",
+            "tool": f"embedrl-verl {__version__}: data annotate",
+            "licence": licences_of(self.files),
+            "records": counts.totals["pairs"],
             "media_root": os.path.relpath(Path(media_root).resolve(), self.out.resolve()) if media_root else None,
-            "licences": licences(self.inputs),
-            "inputs": [{"file": file.name, "sha256": sha256_of(file)} for file in self.files],
-            "outputs": [{"file": part.name, "sha256": sha256_of(part)} for part in parts],
+            "by_source": {source: {"records": found["pairs"]} for source, found in sorted(counts.sources.items())},
+            "rejected": {"rows": counts.totals["rejected_rows"]},
+            "input": [{"file": file.name, "sha256": known_hash(file) or sha256_of(file)} for file in self.files],
             "served": work.known_served(),
             "settings": work.settings,
             "annotation": summary(counts, self.prices),
+            "parts": [part_facts(part, pq.read_metadata(part).num_rows) for part in parts],
         }
 
 
@@ -127,7 +133,9 @@ def ask_about_all(
     )
     if not complete or work.known_served() is None:
         asyncio.run(_ask(work, source, asker, backend, settings, label, unit))
-    else:  # shares may have other limits than when the journals were completed
+    else:
+        work.check_wanted(backend.wanted())
+        # shares may have other limits than when the journals were completed
         progress = Progress()
         for chunk in source.chunks:
             progress.add(summary_of(journal_path(work.path, chunk), journal_header(work.hash, chunk)) or {})
@@ -172,17 +180,6 @@ def _bar(label: str, total: int | None, unit: str) -> Any:
     return tqdm(desc=label, total=total, unit=unit, disable=not sys.stderr.isatty())
 
 
-def licences(inputs: Sequence[Path]) -> dict[str, Any]:
-    """What the data cards of the inputs say of licences, by input."""
-    found: dict[str, Any] = {}
-    for path in inputs:
-        card = path / CARD_FILE
-        if card.is_file():
-            content = json.loads(card.read_bytes())
-            found[path.name] = content.get("licence", content.get("licences", "not declared"))
-    return found
-
-
 def card_page(card: Mapping[str, Any]) -> str:
     """The data card for people."""
     annotation = card["annotation"]
@@ -197,8 +194,8 @@ def card_page(card: Mapping[str, Any]) -> str:
         [
             "# Annotated pairs",
             "",
-            f"Made by {card['made_by']}. T-CoTs written by {card['served']['model']}; the answer was told for a share "
-            f"of {card['settings']['gold_share']:g} of the queries with a text target.",
+            f"{card['records']:,} pairs, written by {card['tool']}. T-CoTs by {card['served']['model']}; the answer "
+            f"was told for a share of {card['settings']['gold_share']:g} of the queries with a text target.",
             "",
             "| data source | pairs | T-CoTs | failed sides | gold told | reply tokens |",
             "|---|---|---|---|---|---|",
@@ -208,7 +205,7 @@ def card_page(card: Mapping[str, Any]) -> str:
             "",
             *refused,
             "",
-            f"Licences of the inputs: {json.dumps(card['licences'], ensure_ascii=False)}",
+            f"Licence: {card['licence']}.",
             "",
         ]
     )

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.errors import DataError, EmbedRLError
 
 Entry: TypeAlias = dict[str, Any]
@@ -39,6 +40,7 @@ class Journal:
 
     Raises:
         DataError: another header, or a damaged line that is not the last.
+        JournalError, ResourceError: the file cannot be written.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
@@ -49,14 +51,15 @@ class Journal:
         if found and "end" in found[-1]:
             raise DataError(f"{self.path}: the journal is closed; nothing can be added")
         self.entries = found[1:]
-        is_new = not self.path.exists()
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._end = end
-        os.ftruncate(self._file, end)
-        if not found:
-            self._write([header])
-        if is_new:
-            _sync_folder(self.path.parent)
+        self._end, self._lost = end, False
+        with disk_errors(self.path):
+            is_new = not self.path.exists()
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(self._file, end)
+            if not found:
+                self._write([header])
+            if is_new:
+                _sync_folder(self.path.parent)
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Write entries; they are on the disk when this returns.
@@ -67,10 +70,19 @@ class Journal:
         self._write(entries)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Close the file; with a summary, say that the journal is complete."""
+        """Close the file; with a summary, say that the journal is complete. A closed one stays as it is.
+
+        Raises:
+            JournalError: entries could not be written before, so it is not complete.
+        """
+        if self._file < 0:
+            return
         if summary is not None:
+            if self._lost:
+                raise JournalError(f"{self.path}: not complete, since entries could not be written; run again to go on")
             self._write([{"end": dict(summary)}])
         os.close(self._file)
+        self._file = -1
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
         data = b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries)
@@ -81,6 +93,7 @@ class Journal:
                 left, end = left[written:], end + written
             os.fsync(self._file)
         except OSError as error:
+            self._lost = True
             os.ftruncate(self._file, self._end)  # so that nothing is ever written behind a torn line
             raise JournalError(
                 f"{self.path}: cannot be written ({error}); mend it, then run the command again"

@@ -17,6 +17,7 @@ keep them all open, there is a limit to their number.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +80,8 @@ class RunnerSettings:
     Attributes:
         limit: errands asked about at the same time.
         threads: for decoding and encoding media.
-        media_bytes: of encoded media in memory.
+        media_bytes: of encoded media in memory: above it no more are decoded (what is being decoded, one request a
+            thread, comes on top).
         max_failed_share, max_rejected_share: of errands that end without a result, of rows that cannot be used. Above
             it the run stops; looked at after `first_check` of them.
     """
@@ -186,6 +188,7 @@ class Runner:
         self._open: dict[int, _Open] = {}
         self._max_open = 4 + 4 * settings.limit // max(1, source.chunks[0].rows)
         self._media_left = settings.media_bytes
+        self._desks = asyncio.Semaphore(settings.threads)
         self._space = asyncio.Condition()
         self._room = asyncio.Condition()
         self._threads = ThreadPoolExecutor(settings.threads, "media")
@@ -205,21 +208,24 @@ class Runner:
         tasks = [loop.create_task(self._work(queue)) for _ in range(workers)]
         feeder = loop.create_task(self._feed(queue, workers))
         flusher = loop.create_task(self._flush_often())
+        work = asyncio.gather(feeder, *tasks)
         try:
-            work = asyncio.gather(feeder, *tasks)
             done, _ = await asyncio.wait((work, flusher), return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 ended.result()
         finally:
             for task in (feeder, flusher, *tasks):
                 task.cancel()
-            await asyncio.wait([feeder, flusher, *tasks])
-            await self._flush()
-            for opened in self._open.values():
-                opened.journal.close()
-            for pool in (self._threads, self._reader, self._writer):
-                pool.shutdown(wait=True, cancel_futures=True)
-            self._report(self.progress)
+            # Every one is awaited: an error that nobody asks for would be printed when the process ends.
+            await asyncio.gather(work, feeder, flusher, *tasks, return_exceptions=True)
+            try:
+                await self._flush()
+            finally:
+                for pool in (self._threads, self._reader, self._writer):
+                    pool.shutdown(wait=True, cancel_futures=True)
+                for opened in self._open.values():
+                    opened.journal.close()
+                self._report(self.progress)
         self.progress.check(self._settings, final=True)
         return self.progress
 
@@ -227,7 +233,10 @@ class Runner:
 
     async def _feed(self, queue: asyncio.Queue[Errand | None], workers: int) -> None:
         loop = asyncio.get_running_loop()
-        chunks = self._source.read(self._is_wanted)
+        complete = await loop.run_in_executor(self._reader, self._complete)
+        for summary in complete.values():
+            self.progress.add(summary)
+        chunks = self._source.read(lambda chunk: chunk.number not in complete)
         while True:
             found = await loop.run_in_executor(self._reader, next, chunks, None)
             if found is None:
@@ -261,13 +270,14 @@ class Runner:
         for _ in range(workers):
             await queue.put(None)
 
-    def _is_wanted(self, chunk: Chunk) -> bool:
-        """False, and its counts taken, for a chunk whose journal is complete."""
-        summary = summary_of(journal_path(self._folder, chunk), journal_header(self._hash, chunk))
-        if summary is None:
-            return True
-        self.progress.add(summary)
-        return False
+    def _complete(self) -> dict[int, Entry]:
+        """The summaries of complete journals, by the number of the chunk."""
+        found = {}
+        for chunk in self._source.chunks:
+            summary = summary_of(journal_path(self._folder, chunk), journal_header(self._hash, chunk))
+            if summary is not None:
+                found[chunk.number] = summary
+        return found
 
     # ---- asking
 
@@ -282,16 +292,16 @@ class Runner:
         """One try; the errand of the next one, or None when it is over."""
         loop = asyncio.get_running_loop()
         try:
-            prompt, request, size = await loop.run_in_executor(self._threads, self._prepare, errand)
+            async with self._desks:  # so that requests wait for memory before they are in it
+                async with self._space:
+                    await self._space.wait_for(lambda: self._media_left > 0)
+                prompt, request, size = await loop.run_in_executor(self._threads, self._prepare, errand)
+                self._media_left -= size
         except DataError as error:
             self._note(
                 opened, {**_key(errand), "done": True, "ok": False, **_rejection(errand.row, errand.name, error)}
             )
             return None
-        size = min(size, self._settings.media_bytes)
-        async with self._space:
-            await self._space.wait_for(lambda: self._media_left >= size)
-            self._media_left -= size
         try:
             reply = await self._backend.complete(request)
         finally:
@@ -387,9 +397,4 @@ def _rejection(row: Row, field_name: str, reason: object) -> Entry:
 
 
 def _take(rows: Iterator[Row], count: int) -> list[Row]:
-    taken = []
-    for row in rows:
-        taken.append(row)
-        if len(taken) == count:
-            break
-    return taken
+    return list(itertools.islice(rows, count))

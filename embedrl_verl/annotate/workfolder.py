@@ -8,20 +8,21 @@ process that is killed in between finds the card with its settings' hash, and on
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from embedrl_verl.data.files import CARD_FILE, PART_PATTERN, WORK_FOLDER, begin_work, write_json
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.data.cards import read_object
+from embedrl_verl.data.disk import disk_errors
+from embedrl_verl.data.files import CARD_FILE, PART_PATTERN, WORK_FOLDER, begin_work, only_writer, write_json
+from embedrl_verl.errors import ConfigError
 
-SETTINGS_FILE, LOCK_FILE, SERVED_FILE = "settings.json", "lock", "served.json"
+SETTINGS_FILE, SERVED_FILE = "settings.json", "served.json"
 HASH_KEY = "settings_hash"
 
 
@@ -41,7 +42,7 @@ class WorkFolder:
     Raises:
         ConfigError: the folder was begun or finished under other settings (the message names them), or another process
             works in it.
-        DataError: the folder cannot be written.
+        DataError, ResourceError: the folder cannot be written, for example because the disk is full.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class WorkFolder:
         self.out, self.path = out, out / WORK_FOLDER
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._command, self._results = command, results
-        self._lock = -1
+        self._held = ExitStack()
         self.is_finished = False
 
     @property
@@ -65,23 +66,25 @@ class WorkFolder:
             return self
         if not self.path.exists() and any(found for pattern in self._results for found in self.out.glob(pattern)):
             raise ConfigError(f"{self.out} holds files of other work; name a new folder, or remove this one")
+        with disk_errors(self.out):
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
         begin_work(self.out, self._command)
-        self._take_lock()
-        try:
+        with ExitStack() as held:
+            held.enter_context(only_writer(self.out))
             state = self.path / SETTINGS_FILE
             if state.is_file():
                 self._compare(json.loads(state.read_bytes()), self.settings, "was begun")
             else:
                 write_json(state, self.settings)
-        except BaseException:
-            self._give_lock_back()
-            raise
-        return self
+            self._held = held.pop_all()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._give_lock_back()
+        self._held.close()
 
     def served(self, facts: Mapping[str, Any]) -> None:
         """Note what is served the first time, and refuse anything else later.
@@ -93,10 +96,26 @@ class WorkFolder:
         if file.is_file():
             self._compare(json.loads(file.read_bytes()), found, "was begun")
         else:
-            write_json(file, found)
+            with disk_errors(self.out):
+                write_json(file, found)
+
+    def check_wanted(self, wanted: Mapping[str, Any]) -> None:
+        """Refuse facts that the user has named and that are not those of what was served.
+
+        Raises:
+            ConfigError: another model, or other fields of the requests.
+        """
+        known = self.known_served() or {}
+        found = json.loads(json.dumps(wanted))
+        self._compare(
+            {name: known.get(name) for name in found}, found, "is finished" if self.is_finished else "was begun"
+        )
 
     def known_served(self) -> dict[str, Any] | None:
         """What was served; None before it is known."""
+        if self.is_finished:
+            served: dict[str, Any] | None = read_object(self.out / CARD_FILE).get("served")
+            return served
         file = self.path / SERVED_FILE
         return json.loads(file.read_bytes()) if file.is_file() else None
 
@@ -106,10 +125,7 @@ class WorkFolder:
         self._remove_work()
 
     def _check_finished(self, card: Path) -> None:
-        try:
-            found = json.loads(card.read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{card}: not a readable data card ({error}); name a new folder") from error
+        found = read_object(card)
         if found.get(HASH_KEY) != self.hash:
             self._compare(found.get("settings") or {}, self.settings, "is finished")
             raise ConfigError(f"{self.out} is finished, and was made by another command; name a new folder")
@@ -125,19 +141,6 @@ class WorkFolder:
                 f"{self.out} {state} with other settings ({shown}), and answers to different questions must not mix: "
                 "use the same, or another folder, or remove this one"
             )
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._give_lock_back()
-            raise ConfigError(f"another process works in {self.out}; wait for it, or end it") from error
-
-    def _give_lock_back(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
     def _remove_work(self) -> None:
         if self.path.exists():

@@ -12,6 +12,7 @@ from typing import Any
 from embedrl_verl.convert.media_store import MediaCounts
 from embedrl_verl.convert.plan import Plan
 from embedrl_verl.convert.sampling import preset
+from embedrl_verl.data.cards import FORMAT
 from embedrl_verl.data.files import part_name
 
 CAUSES_SHOWN, MAX_CAUSES = 20, 1000
@@ -51,6 +52,10 @@ def make_card(
         table = preset(name)
         sampling["preset_from"], sampling["preset_note"] = table.origin, table.note
         sampling["weights"] = {source: weight for source, weight in table.weights.items() if source in by_source}
+        named = {*table.sources, *sampling["caps"]}
+        sampling["not_in_preset"] = [
+            source for source in by_source if sampling["default_cap"] is None and source not in named
+        ]
     input_files = [
         dict(entry)
         | {"sha256": hashes[entry["file"]]}
@@ -58,7 +63,7 @@ def make_card(
         for entry in build["input"]["files"]
     ]
     return {
-        "format": "embedrl pair records 1",
+        "format": FORMAT,
         "name": build["converter"],
         "tool": build["tool"],
         "licence": licence,
@@ -93,7 +98,7 @@ def count_causes(rejected: Iterable[Mapping[str, Any]]) -> tuple[Counter[str], d
     examples: dict[str, str] = {}
     for entry in rejected:
         field = re.sub(r"\[\d+\]", "[]", str(entry["field"]))
-        cause = re.sub(r"""(['"]).*?\1|\d+(\.\d+)?""", "…", str(entry["reason"]))
+        cause = re.sub(r"""(['"]).*?\1|\b\d+(?:[.x]\d+)?\b""", "…", str(entry["reason"]))
         cause = f"{field}: {cause}" if field else cause
         if cause not in causes and len(causes) >= MAX_CAUSES:
             cause = OTHER_CAUSES
@@ -174,6 +179,7 @@ def card_text(card: Mapping[str, Any]) -> str:
     sampling = card["sampling"]
     if sampling["preset"]:
         lines += ["", f"Sampling: preset {sampling['preset']} ({sampling['preset_from']}). {sampling['preset_note']}"]
+        lines += [f"{outside}." for outside in [outside_preset_text(card)] if outside]
         weights = ", ".join(f"{source}: {weight}" for source, weight in sampling["weights"].items())
         if weights:
             lines.append(f"Weights of contrastive training: `contrastive.source_weights={{{weights}}}`")
@@ -209,6 +215,15 @@ def without_instruction_text(card: Mapping[str, Any]) -> str:
         return ""
     listed = ", ".join(f"{source} {count:,}" for source, count in found.items())
     return f"{sum(found.values()):,} pairs have no instruction: {listed}"
+
+
+def outside_preset_text(card: Mapping[str, Any]) -> str:
+    """A line on data sources that the preset says nothing of; "" if there are none."""
+    found = card["sampling"].get("not_in_preset")
+    if not found:
+        return ""
+    listed = ", ".join(source or BY_ROW for source in found)
+    return f"The preset {card['sampling']['preset']} does not name {listed}: all rows are used"
 
 
 def _by_source(plan: Plan, reports: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

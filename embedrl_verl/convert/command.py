@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from embedrl_verl.convert.card import BY_ROW, without_instruction_text
+from embedrl_verl.convert.card import BY_ROW, outside_preset_text, without_instruction_text
 from embedrl_verl.convert.converter import Converter
 from embedrl_verl.convert.inputs import open_root
 from embedrl_verl.convert.job import JobOptions, run_conversion
@@ -141,9 +141,9 @@ def print_card(card: Mapping[str, Any], out: str) -> None:
         numbers = "  ".join(f"{counts[key]:>9}" for key in columns)
         kinds = ", ".join(f"{kind} ({count})" for kind, count in counts["kinds"].items())
         print(f"{source or BY_ROW:{width}}  {numbers}  {kinds}")
-    wordless = without_instruction_text(card)
-    if wordless:
-        print(wordless)
+    for remark in (outside_preset_text(card), without_instruction_text(card)):
+        if remark:
+            print(remark)
     for cause in card["rejected"]["causes"]:
         print(f"REJECTED {cause['rows']} x {cause['cause']} (first: {cause['example']})")
     media = card["media"]

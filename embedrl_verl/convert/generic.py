@@ -17,6 +17,7 @@ from typing import Any
 from embedrl_verl.convert.column_map import ITEM_KEYS, ColumnMap, Reference, item_of, load_column_map
 from embedrl_verl.convert.converter import InputRoot, RawRow, RowError, Setting, Shard, as_text, show
 from embedrl_verl.convert.inputs import natural_key
+from embedrl_verl.data.files import REJECTED_FILE, WORK_FOLDER
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import ConfigError, DataError
 
@@ -58,7 +59,7 @@ class GenericConverter:
     def shards(self, root: InputRoot) -> list[Shard]:
         """All files that can be read, each a shard."""
         patterns = (self.pattern,) if self.pattern else PATTERNS
-        names = [name for name in root.files(*patterns) if not PurePosixPath(name).name.startswith(".")]
+        names = [name for name in root.files(*patterns) if self.pattern or not _is_ours(PurePosixPath(name))]
         if not names:
             raise DataError(f"no file fits {', '.join(patterns)}; the input must be a file or folder of such files")
         return [Shard(name, self._constant_source()) for name in sorted(names, key=natural_key)]
@@ -90,6 +91,12 @@ class GenericConverter:
 
     def _own_form(self, row: RawRow) -> PairRecord:
         values = row.values
+        if "query" not in values and "target" not in values:
+            raise RowError(
+                "",
+                "has neither query nor target; say which columns they are with --column query.text=..., --column "
+                f"target.text=..., or a map (--columns). The row has {', '.join(values) or 'none'}",
+            )
         source = self.source or _own_text(values, "data_source") or self.default_source
         negatives = values.get("negatives") or []
         if not isinstance(negatives, list):
@@ -209,6 +216,11 @@ def _name_of(location: str) -> str:
     """A data source's name from a path or hub id: lower case, letters, digits and _."""
     name = PurePosixPath(location.split("@")[0].rstrip("/")).name
     return re.sub(r"[^a-z0-9]+", "_", name.split(".")[0].lower()).strip("_") or "own"
+
+
+def _is_ours(path: PurePosixPath) -> bool:
+    """Hidden files, and what data commands write beside pair records."""
+    return path.name.startswith(".") or path.name == REJECTED_FILE or WORK_FOLDER in path.parts
 
 
 def _setting(value: Any) -> Setting:

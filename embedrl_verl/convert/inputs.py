@@ -8,19 +8,18 @@ parquet only the row groups that are wanted travel. It is pinned to the commit t
 from __future__ import annotations
 
 import gzip
-import hashlib
-import io
 import re
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from embedrl_verl.convert.converter import InputRoot
+from embedrl_verl.data.disk import sha256_of
 from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
 HUB_ID = re.compile(r"(?:hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-ROW_FILES = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.arrow")
-CHUNK = 1 << 20
 
 
 class Root(InputRoot, Protocol):
@@ -137,18 +136,17 @@ class RemoteRoot:
         """See `InputRoot.files`."""
         found: dict[str, None] = {}
         for pattern in patterns:
-            paths = self._system.glob(f"{self.base}/{pattern}")
-            names = [path[len(self.base) + 1 :] for path in paths if not self._system.isdir(path)]
+            with self._asking(pattern):
+                paths = [path for path in self._system.glob(f"{self.base}/{pattern}") if not self._system.isdir(path)]
+            names = [path[len(self.base) + 1 :] for path in paths]
             found.update(dict.fromkeys(sorted(names, key=natural_key)))
         return list(found)
 
     def open(self, name: str) -> IO[bytes]:
         """See `Root.open`. Raises ResourceError if the server does not answer."""
-        try:
+        with self._asking(name):
             file = self._system.open(f"{self.base}/{name}", "rb")
-            return cast(IO[bytes], gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file)
-        except OSError as error:
-            raise ResourceError(f"{self.location}: {name} cannot be opened ({error}); run the command again") from error
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file)
 
     def local_path(self, name: str) -> None:
         """None: it is elsewhere."""
@@ -156,7 +154,7 @@ class RemoteRoot:
 
     def size(self, name: str) -> int:
         """See `Root.size`."""
-        return int(self._system.info(f"{self.base}/{name}")["size"])
+        return int(self._info(name)["size"])
 
     def stamp(self, name: str) -> str:
         """The commit is part of the location, so the size is enough."""
@@ -164,8 +162,36 @@ class RemoteRoot:
 
     def sha256(self, name: str) -> str | None:
         """Hash that the hub keeps of large files; None without one."""
-        large = self._system.info(f"{self.base}/{name}").get("lfs")
+        large = self._info(name).get("lfs")
         return None if large is None else str(large["sha256"])
+
+    def _info(self, name: str) -> dict[str, Any]:
+        with self._asking(name):
+            info: dict[str, Any] = self._system.info(f"{self.base}/{name}")
+        return info
+
+    @contextmanager
+    def _asking(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except remote_errors() as error:
+            raise unreadable(self.location, name, error) from error
+
+
+def unreadable(location: str, name: str, error: Exception) -> ResourceError:
+    """What to raise when a server does not give a file."""
+    return ResourceError(f"{location}: {name} cannot be read ({error}); run the command again to go on")
+
+
+@cache
+def remote_errors() -> tuple[type[Exception], ...]:
+    """What a file system of the hub raises when the server does not answer. Since `huggingface_hub` 1 it speaks through
+    httpx, whose errors are no OSError."""
+    try:
+        from httpx import HTTPError, StreamError
+    except ImportError:
+        return (OSError,)
+    return OSError, HTTPError, StreamError
 
 
 def open_root(location: str, without: str | Path | None = None) -> Root:
@@ -186,7 +212,7 @@ def open_root(location: str, without: str | Path | None = None) -> Root:
         raise DataError(f"{location}: no such file or folder, and not a hub id (owner/name or owner/name@revision)")
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+        from huggingface_hub.errors import HFValidationError
     except ImportError as error:
         raise ConfigError(
             f"{location}: no such file or folder; reading from the hub needs `pip install datasets`"
@@ -194,7 +220,9 @@ def open_root(location: str, without: str | Path | None = None) -> Root:
     repo, revision = named["repo"], named["revision"]
     try:
         commit = HfApi().dataset_info(repo, revision=revision).sha
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise DataError(f"{location}: no such file or folder, and not a hub id ({error})") from error
+    except remote_errors() as error:
         raise ResourceError(
             f"{location}: no such file or folder here, and the hub does not give a data set of this name "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
@@ -206,12 +234,3 @@ def open_root(location: str, without: str | Path | None = None) -> Root:
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key in which numbers count as numbers: part-2 before part-10."""
     return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file in hex, read in pieces."""
-    digest = hashlib.sha256()
-    with io.FileIO(path) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -12,13 +12,12 @@ counted against the rows of the whole plan: above `max_bad_share` the job stops,
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from embedrl_verl.convert.parts import PartJob, convert_part, rejected_entry
 from embedrl_verl.convert.plan import Plan, Unit, build_facts, make_plan
 from embedrl_verl.convert.pool import run_tasks
 from embedrl_verl.convert.sampling import Sampling
+from embedrl_verl.data.cards import FORMAT, read_object
+from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import (
     CARD_FILE,
     MEDIA_FOLDER,
@@ -42,13 +43,14 @@ from embedrl_verl.data.files import (
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    only_writer,
     part_name,
     publish,
     temporary_name,
     write_atomically,
     write_json,
 )
-from embedrl_verl.errors import ConfigError, DataError, ResourceError
+from embedrl_verl.errors import ConfigError, DataError
 
 PLAN_FILE, DOUBLES_FILE = "plan.json", "doubles.json"
 CARD_TEXT_FILE = "data_card.md"
@@ -101,20 +103,22 @@ def run_conversion(root: Root, converter: Converter, options: JobOptions) -> dic
     """
     out = Path(options.out)
     media_root = options.media_root or (str(_folder_of(root)) if not root.is_remote else None)
+    if media_root is not None and not Path(media_root).expanduser().is_dir():
+        raise ConfigError(f"the media root {media_root} is no folder; --media-root names the one that paths start from")
     store = MediaStore(options.place, options.verify, media_root, out)
     plan = make_plan(root, converter, options.sampling, options.shard_rows)
     media = {"place": options.place, "verify": options.verify, "given_root": media_root}
     build = json.loads(json.dumps(build_facts(root, converter, options.sampling, plan, media)))
     shutil.rmtree(out / GONE_FOLDER, ignore_errors=True)
     if options.restart:
-        with _only_one(out / WORK_FOLDER) if (out / WORK_FOLDER).is_dir() else nullcontext():
+        with disk_errors(out), only_writer(out) if (out / WORK_FOLDER).is_dir() else nullcontext():
             _remove_data_set(out)
     if (out / CARD_FILE).is_file() and not (out / WORK_FOLDER).exists():
         return _finished_card(out, build)
     if not (out / WORK_FOLDER).exists() and next(out.glob(PART_PATTERN), None) is not None:
         raise ConfigError(f"{out} holds parquet files that this command did not write; name another folder")
     work = begin_work(out, options.command)
-    with _disk_errors(out), _only_one(work):
+    with disk_errors(out), only_writer(out):
         _same_plan(work, build, {name: root.stamp(name) for name in plan.files})
         _remove_temporary(out)
         job = _Job(plan, PartJob(root, converter, store, work), out, options)
@@ -166,7 +170,9 @@ class _Job:
         self._run(again, doubles)
         self._stop_if_rows_are_bad()
         if sum(report["records"] for report in self.reports.values()) == 0:
-            raise DataError(f"{self.parts.root.location}: no pair could be made of {self.plan.total} rows")
+            raise DataError(
+                self._causes(f"{self.parts.root.location}: no pair could be made of {self.plan.total} rows")
+            )
         return self.reports, self.hashes
 
     def publish_parts(self) -> None:
@@ -264,15 +270,24 @@ class _Job:
         bad = sum(report["rejected"] for report in self.reports.values())
         if bad <= self.options.max_bad_share * self.plan.total:
             return
+        limit = f"{self.options.max_bad_share:.2%}"
+        raise DataError(
+            self._causes(f"{bad} of {self.plan.total} rows cannot be used, over the limit of {limit}")
+            + ". Or go on without these rows: the same command with a higher --max-bad-share keeps the finished parts"
+        )
+
+    def _causes(self, what: str) -> str:
+        """A message of what went wrong, why, and what to do; `rejected.jsonl` is written."""
         self.write_rejected()
         causes, examples = count_causes(self.rejected())
         listed = [f"  {count} x {cause}" for cause, count in causes.most_common(EXAMPLES_SHOWN)]
         firsts = [f"  {examples[cause]}" for cause, _ in causes.most_common(EXAMPLES_SHOWN)]
-        raise DataError(
-            f"{bad} of {self.plan.total} rows cannot be used, over the limit of {self.options.max_bad_share:.2%}. "
-            + "\n".join(["Causes:", *listed, "The first of each:", *firsts])
-            + f"\n{self.out / REJECTED_FILE} has those found so far. Finished parts are kept: mend the input and start "
-            "again with --restart, or run the same command with a higher --max-bad-share to go on without these rows"
+        if not causes:
+            return f"{what}: the converter uses none of them. Look at its options, and start again with --restart"
+        lines = [f"{what}. Causes:", *listed, "The first of each:", *firsts]
+        return "\n".join(lines) + (
+            f"\n{self.out / REJECTED_FILE} has all that were found so far. Mend the input or the options, and start "
+            "again with --restart"
         )
 
     def _part(self, index: int) -> Path:
@@ -294,9 +309,9 @@ def _make(job: PartJob, task: str | tuple[Unit, Mapping[int, str]]) -> dict[str,
 
 
 def _finished_card(out: Path, build: dict[str, Any]) -> dict[str, Any]:
-    card = _read_json(out / CARD_FILE)
-    if card is None or card.get("format") != "embedrl pair records 1":
-        raise ConfigError(f"{out / CARD_FILE} is no data card of this package; name another folder")
+    card = read_object(out / CARD_FILE)
+    if card.get("format") != FORMAT or not isinstance(card.get("input"), dict):  # later steps write cards too
+        raise ConfigError(f"{out / CARD_FILE} is not the data card of a conversion; name another folder")
     changed = same_build(card, build)
     if changed:
         raise ConfigError(f"{out} was made with other options or input: {changed}; name another folder, or --restart")
@@ -313,26 +328,6 @@ def _same_plan(work: Path, build: dict[str, Any], stamps: dict[str, str]) -> Non
             f"{work.parent} was begun with other options or input: {changed}. Finish it with the same, or remove the "
             "folder (--restart) to start again"
         )
-
-
-@contextmanager
-def _only_one(work: Path) -> Iterator[None]:
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another process is writing {work.parent}; wait for it, or end it") from error
-        yield
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"{out} cannot be written ({error}). Finished parts are kept: make room, and run the same command again"
-        ) from error
 
 
 def _folder_of(root: Root) -> Path:
@@ -357,7 +352,4 @@ def _remove_temporary(out: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_bytes())
-    return content
+    return read_object(path) if path.is_file() else None

@@ -35,7 +35,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from embedrl_verl.convert.converter import RowError
-from embedrl_verl.convert.inputs import sha256_of
+from embedrl_verl.data.disk import sha256_of
 from embedrl_verl.data.files import MEDIA_FOLDER, temporary_name
 from embedrl_verl.data.media import (
     DECODE_ERRORS,
@@ -48,7 +48,7 @@ from embedrl_verl.data.media import (
     resolve_media_path,
 )
 from embedrl_verl.data.schema import Item, Media, PairRecord, Video
-from embedrl_verl.errors import ConfigError, MediaError
+from embedrl_verl.errors import ConfigError, EmbedRLError, MediaError
 
 PLACES = ("keep", "embed", "files")
 VERIFY = ("none", "exists", "decode")
@@ -157,10 +157,12 @@ class MediaStore:
             if isinstance(media, str):
                 _check_form(media)
             return _Facts("", False)
-        if kind == "videos":
-            assert isinstance(media, str), type(media)
-            return self._look_at_video(media)
-        return self._look_at_image(media)
+        try:
+            return self._look_at_video(str(media)) if kind == "videos" else self._look_at_image(media)
+        except (EmbedRLError, OSError, MemoryError):
+            raise
+        except Exception as error:  # decoders raise anything when bytes make no sense: the row is bad, the job goes on
+            raise MediaError(f"{describe(media)}: cannot be decoded ({type(error).__name__}: {error})") from error
 
     def _look_at_image(self, media: Media) -> _Facts:
         source = self._source(media)
@@ -260,7 +262,8 @@ def _image_facts(source: io.BytesIO | Path, name: str) -> _Facts:
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: over the limit of {MAX_PIXELS} pixels ({error})") from error
     except DECODE_ERRORS as error:
-        raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+        why = str(error).replace(repr(source), "these bytes")  # Pillow names a buffer by its address in memory
+        raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {why})") from error
     if width * height > MAX_PIXELS:
         raise MediaError(f"{name}: {width}x{height} is over the limit of {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedrl_verl.convert.converter import RowError, show
-from embedrl_verl.convert.inputs import Root
-from embedrl_verl.errors import DataError, ResourceError
+from embedrl_verl.convert.inputs import Root, remote_errors, unreadable
+from embedrl_verl.errors import DataError
 
 Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 RawResult: TypeAlias = tuple[int, "dict[str, Any] | RowError"]
@@ -75,9 +75,9 @@ def survey(root: Root, name: str) -> FileSurvey:
                 return FileSurvey(file.metadata.num_rows)
         if name.endswith(".arrow"):
             return _survey_arrow(root, name)
-    except (*READ_ERRORS, DataError) as error:
+    except (*READ_ERRORS, *remote_errors(), DataError) as error:
         if root.is_remote:
-            raise ResourceError(f"{root.location}: {name} cannot be read ({error}); run the command again") from error
+            raise unreadable(root.location, name, error) from error
         return FileSurvey(0, fault=f"not a readable {name.rsplit('.', 1)[-1]} file ({_short(error)})")
     raise DataError(f"{name}: unknown kind of file; known are .parquet, .jsonl, .jsonl.gz and .arrow")
 
@@ -101,9 +101,9 @@ def read_rows(root: Root, name: str, wanted: Rows, anchor: tuple[int, int] = (0,
         for row, values in reader(root, name, wanted, anchor):
             last = row
             yield row, values
-    except (*READ_ERRORS, DataError) as error:
+    except (*READ_ERRORS, *remote_errors(), DataError) as error:
         if root.is_remote:
-            raise ResourceError(f"{root.location}: {name} cannot be read ({error}); run the command again") from error
+            raise unreadable(root.location, name, error) from error
         for row in wanted[wanted > last].tolist():
             yield row, RowError("", f"the file cannot be read here ({_short(error)})")
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,12 +13,14 @@ from typing import Any
 from embedrl_verl import __version__
 from embedrl_verl.convert.card import count_causes, difference
 from embedrl_verl.curate.records import remove_temporary_files
+from embedrl_verl.data.cards import FORMAT, known_hash, licences_of, read_object
 from embedrl_verl.data.files import (
     CARD_FILE,
     PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    only_writer,
     publish,
     temporary_name,
     write_atomically,
@@ -31,7 +31,6 @@ from embedrl_verl.errors import ConfigError, DataError
 CARD_TEXT_FILE = "data_card.md"
 STATE_FILE = "state.json"
 CAUSES_SHOWN = 20
-CHUNK = 1 << 20
 
 
 @contextmanager
@@ -54,7 +53,7 @@ def work_in(
     """
     work, build = out / WORK_FOLDER, json.loads(json.dumps(build))
     if (out / CARD_FILE).is_file() and not work.exists():
-        changed = difference(_read(out / CARD_FILE).get("build"), build)
+        changed = difference(read_object(out / CARD_FILE).get("build"), build)
         if changed:
             raise ConfigError(f"{out} was made with other options or input: {changed}; name another folder")
         yield None
@@ -62,15 +61,11 @@ def work_in(
     if not work.exists() and next(out.glob(PART_PATTERN), None) is not None:
         raise ConfigError(f"{out} holds parquet files that this command did not write; name another folder")
     begin_work(out, command)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another process is writing {out}; wait for it, or end it") from error
+    with only_writer(out):
         state = {**build, "stamps": [file.stat().st_mtime_ns for file in files]}
         if not (work / STATE_FILE).is_file():
             write_json(work / STATE_FILE, state)
-        elif changed := difference(_read(work / STATE_FILE), state):
+        elif changed := difference(read_object(work / STATE_FILE), state):
             raise ConfigError(
                 f"{out} was begun with other options or input: {changed}. Finish it with the same, or remove the folder"
             )
@@ -80,25 +75,8 @@ def work_in(
 
 def build_facts(command: str, settings: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
     """What a data set is made by and from: equal facts give equal files."""
-    inputs = [{"file": str(file), "bytes": file.stat().st_size, "sha256": _known_hash(file)} for file in files]
+    inputs = [{"file": str(file), "bytes": file.stat().st_size, "sha256": known_hash(file)} for file in files]
     return {"tool": f"embedrl-verl {__version__}", "command": command, "settings": dict(settings), "input": inputs}
-
-
-def part_facts(path: Path, rows: int) -> dict[str, Any]:
-    """A part's line in the data card."""
-    return {"file": path.name, "records": rows, "bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    return digest.hexdigest()
 
 
 def finish(
@@ -116,7 +94,7 @@ def finish(
 
     Args:
         name: what the data set is, for people.
-        parts: of `part_facts`, in order.
+        parts: of `embedrl_verl.data.cards.part_facts`, in order.
         by_source: pairs of each data source.
         media_root: absolute; None if no record has a path.
         rejected: `rejected.jsonl`.
@@ -124,10 +102,10 @@ def finish(
     """
     causes, examples = count_causes(read_lines(rejected))
     card = {
-        "format": "embedrl pair records 1",
+        "format": FORMAT,
         "name": name,
         "tool": build["tool"],
-        "licence": _licences([Path(entry["file"]) for entry in build["input"]]),
+        "licence": licences_of([Path(entry["file"]) for entry in build["input"]]),
         "records": sum(part["records"] for part in parts),
         "media_root": media_root,
         "by_source": {source: {"records": count} for source, count in sorted(by_source.items())},
@@ -213,31 +191,3 @@ def _card_text(card: Mapping[str, Any]) -> str:
     for file in card["build"]["input"]:
         lines.append(f"| {file['file']} | {file['bytes']:,} | {file['sha256'] or 'not known'} |")
     return "\n".join(lines) + "\n"
-
-
-def _known_hash(file: Path) -> str | None:
-    """SHA-256 of a part as the card beside it says, if the size agrees."""
-    card = _read(file.parent / CARD_FILE) if (file.parent / CARD_FILE).is_file() else {}
-    for part in card.get("parts", ()):
-        if part["file"] == file.name and part["bytes"] == file.stat().st_size:
-            return str(part["sha256"])
-    return None
-
-
-def _licences(files: Iterable[Path]) -> str:
-    """What the cards of the inputs declare."""
-    found = []
-    for folder in dict.fromkeys(file.parent for file in files):
-        licence = _read(folder / CARD_FILE).get("licence") if (folder / CARD_FILE).is_file() else None
-        found.append(licence or "not declared")
-    return "; ".join(dict.fromkeys(found))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); write the folder again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: must hold a JSON object; write the folder again")
-    return found

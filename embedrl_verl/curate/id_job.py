@@ -17,13 +17,15 @@ import numpy as np
 import pyarrow as pa
 
 from embedrl_verl.curate.content_ids import IdTask, is_wanted, target_media, write_part
-from embedrl_verl.curate.folders import build_facts, finish, part_facts, stop_if_bad, work_in, write_lines
+from embedrl_verl.curate.folders import build_facts, finish, stop_if_bad, work_in, write_lines
 from embedrl_verl.curate.id_report import IdReport, make_report, write_near_duplicates
-from embedrl_verl.curate.jobs import Entry, default_workers, disk_errors, read_entry, run_tasks
+from embedrl_verl.curate.jobs import Entry, default_workers, read_entry, run_tasks
 from embedrl_verl.curate.media_paths import merged_root
 from embedrl_verl.curate.near_duplicates import Likeness, Looks, LookWriter, Representatives, near_groups
 from embedrl_verl.curate.records import span_batches, spans
 from embedrl_verl.curate.validity import bad_rows
+from embedrl_verl.data.cards import part_facts
+from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import REJECTED_FILE, pair_files, part_name, write_json
 from embedrl_verl.data.identity import media_digest
 from embedrl_verl.data.media import load_image

@@ -8,14 +8,12 @@ writes the same bytes.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +21,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from embedrl_verl.convert import pool
+from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import write_json
-from embedrl_verl.errors import ResourceError
 
 Entry = dict[str, Any]
 Task = TypeVar("Task")
@@ -85,23 +83,6 @@ def read_entry(file: Path) -> Entry:
     """An entry of the journal."""
     entry: Entry = json.loads(file.read_bytes())
     return entry
-
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn what the system says of a disk that is full or cannot be written into an error that says what to do.
-
-    Raises:
-        ResourceError: names the place.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"{where}: the disk is full; what is finished is kept. Free space, then run the same command again"
-            ) from error
-        raise ResourceError(f"{where}: cannot be written ({error})") from error
 
 
 def _run_one(function: Callable[[Task], Entry], task: tuple[Path, Task]) -> Path:

@@ -64,7 +64,7 @@ def open_pairs(path: str | Path) -> Iterator[pq.ParquetFile]:
         DataError: the file cannot be read, a column is missing or has another type; names the file.
     """
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             check_schema(file.schema_arrow, path)
             yield file
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -282,7 +282,7 @@ def remove_temporary_files(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _opened(path: str | Path) -> pq.ParquetFile:
+def opened(path: str | Path) -> pq.ParquetFile:
     """Read through a small buffer, not a whole row group ahead; damaged pages are noticed if they have checksums."""
     return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER, page_checksum_verification=True)
 

@@ -26,7 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import yaml
 
@@ -35,14 +35,13 @@ from embedrl_verl.annotate.journal import Entry
 from embedrl_verl.annotate.prompts import Prompt
 from embedrl_verl.annotate.runner import Errand
 from embedrl_verl.annotate.seeds import seed_of, temperature_of
+from embedrl_verl.curate.verdict_file import Verdict
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.tcot.harmless import break_control, break_tags
 from embedrl_verl.tcot.styles import fill
 
-Verdict: TypeAlias = Literal["match", "mismatch", "unknown"]
-VERDICTS: tuple[Verdict, ...] = ("match", "mismatch", "unknown")
 STYLES = ("paper", "compact")
 ERRAND = "relevance"
 NO_WORD = "names neither word, or both"

@@ -16,15 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from embedrl_verl.curate.content_ids import rejection
-from embedrl_verl.curate.records import BATCH_ROWS, batches, rows_at
+from embedrl_verl.curate.records import batches, rows_at
 from embedrl_verl.curate.validity import bad_rows
+from embedrl_verl.curate.verdict_file import VERDICTS, verdict_batches
 from embedrl_verl.data.identity import TEXT_ID
 from embedrl_verl.errors import DataError
 
-VERDICTS = ("match", "mismatch", "unknown")
 NO_VERDICT = -1
 NAMED = 5
 CHECKED_AT_ONCE = 1024
@@ -138,7 +137,7 @@ def read_verdicts(roster: Roster, path: Path) -> None:
     known = roster.pair[order]
     faults = {"have no pair in the data": Sample(), "come twice": Sample()}
     row = 0
-    for ids, verdicts in _verdict_batches(path):
+    for ids, verdicts in verdict_batches(path):
         hashes = _hashes(ids)
         at = np.minimum(np.searchsorted(known, hashes), max(len(known) - 1, 0))
         found = known[at] == hashes if len(known) else np.zeros(len(hashes), np.bool_)
@@ -204,18 +203,6 @@ def _reject_doubles(roster: Roster) -> None:
             roster.reject(row, DataError(reason), pair_id)
         else:
             first[pair_id] = row
-
-
-def _verdict_batches(path: Path) -> Iterator[tuple[pa.Array, pa.Array]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if missing := [name for name in ("pair_id", "verdict") if name not in names]:
-                raise DataError(f"{path}: column {missing[0]!r} is missing; the file has {', '.join(names)}")
-            for batch in file.iter_batches(BATCH_ROWS, columns=["pair_id", "verdict"], use_threads=False):
-                yield batch["pair_id"].cast(pa.string()), batch["verdict"].cast(pa.string())
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file of verdicts ({error})") from error
 
 
 def _verdict_codes(verdicts: pa.Array, path: Path, first_row: int) -> npt.NDArray[np.int8]:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedrl_verl.curate.roster import VERDICTS, Index, Roster
+from embedrl_verl.curate.roster import Index, Roster
 from embedrl_verl.curate.split_settings import SplitSettings
+from embedrl_verl.curate.verdict_file import VERDICTS
 from embedrl_verl.errors import DataError
 
 FATES = (

@@ -23,21 +23,22 @@ import pyarrow.parquet as pq
 from embedrl_verl.curate.content_ids import rejection
 from embedrl_verl.curate.folders import (
     build_facts,
-    file_digest,
     finish,
-    part_facts,
     read_lines,
     stop_if_bad,
     work_in,
     write_lines,
 )
-from embedrl_verl.curate.jobs import Entry, default_workers, disk_errors, read_entry, run_tasks
+from embedrl_verl.curate.jobs import Entry, default_workers, read_entry, run_tasks
 from embedrl_verl.curate.media_paths import merged_root, with_prefix
 from embedrl_verl.curate.records import PartWriter, batches, chosen_batches
-from embedrl_verl.curate.roster import NO_VERDICT, VERDICTS, Index, Roster, read_roster, read_verdicts
+from embedrl_verl.curate.roster import NO_VERDICT, Index, Roster, read_roster, read_verdicts
 from embedrl_verl.curate.split import BOTH, CONTRASTIVE, FATES, REJECTED, RL, Fates, SplitReport, decide
 from embedrl_verl.curate.split_settings import SplitSettings
 from embedrl_verl.curate.validity import bad_rows
+from embedrl_verl.curate.verdict_file import VERDICTS
+from embedrl_verl.data.cards import part_facts
+from embedrl_verl.data.disk import disk_errors, sha256_of
 from embedrl_verl.data.files import REJECTED_FILE, pair_files, part_name, publish, temporary_name, write_json
 from embedrl_verl.errors import ConfigError
 
@@ -99,7 +100,7 @@ def split_pairs(
     if verdicts is not None:
         read_verdicts(roster, Path(verdicts))
     fates, report = decide(roster, settings, judged=verdicts is not None)
-    judged_by = {"verdicts": verdicts and file_digest(Path(verdicts))}
+    judged_by = {"verdicts": verdicts and sha256_of(Path(verdicts))}
     facts = {**settings.as_dict(), **judged_by, "media_root": root, "rows_per_part": rows_per_part}
     build = build_facts("embedrl data split", facts, files)
     rejected = {(line["file"], line["row"]): line for line in roster.rejected}

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedrl_verl import __version__
-from embedrl_verl.annotate.assemble import sha256_of
 from embedrl_verl.annotate.backends import Backend
 from embedrl_verl.annotate.chunks import ChunkedInput
 from embedrl_verl.annotate.job import ask_about_all
@@ -26,12 +25,13 @@ from embedrl_verl.annotate.journal import Entry, read_journal
 from embedrl_verl.annotate.report import Prices
 from embedrl_verl.annotate.runner import RunnerSettings, journal_path
 from embedrl_verl.annotate.workfolder import WorkFolder
-from embedrl_verl.curate.relevance import VERDICTS, RelevanceAsker
+from embedrl_verl.curate.relevance import RelevanceAsker
+from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, VERDICTS, VERDICTS_FILE
+from embedrl_verl.data.cards import known_hash
+from embedrl_verl.data.disk import disk_errors, sha256_of
 from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, publish, temporary_name
 from embedrl_verl.errors import DataError
 
-VERDICTS_FILE = "verdicts.parquet"
-VERDICT_SCHEMA = pa.schema([("pair_id", pa.string()), ("verdict", pa.string())])
 NO_TCOT = "no T-CoT"
 
 
@@ -78,9 +78,12 @@ class VerdictJob:
             **self.asker.described(),
         }
         with WorkFolder(self.out, settings, self.command, results=(VERDICTS_FILE,)) as work:
-            if not work.is_finished:
+            if work.is_finished:
+                work.check_wanted(self.backend.wanted())
+            else:
                 ask_about_all(work, source, self.asker, self.backend, self.runner, label="judge", unit="pair")
-                work.finish(self._write(work, source))
+                with disk_errors(self.out):
+                    work.finish(self._write(work, source))
         card = json.loads((self.out / CARD_FILE).read_bytes())
         for line in report_lines(card["verdicts"]):
             say(line)
@@ -98,8 +101,8 @@ class VerdictJob:
         publish(rejected, self.out / REJECTED_FILE)
         publish(temporary, self.verdicts)
         return {
-            "made_by": f"embedrl-verl {__version__}: data filter",
-            "inputs": [{"file": file.name, "sha256": sha256_of(file)} for file in self.files],
+            "tool": f"embedrl-verl {__version__}: data filter",
+            "input": [{"file": file.name, "sha256": known_hash(file) or sha256_of(file)} for file in self.files],
             "outputs": [{"file": VERDICTS_FILE, "sha256": sha256_of(self.verdicts)}],
             "served": work.known_served(),
             "settings": work.settings,

@@ -8,14 +8,17 @@ from; `data_card.json` is written last, then `_work/` goes.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.errors import DataError
+from embedrl_verl.data.disk import disk_errors
+from embedrl_verl.errors import ConfigError, DataError
 
 PART_PATTERN = "part-*.parquet"
 CARD_FILE = "data_card.json"
@@ -23,6 +26,7 @@ REJECTED_FILE = "rejected.jsonl"
 MEDIA_FOLDER = "media"
 WORK_FOLDER = "_work"
 COMMAND_FILE = "command.txt"
+LOCK_FILE = "lock"
 
 
 def part_name(index: int) -> str:
@@ -69,15 +73,28 @@ def begin_work(folder: str | Path, command: Sequence[str]) -> Path:
     """Make `_work/` in a data set folder and note the command that finishes it. Returns the path of `_work/`.
 
     Raises:
-        DataError: the folder cannot be written.
+        ResourceError: the folder cannot be written, or the disk is full.
     """
     work = Path(folder) / WORK_FOLDER
-    try:
+    with disk_errors(folder):
         work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error})") from error
-    write_atomically(work / COMMAND_FILE, shlex.join(command) + "\n")
+        write_atomically(work / COMMAND_FILE, shlex.join(command) + "\n")
     return work
+
+
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from writing a data set folder that has `_work/`; a process that is killed gives it free.
+
+    Raises:
+        ConfigError: another process is writing it.
+    """
+    with open(Path(folder) / WORK_FOLDER / LOCK_FILE, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process is writing {folder}; wait for it, or end it") from error
+        yield
 
 
 def finishing_command(folder: str | Path) -> str:

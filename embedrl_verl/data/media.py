@@ -30,8 +30,9 @@ MAX_PIXELS = 89_478_485
 MAX_ASPECT = 200.0
 """Largest ratio of sides that the Qwen-VL processors accept."""
 
-# What Pillow's decoders raise on broken files; OSError covers "truncated" and "cannot identify".
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+# What Pillow's decoders raise on broken files; OSError covers "truncated" and "cannot identify", TypeError comes of a
+# TIFF tag of another type.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)

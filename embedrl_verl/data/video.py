@@ -70,7 +70,7 @@ def read_video(
             for index, frame in enumerate(container.decode(video=0)):
                 if index in wanted:
                     picked[index] = frame.to_image().convert("RGB")
-    except (av.error.FFmpegError, EOFError) as error:
+    except (av.error.FFmpegError, EOFError, UnicodeDecodeError) as error:  # the last: names in the file's metadata
         raise MediaError(f"media path {name!r}: not a readable video ({type(error).__name__}: {error})") from error
     if len(picked) < len(wanted):
         raise MediaError(f"media path {name!r}: only {len(picked)} of {len(wanted)} sampled frames can be decoded")

@@ -27,11 +27,13 @@ class Examiner:
         reader: reads T-CoTs and cuts evidence.
         max_frames: frames drawn from a video.
         meter: counts tokens; None: nothing is said about lengths.
+        verdicts: of the relevance judge, by pair id; None: nothing is said about them.
     """
 
     reader: TcotReader
     max_frames: int
     meter: LengthMeter | None = None
+    verdicts: Mapping[str, str] | None = None
 
     def card(self, row: Row) -> CardView:
         """The card of a row; whatever is wrong with the row stands on it."""
@@ -58,9 +60,15 @@ class Examiner:
             where=where,
             sides=tuple(self._with_lengths(view, lengths.get(side, {})) for side, view in sides.items()),
             more=self._negatives(record, row),
-            facts=(("target id", record.target_id),) if record.target_id else (),
+            facts=self._facts(record),
             flags=tuple(flags),
         )
+
+    def _facts(self, record: PairRecord) -> tuple[tuple[str, str], ...]:
+        facts = (("target id", record.target_id),) if record.target_id else ()
+        if self.verdicts is None:
+            return facts
+        return (*facts, ("relevance", self.verdicts.get(record.pair_id, "not judged")))
 
     def _negatives(self, record: PairRecord, row: Row) -> tuple[SideView, ...]:
         kind: InputKind | None

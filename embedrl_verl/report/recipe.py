@@ -68,6 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="hydra overrides as for a recipe, e.g. data.max_prompt_length=4096 data.embedrl.max_frames=16",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedrl_verl.curate.records import open_pairs
+from embedrl_verl.curate.records import chosen_batches, open_pairs
 from embedrl_verl.data.files import media_root_of, pair_files
 from embedrl_verl.data.parquet import SCHEMA, record_or_error
 from embedrl_verl.data.schema import PairRecord
@@ -131,6 +131,17 @@ def rows_with_ids(index: RowIndex, ids: Sequence[str]) -> list[int]:
             f"no row has the pair_id {missing[0]!r}" + (f" (and {len(missing) - 1} more)" * (len(missing) > 1))
         )
     return [row for rows in found.values() for row in rows]
+
+
+def ids_of(index: RowIndex, numbers: Iterable[int]) -> set[str]:
+    """The pair ids of rows by number."""
+    wanted = np.array(sorted(numbers), dtype=np.int64)
+    found: set[str] = set()
+    for number, file in enumerate(index.files):
+        first, last = np.searchsorted(wanted, index.starts[number : number + 2])
+        for _, batch in chosen_batches(file, wanted[first:last] - index.starts[number], ["pair_id"]):
+            found.update(name for name in batch[0].to_pylist() if name)
+    return found
 
 
 def read_rows(index: RowIndex, numbers: Iterable[int]) -> Iterator[Row]:

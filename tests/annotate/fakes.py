@@ -64,6 +64,9 @@ class FakeBackend:
         self.now = self.most = 0
         self.delay = 0.0
 
+    def wanted(self) -> dict[str, Any]:
+        return {}
+
     async def meet(self) -> dict[str, Any]:
         return {"model": "fake"}
 
@@ -103,7 +106,7 @@ def job(files: list[Path], out: Path, backend: Any = None, *, settings: TcotSett
         asker=TcotAsker(settings or TcotSettings(reask="resample"), changes.pop("prompts", PROMPTS)),
         backend=backend or FakeBackend(),
         runner=RunnerSettings(**runner),
-        **{"inputs": files, "chunk_rows": 4, "command": ["embedrl", "data", "annotate"], **changes},
+        **{"chunk_rows": 4, "command": ["embedrl", "data", "annotate"], **changes},
     )
 
 

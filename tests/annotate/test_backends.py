@@ -144,11 +144,11 @@ def test_a_server_that_dies_stops_the_job_after_its_patience():
         await backend.complete(request)
         await server._runner.cleanup()
         start = asyncio.get_running_loop().time()
-        with pytest.raises(ServersLost, match="no server was up for 0.5 s .*connection refused.*run the command again"):
+        with pytest.raises(ServersLost, match="no server was up for 2 s .*connection refused.*run the command again"):
             await asyncio.gather(*(backend.complete(request) for _ in range(50)))
         return asyncio.get_running_loop().time() - start
 
-    assert 0.4 < talk(served(lambda _: completion()), lose, patience_s=0.5) < 5
+    assert 1.9 < talk(served(lambda _: completion()), lose, patience_s=2.0) < 60
 
 
 def test_a_server_that_comes_back_in_time_is_gone_on_with():

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The input is read once, in order, in chunks; bad rows and doubles are told and nothing else is lost."""
 
+import random
+import string
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.annotate.chunks import ChunkedInput
 from embedrl_verl.data.parquet import SCHEMA, write_pairs
+from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import DataError
 from tests.annotate.fakes import pair_file, pairs
 
@@ -81,3 +86,15 @@ def test_a_truncated_file_and_an_empty_one_are_named(tmp_path):
         ChunkedInput([path], 4)
     with pytest.raises(DataError, match="no row in .*b.parquet"):
         ChunkedInput([pair_file(tmp_path / "b.parquet", 0)], 4)
+
+
+def test_a_damaged_page_is_told_and_not_shown_to_the_model(tmp_path):
+    path, text = tmp_path / "a.parquet", "".join(random.Random(0).choices(string.printable, k=400))
+    write_pairs([replace(pair, target=Item(text=text)) for pair in pairs(1)], path)
+    content = bytearray(path.read_bytes())
+    place = content.find(text[100:200].encode())
+    assert place > 0
+    content[place] ^= 1  # a text like any other, as far as parquet can see
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read after row .*CRC"):
+        read(ChunkedInput([path], 4))

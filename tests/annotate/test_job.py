@@ -2,6 +2,7 @@
 """`embedrl data annotate` as its user sees it: parts, lists, counts, cards, exit codes, and going on."""
 
 import argparse
+import errno
 import hashlib
 import json
 from dataclasses import replace
@@ -11,13 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl import cli_data_annotate
+from embedrl_verl.annotate import assemble as assemble_module
+from embedrl_verl.annotate import workfolder
 from embedrl_verl.annotate.backends import Refused, Reply
 from embedrl_verl.annotate.report import Prices
 from embedrl_verl.annotate.runner import TooManyBad
 from embedrl_verl.annotate.tcots import TcotSettings
+from embedrl_verl.data.cards import known_hash, licences_of
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.data.parquet import SCHEMA, read_pairs, write_pairs
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.errors import ConfigError, DataError, ResourceError
 from tests.annotate.fakes import FakeBackend, contents, job, pair_file, pairs, some_bad, tcot
 
 
@@ -200,15 +204,19 @@ def test_another_model_or_another_input_never_mixes_in_a_folder(file, tmp_path):
         run([file], tmp_path / "out")
 
 
-def test_nobody_needs_to_serve_when_only_the_writing_is_left(file, tmp_path, monkeypatch):
-    from embedrl_verl.annotate import job as job_module
+def test_a_full_disk_is_told_and_nobody_needs_to_serve_when_only_the_writing_is_left(file, tmp_path, monkeypatch):
+    publish, names = assemble_module.publish, []
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def full(temporary, target):
+        if target.name == "part-00002.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        names.append(target.name)
+        publish(temporary, target)
 
-    monkeypatch.setattr(job_module, "assemble", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(assemble_module, "publish", full)
+    with pytest.raises(ResourceError, match=r"out: the disk is full; what is finished is kept\. Free space"):
         run([file], tmp_path / "out")
+    assert names == ["part-00000.parquet", "part-00001.parquet"] and not list((tmp_path / "out").glob(".*"))
     monkeypatch.undo()
 
     class Away(FakeBackend):
@@ -216,13 +224,46 @@ def test_nobody_needs_to_serve_when_only_the_writing_is_left(file, tmp_path, mon
             raise AssertionError("nobody is there")
 
     assert run([file], tmp_path / "out", Away())[0] == 0
+    run([file], tmp_path / "unbroken")
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("name", ["settings.json", "served.json", "data_card.json"])
+def test_a_disk_that_cannot_be_written_is_told_wherever_it_happens(name, file, tmp_path, monkeypatch):
+    write = workfolder.write_json
+
+    def full(path, content):
+        if path.name == name:
+            raise OSError(errno.EROFS, "Read-only file system")
+        write(path, content)
+
+    monkeypatch.setattr(workfolder, "write_json", full)
+    with pytest.raises(ResourceError, match=r"out: cannot be written \(.*Read-only"):
+        run([file], tmp_path / "out")
+    monkeypatch.undo()
+    assert run([file], tmp_path / "out")[0] == 0
+
+
+def test_a_model_that_is_named_later_is_not_passed_over(file, tmp_path):
+    """Nobody is asked any more, but the user must not think that another model wrote the T-CoTs."""
+
+    class Named(FakeBackend):
+        def wanted(self):
+            return {"model": "other"}
+
+    with pytest.raises(TooManyBad):
+        run([file], tmp_path / "out", FakeBackend(some_bad), max_failed_share=0.0)
+    for state in ("was begun", "is finished"):
+        with pytest.raises(ConfigError, match=f"{state} with other settings .model 'fake', now 'other'"):
+            run([file], tmp_path / "out", Named(some_bad))
+        assert run([file], tmp_path / "out", FakeBackend(some_bad))[0] == 0
 
 
 def test_two_processes_never_work_in_one_folder(file, tmp_path):
     class Second(FakeBackend):
         async def complete(self, request):
             if not self.asked:
-                with pytest.raises(ConfigError, match="another process works in"):
+                with pytest.raises(ConfigError, match="another process is writing"):
                     job([file], tmp_path / "out").run()
             return await super().complete(request)
 
@@ -241,14 +282,16 @@ def test_the_card_tells_hashes_settings_and_licences_and_no_time(file, tmp_path)
     source.mkdir()
     pair_file(source / "part-00000.parquet", 30)
     (source / "data_card.json").write_text(json.dumps({"licence": "CC0-1.0", "media_root": None}))
-    one = job([source / "part-00000.parquet"], tmp_path / "a", inputs=[source])
-    two = job([source / "part-00000.parquet"], tmp_path / "b", inputs=[source])
+    one = job([source / "part-00000.parquet"], tmp_path / "a")
+    two = job([source / "part-00000.parquet"], tmp_path / "b")
     assert one.run(str) == two.run(str) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     card = json.loads((tmp_path / "a" / "data_card.json").read_text())
-    assert card["licences"] == {"set": "CC0-1.0"} and card["pairs"] == 30
-    part = tmp_path / "a" / card["outputs"][0]["file"]
-    assert card["outputs"][0]["sha256"] == hashlib.sha256(part.read_bytes()).hexdigest()
+    assert card["licence"] == "CC0-1.0" and card["records"] == 30 and card["by_source"]["source0"] == {"records": 10}
+    part = tmp_path / "a" / card["parts"][0]["file"]
+    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    assert card["parts"][0] == {"file": part.name, "records": 4, "bytes": part.stat().st_size, "sha256": digest}
+    assert known_hash(part) == digest and licences_of([part, file]) == "CC0-1.0; not declared"
     assert card["settings"]["gold_share"] == 0.0 and card["served"] == {"model": "fake"}
     assert "| source0 | 10 | 20 | 0 | 0 |" in (tmp_path / "a" / "data_card.md").read_text()
 
@@ -281,6 +324,9 @@ def test_the_command_line_reaches_the_job(file, tmp_path):
     [
         ((), "--url of a running server"),
         (("--url", "a:1", "--engine", "m"), "--url of a running server"),
+        (("--engine", "m", "--extra-body", '{"top_k": 1}'), "--extra-body goes with --url alone"),
+        (("--engine", "m", "--model", "n"), "--model goes with --url alone"),
+        (("--url", "a:1", "--engine-args", '{"dtype": "auto"}'), "--engine-args goes with --engine alone"),
         (("--url", "a:1", "--gold-share", "2"), "gold-share must be between 0 and 1; got 2.0"),
         (("--url", "a:1", "--tries", "0"), "tries must be 1 or more"),
         (("--url", "a:1", "--limit", "0"), "limit of a server pool must be 1 or more"),

@@ -100,6 +100,24 @@ def test_a_full_disk_leaves_no_torn_line_for_others_to_follow(path, monkeypatch)
     assert [entry["id"] for entry in reopened(path)] == ["a", "b", "c", "e"]
 
 
+def test_a_journal_that_lost_entries_is_never_called_complete(path, monkeypatch):
+    """The closing line is short, and may fit where the entries did not."""
+    journal = Journal(path, HEADER)
+
+    def full(file, data, place):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(JournalError, match="No space"):
+        journal.append([{"id": "d"}])
+    monkeypatch.undo()
+    with pytest.raises(JournalError, match="not complete, since entries could not be written"):
+        journal.close({"n": 4})
+    journal.close()
+    journal.close()  # once more does no harm
+    assert summary_of(path, HEADER) is None and reopened(path) == ENTRIES
+
+
 def test_entries_are_one_line_of_json_each(path):
     lines = path.read_bytes().decode().split("\n")
     assert [json.loads(line) for line in lines[:-1]] == [HEADER, *ENTRIES] and lines[-1] == ""

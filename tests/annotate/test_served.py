@@ -31,7 +31,7 @@ ENV = {
 # An untrained model writes no T-CoT by itself: vLLM has it write one of a text, which is right for texts alone.
 REGEX = r'<thinking>\{"text_keywords":\["(red|find)"\]\}</thinking><rethink>ok</rethink><answer>[0-9]{4}</answer>'
 ASK = ["--family", "qwen2_vl", "--style", "compact", "--no-few-shot", "--shard-rows", "32", "--tries", "2"]
-ASK += ["--image-min-tokens", "1", "--frame-min-tokens", "1", "--max-tokens", "48", "--max-failed-share", "1"]
+ASK += ["--image-min-tokens", "1", "--frame-min-tokens", "1", "--max-tokens", "96", "--max-failed-share", "1"]
 ASK += ["--keep-failed", "--evidence", "off"]
 SERVED = ["--extra-body", json.dumps({"structured_outputs": {"regex": REGEX}}), "--limit", "16"]
 
@@ -49,7 +49,7 @@ def url(model, tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
     command += ["--served-model-name", "tiny", "--max-model-len", "512", "--enforce-eager", "--port", str(port)]
     log = tmp_path_factory.mktemp("server") / "log"
-    server = ServerProcess(command, {**os.environ, **ENV}, f"http://127.0.0.1:{port}", log, startup_s=400)
+    server = ServerProcess(command, {**os.environ, **ENV}, f"http://127.0.0.1:{port}", log, startup_s=1200)
     server.wait_ready()
     yield server.url
     server.stop()
@@ -69,7 +69,7 @@ def start(*words):
 
 
 def finish(process, code=0):
-    said, _ = process.communicate(timeout=400)
+    said, _ = process.communicate(timeout=1500)
     assert process.returncode == code, said[-3000:]
     return said
 

@@ -180,8 +180,20 @@ def test_a_preset_caps_its_sources_and_the_card_prints_its_weights(tmp_path: Pat
     text = (tmp_path / "out" / "data_card.md").read_text()
     assert "contrastive.source_weights={visrag: 6.0}" in text
     assert "Embed-RL" in text
+    assert card["sampling"]["not_in_preset"] == []
     with pytest.raises(ConfigError, match="--cap names the source 'visrg'"):
         convert(tmp_path / "f.jsonl", columns=columns, sampling=sampling_from_options(["visrg=3"], "paper_caps"))
+
+
+def test_a_source_that_the_preset_does_not_name_is_said_to_be_used_whole(tmp_path: Path, convert: Convert) -> None:
+    write_lines(tmp_path / "f.jsonl", [question(index) for index in range(5)])
+    columns = {**MAP, "data_source": {"value": "vidore_colpali_pages"}}
+    convert(tmp_path / "f.jsonl", columns=columns, sampling=sampling_from_options([], "vlm2vec_v2"))
+    said = "The preset vlm2vec_v2 does not name vidore_colpali_pages: all rows are used."
+    assert said in (tmp_path / "out" / "data_card.md").read_text()
+    capped = sampling_from_options(["3"], "vlm2vec_v2")
+    card = convert(tmp_path / "f.jsonl", "capped", columns=columns, sampling=capped)
+    assert (card["records"], card["sampling"]["not_in_preset"]) == (3, [])
 
 
 def test_a_finished_folder_is_left_alone_and_other_options_are_refused(tmp_path: Path, convert: Convert) -> None:
@@ -255,7 +267,9 @@ def test_a_disk_that_fills_at_the_end_is_named_and_the_job_goes_on(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(job_module, "write_atomically", full)
-    with pytest.raises(ResourceError, match="cannot be written .*No space left on device.* run the same command again"):
+    with pytest.raises(
+        ResourceError, match="out: the disk is full; what is finished is kept.*run the same command again"
+    ):
         convert(tmp_path / "f.jsonl")
     monkeypatch.undo()
     assert convert(tmp_path / "f.jsonl")["records"] == 1

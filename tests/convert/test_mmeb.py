@@ -95,6 +95,8 @@ def test_webqa_queries_carry_a_placeholder_without_an_image(root):
         ({"qry": MARK + MARK + "What?"}, "qry"),
         ({"qry": MARK + "Represent the given image with the following question: \n"}, "qry"),
         ({"qry": 7}, "qry"),
+        ({"name": "NIGHTS", "qry": None}, "qry"),
+        ({"name": "NIGHTS", "qry": MARK}, "qry"),
         ({"qry_image_path": 7}, "qry_image_path"),
         ({"pos_text": " "}, "pos_text"),
         ({"pos_text": None}, "pos_text"),
@@ -107,6 +109,12 @@ def test_a_bad_row_is_refused_by_the_name_of_its_field(columns, field):
     with pytest.raises(RowError) as caught:
         convert(**columns)
     assert caught.value.field == field
+
+
+def test_a_file_without_the_column_of_queries_gives_no_pairs():
+    values = {"qry_text": "of the test sets", "qry_image_path": IMAGE, "pos_text": "a", "pos_image_path": ""}
+    with pytest.raises(RowError, match="field qry: the column is missing; the row has qry_text, qry_image_path"):
+        list(MmebTrain().convert(one_row(values, note="ImageNet_1K")))
 
 
 def test_paths_and_texts_may_be_lists_of_one():

@@ -132,7 +132,7 @@ def test_a_file_that_vanishes_while_it_is_read_gives_bad_rows_but_a_hub_stops(tm
     wanted = np.arange(3)
     (message,) = {str(values) for _, values in read_rows(LocalRoot(tmp_path), "gone.jsonl", wanted)}
     assert message.startswith("the file cannot be read here")
-    with pytest.raises(ResourceError, match=r"gone\.jsonl cannot be opened .* run the command again"):
+    with pytest.raises(ResourceError, match=r"gone\.jsonl cannot be read .* run the command again"):
         list(read_rows(RemoteRoot("file", str(tmp_path), "hub"), "gone.jsonl", wanted))
 
 

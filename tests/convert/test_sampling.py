@@ -67,6 +67,23 @@ def test_the_rl_set_has_19000_pairs_of_13_sets() -> None:
     assert sum(table.caps.values()) == 19_000
 
 
+def test_the_recipe_of_vlm2vec_v2_is_as_published() -> None:
+    table = preset("vlm2vec_v2")
+    thousands = {1: (100, 50, 40, 70, 130, 100, 100, 100, 120, 100), 0.5: (10, 10, 20, 10, 20, 25, 28, 30, 20, 20)}
+    for weight, rows in thousands.items():
+        entries = [entry for entry in table.sources.values() if entry.weight == weight]
+        assert tuple((entry.rows or 0) // 1000 for entry in entries) == rows
+    others = {name: entry for name, entry in table.sources.items() if not name.startswith("mmeb_")}
+    assert {name: entry.weight for name, entry in others.items()} == {
+        "vidore_colpali": 10,  # page and question to answer; the reading question to page is not in the recipe
+        "visrag": 12,
+        "llavahound_caption_retrieval": 5,
+        "llavahound_qa": 5,
+        "llavahound_video_retrieval": 5,
+    }
+    assert all(entry.rows is None for entry in others.values())
+
+
 def test_every_preset_speaks_of_sources_that_converters_write() -> None:
     for table in presets().values():
         assert set(table.sources) <= set(ALL_SOURCES), table.name

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The relevance judge: one question a pair, one of two words as its answer, and anything else is unknown."""
 
+import errno
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.annotate.backends import Refused, Reply
 from embedrl_verl.annotate.runner import RunnerSettings, TooManyBad
+from embedrl_verl.curate import verdicts as verdicts_module
 from embedrl_verl.curate.relevance import (
     RelevanceAsker,
     RelevanceSettings,
@@ -16,10 +19,11 @@ from embedrl_verl.curate.relevance import (
     parse_relevance_style,
     read_verdict,
 )
+from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, verdict_files_of, verdicts_of
 from embedrl_verl.curate.verdicts import VerdictJob, report_lines
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.errors import ConfigError, DataError, ResourceError
 from tests.annotate.fakes import FakeBackend, tcot
 
 PAPER, COMPACT = load_relevance_style("paper"), load_relevance_style("compact")
@@ -156,3 +160,33 @@ def test_rows_that_cannot_be_used_are_listed_and_have_no_verdict(tmp_path):
     assert code == 3 and [row["pair_id"] for row in rows] == ["p0", "p1"]
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == 1 and json.loads(line)["field"] == "pair_id"
+
+
+def test_a_full_disk_is_told_and_the_verdicts_are_written_later(tmp_path, monkeypatch):
+    def full(temporary, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(verdicts_module, "publish", full)
+    with pytest.raises(ResourceError, match="the disk is full; what is finished is kept"):
+        judge(tmp_path, [pair(0), pair(1)], lambda target, again: "no")
+    monkeypatch.undo()
+    _, rows, backend, _ = judge(tmp_path, [pair(0), pair(1)], lambda target, again: "yes")
+    assert [row["verdict"] for row in rows] == ["match", "match"] and not backend.asked
+
+
+def test_verdict_files_are_found_where_filter_writes_them_and_the_first_says(tmp_path):
+    def write(place, **verdicts):
+        place.parent.mkdir(parents=True)
+        rows = [{"pair_id": name, "verdict": verdict} for name, verdict in verdicts.items()]
+        pq.write_table(pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA), place)
+        return place
+
+    filtered = write(tmp_path / "filtered" / "verdicts" / "verdicts.parquet", a="match", b="mismatch", c="unknown")
+    own = write(tmp_path / "own" / "verdicts.parquet", a="mismatch")
+    parts = [tmp_path / "filtered" / "rl" / f"part-0000{n}.parquet" for n in range(2)]
+    assert verdict_files_of([*parts, tmp_path / "own" / "x.parquet"]) == [filtered, own]
+    assert verdict_files_of([tmp_path / "none" / "deep" / "x.parquet"]) == []
+    assert verdicts_of([filtered, own], {"a", "c", "d"}) == {"a": "match", "c": "unknown"}
+    pq.write_table(pa.table({"pair_id": ["a"]}), own)
+    with pytest.raises(DataError, match="column 'verdict' is missing"):
+        verdicts_of([own], {"a"})

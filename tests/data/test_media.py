@@ -154,6 +154,24 @@ def encode(image: Image.Image, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
+def tiff_with_an_odd_tag() -> bytes:
+    """Its rows of pixels begin at the place 8.0, on which Pillow stumbles over its own feet (TypeError)."""
+    buffer = io.BytesIO()
+    Image.new("RGBA", (20, 20)).save(buffer, "TIFF")
+    content = bytearray(buffer.getvalue())
+    (table,) = struct.unpack_from("<I", content, 4)
+    (entries,) = struct.unpack_from("<H", content, table)
+    for place in range(table + 2, table + 2 + 12 * entries, 12):
+        if struct.unpack_from("<H", content, place) == (273,):
+            struct.pack_into("<HIf", content, place + 2, 11, 1, 8.0)
+    return bytes(content)
+
+
+def test_a_tiff_with_a_tag_of_another_type_is_an_error() -> None:
+    with pytest.raises(MediaError, match=r"not a readable image \(TypeError"):
+        load_image(tiff_with_an_odd_tag(), None)
+
+
 def test_every_mode_becomes_rgb() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert load_image(encode(clear, "PNG"), None).getpixel((0, 0)) == (255, 255, 255)

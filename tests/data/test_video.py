@@ -80,6 +80,15 @@ def test_truncated_video_is_an_error(tmp_path: Path, header_first: bool, reason:
         load_item(Item(video=Video(path="cut.mp4")), tmp_path)
 
 
+def test_metadata_that_are_no_text_are_an_error(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", frames=2)
+    film = (tmp_path / "clip.mp4").read_bytes()
+    assert b"Lavf" in film
+    (tmp_path / "odd.mp4").write_bytes(film.replace(b"Lavf", b"\xff\xfevf", 1))
+    with pytest.raises(MediaError, match=r"'odd\.mp4': not a readable video \(UnicodeDecodeError"):
+        load_item(Item(video=Video(path="odd.mp4")), tmp_path)
+
+
 def test_oversized_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_clip(tmp_path / "clip.mp4", frames=2)
     monkeypatch.setattr(media, "MAX_PIXELS", 64 * 64 - 1)

@@ -62,6 +62,21 @@ def test_records_can_be_chosen(embedrl: Command, file: Path, tmp_path: Path) -> 
     assert "random in each source, seed 3" in out.read_text()
 
 
+def test_cards_tell_the_verdicts_of_the_judge(embedrl: Command, file: Path, tmp_path: Path) -> None:
+    def shown(*options: object) -> str:
+        assert embedrl("data", "show", file, "--out", tmp_path / "p.html", *options) == 0
+        return Seen((tmp_path / "p.html").read_text()).characters
+
+    verdicts = pa.table({"pair_id": ["clip", "image", "elsewhere"], "verdict": ["mismatch", "match", "match"]})
+    assert "relevance" not in shown()
+    pq.write_table(verdicts, tmp_path / "other.parquet")
+    assert "relevance mismatch" in shown("--verdicts", tmp_path / "other.parquet", "--pair-id", "clip")
+    (tmp_path / "other.parquet").rename(tmp_path / "verdicts.parquet")
+    seen = shown()
+    found = [seen.count(f"relevance {verdict}") for verdict in ("match", "mismatch", "not judged")]
+    assert found == [1, 1, 4] and str(tmp_path / "verdicts.parquet") in seen
+
+
 def test_a_row_that_is_no_record_is_shown_with_its_reason(embedrl: Command, file: Path, tmp_path: Path) -> None:
     rows = pq.read_table(file).to_pylist()[:2]
     rows[1]["target"] = None

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import argparse
 import threading
 
 import pytest
 
 from embedrl_verl.report.lengths import LengthTable, in_threads, overlong
-from embedrl_verl.report.recipe import RecipeLimits, recipe_limits
+from embedrl_verl.report.recipe import RecipeLimits, add_options, limits_of, recipe_limits
 
 
 def test_percentiles_are_lengths_that_rows_have() -> None:
@@ -72,3 +73,11 @@ def test_the_defaults_are_those_of_the_recipes() -> None:
     assert composed == RecipeLimits()
     changed = recipe_limits(["data.max_prompt_length=99", "data.embedrl.max_frames=3", "embedrl.evidence.max_items=2"])
     assert (changed.max_prompt_length, changed.data.max_frames, changed.max_evidence) == (99, 3, 2)
+
+
+def test_every_override_counts_and_a_named_option_wins() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    words = ["--set", "data.max_prompt_length=99", "data.embedrl.max_frames=3", "--set", "embedrl.evidence.max_items=2"]
+    limits = limits_of(parser.parse_args([*words, "--max-frames", "5"]))
+    assert (limits.max_prompt_length, limits.data.max_frames, limits.max_evidence) == (99, 5, 2)

@@ -96,7 +96,10 @@ class MmebTrain:
             if files:
                 found[name] = files
         if not found:
-            raise DataError(f"no <set>/{self.split}-*.parquet; the sets of MMEB-train are {', '.join(MMEB_TASKS)}")
+            raise DataError(
+                f"no <set>/{self.split}-*.parquet; if the input is the folder of one set, name it with --sets. "
+                f"The sets of MMEB-train are {', '.join(MMEB_TASKS)}"
+            )
         return [Shard(file, MMEB_SOURCES[name], note=name) for name, files in found.items() for file in files]
 
     def convert(self, row: RawRow) -> Iterable[PairRecord]:
@@ -122,7 +125,9 @@ class MmebTrain:
 
 def _query(row: RawRow, name: str, task: MmebTask) -> tuple[str, Item]:
     images = _paths(row, "qry_image_path")
-    text = _without_placeholder(row.text("qry", ""), "qry", has_image=bool(images) or name == LEGACY_PLACEHOLDER)
+    text = _without_placeholder(row.text("qry"), "qry", has_image=bool(images) or name == LEGACY_PLACEHOLDER)
+    if not text:
+        raise RowError("qry", f"must have at least the instruction; got {show(row.value('qry'))}")
     if task.query_image and not images:
         raise RowError(
             "qry_image_path", f"the queries of {name} have an image; got {show(row.value('qry_image_path'))}"

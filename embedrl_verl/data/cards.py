@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What data cards say of the files beside them, so that a step that follows need not find it out again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from embedrl_verl.data.disk import sha256_of
+from embedrl_verl.data.files import CARD_FILE
+from embedrl_verl.errors import DataError
+
+FORMAT = "embedrl pair records 1"
+NOT_DECLARED = "not declared"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that a data command wrote.
+
+    Raises:
+        DataError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); write the folder again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must hold a JSON object; write the folder again")
+    return found
+
+
+def card_beside(file: Path) -> dict[str, Any]:
+    """The data card of the folder that a file lies in; {} without one.
+
+    Raises:
+        DataError: as `read_object`.
+    """
+    card = file.parent / CARD_FILE
+    return read_object(card) if card.is_file() else {}
+
+
+def part_facts(path: Path, rows: int) -> dict[str, Any]:
+    """A part's line in the data card."""
+    return {"file": path.name, "records": rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def known_hash(file: Path) -> str | None:
+    """SHA-256 of a part as the card beside it says, if the size agrees."""
+    for part in card_beside(file).get("parts", ()):
+        if part.get("file") == file.name and part.get("bytes") == file.stat().st_size:
+            return str(part["sha256"]) if part.get("sha256") else None
+    return None
+
+
+def licences_of(files: Iterable[Path]) -> str:
+    """What the cards beside the files declare, each licence once."""
+    folders = {file.parent: file for file in files}.values()
+    return "; ".join(dict.fromkeys(str(card_beside(file).get("licence") or NOT_DECLARED) for file in folders))

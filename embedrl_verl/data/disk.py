@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of a disk that is full, and digests of files."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from embedrl_verl.errors import DataError, ResourceError
+
+CHUNK = 1 << 20
+
+
+@contextmanager
+def disk_errors(where: str | Path) -> Iterator[None]:
+    """Turn what the system says of a disk that is full or cannot be written into an error that says what to do.
+
+    Raises:
+        ResourceError: names the place.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"{where}: the disk is full; what is finished is kept. Free space, then run the same command again"
+            ) from error
+        raise ResourceError(f"{where}: cannot be written ({error})") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    return digest.hexdigest()
