@@ -33,7 +33,6 @@ def run(config: Any) -> None:
     """
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
     from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
@@ -44,7 +43,7 @@ def run(config: Any) -> None:
     from embedrl_verl.trainer.preflight import check_embedder, check_reward_function
 
     mode = config.trainer.v1.trainer_mode
-    if mode not in TRAINER_REGISTRY:
+    if not _is_registered(mode):
         raise PluginError(
             f"trainer mode {mode!r} is not registered in verl, so the plugin is not loaded "
             f"(VERL_USE_EXTERNAL_PLUGINS={os.environ.get('VERL_USE_EXTERNAL_PLUGINS', 'auto')}). "
@@ -60,6 +59,20 @@ def run(config: Any) -> None:
     check_ray_cpus(config)
     with ProgressLine(metrics_file(config)):
         run_ppo(config, task_runner_class=TaskRunnerV1)
+
+
+def _is_registered(mode: str) -> bool:
+    """Whether verl knows a trainer mode.
+
+    verl's register is in the training stack, which this process needs for nothing else and imports for many seconds:
+    it is asked for modes of others only. Ours are in it wherever verl has loaded the plugin.
+    """
+    plugin = sys.modules.get("embedrl_verl.platforms.plugin")
+    if plugin is not None and mode in plugin.TRAINER_MODES:
+        return True
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+    return mode in TRAINER_REGISTRY
 
 
 def _own_error(error: BaseException) -> EmbedRLError | None:

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Run the test suite; sets up .venv first when it is missing or out of date. Arguments go to pytest:
+# Run the test suite; sets up .venv first when it is missing or out of date. Arguments go to pytest, as they are:
 #
 #   bash scripts/test.sh                     # everything, the end-to-end tests too
 #   bash scripts/test.sh -m "not e2e"        # without those that start Ray and vLLM
+#
+# Without arguments the tests run in two parts: those that are not end to end on several processes (TEST_WORKERS=N; the
+# default has a core and 3 GiB of free memory for each), then the end-to-end tests one after another.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -11,7 +14,23 @@ bash "$ROOT/scripts/setup_env.sh"
 cd "$ROOT"
 unset PYTHONDONTWRITEBYTECODE # compiled once, not in every process of the end-to-end tests
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTHON="$ROOT/.venv/bin/python"
 "$ROOT/.venv/bin/ruff" check .
 "$ROOT/.venv/bin/ruff" format --check .
 "$ROOT/.venv/bin/mypy"
-exec "$ROOT/.venv/bin/python" -m pytest "$@"
+if (($# > 0)); then
+    exec "$PYTHON" -m pytest "$@"
+fi
+
+workers() {
+    local cores by_memory
+    cores=$(nproc)
+    by_memory=$(awk '/^MemAvailable:/ { print int($2 / (3 * 1024 * 1024)) }' /proc/meminfo)
+    echo $((cores < by_memory ? cores : by_memory > 1 ? by_memory : 1))
+}
+
+code=0
+# A file's tests stay together: many share what is made once for a file.
+"$PYTHON" -m pytest -m "not e2e" -n "${TEST_WORKERS:-$(workers)}" --dist loadfile || code=$?
+"$PYTHON" -m pytest -m e2e || code=$?
+exit "$code"

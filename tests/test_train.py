@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import embedrl_verl.train
+from embedrl_verl.platforms import plugin
 from tests.e2e import harness
 
 
@@ -66,6 +67,18 @@ def test_a_mistake_is_one_message_and_an_exit_code(refuse, extra, code, words):
     for word in words:
         assert word in message
     assert "Traceback" not in message.split("Error: ")[-1]
+
+
+def test_the_process_that_starts_a_run_does_not_import_the_trainers(monkeypatch):
+    """They are the trainer process's, and take many seconds."""
+    import verl
+
+    assert verl.__version__
+    monkeypatch.setitem(sys.modules, "verl.trainer.ppo.v1.trainer_base", None)
+    for mode in plugin.TRAINER_MODES:
+        assert embedrl_verl.train._is_registered(mode)
+    with pytest.raises(ImportError):
+        embedrl_verl.train._is_registered("sync")
 
 
 def test_an_embedder_without_its_token_is_refused(refuse, inputs, tmp_path):

@@ -8,6 +8,7 @@ than ours, the model would see other pixels than those that box coordinates and 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ from embedrl_verl.tcot import Family
 
 
 class PromptMeter:
-    """Counts prompt tokens for one tokenizer and processor. Safe to call from several threads."""
+    """Counts prompt tokens for one tokenizer and processor. Safe to call from several threads.
+
+    Pixels do not change a count, so prompts with the same words, sizes of media and frame times are measured once.
+    """
 
     def __init__(self, tokenizer: Any, processor: Any, family: Family, data_config: Mapping[str, Any]) -> None:
         self._patch = processor.image_processor.patch_size
@@ -32,6 +36,7 @@ class PromptMeter:
             mm_processor_kwargs=dict(data_config.get("mm_processor_kwargs") or {}),
             processor=processor,
         )
+        self._counted: dict[bytes, int] = {}
 
     def count(
         self, messages: Messages, images: Sequence[Image.Image] | None, videos: Sequence[VideoInput] | None
@@ -41,6 +46,16 @@ class PromptMeter:
         Raises:
             ConfigError: the processor resizes a fitted image or frame.
         """
+        if not images and not videos:  # quickly measured, and seldom the same
+            return self._measure(messages, images, videos)
+        outline = _outline(messages, images, videos)
+        if outline not in self._counted:
+            self._counted[outline] = self._measure(messages, images, videos)
+        return self._counted[outline]
+
+    def _measure(
+        self, messages: Messages, images: Sequence[Image.Image] | None, videos: Sequence[VideoInput] | None
+    ) -> int:
         features: dict[str, Any] = {}
         ids = self._builder.build_initial_tokens(messages, images=images, videos=videos, mm_inputs_out=features)
         self._check_sizes("image", [(image.height, image.width) for image in images or ()], features, "image_grid_thw")
@@ -57,6 +72,22 @@ class PromptMeter:
                     f"the processor resizes a {name} from {width}x{height} to {seen_width}x{seen_height} pixels: its "
                     f"own limits are narrower than data.embedrl.{name}_min_tokens .. {name}_max_tokens; change either"
                 )
+
+
+def _outline(messages: Messages, images: Sequence[Image.Image] | None, videos: Sequence[VideoInput] | None) -> bytes:
+    """A digest of everything in a prompt but its pixels."""
+    words = [
+        [message["role"], content]
+        if isinstance(content := message["content"], str)
+        else [
+            message["role"],
+            *[{name: part[name] for name in part if name not in ("image", "video")} for part in content],
+        ]
+        for message in messages
+    ]
+    sizes = [image.size for image in images or ()]
+    clips = [(tuple(frames.shape), metadata) for frames, metadata in videos or ()]
+    return hashlib.sha256(repr((words, sizes, clips)).encode()).digest()
 
 
 def served_prompt_ids(

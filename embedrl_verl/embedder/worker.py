@@ -251,16 +251,20 @@ def _optimizer_config(config: EmbedderConfig, total_steps: int) -> OptimizerConf
     )
 
 
-def build_embedder_worker_group(
+def start_embedder_worker_group(
     run_config: Any, config: EmbedderConfig, resource_pool: Any, *, total_steps: int = 1
-) -> RayWorkerGroup:
-    """Start the Embedder on a pool and load it; returns when all ranks hold their weights.
+) -> tuple[RayWorkerGroup, list[ray.ObjectRef]]:
+    """Start the Embedder on a pool, without waiting for its processes.
 
     Args:
         run_config: the whole configuration; only `trainer.ray_wait_register_center_timeout` is read.
         config: the section `embedrl.embedder`.
         resource_pool: verl's RayResourcePool, shared with other groups or its own.
         total_steps: updates of the whole run, when the Embedder is trained.
+
+    Returns:
+        The group, and a reference for each rank that is ready when the rank holds its weights; `ray.get` raises what
+        went wrong. What is called on the group before waits for that.
 
     Raises:
         ConfigError, EmbedderError: as `worker_config`, before any process starts.
@@ -275,5 +279,13 @@ def build_embedder_worker_group(
         device_name=get_device_name(),
         ray_wait_register_center_timeout=run_config.trainer.ray_wait_register_center_timeout,
     )
-    group.reset()
+    return group, group.execute_all_async("reset")
+
+
+def build_embedder_worker_group(
+    run_config: Any, config: EmbedderConfig, resource_pool: Any, *, total_steps: int = 1
+) -> RayWorkerGroup:
+    """`start_embedder_worker_group`; returns when all ranks hold their weights."""
+    group, loaded = start_embedder_worker_group(run_config, config, resource_pool, total_steps=total_steps)
+    ray.get(loaded)
     return group

@@ -31,6 +31,8 @@ TRAINER_MODULES: tuple[str, ...] = (
     "embedrl_verl.trainer.egrl",
     "embedrl_verl.trainer.modes_async",
 )
+# What they register.
+TRAINER_MODES = ("plain_sync", "egrl_sync", "egrl_colocate_async", "egrl_separate_async")
 
 
 class _LoaderThenTrainers(importlib.abc.Loader):

@@ -36,6 +36,7 @@ def check_run_config(config: Any) -> None:
     chosen = batch * (rollouts if embedder.train.rollouts == "all" else 1)
     rules = [
         *async_rules(config),
+        *_executor_rules(config),
         (
             not embedder.train.enable or chosen >= ranks // split,
             f"co-training needs a row for each of the Embedder's {ranks // split} data-parallel ranks; "
@@ -106,6 +107,26 @@ def check_run_config(config: Any) -> None:
     for holds, message in rules:
         if not holds:
             raise ConfigError(message)
+
+
+def _executor_rules(config: Any) -> list[tuple[bool, str]]:
+    """vLLM's executor `uni` runs the model in the engine's own process: there is no process for a second device, for
+    which the engine would wait for ever."""
+    sections = ["actor_rollout_ref.rollout"]
+    if config.reward.reward_model.enable:
+        sections.append("reward.reward_model.rollout")
+    rules = []
+    for name in sections:
+        rollout, key = OmegaConf.select(config, name), f"{name}.engine_kwargs.vllm.distributed_executor_backend"
+        devices = int(rollout.tensor_model_parallel_size * rollout.pipeline_model_parallel_size)
+        rules.append(
+            (
+                OmegaConf.select(config, key) != "uni" or devices == 1,
+                f"{key}=uni is for servers of one device; got {name}.tensor_model_parallel_size x "
+                f"pipeline_model_parallel_size = {devices}. Set {key}=mp",
+            )
+        )
+    return rules
 
 
 def has_judge(config: Any) -> bool:

@@ -42,7 +42,7 @@ from embedrl_verl.embedder.client import EmbedderClient
 from embedrl_verl.embedder.launch import start_streamed_embedder
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.embedder.streaming import QueuedVectors
-from embedrl_verl.embedder.worker import build_embedder_worker_group
+from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.rewards import RewardBatch
@@ -126,8 +126,10 @@ class EGRLMixin(WorkerClassesMixin):
         train = self.embedrl.embedder.train
         self.embedder: EmbedderClient | QueuedVectors
         self.embedder_training = None
+        # It loads while the agent loops start, which verl makes after this method; `fit` waits for it.
+        self._embedder_loads: list[ray.ObjectRef] = []
         if streamed is None:
-            group = build_embedder_worker_group(
+            group, self._embedder_loads = start_embedder_worker_group(
                 self.config,
                 self.embedrl.embedder,
                 self._embedder_pool(),
@@ -142,6 +144,7 @@ class EGRLMixin(WorkerClassesMixin):
             folder = self._step_folder(self.global_steps)
             check_embedder_record(folder, self.embedrl.embedder)
             if self.embedder_training is not None:
+                ray.get(self._embedder_loads)
                 self.embedder_training.load(folder)
             else:
                 refuse_trained_checkpoint(folder)
@@ -153,6 +156,11 @@ class EGRLMixin(WorkerClassesMixin):
             self.config.reward.custom_reward_function.path,
             "none" if self.judge is None else ", ".join(self.judge.urls),
         )
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """verl's training loop, when the Embedder holds its weights."""
+        ray.get(self._embedder_loads)
+        super().fit(agent_loop_manager)  # type: ignore[misc]
 
     def _judge_stage(self) -> JudgeStage:
         model = self.config.reward.reward_model

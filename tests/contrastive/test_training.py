@@ -16,8 +16,9 @@ import pytest
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.tiny.digits import WorldSize, write_world
+from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
-from tests.embedder.inputs import ENV
+from tests import forked
 
 pytestmark = [pytest.mark.slow]
 
@@ -66,16 +67,22 @@ def command(world: Path, out: Path, *overrides: str) -> list[str]:
     ]
 
 
-def run(arguments: list[str], *, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], *, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """In a new interpreter, as a person runs it."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return subprocess.run(
         [sys.executable, *launch, *arguments],
-        env={**os.environ, **ENV, **more},
+        env={**os.environ, **CPU_ENV},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=600,
     )
+
+
+def run_forked(arguments: list[str], folder: Path) -> tuple[int, str]:
+    """In a process that has the imports; exit code and output."""
+    return forked.run(arguments, folder / "output.txt", CPU_ENV)
 
 
 def metrics(out: Path, name: str = "loss") -> dict[int, float]:
@@ -91,21 +98,17 @@ def unbroken(world, tmp_path_factory) -> Path:
     return out
 
 
-def kill_when(arguments: list[str], happened: Callable[[], bool]) -> None:
+def kill_when(arguments: list[str], folder: Path, happened: Callable[[], bool]) -> None:
     """Start a run and kill -9 it and its loaders as soon as something has happened."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, **ENV},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = forked.start(arguments, folder / "killed.txt", CPU_ENV)
+    assert process.pid is not None
     deadline = time.monotonic() + 300
     while not happened():
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.is_alive() and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
+    assert process.exitcode != 0
 
 
 def test_a_run_killed_between_updates_and_one_killed_in_a_checkpoint_go_on_with_the_same_losses(
@@ -114,15 +117,15 @@ def test_a_run_killed_between_updates_and_one_killed_in_a_checkpoint_go_on_with_
     out = tmp_path / "run"
     arguments = command(world, out)
     folder = out / "checkpoints"
-    kill_when(arguments, lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 3)
+    kill_when(arguments, tmp_path, lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 3)
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
-    kill_when(arguments, lambda: (folder / "global_step_4" / "embedder").exists())
+    kill_when(arguments, tmp_path, lambda: (folder / "global_step_4" / "embedder").exists())
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2", (
         "killed before the checkpoint was complete"
     )
-    done = run(arguments)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "going on after update 2" in done.stdout
+    code, text = run_forked(arguments, tmp_path)
+    assert code == 0, text[-4000:]
+    assert "going on after update 2" in text
     expected, found = metrics(unbroken), metrics(out)
     assert list(found) == list(range(1, STEPS + 1))
     assert found == pytest.approx(expected, rel=1e-6)
@@ -130,8 +133,8 @@ def test_a_run_killed_between_updates_and_one_killed_in_a_checkpoint_go_on_with_
         assert metrics(out, name) == metrics(unbroken, name)
     assert len(set(expected.values())) == STEPS
     # The same again: nothing is left to do, and other settings are refused.
-    other = run([*arguments, "embedrl.embedder.train.temperature=0.1"])
-    assert other.returncode == 2 and "begun with other settings (temperature)" in other.stdout
+    code, text = run_forked([*arguments, "embedrl.embedder.train.temperature=0.1"], tmp_path)
+    assert code == 2 and "begun with other settings (temperature)" in text
 
 
 def test_two_ranks_take_the_same_steps_as_one(unbroken, world, tmp_path):
@@ -151,8 +154,9 @@ def test_the_checkpoint_tells_data_settings_and_scores(unbroken, world):
 
 def test_an_adapter_alone_is_trained(world, tmp_path):
     lora = ["embedrl.embedder.train.lora_rank=4", "embedrl.embedder.train.lora_alpha=8"]
-    done = run(command(world, tmp_path / "run", *lora, "contrastive.total_steps=3", "embedrl.embedder.train.lr=1e-2"))
-    assert done.returncode == 0, done.stdout[-4000:]
+    more = ["contrastive.total_steps=3", "embedrl.embedder.train.lr=1e-2"]
+    code, text = run_forked(command(world, tmp_path / "run", *lora, *more), tmp_path)
+    assert code == 0, text[-4000:]
     import torch
 
     saved = torch.load(
@@ -196,9 +200,9 @@ def test_an_adapter_alone_is_trained(world, tmp_path):
     ],
 )
 def test_bad_settings_end_with_one_message_and_a_code(overrides, code, words, world, tmp_path):
-    done = run(command(world, tmp_path / "run", *overrides))
-    assert done.returncode == code, done.stdout[-2000:]
-    assert words in done.stdout
+    found, text = run_forked(command(world, tmp_path / "run", *overrides), tmp_path)
+    assert found == code, text[-2000:]
+    assert words in text
 
 
 def test_a_broken_checkpoint_stops_at_the_first_loss(world, tmp_path):
@@ -212,9 +216,10 @@ def test_a_broken_checkpoint_stops_at_the_first_loss(world, tmp_path):
     name = next(name for name in weights if name.endswith("layers.1.input_layernorm.weight"))
     weights[name][0] = float("nan")
     save_file(weights, file, metadata={"format": "pt"})
-    done = run(command(world, tmp_path / "run", f"embedrl.embedder.path={tmp_path / 'model'}"))
-    assert done.returncode == 4, done.stdout[-2000:]
-    assert "16 of 16 vectors are not finite, so the loss would be NaN" in done.stdout
+    broken = f"embedrl.embedder.path={tmp_path / 'model'}"
+    code, text = run_forked(command(world, tmp_path / "run", broken), tmp_path)
+    assert code == 4, text[-2000:]
+    assert "16 of 16 vectors are not finite, so the loss would be NaN" in text
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -224,8 +229,8 @@ def test_targets_that_are_all_the_same_are_skipped_counted_and_stop_the_run(worl
     records = list(read_pairs(world / "train_tcot.parquet"))
     write_pairs([replace(r, target_id="one") for r in records], tmp_path / "same.parquet")
     same = [f"data.train_files=[{tmp_path / 'same.parquet'}]", "contrastive.max_empty_batches=2"]
-    done = run(command(world, tmp_path / "run", *same))
-    assert done.returncode == 4, done.stdout[-2000:]
-    assert "update 1 skipped, sources digits_" in done.stdout
-    assert ": a contrastive batch needs at least two pairs" in done.stdout
-    assert "2 batches in a row without negatives (contrastive.max_empty_batches)" in done.stdout
+    code, text = run_forked(command(world, tmp_path / "run", *same), tmp_path)
+    assert code == 4, text[-2000:]
+    assert "update 1 skipped, sources digits_" in text
+    assert ": a contrastive batch needs at least two pairs" in text
+    assert "2 batches in a row without negatives (contrastive.max_empty_batches)" in text

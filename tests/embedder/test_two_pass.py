@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +20,7 @@ from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout, con
 from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients, refuse_dropout
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.tiny.environment import CPU_ENV
+from tests import forked
 from tests.embedder.inputs import Pair, contrastive_cases, item
 
 SCRIPT = Path(__file__).with_name("two_pass_ranks.py")
@@ -36,24 +34,17 @@ def start(checkpoint: Path, out: Path, ranks: int, dtype: str = "float32") -> di
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(checkpoint), str(out), dtype],
-            env={
-                **os.environ,
-                **CPU_ENV,
-                **shared,
-                "MASTER_PORT": str(port),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+        forked.start(
+            [str(SCRIPT), str(checkpoint), str(out), dtype],
+            out.with_suffix(f".{rank}.txt"),
+            {**CPU_ENV, **shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(ranks)
     ]
-    printed = [process.communicate(timeout=600)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(text[-4000:] for text in printed)
+    for process in processes:
+        process.join(600)
+    printed = [out.with_suffix(f".{rank}.txt").read_text() for rank in range(ranks)]
+    assert all(process.exitcode == 0 for process in processes), "\n".join(text[-4000:] for text in printed)
     return torch.load(out, weights_only=True)
 
 

@@ -21,7 +21,8 @@ from embedrl_verl.data.media import MediaLimits, fit_image
 from embedrl_verl.embedder import PROFILES, Embedder, EmbedInput, EmbedProcessor, build_messages, render_prompt
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.export.sentence_files import embedding_template
-from tests.embedder.inputs import ENV, LIMITS, ROWS, item, mixed_inputs, picture
+from embedrl_verl.tiny.environment import CPU_ENV
+from tests.embedder.inputs import LIMITS, ROWS, item, mixed_inputs, picture
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 ENGINES = Path(__file__).parents[1] / "embedder" / "engines.py"
@@ -182,7 +183,7 @@ def test_stock_vllm_pooling_gives_the_vectors_of_the_embedder(exported, tmp_path
     folder, out = exported("qwen2_vl"), tmp_path / "vectors.pt"
     done = subprocess.run(
         [sys.executable, str(ENGINES), "vllm", str(folder), str(out)],
-        env={**os.environ, **ENV},
+        env={**os.environ, **CPU_ENV},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -29,8 +29,9 @@ from embedrl_verl.embedder.served.handshake import check_servers
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
-from tests.embedder.inputs import ENV, LIMITS, mixed_inputs
+from tests.embedder.inputs import LIMITS, mixed_inputs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROWS = 24  # twice every combination of medium, T-CoT and evidence
@@ -63,7 +64,9 @@ def server(config, tmp_path_factory):
     template = folder / "template.jinja"
     template.write_text(options.template)
     command = server_command(server_arguments(options, template, host="127.0.0.1", port=port))
-    process = ServerProcess(command, {**os.environ, **ENV}, f"http://127.0.0.1:{port}", folder / "log", startup_s=400)
+    process = ServerProcess(
+        command, {**os.environ, **CPU_ENV}, f"http://127.0.0.1:{port}", folder / "log", startup_s=400
+    )
     process.wait_ready()
     yield process
     process.stop()

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU platform's rollout servers: one process for engine and model, of one device."""
+
+import pytest
+
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.plan import compose
+from embedrl_verl.trainer.checks import check_run_config
+
+CPU = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl", "platform=cpu"]
+BACKEND = "engine_kwargs.vllm.distributed_executor_backend"
+JUDGE = [*CPU, "reward.reward_model.enable=True", "reward.reward_model.model_path=/models/judge"]
+
+
+def test_rollout_and_judge_run_the_model_in_the_engines_process():
+    config = compose(JUDGE)
+    check_run_config(config)
+    for rollout in (config.actor_rollout_ref.rollout, config.reward.reward_model.rollout):
+        assert rollout.engine_kwargs.vllm.distributed_executor_backend == "uni"
+    # vLLM's CPU build goes back to one more process without it.
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VLLM_ENABLE_V1_MULTIPROCESSING == "0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section"),
+    [
+        ([*CPU, "actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "actor_rollout_ref.rollout"),
+        ([*JUDGE, "reward.reward_model.rollout.tensor_model_parallel_size=2"], "reward.reward_model.rollout"),
+    ],
+)
+def test_a_server_of_two_devices_must_have_a_process_for_each(overrides, section):
+    with pytest.raises(ConfigError, match=f"{section}.{BACKEND}=uni is for servers of one device; got .* = 2"):
+        check_run_config(compose(overrides))
+    check_run_config(compose([*overrides, f"actor_rollout_ref.rollout.{BACKEND}=mp"]))
+
+
+def test_gpu_runs_keep_verls_choice():
+    config = compose(CPU[:2])
+    assert "distributed_executor_backend" not in config.actor_rollout_ref.rollout.engine_kwargs.get("vllm", {})
