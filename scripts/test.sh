@@ -24,7 +24,7 @@ fi
 
 workers() {
     local cores by_memory
-    cores=$(nproc)
+    cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # nproc heeds them
     by_memory=$(awk '/^MemAvailable:/ { print int($2 / (3 * 1024 * 1024)) }' /proc/meminfo)
     echo $((cores < by_memory ? cores : by_memory > 1 ? by_memory : 1))
 }
