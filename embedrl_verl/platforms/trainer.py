@@ -7,17 +7,21 @@ It runs plain GRPO on a CPU, and on GPUs it is the baseline that EG-RL's step ti
 
 from typing import Any
 
+import ray
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from embedrl_verl.platforms.training_worker import use_nested_position_ids_workers
+from embedrl_verl.platforms.weight_socket import claim_weight_sockets
 
 
 class WorkerClassesMixin:
-    """Mixin before one of verl's trainer classes: swaps the worker classes (see platforms.training_worker)."""
+    """Mixin before one of verl's trainer classes: swaps the worker classes (see platforms.training_worker), and holds
+    the sockets for weights as long as the trainer lives (see platforms.weight_socket)."""
 
     role_worker_mapping: dict[Any, Any]
 
     def _init_resource_pool_mgr(self) -> None:
+        self._weight_sockets = claim_weight_sockets(ray.get_runtime_context().get_job_id())
         super()._init_resource_pool_mgr()  # type: ignore[misc]  # verl's trainer follows in the MRO
         use_nested_position_ids_workers(self.role_worker_mapping)
 

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two runs on one machine never share verl's sockets for weights."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from embedrl_verl.errors import ResourceError
+from embedrl_verl.platforms.weight_socket import SOCKETS, claim_weight_sockets
+
+HOLDER = """
+import sys
+from pathlib import Path
+from embedrl_verl.platforms.weight_socket import claim_weight_sockets
+claim = claim_weight_sockets("01000000", folder=Path(sys.argv[1]))
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process that holds the sockets of job 01000000; closing its stdin ends it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"holds\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_of_the_same_job_number_is_refused_and_told_what_to_do(other_run, tmp_path):
+    with pytest.raises(ResourceError, match=r"(?s)job id 01000000.*RAY_ADDRESS=auto"):
+        claim_weight_sockets("01000000", folder=tmp_path, wait_s=0.2)
+
+
+def test_jobs_of_one_cluster_do_not_wait_for_each_other(other_run, tmp_path):
+    claim_weight_sockets("02000000", folder=tmp_path, wait_s=0).close()
+
+
+def test_a_run_that_was_killed_leaves_nothing_behind_that_stops_the_next(other_run, tmp_path):
+    other_run.kill()
+    other_run.wait()
+    claim_weight_sockets("01000000", folder=tmp_path, wait_s=5).close()
+
+
+def test_a_run_waits_for_one_that_is_ending(other_run, tmp_path, caplog):
+    with pytest.raises(ResourceError):
+        claim_weight_sockets("01000000", folder=tmp_path, wait_s=0)
+    other_run.stdin.close()
+    claim_weight_sockets("01000000", folder=tmp_path, wait_s=30).close()
+
+
+def test_a_lock_of_another_user_can_be_taken(tmp_path):
+    path = tmp_path / "rl-colocate-zmq-01000000.embedrl.lock"
+    path.touch(mode=0o444)
+    claim_weight_sockets("01000000", folder=tmp_path, wait_s=0).close()
+
+
+def test_verl_still_names_the_sockets_after_the_job_alone(monkeypatch):
+    monkeypatch.setenv("VERL_RAY_JOB_ID", "01000000")
+    monkeypatch.setenv("VERL_REPLICA_RANK", "0")
+    monkeypatch.delenv("VERL_ZMQ_BASE_TRAINER_RANK", raising=False)
+    handle = vLLMColocateWorkerExtension._get_zmq_handle(SimpleNamespace(model_runner=None, local_rank=0))
+    assert handle == f"ipc://{SOCKETS}/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
