@@ -37,23 +37,20 @@ def claim_weight_sockets(job: str, *, folder: Path = SOCKETS, wait_s: float = 60
     """
     path = folder / f"rl-colocate-zmq-{job}.embedrl.lock"
     file = _open(path)
-    deadline, warned = time.monotonic() + wait_s, False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                file.close()
-                raise ResourceError(
-                    f"another run on this machine, in a Ray cluster of its own, has the job id {job} too and so the "
-                    f"same sockets for weights ({path} is locked; verl 0.9.1 names them after the job). Wait until "
-                    "it ends, or put both runs in one cluster: `ray start --head`, then RAY_ADDRESS=auto for each"
-                ) from error
-        if not warned:
-            logger.warning("another run on this machine holds %s; waiting up to %.0f s for its end", path, wait_s)
-            warned = True
+    if _lock(file):
+        return file
+    logger.warning("another run on this machine holds %s; waiting up to %.0f s for its end", path, wait_s)
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
         time.sleep(min(0.5, wait_s / 10))
+        if _lock(file):
+            return file
+    file.close()
+    raise ResourceError(
+        f"another run on this machine, in a Ray cluster of its own, has the job id {job} too and so the same sockets "
+        f"for weights ({path} is locked; verl 0.9.1 names them after the job). Wait until it ends, or put both runs in "
+        "one cluster: `ray start --head`, then RAY_ADDRESS=auto for each"
+    )
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -62,3 +59,11 @@ def _open(path: Path) -> IO[bytes]:
         return path.open("rb")
     except FileNotFoundError:
         return os.fdopen(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644), "rb")
+
+
+def _lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -50,14 +51,17 @@ def test_a_run_that_was_killed_leaves_nothing_behind_that_stops_the_next(other_r
 def test_a_run_waits_for_one_that_is_ending(other_run, tmp_path, caplog):
     with pytest.raises(ResourceError):
         claim_weight_sockets("01000000", folder=tmp_path, wait_s=0)
-    other_run.stdin.close()
+    caplog.clear()
+    threading.Timer(0.2, other_run.stdin.close).start()
     claim_weight_sockets("01000000", folder=tmp_path, wait_s=30).close()
+    assert caplog.text.count("waiting up to 30 s") == 1
 
 
 def test_a_lock_of_another_user_can_be_taken(tmp_path):
     path = tmp_path / "rl-colocate-zmq-01000000.embedrl.lock"
     path.touch(mode=0o444)
-    claim_weight_sockets("01000000", folder=tmp_path, wait_s=0).close()
+    with claim_weight_sockets("01000000", folder=tmp_path, wait_s=0) as claim:
+        assert not claim.writable()
 
 
 def test_verl_still_names_the_sockets_after_the_job_alone(monkeypatch):
