@@ -57,6 +57,17 @@ def words(process: psutil.Process) -> list[str]:
         return []
 
 
+def ends(process: psutil.Process, *, within_s: float) -> bool:
+    """Whether it ends. Ray tells its processes to, and waits for none; a big one takes a while to give its pages back."""
+    until = time.monotonic() + within_s
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+    return True
+
+
 def server() -> psutil.Process | None:
     """vLLM's API server: the child of its inner guard."""
     inner = [one for one in ours() if guard.__file__ in words(one) and guard.INNER in words(one)]
@@ -161,7 +172,7 @@ def finished(inputs: Path, killer: Killer, folder: Path, settings: dict[str, Any
     assert run.code == 0, run.output[-6000:]
     assert killer.happened == ["killed", "back"]
     assert killer.started is not None
-    assert not killer.started.is_running(), "what embeds has outlived its run"
+    assert ends(killer.started, within_s=guard.GRACE_S + 5), "what embeds has outlived its run"
     return run
 
 
