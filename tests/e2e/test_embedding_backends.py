@@ -58,7 +58,7 @@ def words(process: psutil.Process) -> list[str]:
 
 
 def ends(process: psutil.Process, *, within_s: float) -> bool:
-    """Whether it ends. Ray tells its processes to, and waits for none; a big one takes a while to give its pages back."""
+    """Whether it ends: Ray tells its processes to and waits for none, and a big one gives its pages back slowly."""
     until = time.monotonic() + within_s
     with contextlib.suppress(psutil.NoSuchProcess):
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
