@@ -51,7 +51,9 @@ def make_card(
     if name:
         table = preset(name)
         sampling["preset_from"], sampling["preset_note"] = table.origin, table.note
-        sampling["weights"] = {source: weight for source, weight in table.weights.items() if source in by_source}
+        sampling["weights"] = table.source_weights({source: counts["records"] for source, counts in by_source.items()})
+        if table.by_draw:
+            sampling["draws"] = {source: table.weights[source] for source in sampling["weights"]}
         named = {*table.sources, *sampling["caps"]}
         sampling["not_in_preset"] = [
             source for source in by_source if sampling["default_cap"] is None and source not in named
@@ -183,6 +185,12 @@ def card_text(card: Mapping[str, Any]) -> str:
         weights = ", ".join(f"{source}: {weight}" for source, weight in sampling["weights"].items())
         if weights:
             lines.append(f"Weights of contrastive training: `contrastive.source_weights={{{weights}}}`")
+        if sampling.get("draws"):
+            draws = ", ".join(f"{source} {draw}" for source, draw in sampling["draws"].items())
+            lines.append(
+                "They are the shares of the draws divided by these pairs, the largest 1. After a filter, or with other "
+                f"folders, divide by the pairs of each source that are trained on; the shares are {draws}."
+            )
     elif sampling["caps"] or sampling["default_cap"]:
         caps = [f"{source} {cap:,}" for source, cap in sampling["caps"].items()]
         caps += [f"others {sampling['default_cap']:,}"] if sampling["default_cap"] else []

@@ -19,6 +19,7 @@ A side has text, instruction, tcot, kind (`page`), images, and a video: `video` 
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -39,11 +40,15 @@ STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]|\.")
 
 @dataclass(frozen=True)
 class Reference:
-    """How one field is filled: by a column (a path into the row), a constant, or a template of columns."""
+    """How one field is filled: by a column (a path into the row), a constant, or a template of columns.
+
+    `key` is the entry of the map, as `query.fps`.
+    """
 
     column: str = ""
     constant: Any = None
     template: str = ""
+    key: str = ""
 
     def look_up(self, row: Mapping[str, Any]) -> Any:
         """The value in a row.
@@ -58,8 +63,8 @@ class Reference:
 
     @property
     def name(self) -> str:
-        """For messages: the column."""
-        return self.column or self.template or "value"
+        """For messages: the column, or the map's entry of a constant."""
+        return self.column or self.template or self.key or "value"
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,10 @@ def column_map(plain: Mapping[str, Any], where: str) -> ColumnMap:
     negatives = plain.get("negatives") or []
     negatives = [negatives] if not isinstance(negatives, list) else negatives
     return ColumnMap(
-        record={key: _reference(plain[key], f"{where}: {key}") for key in RECORD_KEYS if key in plain},
-        query=_fields(plain["query"], f"{where}: query"),
-        target=_fields(plain["target"], f"{where}: target"),
-        negatives=tuple(_fields(item, f"{where}: negatives[{index}]") for index, item in enumerate(negatives)),
+        record={key: _reference(plain[key], where, key) for key in RECORD_KEYS if key in plain},
+        query=_fields(plain["query"], where, "query"),
+        target=_fields(plain["target"], where, "target"),
+        negatives=tuple(_fields(item, where, f"negatives[{index}]") for index, item in enumerate(negatives)),
     )
 
 
@@ -180,13 +185,14 @@ def item_of(values: Mapping[str, Any], name: Callable[[str], str], side: str) ->
 
 
 def _video(value: Any, fps: Any, name: Callable[[str], str]) -> Video | None:
+    of_struct = fps is None and isinstance(value, Mapping)
     if isinstance(value, Mapping):  # {frames, path, fps}, as in our own files; or one struct of a path
         fps = value.get("fps") if fps is None else fps
         value = value.get("frames") or value.get("path")
     if value is None or value == "":
         return None
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float)):
-        raise RowError(name("fps"), f"must be a number; got {show(fps)}")
+        raise RowError(f"{name('video')}.fps" if of_struct else name("fps"), f"must be a number; got {show(fps)}")
     rate = None if fps is None else float(fps)
     if value == []:
         raise RowError(name("video"), "has no frames")
@@ -218,31 +224,66 @@ def _as_words(row: Mapping[str, Any], name: str) -> str:
     raise RowError(name, f"a template takes strings and numbers; got {show(value)}")
 
 
-def _fields(plain: Any, where: str) -> dict[str, Reference]:
+def _fields(plain: Any, where: str, side: str) -> dict[str, Reference]:
     if isinstance(plain, str):  # `query: question` is its text
         plain = {"text": plain}
     if not isinstance(plain, Mapping) or not plain:
-        raise ConfigError(f"{where}: must be a column, or a mapping of {', '.join(ITEM_KEYS)}; got {show(plain)}")
+        raise ConfigError(
+            f"{where}: {side}: must be a column, or a mapping of {', '.join(ITEM_KEYS)}; got {show(plain)}"
+        )
     for key in plain:
         if key not in ITEM_KEYS:
-            raise ConfigError(f"{where}: unknown key {key!r}; known are {', '.join(ITEM_KEYS)}")
-    return {key: _reference(value, f"{where}.{key}") for key, value in plain.items()}
+            raise ConfigError(f"{where}: {side}: unknown key {key!r}; known are {', '.join(ITEM_KEYS)}")
+    return {key: _reference(value, where, f"{side}.{key}") for key, value in plain.items()}
 
 
-def _reference(plain: Any, where: str) -> Reference:
+def _reference(plain: Any, where: str, key: str) -> Reference:
     if isinstance(plain, str) and plain:
-        return Reference(column=plain)
+        return Reference(column=plain, key=key)
     if isinstance(plain, Mapping) and len(plain) == 1:
         ((kind, content),) = plain.items()
         if kind == "value" and content is not None:
-            return Reference(constant=content)
+            return Reference(constant=_constant(content, where, key), key=key)
         if kind == "column" and isinstance(content, str) and content:
-            return Reference(column=content)
+            return Reference(column=content, key=key)
         if kind == "template" and isinstance(content, str) and content:
-            return Reference(template=content)
-    if where.endswith((".kind", ".fps")) and isinstance(plain, int | float):
-        return Reference(constant=plain)
-    raise ConfigError(f"{where}: must be a column, {{value: ...}} or {{template: ...}}; got {show(plain)}")
+            _check_template(content, f"{where}: {key}")
+            return Reference(template=content, key=key)
+    if key.endswith((".kind", ".fps")) and isinstance(plain, int | float):
+        return Reference(constant=_constant(plain, where, key), key=key)
+    raise ConfigError(f"{where}: {key}: must be a column, {{value: ...}} or {{template: ...}}; got {show(plain)}")
+
+
+def _constant(value: Any, where: str, key: str) -> Any:
+    """A constant as its field has it: fps is a number, which the command line gives as a text."""
+    if not key.endswith(".fps"):
+        return value
+    try:
+        rate = math.nan if isinstance(value, bool) or not isinstance(value, str | int | float) else float(value)
+    except (ValueError, OverflowError):
+        rate = math.nan
+    if not (math.isfinite(rate) and rate > 0):
+        raise ConfigError(f"{where}: {key}: a constant must be a positive number, as 2 or 0.5; got {show(value)}")
+    return rate
+
+
+def _check_template(template: str, where: str) -> None:
+    """Raises ConfigError for a template that is more than words and {column}s."""
+    rule = "a template is words and columns in braces, as '{place}, {year}' ({{ and }} for braces themselves)"
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {rule}; got {template!r}: {error}") from error
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if not name.strip():
+            raise ConfigError(f"{where}: {rule}; got {template!r}, where a column's name is empty")
+        if re.match(r"\d+(?:[.\[]|$)", name):
+            raise ConfigError(f"{where}: {rule}; got {template!r}, where {name!r} is a number; name the column")
+        if spec or conversion:
+            extra = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise ConfigError(f"{where}: {rule}; got {template!r}; values are put in as they are, leave out {extra!r}")
 
 
 def _plain(reference: Reference) -> Any:

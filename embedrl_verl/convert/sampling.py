@@ -36,12 +36,16 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published table. `origin` says where it is from, `note` what to know before using it."""
+    """A published table. `origin` says where it is from, `note` what to know before using it.
+
+    `by_draw`: its weights are shares of the draws, whatever a source's size; ours are multiplied by it.
+    """
 
     name: str
     origin: str
     note: str
     sources: Mapping[str, SourceEntry]
+    by_draw: bool = False
 
     @property
     def caps(self) -> dict[str, int]:
@@ -50,12 +54,25 @@ class Preset:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Data source -> weight of contrastive training, without the sources that are left out of it."""
+        """Data source -> weight as published, without the sources that are left out of contrastive training."""
         return {
             name: entry.weight
             for name, entry in self.sources.items()
             if entry.weight is not None and not entry.left_out
         }
+
+    def source_weights(self, pairs: Mapping[str, int]) -> dict[str, float]:
+        """Data source -> weight as `contrastive.source_weights` means it (drawn weight x pairs times an epoch).
+
+        Args:
+            pairs: data source -> pairs in the data; sources without pairs get no weight.
+        """
+        weights = {name: weight for name, weight in self.weights.items() if pairs.get(name)}
+        if not self.by_draw or not weights:
+            return weights
+        of_a_pair = {name: weight / pairs[name] for name, weight in weights.items()}
+        largest = max(of_a_pair.values())  # becomes 1: no pair comes twice in an epoch
+        return {name: float(f"{weight / largest:.6g}") for name, weight in of_a_pair.items()}
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,7 @@ def presets() -> dict[str, Preset]:
             origin=table["from"],
             note=table["note"],
             sources={source: SourceEntry(**entry) for source, entry in table["sources"].items()},
+            by_draw=table.get("by_draw", False),
         )
         for name, table in tables.items()
     }

@@ -93,6 +93,22 @@ def test_clean_answers_are_words_and_not_cells(columns, target):
     assert record.target.text == target
 
 
+@pytest.mark.parametrize("options", ["A. one; B. two bars", "['A. one', 'B. two", 5])
+def test_a_letter_beside_options_that_cannot_be_read_is_refused(options):
+    for answer in ("B", " (B) "):
+        with pytest.raises(RowError, match="field options: must be a list of texts when the answer is a letter"):
+            convert(answer=answer, options=options)
+    (record,) = convert(answer="two bars", options=options)
+    assert record.target.text == "two bars"
+    assert convert("page", answer="B", options=options)
+    assert convert(answers="raw", answer="B", options=options)[0].target.text == "B"
+
+
+@pytest.mark.parametrize("options", [None, "", "  "])
+def test_a_letter_without_options_is_the_answer_itself(options):
+    assert convert(answer="B", options=options)[0].target.text == "B"
+
+
 def test_raw_answers_are_the_cells_of_the_reference():
     for answer in ("['five to ten', 'hours']", "D"):
         (record,) = convert(answers="raw", answer=answer, options=OPTIONS)

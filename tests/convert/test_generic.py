@@ -166,6 +166,76 @@ def test_a_wrong_map_is_refused_before_anything_is_read(plain: dict[str, Any], m
         column_map(plain, "map")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{year", r"got '\{year': expected '\}'"),
+        ("a } b", "got 'a } b': Single '}'"),
+        ("{q!}", "got '{q!}': "),
+        ("{q} {}", "got '{q} {}', where a column's name is empty"),
+        ("{ }", "where a column's name is empty"),
+        ("{0}", "where '0' is a number"),
+        ("{0[1].a}", r"where '0\[1\]\.a' is a number"),
+        ("{year:04d} {q}", "leave out ':04d'"),
+        ("{q!r:>9}", "leave out '!r:>9'"),
+    ],
+)
+def test_a_template_of_more_than_columns_is_refused_with_the_map(template: str, message: str) -> None:
+    plain = {"query": {"text": {"template": template}}, "target": "t", "negatives": {"text": "n"}}
+    with pytest.raises(ConfigError, match=r"map: query\.text: a template is words and columns in braces.*" + message):
+        column_map(plain, "map")
+    plain = {"query": "q", "target": "t", "negatives": {"text": {"template": template}}}
+    with pytest.raises(ConfigError, match=r"map: negatives\[0\]\.text: a template is"):
+        column_map(plain, "map")
+    with pytest.raises(ConfigError, match="map: instruction: a template is"):
+        column_map({"query": "q", "target": "t", "instruction": {"template": template}}, "map")
+
+
+def test_a_template_may_hold_braces_and_columns_that_end_in_digits() -> None:
+    plain = {"query": {"text": {"template": "{{{q1}}} {2nd} {q[0]}"}}, "target": "t"}
+    assert one(plain, {"q1": "a", "2nd": 2, "q": ["b"], "t": "c"}).query.text == "{a} 2 b"
+
+
+def test_a_wrong_template_ends_the_command_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_lines(tmp_path / "f.jsonl", [{"q": "a", "t": "b", "year": 7}])
+    file = tmp_path / "map.yaml"
+    for template in ("{year:04d} {}", "{year"):
+        file.write_text(f'query: {{text: {{template: "{template}"}}}}\ntarget: t\n')
+        assert command("--input", source, "--out", tmp_path / "out", "--columns", file) == 2
+        said = capsys.readouterr().err
+        assert "map.yaml: query.text: a template is words and columns in braces, as '{place}, {year}'" in said
+        assert template in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_constant_rate_of_the_command_line_is_a_number(tmp_path: Path) -> None:
+    columns = load_column_map(None, ["query.video=v", "target=t"], ["query.fps=2"])
+    assert columns is not None
+    (record,) = GenericConverter(columns).convert(RawRow(Shard("f.jsonl", ""), 0, {"v": "c.mp4", "t": "b"}))
+    assert record.query.video == Video(path="c.mp4", fps=2.0)
+    assert columns == column_map({"query": {"video": "v", "fps": 2}, "target": {"text": "t"}}, "map")
+    for text in ("fast", "0", "-1", "nan", "inf"):
+        with pytest.raises(ConfigError, match=rf"query\.fps: a constant must be a positive number.*got '{text}'"):
+            load_column_map(None, ["query.video=v", "target=t"], [f"query.fps={text}"])
+    for value in (True, 0, [1, 2], {"value": False}, {"value": [2]}):
+        with pytest.raises(ConfigError, match=r"map: negatives\[0\]\.fps: (a constant )?must be"):
+            column_map({"query": "q", "target": "t", "negatives": {"video": "v", "fps": value}}, "map")
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"query": {"text": {"value": 5}}, "target": "t"}, "field query.text: must be a string; got 5"),
+        ({"query": "q", "target": {"images": {"value": [7]}}}, r"field target\.images\[0\]: must be a path"),
+        ({"query": "q", "target": "t", "instruction": {"value": ["x"]}}, "field instruction: must be a string"),
+        ({"query": "q", "target": {"video": "v"}}, r"field v\.fps: must be a number; got '2'"),
+    ],
+)
+def test_what_is_no_column_is_named_by_its_place(plain: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        one(plain, {"q": "a", "t": "b", "v": {"path": "c.mp4", "fps": "2"}})
+
+
 def test_the_command_line_writes_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "map.yaml"
     file.write_text("query: q\ntarget: {text: t}\n")

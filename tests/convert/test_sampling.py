@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from embedrl_verl.contrastive.sampler import SubBatchPlan
 from embedrl_verl.convert.names import ALL_SOURCES, MMEB_SOURCES
 from embedrl_verl.convert.sampling import Sampling, evenly_spaced, preset, presets, sampling_from_options
+from embedrl_verl.data.files import pair_files
+from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.errors import ConfigError
+from tests.convert.conftest import MAP, Convert, question, write_lines
 
 
 @pytest.mark.parametrize(("total", "count"), [(10, 3), (50, 50), (7, 9), (1_000_000, 999), (3, 1), (0, 5)])
@@ -82,6 +91,42 @@ def test_the_recipe_of_vlm2vec_v2_is_as_published() -> None:
         "llavahound_video_retrieval": 5,
     }
     assert all(entry.rows is None for entry in others.values())
+
+
+def test_the_weights_that_a_card_prints_train_the_mixture_of_the_preset(tmp_path: Path, convert: Convert) -> None:
+    pairs = {"visrag": 300, "vidore_colpali": 650, "mmeb_imagenet_1k": 900, "mmeb_hatefulmemes": 20}
+    rows = [question(i, source=source) for source, count in pairs.items() for i in range(count)]
+    write_lines(tmp_path / "f.jsonl", [*rows, question(0, source="mmeb_cirr", answer=None)])
+    columns = {**MAP, "data_source": "source"}
+    card = convert(
+        tmp_path / "f.jsonl", columns=columns, sampling=sampling_from_options([], "vlm2vec_v2"), shard_rows=10**6
+    )
+    text = (tmp_path / "out" / "data_card.md").read_text()
+    (printed,) = re.findall(r"`(contrastive\.source_weights=.*)`", text)
+    weights = OverridesParser.create().parse_override(printed).value()
+    assert weights == card["sampling"]["weights"]
+    assert max(weights.values()) == weights["visrag"] == 1
+    assert "the shares are mmeb_imagenet_1k 1, mmeb_hatefulmemes 0.5, vidore_colpali 10, visrag 12." in text
+
+    sources = [record.data_source for file in pair_files([tmp_path / "out"]) for record in read_pairs(file)]
+    assert Counter(sources) == pairs
+    plan = SubBatchPlan(sources, batch_pairs=1, sub_batch_pairs=1, weights=weights)
+    drawn = Counter(sources[int(batch.pairs[0])] for batch in plan.epoch(0))
+    published = preset("vlm2vec_v2").weights
+    for source in pairs:
+        share = published[source] / sum(published[name] for name in pairs)
+        assert drawn[source] == pytest.approx(share * drawn.total(), abs=1), source
+        probability = weights[source] * pairs[source] / sum(weights[name] * pairs[name] for name in pairs)
+        assert probability == pytest.approx(share, rel=1e-5), source
+
+
+def test_weights_that_are_times_size_are_left_as_published() -> None:
+    table = preset("paper_caps")
+    assert table.source_weights({"visrag": 9, "mmeb_cirr": 7, "mmeb_n24news": 5, "own": 4, "mmeb_nights": 0}) == {
+        "visrag": 6.0,
+        "mmeb_cirr": 0.43,
+    }
+    assert preset("vlm2vec_v2").source_weights({"own": 3}) == {}
 
 
 def test_every_preset_speaks_of_sources_that_converters_write() -> None:

@@ -15,8 +15,9 @@ used in the reading "answer".
 
 Cells of `answer` and `options` may be lists written out as strings. With `answers="clean"` a list (of the sources pdf
 and tatdqa) is one answer in parts and is joined with ", ", and the letter of an option (arxiv_qa) becomes the option's
-text. With "raw" the cell is the target as it stands, as in the reference. The sources docvqa and Infographic-VQA have a
-second line in the question that asks for a short answer ("Answer briefly."); the reading "page" leaves it out.
+text; a letter beside options that cannot be read is refused, since all such rows would share it as their target. With
+"raw" the cell is the target as it stands, as in the reference. The sources docvqa and Infographic-VQA have a second
+line in the question that asks for a short answer ("Answer briefly."); the reading "page" leaves it out.
 
 The reference says no instruction; in the reading "answer" ours is that of MMEB's questions, in "page" that of the
 retrieval benchmark.
@@ -108,8 +109,16 @@ class ColPaliTrain:
         if parts is not None:
             return ", ".join(part for part in parts if part)
         answer = row.text("answer").strip()
-        options = listed(row.value("options", None))
-        return answer if options is None else _chosen(answer, options)
+        cell = row.value("options", None)
+        options = listed(cell)
+        if options is not None:
+            return _chosen(answer, options)
+        absent = cell is None or (isinstance(cell, str) and not cell.strip())
+        if not absent and option_letter(answer) is not None:
+            raise RowError(
+                "options", f"must be a list of texts when the answer is a letter ({show(answer)}); got {show(cell)}"
+            )
+        return answer
 
 
 def train_files(root: InputRoot, repository: str) -> list[str]:
