@@ -15,6 +15,7 @@ from embedrl_verl.convert.sampling import preset
 from embedrl_verl.data.cards import FORMAT
 from embedrl_verl.data.files import part_name
 
+CARD_TEXT_FILE = "data_card.md"
 CAUSES_SHOWN, MAX_CAUSES = 20, 1000
 OTHER_CAUSES = "(other causes)"
 BY_ROW = "(rows say it)"
@@ -24,7 +25,6 @@ BY_ROW = "(rows say it)"
 def make_card(
     *,
     build: Mapping[str, Any],
-    licence: str,
     media_root: str | None,
     plan: Plan,
     reports: Mapping[int, Mapping[str, Any]],
@@ -35,7 +35,6 @@ def make_card(
 
     Args:
         build: see `plan.build_facts`.
-        licence: as the source or the user declares it.
         media_root: as it is to be written; left out when no record has a path.
         reports: counts of the parts, by index.
         hashes: file of the input -> SHA-256, or None where it is not known.
@@ -68,7 +67,7 @@ def make_card(
         "format": FORMAT,
         "name": build["converter"],
         "tool": build["tool"],
-        "licence": licence,
+        "licence": build["licence"],
         "records": sum(report["records"] for report in reports.values()),
         "media_root": media_root if media.paths else None,
         "by_source": by_source,
@@ -122,6 +121,7 @@ def same_build(card: Mapping[str, Any], build: Mapping[str, Any]) -> str:
     found = {
         "tool": card["tool"],
         "converter": card["name"],
+        "licence": card["licence"],
         "settings": card["settings"],
         "sampling": {key: card["sampling"].get(key) for key in build["sampling"]},
         "media": {key: card["media"].get(key) for key in build["media"]},

@@ -98,9 +98,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DEFAULTS.max_bad_share,
         metavar="SHARE",
-        help="stop when a larger share of the rows (or files) cannot be used (%(default)s)",
+        help="stop when a larger share of the rows cannot be used, or of the files is damaged (%(default)s)",
     )
-    parser.add_argument("--restart", action="store_true", help="remove what an earlier run wrote to DIR and begin anew")
+    parser.add_argument(
+        "--restart", action="store_true", help="remove what an earlier run wrote to DIR, and begin anew"
+    )
     parser.add_argument("--licence", default="", help="licence for the data card, instead of the source's own words")
 
 

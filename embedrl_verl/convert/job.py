@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,29 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from embedrl_verl.convert.card import card_text, count_causes, describe_rejected, difference, make_card, same_build
+from embedrl_verl.convert.card import (
+    CARD_TEXT_FILE,
+    card_text,
+    count_causes,
+    describe_rejected,
+    difference,
+    make_card,
+    same_build,
+)
 from embedrl_verl.convert.converter import Converter
 from embedrl_verl.convert.doubles import find_doubles
 from embedrl_verl.convert.inputs import Root
 from embedrl_verl.convert.media_store import MediaStore
 from embedrl_verl.convert.parts import PartJob, convert_part, rejected_entry
-from embedrl_verl.convert.plan import Plan, Unit, build_facts, make_plan
+from embedrl_verl.convert.plan import PLAN_FILE, Plan, Unit, build_facts, make_plan
 from embedrl_verl.convert.pool import run_tasks
+from embedrl_verl.convert.restart import check_media_folder, earlier_conversion, remove_earlier
 from embedrl_verl.convert.sampling import Sampling
-from embedrl_verl.data.cards import FORMAT, read_object
+from embedrl_verl.data.cards import read_object
 from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import (
     CARD_FILE,
     MEDIA_FOLDER,
-    PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
@@ -52,8 +60,7 @@ from embedrl_verl.data.files import (
 )
 from embedrl_verl.errors import ConfigError, DataError
 
-PLAN_FILE, DOUBLES_FILE = "plan.json", "doubles.json"
-CARD_TEXT_FILE = "data_card.md"
+DOUBLES_FILE = "doubles.json"
 GONE_FOLDER = "._work_done"
 EXAMPLES_SHOWN = 5
 
@@ -68,10 +75,11 @@ class JobOptions:
         place, verify: see `media_store`.
         workers: processes.
         shard_rows: input rows of a part at most.
-        max_bad_share: rows (and files) that cannot be used, as a share of all, above which the job stops.
+        max_bad_share: rows that cannot be used, or files that cannot be read to their end, as a share of all, above
+            which the job stops.
         command: what finishes the job after a crash.
         licence: overrides the converter's.
-        restart: remove what an earlier command has written to `out`, and begin anew.
+        restart: remove what an earlier conversion has written to `out`, nothing else, and begin anew.
     """
 
     out: str
@@ -97,7 +105,7 @@ def run_conversion(root: Root, converter: Converter, options: JobOptions) -> dic
     """Make a data set folder, or go on with one. Returns its data card.
 
     Raises:
-        ConfigError: options that cannot work, or a folder that was begun, or made, with others.
+        ConfigError: options that cannot work, or a folder that was begun, or made, with others or by another command.
         DataError: nothing to read, or too many bad rows; the message has the causes.
         ResourceError: full disk, killed worker, silent hub; the same command goes on.
     """
@@ -108,19 +116,19 @@ def run_conversion(root: Root, converter: Converter, options: JobOptions) -> dic
     store = MediaStore(options.place, options.verify, media_root, out)
     plan = make_plan(root, converter, options.sampling, options.shard_rows)
     media = {"place": options.place, "verify": options.verify, "given_root": media_root}
-    build = json.loads(json.dumps(build_facts(root, converter, options.sampling, plan, media)))
+    licence = options.licence or converter.licence
+    build = json.loads(json.dumps(build_facts(root, converter, options.sampling, plan, media, licence)))
     shutil.rmtree(out / GONE_FOLDER, ignore_errors=True)
-    if options.restart:
-        with disk_errors(out), only_writer(out) if (out / WORK_FOLDER).is_dir() else nullcontext():
-            _remove_data_set(out)
-    if (out / CARD_FILE).is_file() and not (out / WORK_FOLDER).exists():
-        return _finished_card(out, build)
-    if not (out / WORK_FOLDER).exists() and next(out.glob(PART_PATTERN), None) is not None:
-        raise ConfigError(f"{out} holds parquet files that this command did not write; name another folder")
+    earlier = earlier_conversion(out)
+    check_media_folder(out, options.place, earlier)
+    if earlier is not None and (options.restart or earlier.is_going):
+        remove_earlier(out, earlier, _read_by(root, plan, media_root), options.command)
+    elif (out / CARD_FILE).is_file() and not (out / WORK_FOLDER).exists():
+        return _finished_card(out, build, root, options.workers)
     work = begin_work(out, options.command)
     with disk_errors(out), only_writer(out):
         _same_plan(work, build, {name: root.stamp(name) for name in plan.files})
-        _remove_temporary(out)
+        _remove_temporary(out, options.place)
         job = _Job(plan, PartJob(root, converter, store, work), out, options)
         reports, hashes = job.make_parts()
         job.publish_parts()
@@ -128,14 +136,13 @@ def run_conversion(root: Root, converter: Converter, options: JobOptions) -> dic
         root_in_card = MEDIA_FOLDER if options.place == "files" else media_root and os.path.abspath(media_root)
         card = make_card(
             build=build,
-            licence=options.licence or converter.licence,
             media_root=root_in_card,
             plan=plan,
             reports=reports,
             hashes=hashes,
             rejected=job.rejected(),
         )
-        _remove_temporary(out)
+        _remove_temporary(out, options.place)
         write_atomically(out / CARD_TEXT_FILE, card_text(card))
         write_json(out / CARD_FILE, card)
         os.replace(work, out / GONE_FOLDER)
@@ -258,12 +265,13 @@ class _Job:
         return {int(part): {int(number): why for number, why in rows.items()} for part, rows in saved.items()}
 
     def _stop_if_files_are_bad(self) -> None:
-        unreadable = [name for name in self.plan.faults if self.plan.surveys[name].rows == 0]
-        if len(unreadable) > self.options.max_bad_share * len(self.plan.files):
-            listed = "\n".join(f"  {name}: {self.plan.faults[name]}" for name in unreadable[:EXAMPLES_SHOWN])
+        faults = self.plan.faults
+        if len(faults) > self.options.max_bad_share * len(self.plan.files):
+            listed = "\n".join(f"  {name}: {fault}" for name, fault in list(faults.items())[:EXAMPLES_SHOWN])
             raise DataError(
-                f"{len(unreadable)} of {len(self.plan.files)} files cannot be read, over the limit of "
-                f"{self.options.max_bad_share:.2%} (--max-bad-share):\n{listed}"
+                f"{len(faults)} of {len(self.plan.files)} files cannot be read to their end, over the limit of "
+                f"{self.options.max_bad_share:.2%}:\n{listed}\nMend them, and start again with --restart. Or go on "
+                "without the rows that are lost: the same command with a higher --max-bad-share"
             )
 
     def _stop_if_rows_are_bad(self) -> None:
@@ -308,14 +316,26 @@ def _make(job: PartJob, task: str | tuple[Unit, Mapping[int, str]]) -> dict[str,
     return {"part": unit.index, **convert_part(job, unit, doubles)}
 
 
-def _finished_card(out: Path, build: dict[str, Any]) -> dict[str, Any]:
+def _finished_card(out: Path, build: dict[str, Any], root: Root, workers: int) -> dict[str, Any]:
     card = read_object(out / CARD_FILE)
-    if card.get("format") != FORMAT or not isinstance(card.get("input"), dict):  # later steps write cards too
-        raise ConfigError(f"{out / CARD_FILE} is not the data card of a conversion; name another folder")
-    changed = same_build(card, build)
+    changed = same_build(card, build) or _changed_file(card, root, workers)
     if changed:
         raise ConfigError(f"{out} was made with other options or input: {changed}; name another folder, or --restart")
     return card
+
+
+def _changed_file(card: Mapping[str, Any], root: Root, workers: int) -> str:
+    """The first input file whose content is not that of the data card; "" without one. What is remote is pinned to a
+    commit, which `same_build` compares."""
+    if root.is_remote:
+        return ""
+    files = card["input"]["files"]
+    with ThreadPoolExecutor(workers) as pool:
+        hashes = pool.map(root.sha256, [file["file"] for file in files])
+        for file, digest in zip(files, hashes, strict=True):
+            if digest != file["sha256"]:
+                return f"the SHA-256 of {file['file']} was {file['sha256']}, is {digest}"
+    return ""
 
 
 def _same_plan(work: Path, build: dict[str, Any], stamps: dict[str, str]) -> None:
@@ -336,19 +356,20 @@ def _folder_of(root: Root) -> Path:
     return folder
 
 
-def _remove_data_set(out: Path) -> None:
-    """Only what conversions write."""
-    for folder in (WORK_FOLDER, MEDIA_FOLDER):
-        shutil.rmtree(out / folder, ignore_errors=True)
-    for path in [*out.glob(PART_PATTERN), *(out / name for name in (CARD_FILE, CARD_TEXT_FILE, REJECTED_FILE))]:
-        path.unlink(missing_ok=True)
+def _read_by(root: Root, plan: Plan, media_root: str | None) -> list[Path]:
+    """Files and folders on this machine that a conversion reads."""
+    files = [path for name in plan.files if (path := root.local_path(name)) is not None]
+    return files if media_root is None else [*files, Path(media_root)]
 
 
-def _remove_temporary(out: Path) -> None:
+def _remove_temporary(out: Path, place: str) -> None:
     """What a killed run has left half-written."""
-    for folder in (out, out / WORK_FOLDER, *(out / MEDIA_FOLDER).glob("*")):
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+    found = [path for name in (CARD_FILE, CARD_TEXT_FILE, REJECTED_FILE) for path in out.glob(f".{name}.*.tmp")]
+    found += (out / WORK_FOLDER).glob(".*.tmp")
+    if place == "files":
+        found += (out / MEDIA_FOLDER).glob("*/.*.tmp")
+    for path in found:
+        path.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

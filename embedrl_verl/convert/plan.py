@@ -20,6 +20,8 @@ from embedrl_verl.convert.rows import FileSurvey, Rows, survey
 from embedrl_verl.convert.sampling import Sampling, preset
 from embedrl_verl.errors import ConfigError, DataError
 
+PLAN_FILE = "plan.json"
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -120,12 +122,13 @@ def make_plan(root: Root, converter: Converter, sampling: Sampling, shard_rows: 
 
 
 def build_facts(
-    root: Root, converter: Converter, sampling: Sampling, plan: Plan, media: Mapping[str, Any]
+    root: Root, converter: Converter, sampling: Sampling, plan: Plan, media: Mapping[str, Any], licence: str
 ) -> dict[str, Any]:
-    """All that decides the output: two conversions with equal facts write the same records."""
+    """All that decides the output: two conversions with equal facts write the same files."""
     return {
         "tool": f"embedrl-verl {__version__}",
         "converter": converter.name,
+        "licence": licence,
         "settings": dict(converter.settings),
         "sampling": {
             "preset": sampling.preset,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import wave
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,36 @@ def test_a_truncated_parquet_file_is_named_and_the_others_are_read(root: Path, t
     assert card(tmp_path / "out")["rejected"]["files"] == 1
 
 
-def test_a_truncated_gz_file_gives_the_rows_before_the_tear(root: Path, tmp_path: Path) -> None:
+def torn_gz(root: Path) -> Path:
     lines = "".join(json.dumps(good(number, q=os.urandom(40).hex())) + "\n" for number in range(100))
-    (root / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-1500])
-    assert convert(root, tmp_path / "out") == 3
+    file = root / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(lines.encode())[:-1500])
+    return file
+
+
+def torn_arrow(root: Path) -> Path:
+    tables = [pa.Table.from_pylist([good(10 * i + j, v="", q="long " * 50) for j in range(10)]) for i in range(10)]
+    file = root / "data-0.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    file.write_bytes(file.read_bytes()[:-5000])
+    return file
+
+
+@pytest.mark.parametrize("tear", [torn_gz, torn_arrow])
+def test_a_torn_file_gives_the_rows_before_the_tear_once_its_share_is_allowed(
+    root: Path, tmp_path: Path, tear: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tear(root)
+    assert convert(root, tmp_path / "out", share=0.99) == 3
+    said = capsys.readouterr().err
+    assert f"1 of 1 files cannot be read to their end, over the limit of 99.00%:\n  {file.name}: the file ends" in said
+    with pytest.raises(DataError, match="is unfinished"):
+        pair_files([tmp_path / "out"])
+    assert convert(root, tmp_path / "out", share=1) == 3  # the same command, a higher limit
     (entry,) = rejected(tmp_path / "out")
-    assert entry["reason"].startswith("the file ends early, after line ")
+    assert entry["reason"].startswith("the file ends early, after ")
     assert 0 < len(ids(tmp_path / "out")) < 100
 
 

@@ -117,7 +117,9 @@ def test_a_share_at_the_limit_is_allowed(tmp_path: Path, convert: Convert) -> No
 def test_too_many_unreadable_files_stop_the_job(tmp_path: Path, convert: Convert) -> None:
     write_lines(tmp_path / "in" / "f.jsonl", [question(0)])
     (tmp_path / "in" / "torn.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"1 of 2 files cannot be read, over the limit of 10\.00%.*\n  torn\.parquet: "):
+    with pytest.raises(
+        DataError, match=r"1 of 2 files cannot be read to their end, over the limit of 10\.00%.*\n  torn\.parquet: "
+    ):
         convert(tmp_path / "in", max_bad_share=0.1)
 
 
@@ -208,6 +210,22 @@ def test_a_finished_folder_is_left_alone_and_other_options_are_refused(tmp_path:
     write_lines(tmp_path / "f.jsonl", [question(index) for index in range(13)])
     with pytest.raises(ConfigError, match=r"input\.files\[0\]\.bytes was"):
         convert(tmp_path / "f.jsonl", shard_rows=5)
+
+
+def test_a_finished_folder_refuses_input_of_other_content_and_another_licence(tmp_path: Path, convert: Convert) -> None:
+    source = write_lines(tmp_path / "f.jsonl", [question(1)])
+    convert(tmp_path / "f.jsonl", licence="CC0")
+    with pytest.raises(ConfigError, match="other options or input: licence was 'CC0', is 'MIT'; name another folder"):
+        convert(tmp_path / "f.jsonl", licence="MIT")
+    size = source.stat().st_size
+    write_lines(source, [question(2)])
+    assert source.stat().st_size == size
+    with pytest.raises(
+        ConfigError, match=r"other options or input: the SHA-256 of f\.jsonl was \w{64}, is \w{64}; name"
+    ):
+        convert(tmp_path / "f.jsonl", licence="CC0")
+    convert(tmp_path / "f.jsonl", licence="MIT", restart=True)
+    assert texts(tmp_path / "out") == ["question 2"]
 
 
 def test_input_that_changes_between_two_starts_is_noticed(tmp_path: Path, convert: Convert) -> None:
