@@ -40,6 +40,7 @@ def run(config: Any) -> None:
     from embedrl_verl.doctor import check_ray_cpus
     from embedrl_verl.progress import ProgressLine, metrics_file
     from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
+    from embedrl_verl.trainer.judge_config import check_judge
     from embedrl_verl.trainer.preflight import check_embedder, check_reward_function
 
     mode = config.trainer.v1.trainer_mode
@@ -56,6 +57,8 @@ def run(config: Any) -> None:
     embedrl = load_embedrl_config(config)
     check_reward_function(config, judge=has_judge(config), raw=embedrl.reward.raw_embeddings)
     check_embedder(embedrl.embedder)
+    if has_judge(config):
+        check_judge(embedrl.judge)
     check_ray_cpus(config)
     with ProgressLine(metrics_file(config)):
         run_ppo(config, task_runner_class=TaskRunnerV1)

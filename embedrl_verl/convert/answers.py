@@ -8,7 +8,7 @@ import hashlib
 import re
 from typing import Any
 
-from embedrl_verl.data.identity import normalise_text
+from embedrl_verl.data.identity import ANSWER_ID, normalise_text
 
 LONGEST_PLAIN_ID = 120
 _ARTICLE = re.compile(r"(?:a|an|the) (?=\S)")
@@ -31,7 +31,7 @@ def answer_id(text: str) -> str:
     core = core or plain
     if len(core) > LONGEST_PLAIN_ID:
         core = "sha256-" + hashlib.sha256(core.encode()).hexdigest()[:32]
-    return f"answer:{core}"
+    return f"{ANSWER_ID}{core}"
 
 
 def listed(value: Any) -> list[str] | None:

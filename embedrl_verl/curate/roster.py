@@ -21,7 +21,7 @@ from embedrl_verl.curate.content_ids import rejection
 from embedrl_verl.curate.records import batches, rows_at
 from embedrl_verl.curate.validity import bad_rows
 from embedrl_verl.curate.verdict_file import VERDICTS, verdict_batches
-from embedrl_verl.data.identity import TEXT_ID
+from embedrl_verl.data.identity import ANSWER_ID, TEXT_ID
 from embedrl_verl.errors import DataError
 
 NO_VERDICT = -1
@@ -105,8 +105,9 @@ def read_roster(files: Sequence[Path]) -> Roster:
             pairs.append(_hashes(batch["pair_id"]))
             sources.append(_codes(batch["data_source"], codes))
             contents.append(_hashes(batch["target_id"]))
-            is_text = pc.fill_null(pc.starts_with(batch["target_id"], TEXT_ID), False)
-            texts.append(is_text.to_numpy(zero_copy_only=False))
+            names = batch["target_id"]
+            is_text = pc.or_(pc.starts_with(names, TEXT_ID), pc.starts_with(names, ANSWER_ID))
+            texts.append(pc.fill_null(is_text, False).to_numpy(zero_copy_only=False))
         starts.append(starts[-1] + rows)
     roster = Roster(
         files=list(files),

@@ -19,6 +19,8 @@ from embedrl_verl.data.schema import Item, Media, PairRecord
 from embedrl_verl.errors import MediaError
 
 CHUNK = 1 << 20
+ANSWER_ID = "answer:"
+"""How converters begin the `target_id` of a short answer, which is text."""
 TEXT_ID = "content-text:"
 MEDIA_ID = "content-media:"
 _CONTENT = hashlib.sha256(b"content").digest()

@@ -83,12 +83,13 @@ class _WatchedVectors(QueuedVectors):
     """Says in the trainer's log what has become of the run's servers."""
 
     def __init__(self, fleet: ServerFleet) -> None:
-        self._fleet, self._said = fleet, [(0, None)] * len(fleet.urls)
+        self._fleet = fleet
+        self._said: list[tuple[int, str | None]] = [(0, None)] * len(fleet.urls)
 
     def embed_rows(
         self, keys: Sequence[str], partition_id: str, *, averaged: bool = False
     ) -> tuple[torch.Tensor, dict[int, str]]:
-        found = [(state["restarts"], state["failure"]) for state in self._fleet.states()]
+        found = self._fleet.states()
         for url, before, (restarts, failure) in zip(self._fleet.urls, self._said, found, strict=True):
             if before != (restarts, failure):
                 logger.warning("embedding server %s: %s", url, failure or f"started again {restarts} time(s) so far")

@@ -120,10 +120,12 @@ class _SentenceActor:
                 results = await loop.run_in_executor(self._thread, self._model.embed, [row for row, _ in batch])
             except Exception as error:  # goes to those who wait; the next batch is tried
                 for _, future in batch:
-                    future.set_exception(error)
+                    if not future.done():  # its call was cancelled
+                        future.set_exception(error)
                 continue
             for (_, future), result in zip(batch, results, strict=True):
-                future.set_result(result)
+                if not future.done():
+                    future.set_result(result)
 
 
 def start_sentence_actor(config: EmbedderConfig) -> Any:

@@ -18,3 +18,9 @@ def parse_choice(text: str, n: int) -> int | None:
     numbers = {number.lstrip("0") for number in _NUMBER.findall(text)}
     listed = numbers & {str(number) for number in range(1, n + 1)}
     return int(listed.pop()) if len(numbers) == len(listed) == 1 else None
+
+
+def is_whole_choice(text: str, n: int) -> bool:
+    """Whether a text that the server cut off is one listed number all the same, and not the beginning of another."""
+    number = text.strip()
+    return [str(other) for other in range(1, n + 1) if str(other).startswith(number)] == [number]

@@ -8,6 +8,7 @@ or whose answer names no listed number is unknown: it is counted by cause and ne
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from embedrl_verl.errors import EmbedRLError
-from embedrl_verl.judge.answer import parse_choice
+from embedrl_verl.judge.answer import is_whole_choice, parse_choice
 from embedrl_verl.judge.candidates import JudgeList, judge_lists
 from embedrl_verl.judge.judgement import Judgement
 from embedrl_verl.judge.prompt import JudgePrompt, judge_prompt
@@ -24,9 +25,14 @@ from embedrl_verl.judge.settings import JudgeSettings
 from embedrl_verl.rewards.batch import RewardBatch
 from embedrl_verl.serving import ServerError, ServerPool
 
+_LOG = logging.getLogger(__name__)
 _CHAT = "/v1/chat/completions"
+_NOT_VLLM = (401, 403, 404, 405)
+"""What servers without the route /version say of it; any other failure says nothing about the software."""
 NO_NUMBER = "names no listed number"
 MALFORMED = "malformed response"
+CUT_OFF = "answer cut off"
+LONGEST_WORDS = 500
 
 
 class ListwiseJudge:
@@ -42,6 +48,7 @@ class ListwiseJudge:
         self.settings = settings or JudgeSettings()
         self._model = self.settings.model
         self._is_vllm: bool | None = None
+        self._words: dict[str, str] = {}
 
     async def judge(
         self,
@@ -80,12 +87,14 @@ class ListwiseJudge:
         )
         before = self.pool.stats()
         answers: dict[int, int | str] = {}
+        self._words = {}  # of this step's failures, by cause: what the first one said
         if lists:
             async with self.pool:
                 try:
                     await self._meet(deadline)
                 except ServerError as error:
-                    answers = {row: error.cause for listed in lists for row in listed.rows}
+                    cause = self._cause(error, hint=error.status is not None and self._model is None)
+                    answers = {row: cause for listed in lists for row in listed.rows}
                 else:
                     answers = await self._ask_all(batch, lists, images, instructions, deadline)
         after = self.pool.stats()
@@ -116,7 +125,23 @@ class ListwiseJudge:
             except ServerError as error:
                 if error.status is None:
                     raise
+                if error.status not in _NOT_VLLM:  # asked again in the next step
+                    _LOG.warning("judge: /version failed, so this step's answers are not constrained: %s", error)
+                    return
                 self._is_vllm = False
+            _LOG.info("judge: %s decoding (%s)", "constrained" if self._is_vllm else "free", self.pool.urls[0])
+
+    def _cause(self, error: ServerError, *, hint: bool = False) -> str:
+        """The failure's cause, to count by; its first words are kept for the error, and logged."""
+        if error.cause not in self._words:
+            fix = ""
+            if error.status in (401, 403):
+                fix = "; name the variable of its key in embedrl.judge.api_key_env"
+            elif hint:
+                fix = "; a server that lists no models needs embedrl.judge.model"
+            self._words[error.cause] = f"{error}{fix}"
+            _LOG.warning("judge: rows are unknown: %s%s", error, fix)
+        return error.cause
 
     async def _ask_all(
         self,
@@ -129,7 +154,7 @@ class ListwiseJudge:
         """For every listed row the number picked, or the cause of having none."""
         tasks: dict[int, asyncio.Task[int | str]] = {}
         try:
-            for listed in lists:
+            for home, listed in enumerate(lists):
                 row = listed.rows[0]
                 shown = await asyncio.to_thread(images, row) if images is not None and self.settings.images else None
                 prompt = judge_prompt(
@@ -140,11 +165,10 @@ class ListwiseJudge:
                     images=shown or (),
                 )
                 for row in listed.rows:
-                    request = self._ask(prompt, batch, row, len(listed), deadline)
+                    request = self._ask(prompt, batch, row, len(listed), deadline, home)
                     tasks[row] = asyncio.get_running_loop().create_task(request)
-                await asyncio.sleep(
-                    0
-                )  # a list at a time: the loop stays free, and requests leave while others are built
+                # A list at a time: the loop stays free, and requests leave while others are built.
+                await asyncio.sleep(0)
             await asyncio.gather(*tasks.values())
         finally:
             for task in tasks.values():
@@ -153,7 +177,9 @@ class ListwiseJudge:
                 await asyncio.wait(tasks.values())
         return {row: task.result() for row, task in tasks.items()}
 
-    async def _ask(self, prompt: JudgePrompt, batch: RewardBatch, row: int, n: int, deadline: float) -> int | str:
+    async def _ask(
+        self, prompt: JudgePrompt, batch: RewardBatch, row: int, n: int, deadline: float, home: int
+    ) -> int | str:
         payload = {
             "model": self._model,
             "messages": prompt.messages(batch.tcots[row]),
@@ -163,26 +189,30 @@ class ListwiseJudge:
         }
         try:
             if self.settings.constrained and self._is_vllm:
-                answer = await self._constrained(payload, n, deadline)
+                answer = await self._constrained(payload, n, deadline, home)
             else:
-                answer = await self.pool.post(_CHAT, payload, deadline=deadline)
+                answer = await self.pool.post(_CHAT, payload, deadline=deadline, home=home)
         except ServerError as error:
-            return error.cause
+            return self._cause(error)
         try:
-            text = answer["choices"][0]["message"]["content"]
-        except (TypeError, KeyError, IndexError):
+            choice = answer["choices"][0]
+            text, reason = choice["message"]["content"], choice.get("finish_reason")
+        except (AttributeError, TypeError, KeyError, IndexError):
             return MALFORMED
-        return parse_choice(text if isinstance(text, str) else "", n) or NO_NUMBER
+        text = text if isinstance(text, str) else ""
+        if reason == "length" and not is_whole_choice(text, n):
+            return CUT_OFF
+        return parse_choice(text, n) or NO_NUMBER
 
-    async def _constrained(self, payload: dict[str, Any], n: int, deadline: float) -> Any:
+    async def _constrained(self, payload: dict[str, Any], n: int, deadline: float, home: int) -> Any:
         choices = {"structured_outputs": {"choice": [str(number) for number in range(1, n + 1)]}}
         try:
-            return await self.pool.post(_CHAT, payload | choices, deadline=deadline)
+            return await self.pool.post(_CHAT, payload | choices, deadline=deadline, home=home)
         except ServerError as error:
             if error.status != 400:
                 raise
             # Is it the constraint that the server refuses, or the request (such as a prompt that is too long)?
-            await self.pool.post(_CHAT, payload, deadline=deadline)
+            await self.pool.post(_CHAT, payload, deadline=deadline, home=home)
             raise EmbedRLError(
                 "the judge's server refuses constrained decoding (field structured_outputs) and answers without it; "
                 f"set embedrl.judge.constrained=False. It said: {error}"
@@ -215,9 +245,11 @@ class ListwiseJudge:
         unknown, allowed = causes.total(), self.settings.max_unknown_share
         if unknown > allowed * len(answers):
             counted = "; ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+            words = next((self._words[cause] for cause, _ in causes.most_common() if cause in self._words), "")
             raise EmbedRLError(
                 f"the judge left {unknown} of {len(answers)} rows unknown, more than embedrl.judge.max_unknown_share="
                 f"{allowed}. Causes: {counted}. Servers: {', '.join(self.pool.urls)}"
+                + (f". The first failure: {words[:LONGEST_WORDS]}" if words else "")
             )
         return Judgement(
             scores=scores,

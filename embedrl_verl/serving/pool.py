@@ -5,7 +5,8 @@
     async with pool:
         answer = await pool.post("/v1/chat/completions", {...}, deadline=time.monotonic() + 60)
 
-A request goes to the server with the fewest requests in flight among those that are up. A server that cannot be
+A request goes to the server with the fewest requests in flight among those that are up; one with a home goes there
+unless that server has `HOME_SLACK` more in flight than the least busy one. A server that cannot be
 reached or does not answer in time is down until a probe of its /health succeeds. What fails is tried again, on another
 server if there is one; a request that fails for good raises, there is no default answer.
 
@@ -33,6 +34,8 @@ from embedrl_verl.serving.urls import server_url
 from embedrl_verl.serving.waiting import Signal, Slots
 
 _LOG = logging.getLogger(__name__)
+HOME_SLACK = 16
+"""Requests that a server may have above the least busy one and still get those whose home it is."""
 _LONGEST_BACKOFF_S = 10.0
 _PROBE_TIMEOUT_S = 5.0
 # Below uvicorn's 5 s, so that an idle connection is never used while the server is closing it.
@@ -125,7 +128,9 @@ class ServerPool:
         """The servers' normalised addresses."""
         return tuple(server.url for server in self._servers)
 
-    async def post(self, path: str, payload: Mapping[str, Any] | bytes, *, deadline: float | None = None) -> Any:
+    async def post(
+        self, path: str, payload: Mapping[str, Any] | bytes, *, deadline: float | None = None, home: int | None = None
+    ) -> Any:
         """POST JSON and decode the JSON answer.
 
         Args:
@@ -133,12 +138,13 @@ class ServerPool:
             payload: what `json.dumps` takes, or JSON that is encoded already (large media: outside the event loop).
             deadline: `time.monotonic()` at which the request ends, come what may. With one, a request waits that long
                 for a server to come back; without, every `probe_interval_s` of waiting counts as a try.
+            home: requests of the same number share a server where they can, for its prefix cache.
 
         Raises:
             ServerError: there is no answer; `cause` says why.
             EmbedRLError: the pool is in use by another event loop.
         """
-        return await self._request("POST", path, payload, deadline)
+        return await self._request("POST", path, payload, deadline, home)
 
     async def get(self, path: str, *, deadline: float | None = None) -> Any:
         """GET and decode the JSON answer; as `post`."""
@@ -177,7 +183,12 @@ class ServerPool:
         return self.stats().metrics()
 
     async def _request(
-        self, method: str, path: str, payload: Mapping[str, Any] | bytes | None, deadline: float | None
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | bytes | None,
+        deadline: float | None,
+        home: int | None = None,
     ) -> Any:
         if not path.startswith("/"):
             raise ValueError(f"path must start at the server's root, with a slash; got {path!r}")
@@ -189,7 +200,7 @@ class ServerPool:
         try:
             while True:
                 try:
-                    server = await self._acquire(running, deadline, avoid)
+                    server = await self._acquire(running, deadline, avoid, home)
                     avoid = server
                     return await self._try(running, server, method, path, payload, deadline)
                 except TryFailed as failed:
@@ -205,7 +216,9 @@ class ServerPool:
             self._failures += 1
             raise
 
-    async def _acquire(self, running: _Running, deadline: float | None, avoid: Server | None) -> Server:
+    async def _acquire(
+        self, running: _Running, deadline: float | None, avoid: Server | None, home: int | None
+    ) -> Server:
         """A slot, and the server to use it on."""
         while True:
             if running.closed:
@@ -226,16 +239,22 @@ class ServerPool:
                 continue
             if not await running.slots.acquire(left):
                 raise TryFailed("deadline", "no slot became free in time", retry=False)
-            server = self._choose(avoid)
+            server = self._choose(avoid, home)
             if server is not None and not running.closed:
                 return server
             running.slots.release()
 
-    def _choose(self, avoid: Server | None) -> Server | None:
+    def _choose(self, avoid: Server | None, home: int | None = None) -> Server | None:
         now = time.monotonic()
         ready = [server for server in self._servers if server.up and server.ready_at <= now]
         others = [server for server in ready if server is not avoid] or ready
-        return min(others, key=lambda server: (server.in_flight, server.turn), default=None)
+        least = min(others, key=lambda server: (server.in_flight, server.turn), default=None)
+        if least is None or home is None:
+            return least
+        wanted = self._servers[home % len(self._servers)]
+        if wanted not in others:  # its homes spread over the others
+            wanted = others[home % len(others)]
+        return wanted if wanted.in_flight <= least.in_flight + HOME_SLACK else least
 
     async def _try(
         self,

@@ -256,6 +256,24 @@ def _check_failures(rows: list[Row], failures: Mapping[int, str], max_share: flo
     )
 
 
+def check_scores(scored: ScoredRows, function: str) -> None:
+    """Refuse a batch that would train on nothing: every row masked, and a loss of 0 / 0.
+
+    Args:
+        function: the reward function's "path:name", for the message.
+
+    Raises:
+        EmbedderError: no row has a score.
+    """
+    if scored.parts["score"].isnan().all():
+        contents = len({row.content for row in scored.rows})
+        raise EmbedderError(
+            f"the reward function {function} gives none of {len(scored.rows)} rows a score, so there is nothing to "
+            f"train on ({len(scored.failures)} have no embedding, the batch has {contents} different contents). A "
+            "reward of retrieval needs two contents in a batch (the same target_id is the same content)"
+        )
+
+
 def write_scores(scored: ScoredRows, partition_id: str, *, training: bool) -> None:
     """Put `rm_scores` (the reward on the last response token), and mask unknown rows out of training.
 

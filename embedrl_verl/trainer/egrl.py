@@ -34,6 +34,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 
 import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
+from embedrl_verl.config.served_length import bound_served_lengths
 from embedrl_verl.contrastive.rows import PairRows, read_training_pairs
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
@@ -49,7 +50,14 @@ from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.trainer import checks
 from embedrl_verl.trainer.anchors import AnchorSet
-from embedrl_verl.trainer.batch_reward import ScoredRows, clear_embed_rows, read_rows, score_rows, write_scores
+from embedrl_verl.trainer.batch_reward import (
+    ScoredRows,
+    check_scores,
+    clear_embed_rows,
+    read_rows,
+    score_rows,
+    write_scores,
+)
 from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkpoint
 from embedrl_verl.trainer.judging import JudgeStage
@@ -100,6 +108,7 @@ class EGRLMixin(WorkerClassesMixin):
 
     def __init__(self, config: Any) -> None:
         checks.check_run_config(config)
+        bound_served_lengths(config)
         self.embedrl = load_embedrl_config(config)
         mode = config.trainer.v1.trainer_mode
         # verl compares the mode with its own literals while it builds itself.
@@ -264,6 +273,9 @@ class EGRLMixin(WorkerClassesMixin):
         if self.judge is not None and self.judge.judgement is not None:
             scored.metrics.update(self.judge.judgement.metrics())
             self.judge.judgement = None
+        function = self.config.reward.custom_reward_function
+        if training:
+            check_scores(scored, f"{function.path}:{function.name}")
         write_scores(scored, batch.partition_id, training=training)
         if metrics is not None:
             metrics.update(scored.metrics)
@@ -277,7 +289,6 @@ class EGRLMixin(WorkerClassesMixin):
         self._remember(scored, training)
         if training and self.config.trainer.get("rollout_data_dir"):
             part = self.local_trigger_step if self.parameter_sync_step > 1 else None
-            function = self.config.reward.custom_reward_function
             path = Path(self.config.trainer.rollout_data_dir) / dump_name(self.global_steps, part)
             scored.write_dump(path, f"{function.path}:{function.name}")
         # Sorted rows: the same rollouts give the same mini-batches, whatever the order of arrival.

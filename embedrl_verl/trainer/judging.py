@@ -9,9 +9,7 @@ limits and retries of its own and hides why a request failed.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,18 +18,14 @@ import transfer_queue as tq
 from embedrl_verl.config.schema import JudgeConfig
 from embedrl_verl.data.dataset import row_item
 from embedrl_verl.data.media import load_item
+from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.judge import Judgement, JudgeSettings, ListwiseJudge, image_urls
+from embedrl_verl.judge import Judgement, image_urls
 from embedrl_verl.rewards import Judge, RewardBatch
-from embedrl_verl.serving import PoolSettings, ServerPool
 from embedrl_verl.trainer.batch_reward import Row, tu_list
+from embedrl_verl.trainer.judge_config import make_judge
 
 ITEM = "embedrl_item"
-
-
-def judge_settings(config: JudgeConfig) -> JudgeSettings:
-    """What `ListwiseJudge` takes of the section `embedrl.judge`: the keys have the settings' names."""
-    return JudgeSettings(**{field.name: getattr(config, field.name) for field in fields(JudgeSettings)})
 
 
 class JudgeStage:
@@ -59,18 +53,10 @@ class JudgeStage:
         if self._sleeper is not None and not shares_devices:
             self._sleeper.wake_up()  # verl puts them to sleep at the start; nobody else needs their devices
             self._sleeper = None
-        key = None
-        if config.api_key_env is not None:
-            key = os.environ.get(config.api_key_env)
-            if not key:
-                raise ConfigError(f"embedrl.judge.api_key_env names {config.api_key_env}, which is not set")
         urls = config.urls or tuple(f"http://{address}" for address in servers.server_addresses)
-        limits = PoolSettings(
-            limit=config.limit, timeout_s=config.timeout_s, retries=config.retries, backoff_s=config.backoff_s
-        )
         self._images = config.images
         self._media = (media_root, max_frames)
-        self._judge = ListwiseJudge(ServerPool(urls, limits, api_key=key, name="judge"), judge_settings(config))
+        self._judge = make_judge(config, urls)
         self.judgement: Judgement | None = None
 
     @property
@@ -93,18 +79,20 @@ class JudgeStage:
     def of(self, rows: Sequence[Row], partition_id: str, step: int) -> Judge:
         """The judge of one batch whose rows, in the batch's order, are `rows`."""
         identity = [row.pair_id for row in rows]
-        images = self._image_source(rows, partition_id) if self._images else None
+        items = _items(rows, partition_id)
+        instructions = [item.instruction or None for item in items]
+        images = self._image_source(items) if self._images else None
 
         async def judge(batch: RewardBatch) -> torch.Tensor:
-            self.judgement = await self._judge.judge(batch, step=step, identity=identity, images=images)
+            self.judgement = await self._judge.judge(
+                batch, step=step, identity=identity, images=images, instructions=instructions
+            )
             return self.judgement.scores
 
         return judge
 
-    def _image_source(self, rows: Sequence[Row], partition_id: str) -> Callable[[int], list[str]]:
+    def _image_source(self, items: Sequence[Item]) -> Callable[[int], list[str]]:
         """Row -> its input's images as data URLs."""
-        data = tq.kv_batch_get(keys=[row.key for row in rows], partition_id=partition_id, select_fields=[ITEM])
-        items = [row_item({ITEM: item}) for item in tu_list(data, ITEM)]
         root, max_frames = self._media
 
         def images(row: int) -> list[str]:
@@ -112,3 +100,11 @@ class JudgeStage:
             return image_urls([*loaded.images, *loaded.frames])
 
         return images
+
+
+def _items(rows: Sequence[Row], partition_id: str) -> list[Item]:
+    """The input of each row. The rollouts of a prompt have the same one, which leaves the queue once."""
+    first = {(row.pair_id, row.side): row.key for row in reversed(rows)}
+    data = tq.kv_batch_get(keys=list(first.values()), partition_id=partition_id, select_fields=[ITEM])
+    items = {prompt: row_item({ITEM: item}) for prompt, item in zip(first, tu_list(data, ITEM), strict=True)}
+    return [items[row.pair_id, row.side] for row in rows]

@@ -168,20 +168,24 @@ def test_the_preset_is_the_13_sets_and_missing_ones_are_named(
 def test_targets_in_both_sets_are_counted_and_can_be_kept_apart(
     tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
 ) -> None:
-    names = ["content-text:" + "0" * 32, "content-media:" + "1" * 32, "own", "content-media:" + "2" * 32]
-    records = [pair(f"{kind}{i}", target_id=name) for kind in ("match", "mismatch") for i, name in enumerate(names[:3])]
-    records.append(pair("match3", target_id=names[3]))
-    verdicts = judge(tmp_path, records, ["match"] * 3 + ["mismatch"] * 3 + ["match"])
+    names = ["content-text:" + "0" * 32, "content-media:" + "1" * 32, "own", "answer:yes", "content-media:" + "2" * 32]
+    records = [pair(f"{kind}{i}", target_id=name) for kind in ("match", "mismatch") for i, name in enumerate(names[:4])]
+    records.append(pair("match4", target_id=names[4]))
+    verdicts = judge(tmp_path, records, ["match"] * 4 + ["mismatch"] * 4 + ["match"])
     files = write_parts("in", records)
     left = {}
     for disjoint in ("off", "media", "all"):
         out = tmp_path / disjoint
         report = split_pairs(files, verdicts, out, SplitSettings(disjoint_targets=disjoint), **EACH)  # type: ignore[arg-type]
         left[disjoint] = ids(read_all(out / "contrastive"))
-        assert len(read_all(out / "rl")) == 3
+        assert len(read_all(out / "rl")) == 4
         if disjoint == "off":
-            assert (report.shared.media, report.shared.text, report.shared.contents) == (2, 1, 3)
-    assert left == {"off": ["match0", "match1", "match2", "match3"], "media": ["match0", "match3"], "all": ["match3"]}
+            assert (report.shared.media, report.shared.text, report.shared.contents) == (2, 2, 4)
+    assert left == {
+        "off": ["match0", "match1", "match2", "match3", "match4"],
+        "media": ["match0", "match3", "match4"],
+        "all": ["match4"],
+    }
     with pytest.raises(ConfigError, match="keep_rl_matches"):
         SplitSettings(disjoint_targets="all", keep_rl_matches=True)
     bare = write_parts("bare", [pair("p0"), pair("p1")])

@@ -175,6 +175,20 @@ def test_rows_that_arrive_one_by_one_are_embedded_in_batches(text_model):
     assert torch.allclose(torch.stack([torch.from_numpy(vector) for vector, _ in results]), expected, atol=1e-5)
 
 
+def test_a_call_that_is_cancelled_takes_no_other_row_along(text_model):
+    config = section(text_model, batch_size=4)
+    actor, client = _SentenceActor(config), SentenceClient(config, max_frames=8)
+    rows = [client.prepare(EmbedInput(item(f"row {i}")), "query") for i in range(4)]
+
+    async def run() -> list[Any]:
+        calls = [asyncio.create_task(actor.embed(row)) for row in rows]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        return await asyncio.wait_for(asyncio.gather(*calls[1:]), timeout=60)
+
+    assert len(asyncio.run(run())) == 3
+
+
 def test_a_folder_without_modules_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="no modules.json"):
         SentenceModel(section(str(checkpoint())), "cpu")

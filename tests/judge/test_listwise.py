@@ -340,3 +340,74 @@ def test_judge_and_pool_import_no_trainer_and_no_model_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(("text", "score"), [("Candidate 1 shows a dog, and", None), ("1", None), ("3", 3)])
+def test_an_answer_that_was_cut_off_is_unknown_unless_it_is_a_whole_number(text, score):
+    def chat(body):
+        return {"choices": [{"message": {"content": text}, "finish_reason": "length"}]}
+
+    batch = make_batch(pairs=6, rollouts=8)  # 12 candidates: a 1 may be a 12
+    judgement, _ = run(says(None, chat=chat), batch, max_unknown_share=1.0)
+    assert set(judgement.picks.tolist()) == {score or 0}
+    assert dict(judgement.causes) == ({} if score else {"answer cut off": len(batch)})
+
+
+def test_a_judge_that_stops_the_run_passes_on_what_its_server_said():
+    def chat(body):
+        return web.json_response({"error": {"message": "The model `typo` does not exist."}}, status=404)
+
+    with pytest.raises(EmbedRLError, match=r"x HTTP 404\. .*The first failure: .*The model `typo` does not exist"):
+        run(says(None, chat=chat))
+
+    def no_models(path, body):
+        return web.Response(status=404)
+
+    with pytest.raises(EmbedRLError, match="needs embedrl.judge.model"):
+        run(no_models)
+    with pytest.raises(EmbedRLError, match="embedrl.judge.api_key_env"):
+        run(says(None, chat=lambda body: web.Response(status=401)))
+
+
+def test_a_passing_failure_of_the_version_route_does_not_end_constrained_decoding():
+    broken = [True]
+
+    def answer(path, body):
+        if path == "/version" and broken[0]:
+            return web.Response(status=503)
+        return says(reading, vllm=True)(path, body)
+
+    async def main():
+        async with FakeServer(answer) as server:
+            judge = ListwiseJudge(quick_pool(server.url), JudgeSettings(style="compact"))
+            await judge.judge(make_batch(), step=0)
+            free = len(chats(server))
+            broken[0] = False
+            await judge.judge(make_batch(), step=1)
+            return free, chats(server)
+
+    free, bodies = asyncio.run(main())
+    assert free and not any("structured_outputs" in body for body in bodies[:free])
+    assert len(bodies) > free and all("structured_outputs" in body for body in bodies[free:])
+
+
+def test_the_rollouts_of_a_list_meet_one_server_whose_prefix_cache_holds_it():
+    def head(body):
+        return body["messages"][0]["content"].rsplit("\n", 1)[0]
+
+    async def main(live):
+        async with contextlib.AsyncExitStack() as stack:
+            servers = [await stack.enter_async_context(FakeServer(says(reading))) for _ in range(4)]
+            urls = [server.url for server in servers[:live]] + [free_url() for _ in servers[live:]]
+            judge = ListwiseJudge(quick_pool(*urls, limit=32), JudgeSettings(style="compact"))
+            judgement = await judge.judge(make_batch(pairs=8, rollouts=8), step=0)
+            return judgement, [[head(body) for body in chats(server)] for server in servers]
+
+    judgement, heads = asyncio.run(main(4))
+    all_heads = set().union(*heads)
+    assert not judgement.causes and len(all_heads) == 16
+    for listed in all_heads:
+        assert sum(listed in seen for seen in heads) == 1
+    assert {len(seen) for seen in heads} == {32}
+    judgement, heads = asyncio.run(main(3))
+    assert not judgement.causes and sum(map(len, heads)) == 128

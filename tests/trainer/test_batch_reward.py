@@ -9,7 +9,7 @@ from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import read_reward_dump
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer import batch_reward
-from embedrl_verl.trainer.batch_reward import Row, score_rows
+from embedrl_verl.trainer.batch_reward import Row, check_scores, score_rows
 from embedrl_verl.trainer.rows import raw_key
 
 WELL_FORMED = '<thinking>It is {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
@@ -130,3 +130,16 @@ def test_a_dump_holds_the_rows_and_gives_the_same_rewards_again(tmp_path):
     assert dump.function == "mine.py:compute_score"
     again = _margin(dump.batch())["score"]
     assert again.nan_to_num(9).equal(scored.parts["score"].nan_to_num(9))
+
+
+def test_a_batch_without_any_score_is_refused_and_one_score_is_enough():
+    rows = _rows(failures=("uid00_1_0",))
+    scored = score_rows(rows, _FakeEmbedder(), _margin, max_failed_share=0.5, expected_rows=len(rows))
+    check_scores(scored, "mine.py:compute_score")
+    scored.parts["score"][1:] = float("nan")
+    check_scores(scored, "mine.py:compute_score")
+    scored.parts["score"][:] = float("nan")
+    with pytest.raises(
+        EmbedderError, match=r"mine.py:compute_score gives none of 8 rows .* \(1 have no .* 2 different"
+    ):
+        check_scores(scored, "mine.py:compute_score")

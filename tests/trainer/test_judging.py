@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import asyncio
+from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import pytest
 
 from embedrl_verl.config.schema import JudgeConfig
+from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import JudgeSettings
-from embedrl_verl.trainer.judging import JudgeStage, judge_settings
+from embedrl_verl.tcot import parse_tcot
+from embedrl_verl.trainer import judging
+from embedrl_verl.trainer.batch_reward import Row
+from embedrl_verl.trainer.judge_config import check_judge, judge_settings
+from embedrl_verl.trainer.judging import JudgeStage
 
 URLS = ("http://judge-a:8000", "http://judge-b:8000")
 
@@ -104,3 +110,46 @@ def test_the_pool_has_the_limits_of_the_configuration() -> None:
     config = JudgeConfig(urls=URLS, limit=7, timeout_s=1.5, retries=2, backoff_s=0.25)
     limits = stage(config)._judge.pool.settings
     assert (limits.limit, limits.timeout_s, limits.retries, limits.backoff_s) == (7, 1.5, 2, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"style": "long"}, "embedrl.judge.style must be one of"),
+        ({"urls": ("ftp://judge",)}, "embedrl.judge: a server's URL must read"),
+        ({"urls": ("http://judge", "judge/v1")}, "embedrl.judge: a pool needs one or more different"),
+        ({"temperature": float("inf")}, "embedrl.judge.temperature must be"),
+    ],
+)
+def test_a_judge_that_cannot_work_is_refused_before_anything_is_started(change, message) -> None:
+    check_judge(JudgeConfig(api_key_env="SET_WHERE_THE_TRAINER_RUNS"))
+    with pytest.raises(ConfigError, match=message):
+        check_judge(JudgeConfig(**change))
+
+
+def test_each_row_is_judged_with_its_inputs_instruction_and_a_prompt_leaves_the_queue_once(monkeypatch) -> None:
+    tcot = parse_tcot("anything")
+    prompts = [("p0", 0, "Find it."), ("p0", 1, ""), ("p1", 0, "Find another."), ("p1", 1, "Describe it.")]
+    rows = [
+        Row(f"{pair}{side}_{g}_0", pair, side, g, 0, "text_keywords", "s", tcot, 0, 0, 0, None, 5)
+        for pair, side, _ in prompts
+        for g in (0, 1)
+    ]
+    asked, told = [], {}
+
+    def get(keys, partition_id, select_fields):
+        asked.extend(keys)
+        wanted = {f"{pair}{side}_0_0": instruction for pair, side, instruction in prompts}
+        return [asdict(Item(text="x", instruction=wanted[key])) for key in keys]
+
+    async def judge(batch, **arguments):
+        told.update(arguments)
+        return SimpleNamespace(scores=None)
+
+    monkeypatch.setattr(judging.tq, "kv_batch_get", get)
+    monkeypatch.setattr(judging, "tu_list", lambda data, name: data)
+    here = stage(JudgeConfig(urls=URLS))
+    monkeypatch.setattr(here._judge, "judge", judge)
+    asyncio.run(here.of(rows, "train", 3)(None))  # type: ignore[arg-type]
+    assert told["instructions"] == ["Find it."] * 2 + [None] * 2 + ["Find another."] * 2 + ["Describe it."] * 2
+    assert sorted(asked) == ["p00_0_0", "p01_0_0", "p10_0_0", "p11_0_0"]

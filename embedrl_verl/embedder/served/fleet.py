@@ -26,6 +26,7 @@ from embedrl_verl.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 PLACED_WITHIN_S = 60.0
+STATE_WITHIN_S = 5.0
 
 
 class _ServerActor:
@@ -59,8 +60,8 @@ class _ServerActor:
     def wait_ready(self) -> None:
         self._process.wait_ready()
 
-    def state(self) -> dict[str, Any]:
-        return {"url": self._process.url, "restarts": self._process.restarts, "failure": self._process.failure}
+    def state(self) -> tuple[int, str | None]:
+        return self._process.restarts, self._process.failure
 
     def stop(self) -> None:
         self._process.stop()
@@ -93,6 +94,7 @@ class ServerFleet:
             ).remote(i, options, server.startup_s)
             for i in range(server.servers)
         ]
+        self._restarts = [0] * server.servers
         self.urls: list[str] = ray.get([one.url.remote() for one in self._actors])
 
     def wait_ready(self) -> None:
@@ -103,9 +105,21 @@ class ServerFleet:
         """
         ray.get([one.wait_ready.remote() for one in self._actors])
 
-    def states(self) -> list[dict[str, Any]]:
-        """Of each server: its url, restarts so far, and why it was given up (or None)."""
-        return list(ray.get([one.state.remote() for one in self._actors]))
+    def states(self) -> list[tuple[int, str | None]]:
+        """Of each server: restarts so far, and why it was given up (or None). Never raises: one lost node is no reason
+        to end a run whose rows other servers embed."""
+        asked = [one.state.remote() for one in self._actors]
+        return [self._state(answer, place) for place, answer in enumerate(asked)]
+
+    def _state(self, answer: Any, place: int) -> tuple[int, str | None]:
+        try:
+            restarts, failure = ray.get(answer, timeout=STATE_WITHIN_S)
+            self._restarts[place] = restarts
+        except ray.exceptions.GetTimeoutError:
+            failure = f"its process says nothing within {STATE_WITHIN_S:.0f} s"
+        except ray.exceptions.RayError as error:
+            failure = f"its process is lost ({type(error).__name__}), and nobody starts the server again"
+        return self._restarts[place], failure
 
     def stop(self) -> None:
         """End all servers and give their devices back."""

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -108,6 +108,12 @@ class ServerProcess:
         self._child.wait()
 
     def _watch(self) -> None:
+        try:
+            self._keep_up()
+        except OSError as error:  # it could not be started again
+            self._set(failure=f"the {self._name} {self.url} cannot be started: {error}. Its log: {self.log}")
+
+    def _keep_up(self) -> None:
         last_answer, next_probe = time.monotonic(), 0.0
         was_up = False  # since its last start
         while not self._stopping and self._failure is None:
@@ -162,7 +168,7 @@ class ServerProcess:
         try:
             with _OPENER.open(f"{self.url}/health", timeout=PROBE_S) as response:
                 return bool(response.status < 500)
-        except (urllib.error.URLError, OSError):
+        except (http.client.HTTPException, OSError):  # another program may have taken the port
             return False
 
     def tail(self) -> str:

@@ -192,3 +192,17 @@ def test_what_does_not_heed_sigterm_is_killed():
     child.stdout.readline()
     guard._end_group(child.pid, 0.3)
     assert child.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_another_program_on_the_port_ends_the_wait_and_not_the_watcher(start):
+    """It speaks no HTTP: the server is given up in time, with its cause."""
+    garbage = """
+import socket, sys
+with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listener:
+    while True:
+        with listener.accept()[0] as one:
+            one.recv(1000), one.sendall(b"garbage\\r\\n\\r\\n")
+"""
+    server = start(garbage, startup_s=2)
+    with pytest.raises(EmbedderError, match="did not answer within 2 s"):
+        server.wait_ready()
