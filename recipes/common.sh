@@ -70,6 +70,10 @@ require_gpus() {
     if ((present < GPUS_PER_NODE)); then
         fail 4 "GPUS_PER_NODE=$GPUS_PER_NODE, but this machine has $present GPU(s); set GPUS_PER_NODE=$present"
     fi
+    if ((present < GPUS_PER_NODE + ${JUDGE_GPUS_PER_NODE:-0})); then
+        fail 4 "GPUS_PER_NODE + JUDGE_GPUS_PER_NODE = $GPUS_PER_NODE + $JUDGE_GPUS_PER_NODE, but this machine has" \
+            "$present GPU(s); lower one of them"
+    fi
 }
 
 # One node: verl starts Ray. Several: join the cluster of RAY_ADDRESS, or make one from NODE_RANK and MASTER_ADDR,
@@ -91,12 +95,12 @@ start_or_join_ray() {
     local ray=("$PYTHON" -m ray.scripts.scripts)
     if ((NODE_RANK > 0)); then
         say "node $NODE_RANK joins $MASTER_ADDR:$port and works until the head stops"
-        "${ray[@]}" start --address="$MASTER_ADDR:$port" --num-gpus="$GPUS_PER_NODE" --block ||
+        "${ray[@]}" start --address="$MASTER_ADDR:$port" --block ||
             say "the head has stopped"
         exit 0
     fi
     say "starting the Ray head on $MASTER_ADDR:$port"
-    "${ray[@]}" start --head --node-ip-address="$MASTER_ADDR" --port="$port" --num-gpus="$GPUS_PER_NODE" \
+    "${ray[@]}" start --head --node-ip-address="$MASTER_ADDR" --port="$port" \
         --disable-usage-stats --block &
     # Only this head is stopped at the end: ray stop would end every Ray on the node.
     trap "kill $! 2>/dev/null || true; wait $! 2>/dev/null || true" EXIT

@@ -4,8 +4,9 @@ cannot.
 
 What holds resources in verl 0.9.1 (everything else asks for none): a resource pool reserves 3 CPUs and 1 "GPU" for
 each device, all of a node's together on that node; the TransferQueue controller and each of its storage units hold
-one CPU. These are slots of Ray's own book-keeping, not cores: on a small machine `ray_kwargs.ray_init.num_cpus` may
-be larger than the number of cores.
+one CPU; rollouts on devices of their own hold 2 CPUs and 1 "GPU" a device. This package adds an Embedder's own pool,
+and one CPU and its GPUs for each embedding server and for a sentence-transformers process. These are slots of Ray's own
+book-keeping, not cores: on a small machine `ray_kwargs.ray_init.num_cpus` may be larger than the number of cores.
 """
 
 import socket
@@ -13,8 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from embedrl_verl.errors import ResourceError
 
+SEPARATE = "egrl_separate_async"
+CPUS_PER_ROLLOUT_DEVICE = 2  # RolloutReplica.init_standalone
 CPUS_PER_DEVICE = 3  # verl.single_controller.ray.base.ResourcePoolManager.max_colocate_count
 
 ANSWER_WITHIN_S = 10
@@ -30,26 +35,32 @@ class NodeResources:
 
 @dataclass(frozen=True)
 class RayNeeds:
-    """Slots a run holds. A pool is (nodes, devices a node)."""
+    """Slots a run holds. A pool is (nodes, devices a node); `others` are (what, CPUs, GPUs)."""
 
     pools: tuple[tuple[int, int], ...]
     storage_units: int
+    others: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def _pooled(self) -> int:
+        return sum(nodes * devices for nodes, devices in self.pools)
 
     @property
     def cpus(self) -> int:
-        """CPUs in all: 3 a device, the TransferQueue controller, its storage units."""
-        return CPUS_PER_DEVICE * self.gpus + 1 + self.storage_units
+        """CPUs in all: 3 a device, the TransferQueue controller, its storage units, the others."""
+        return CPUS_PER_DEVICE * self._pooled + 1 + self.storage_units + sum(cpus for _, cpus, _ in self.others)
 
     @property
     def gpus(self) -> int:
         """Devices in all."""
-        return sum(nodes * devices for nodes, devices in self.pools)
+        return self._pooled + sum(gpus for _, _, gpus in self.others)
 
     def describe(self) -> str:
         """The sum, term by term."""
+        others = "".join(f", {cpus} {what}" for what, cpus, _ in self.others)
         return (
-            f"{self.cpus} CPUs ({CPUS_PER_DEVICE} for each of {self.gpus} devices, 1 TransferQueue controller, "
-            f"{self.storage_units} storage units) and {self.gpus} GPU slots"
+            f"{self.cpus} CPUs ({CPUS_PER_DEVICE} for each of {self._pooled} devices, 1 TransferQueue controller, "
+            f"{self.storage_units} storage units{others}) and {self.gpus} GPU slots"
         )
 
 
@@ -61,7 +72,21 @@ def ray_needs(config: Any) -> RayNeeds:
         pools.append((judge.nnodes, judge.n_gpus_per_node))
     backend = config.transfer_queue.backend
     units = backend.SimpleStorage.num_data_storage_units if backend.storage_backend == "SimpleStorage" else 0
-    return RayNeeds(pools=tuple(pools), storage_units=units)
+    others = []
+    if OmegaConf.select(config, "trainer.v1.trainer_mode") == SEPARATE:
+        rollout = config.actor_rollout_ref.rollout
+        devices = rollout.nnodes * rollout.n_gpus_per_node
+        others.append(("rollouts", CPUS_PER_ROLLOUT_DEVICE * devices, devices))
+    embedder = OmegaConf.select(config, "embedrl.embedder")
+    if embedder is not None:
+        backend_name, server = embedder.get("backend", "worker"), embedder.get("server", {})
+        if backend_name == "server" and not server.get("urls"):
+            others.append(("embedding servers", server.servers, server.servers * server.n_gpus_per_server))
+        elif backend_name == "sentence_transformers":
+            others.append(("sentence-transformers process", 1, embedder.sentence.n_gpus))
+        elif backend_name == "worker" and embedder.n_gpus_per_node:
+            pools.append((embedder.nnodes, embedder.n_gpus_per_node))
+    return RayNeeds(pools=tuple(pools), storage_units=units, others=tuple(others))
 
 
 def ray_nodes(config: Any) -> list[NodeResources]:
@@ -97,9 +122,25 @@ def ray_nodes(config: Any) -> list[NodeResources]:
         ) from error
     ray.init(address=address, log_to_driver=False)
     try:
+        _refuse_busy(address)
         return _alive_nodes()
     finally:
         ray.shutdown()
+
+
+def _refuse_busy(address: str) -> None:
+    """TransferQueue has one queue for a whole cluster, which a second run would read from, and close at its end."""
+    import ray
+
+    try:
+        ray.get_actor("TransferQueueController", namespace="transfer_queue")
+    except ValueError:
+        return
+    raise ResourceError(
+        f"another run is at work in the Ray cluster at {address}, and TransferQueue, which verl's rollouts pass "
+        "through, has one queue for a cluster: two runs would train on each other's rollouts. Wait until it ends, or "
+        "give this run a cluster of its own (on other nodes, or in a container with a /tmp of its own)"
+    )
 
 
 def _alive_nodes() -> list[NodeResources]:

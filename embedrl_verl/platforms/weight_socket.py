@@ -48,8 +48,8 @@ def claim_weight_sockets(job: str, *, folder: Path = SOCKETS, wait_s: float = 60
     file.close()
     raise ResourceError(
         f"another run on this machine, in a Ray cluster of its own, has the job id {job} too and so the same sockets "
-        f"for weights ({path} is locked; verl 0.9.1 names them after the job). Wait until it ends, or put both runs in "
-        "one cluster: `ray start --head`, then RAY_ADDRESS=auto for each"
+        f"for weights ({path} is locked; verl 0.9.1 names them after the job). Wait until it ends, or give one a "
+        "/tmp of its own (a container)"
     )
 
 

@@ -4,10 +4,11 @@
 import time
 
 import pytest
+import ray
 from omegaconf import OmegaConf
 
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms.ray_cpus import NodeResources, check_ray_cpus, ray_needs
+from embedrl_verl.platforms.ray_cpus import NodeResources, _refuse_busy, check_ray_cpus, ray_needs
 
 
 def config(nnodes=1, devices=1, units=1, judge=None, **ray_init):
@@ -53,6 +54,39 @@ def test_storage_units_count_for_simple_storage_only():
     other = config(units=8)
     other.transfer_queue.backend.storage_backend = "MooncakeStore"
     assert ray_needs(other).cpus == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "cpus", "gpus", "what"),
+    [
+        ("embedder={backend: worker, nnodes: 1, n_gpus_per_node: 2}", 11, 3, "3 for each of 3 devices"),
+        ("embedder={backend: worker, nnodes: 1, n_gpus_per_node: 0}", 5, 1, "1 storage units\\)"),
+        ("embedder={backend: sentence_transformers, sentence: {n_gpus: 1}}", 6, 2, "1 sentence-transformers process"),
+        ("embedder={backend: server, server: {servers: 3, n_gpus_per_server: 2}}", 8, 7, "3 embedding servers"),
+        ("embedder={backend: server, server: {urls: [http://a], servers: 3}}", 5, 1, "1 storage units\\)"),
+        ("mode=egrl_separate_async", 9, 3, "4 rollouts"),
+    ],
+)
+def test_what_this_package_adds_counts_too(change, cpus, gpus, what):
+    name, value = change.split("=", 1)
+    run = config()
+    if name == "embedder":
+        run.embedrl = {"embedder": OmegaConf.create(value)}
+    else:
+        run.trainer.v1 = {"trainer_mode": value}
+        run.actor_rollout_ref = {"rollout": {"nnodes": 1, "n_gpus_per_node": 2}}
+    needs = ray_needs(run)
+    assert (needs.cpus, needs.gpus) == (cpus, gpus)
+    with pytest.raises(ResourceError, match=rf"needs {cpus} CPUs.*{what}.*Ray has {cpus - 1} CPUs"):
+        check_ray_cpus(run, [NodeResources(cpus - 1, gpus)])
+    check_ray_cpus(run, [NodeResources(cpus, gpus)])
+
+
+def test_a_cluster_where_another_run_is_at_work_is_refused(monkeypatch):
+    """Its TransferQueue would be shared."""
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: object())
+    with pytest.raises(ResourceError, match="another run is at work in the Ray cluster at here:1"):
+        _refuse_busy("here:1")
 
 
 def test_exactly_enough_passes_and_one_less_does_not():

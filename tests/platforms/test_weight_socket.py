@@ -34,7 +34,7 @@ def other_run(tmp_path):
 
 
 def test_a_second_run_of_the_same_job_number_is_refused_and_told_what_to_do(other_run, tmp_path):
-    with pytest.raises(ResourceError, match=r"(?s)job id 01000000.*RAY_ADDRESS=auto"):
+    with pytest.raises(ResourceError, match=r"(?s)job id 01000000.*/tmp of its own"):
         claim_weight_sockets("01000000", folder=tmp_path, wait_s=0.2)
 
 
