@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from embedrl_verl.errors import ConfigError, DataError, MediaError
 from embedrl_verl.tcot import family_of
 
 if TYPE_CHECKING:  # the other commands of `embedrl` need not wait for torch
-    from embedrl_verl.data.inspection import LocatedPair, PairFacts, PairInspector, Problem
+    from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem
 
 DEFAULT_FAMILY = "qwen2_vl"
 UNKNOWN_SOURCE = "(unreadable)"
@@ -66,25 +65,62 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: options that contradict each other, or media limits that the processor does not share.
     """
-    from embedrl_verl.data.inspection import Problem, default_threads, locate_pairs
+    from tqdm import tqdm
+
+    from embedrl_verl.data.inspection import Problem, default_threads, scan_located
+    from embedrl_verl.report.lengths import in_threads
 
     inspector = _inspector(args)
-    pairs, problems = locate_pairs(_files(args.files))
-    roots = {file: args.media_root or media_root_of(file) for file in {pair.file for pair in pairs}}
-    found: list[PairFacts | MediaError] = []
-    for root, group in groupby(pairs, key=lambda pair: roots[pair.file]):
-        found += replace(inspector, media_root=root).inspect_all(list(group), default_threads())
-    for pair, facts in zip(pairs, found, strict=True):
-        if isinstance(facts, MediaError):
-            problems.append(Problem(pair.file, pair.row, str(facts), pair.record.data_source))
-        elif args.max_prompt_length is not None:
-            for side, tokens in facts.overlong(args.max_prompt_length).items():
-                message = (
-                    f"{pair}, field {side}: prompt has {tokens} tokens, over the limit of {args.max_prompt_length}"
-                )
-                problems.append(Problem(pair.file, pair.row, message, pair.record.data_source))
-    _print_report(pairs, problems)
+    roots: dict[str, str | None] = {}
+
+    def problems_of(found: LocatedPair | Problem) -> tuple[tuple[str, str] | None, list[Problem]]:
+        """Source and kinds of a well-formed pair, and what is wrong."""
+        if isinstance(found, Problem):
+            return None, [found]
+        here = replace(inspector, media_root=roots[found.file])
+        return _seen(found), _problems(found, here, args.max_prompt_length)
+
+    def located() -> Iterator[LocatedPair | Problem]:
+        for found in scan_located(_files(args.files)):
+            if found.file not in roots:
+                roots[found.file] = args.media_root or media_root_of(found.file)
+            yield found
+
+    counts: dict[str, _SourceCounts] = defaultdict(_SourceCounts)
+    problems: list[Problem] = []
+    # A few rows at a time: records may hold their media as bytes.
+    checked = in_threads(problems_of, located(), default_threads())
+    for seen, found in tqdm(checked, desc="checking pairs", unit="pair", disable=None):
+        problems += found
+        if seen is not None:
+            counts[seen[0]].pairs += 1
+            counts[seen[0]].kinds[seen[1]] += 1
+    _print_report(counts, problems)
     return DataError.exit_code if problems else 0
+
+
+def _seen(pair: LocatedPair) -> tuple[str, str]:
+    kinds = f"{input_kind(pair.record, 'query')} > {input_kind(pair.record, 'target')}"
+    return pair.record.data_source, kinds
+
+
+def _problems(pair: LocatedPair, inspector: PairInspector, max_prompt_length: int | None) -> list[Problem]:
+    from embedrl_verl.data.inspection import Problem
+
+    try:
+        facts = inspector.inspect(pair)
+    except MediaError as error:
+        return [Problem(pair.file, pair.row, str(error), pair.record.data_source)]
+    overlong = {} if max_prompt_length is None else facts.overlong(max_prompt_length)
+    return [
+        Problem(
+            pair.file,
+            pair.row,
+            f"{pair}, field {side}: prompt has {tokens} tokens, over the limit of {max_prompt_length}",
+            pair.record.data_source,
+        )
+        for side, tokens in overlong.items()
+    ]
 
 
 def _files(paths: Iterable[str]) -> list[str]:
@@ -113,7 +149,10 @@ def _inspector(args: argparse.Namespace) -> PairInspector:
 
     from embedrl_verl.data.lengths import PromptMeter
 
-    tokenizer, processor = hf_tokenizer(args.tokenizer), hf_processor(args.tokenizer)
+    try:
+        tokenizer, processor = hf_tokenizer(args.tokenizer), hf_processor(args.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tokenizer {args.tokenizer}: cannot be loaded ({str(error).splitlines()[0]})") from error
     if processor is None:
         raise ConfigError(
             f"--tokenizer {args.tokenizer}: the folder has no image processor; name a Qwen-VL model's folder"
@@ -122,12 +161,7 @@ def _inspector(args: argparse.Namespace) -> PairInspector:
     return PairInspector(settings, family, args.media_root, PromptMeter(tokenizer, processor, family, {}))
 
 
-def _print_report(pairs: Iterable[LocatedPair], problems: list[Problem]) -> None:
-    counts: dict[str, _SourceCounts] = defaultdict(_SourceCounts)
-    for pair in pairs:
-        source = counts[pair.record.data_source]
-        source.pairs += 1
-        source.kinds[f"{input_kind(pair.record, 'query')} > {input_kind(pair.record, 'target')}"] += 1
+def _print_report(counts: dict[str, _SourceCounts], problems: list[Problem]) -> None:
     for name, rows in _bad_rows(problems).items():
         counts[name].bad = rows
     width = max([len("data source"), *map(len, counts)])

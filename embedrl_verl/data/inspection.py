@@ -70,35 +70,42 @@ def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]
     """
     pairs: list[LocatedPair] = []
     problems: list[Problem] = []
-    first_with: dict[str, LocatedPair] = {}
-    for file in _parts(files, problems):
-        try:
-            for row, record in scan_pairs(file):
-                if isinstance(record, DataError):
-                    problems.append(Problem(file, row, str(record)))
-                    continue
-                pair = LocatedPair(file, row, record)
-                first = first_with.setdefault(record.pair_id, pair)
-                if first is pair:
-                    pairs.append(pair)
-                else:
-                    message = f"{pair}: pair_id must be unique; {first.file}, row {first.row} has it too"
-                    problems.append(Problem(file, row, message, record.data_source))
-        except DataError as error:
-            problems.append(Problem(file, None, str(error)))
+    for found in scan_located(files):
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            pairs.append(found)
     return pairs, problems
 
 
-def _parts(files: Iterable[str], problems: list[Problem]) -> Iterator[str]:
-    """Folders as their parts; one that cannot be used becomes a problem."""
+def scan_located(files: Iterable[str]) -> Iterator[LocatedPair | Problem]:
+    """As `locate_pairs`, one after another: what is held is the ids, not the records with their media."""
+    first_with: dict[str, tuple[str, int]] = {}
     for file in files:
-        if not Path(file).is_dir():
-            yield file
-            continue
         try:
-            yield from map(str, pair_files([file]))
+            parts = [str(part) for part in pair_files([file])] if Path(file).is_dir() else [file]
         except DataError as error:
-            problems.append(Problem(file, None, str(error)))
+            yield Problem(file, None, str(error))
+            continue
+        for part in parts:
+            yield from _scan_part(part, first_with)
+
+
+def _scan_part(file: str, first_with: dict[str, tuple[str, int]]) -> Iterator[LocatedPair | Problem]:
+    try:
+        for row, record in scan_pairs(file):
+            if isinstance(record, DataError):
+                yield Problem(file, row, str(record))
+                continue
+            pair = LocatedPair(file, row, record)
+            first = first_with.setdefault(record.pair_id, (file, row))
+            if first == (file, row):
+                yield pair
+            else:
+                message = f"{pair}: pair_id must be unique; {first[0]}, row {first[1]} has it too"
+                yield Problem(file, row, message, record.data_source)
+    except DataError as error:
+        yield Problem(file, None, str(error))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl import cli_data
+from embedrl_verl.data import inspection
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError
@@ -113,3 +115,29 @@ def test_length_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_the_parser_is_there_without_torch() -> None:
     code = "import sys, embedrl_verl.cli_data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_few_records_are_held_at_a_time(
+    tmp_path: Path, root: Path, pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents carry their pages as bytes: a file may be larger than the memory."""
+    alive: weakref.WeakSet[PairRecord] = weakref.WeakSet()
+    most = 0
+
+    def scan(path: str) -> Iterator[tuple[int, PairRecord]]:
+        nonlocal most
+        for row in range(300):
+            record = pair(f"p{row}")
+            alive.add(record)
+            most = max(most, len(alive))
+            yield row, record
+
+    monkeypatch.setattr(inspection, "scan_pairs", scan)
+    assert check(tmp_path / "f.parquet", "--media-root", root) == 0
+    assert most <= 2 * inspection.default_threads() + 4
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, pair: MakePair) -> None:
+    write_pairs([pair("a")], tmp_path / "f.parquet")
+    with pytest.raises(ConfigError, match="--tokenizer /nope: cannot be loaded"):
+        check(tmp_path / "f.parquet", "--tokenizer", "/nope")
