@@ -83,10 +83,12 @@ def scan_pairs(path: str | Path) -> Iterator[tuple[int, PairRecord | DataError]]
         columns = [name for name in SCHEMA.names if name in file.schema_arrow.names]
         row = 0
         try:
-            for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
-                for values in batch.to_pylist():
-                    yield row, record_or_error(values, path, row)
-                    row += 1
+            # A group at a time: a batch over several groups of large media would hold all of them.
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=columns):
+                    for values in batch.to_pylist():
+                        yield row, record_or_error(values, path, row)
+                        row += 1
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
 
