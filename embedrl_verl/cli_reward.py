@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     trial.add_argument(
         "--dump", required=True, metavar="RUN", help="folder of a run, of its rollouts, or one dump file"
     )
-    trial.add_argument("--kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="reward_kwargs, spelt as for hydra")
+    trial.add_argument(
+        "--kwargs",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="reward_kwargs, spelt as for hydra (default: those of the run for its own function, else none)",
+    )
     trial.add_argument("--steps", metavar="1,5-10", help="these steps only")
     trial.add_argument("--limit", type=int, default=5, metavar="N", help="rows to show, largest change first (5)")
     trial.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -79,32 +84,38 @@ def _list() -> int:
 
 
 def _try(args: argparse.Namespace) -> int:
-    from embedrl_verl.rewards.contract import load_reward_function
+    from embedrl_verl.rewards.contract import load_reward_function, same_function
     from embedrl_verl.rewards.dump import find_dumps, read_reward_dump
     from embedrl_verl.rewards.trial import largest_changes, score_dump, summarise
 
     if args.limit < 0:
         raise ConfigError(f"--limit must be 0 or more; got {args.limit}")
     wanted = None if args.steps is None else parse_steps(args.steps)
-    kwargs = parse_kwargs(args.kwargs)
+    given = parse_kwargs(args.kwargs or [])
     function, where = load_reward_function(args.file)
     dumps = [(step, path) for step, path in find_dumps(args.dump) if wanted is None or _is_in(step, wanted)]
     if not dumps:
         raise ConfigError(f"--steps {args.steps} names no dumped step of {args.dump}")
-    scored, ran = [], set()
+    scored, tried, ran, of_run = [], set(), set(), False
     for step, path in dumps:
         dump = read_reward_dump(path)
-        ran.add(dump.function)
-        scored.append(score_dump(partial(function, **kwargs), where, dump, step=step, limit=args.limit))
+        kwargs, named = given, where
+        if dump.kwargs and args.kwargs is None and same_function(where, dump.function):
+            kwargs, of_run = dump.kwargs, True
+            named = f"{where} with the run's reward_kwargs {kwargs} (--kwargs sets others)"
+        tried.add(_called(where, kwargs))
+        ran.add(_called(dump.function, dump.kwargs))
+        scored.append(score_dump(partial(function, **kwargs), named, dump, step=step, limit=args.limit))
     steps = [summarise([one], one.step) for one in scored]
     total, changes = summarise(scored, "all"), largest_changes(scored, args.limit)
-    told = f"{where} {kwargs}" if kwargs else where
+    told = "; ".join(sorted(tried))
     if args.json:
-        report = {"function": told, "run": sorted(ran), "dump": str(args.dump)}
+        report = {"function": told, "kwargs_of_run": of_run, "run": sorted(ran), "dump": str(args.dump)}
         values = {"steps": steps, "all": total, "changes": changes}
         print(json.dumps(_plain({**report, **values}), indent=1, allow_nan=False))
     else:
-        print(f"tried:   {told}\nrun had: {'; '.join(sorted(ran - {''})) or '(its dump does not say)'}\n")
+        print(f"tried:   {told}\nrun had: {'; '.join(sorted(ran - {''})) or '(its dump does not say)'}")
+        print("kwargs:  the run's, since this is its own function; --kwargs sets others\n" if of_run else "")
         _print_table(steps, total)
         _print_changes(changes)
     return 0
@@ -144,6 +155,10 @@ def parse_kwargs(assignments: Sequence[str]) -> dict[str, Any]:
         except HydraException as error:
             raise ConfigError(f"--kwargs {word}: the value cannot be read ({str(error).splitlines()[0]})") from error
     return kwargs
+
+
+def _called(function: str, kwargs: Mapping[str, Any] | None) -> str:
+    return f"{function} {dict(kwargs)}" if kwargs else function
 
 
 def _is_in(step: str, ranges: list[tuple[int, int]]) -> bool:

@@ -48,14 +48,15 @@ def _batch(**change):
     return RewardBatch.build(**{**arguments, **change})
 
 
-def _write(folder, step, parts, **change):
+def _write(folder, step, parts, *, function="the run's own", kwargs=None, **change):
     batch = _batch(**change)
     rows = [
         {"pair_id": f"bird-{pair}", "data_source": "birds", "text": tcot.text, "num_images": 0, "num_frames": 0}
         for pair, tcot in zip(batch.pair.tolist(), batch.tcots, strict=True)
     ]
     parts = parts or no_judge.compute_score(batch)
-    write_reward_dump(folder / "rollouts" / dump_name(step), batch, parts, rows=rows, function="the run's own")
+    path = folder / "rollouts" / dump_name(step)
+    write_reward_dump(path, batch, parts, rows=rows, function=function, kwargs=kwargs)
 
 
 @pytest.fixture
@@ -110,6 +111,61 @@ def test_the_runs_own_function_is_identical(run, capsys):
     assert "identical: every score is the run's own, bit for bit" in out and "largest changes" not in out
     assert main(["reward", "try", spec, "--dump", str(run)]) == 0
     assert "scores are the run's own, bit for bit, in 2 of 3 steps" in capsys.readouterr().out
+
+
+SPEC = "pkg://embedrl_verl.rewards.functions.no_judge"
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A run of no_judge that went on with other kwargs after its first step."""
+    for step, kwargs in ((1, {"gamma": 0.3}), (2, {"gamma": 0.5, "accuracy": "all"})):
+        parts = no_judge.compute_score(_batch(), **kwargs)
+        _write(tmp_path, step, parts, function=f"{SPEC}:compute_score", kwargs=kwargs)
+    return tmp_path
+
+
+def test_the_runs_own_function_gets_the_kwargs_of_each_dump(tuned, capsys):
+    report = _json(capsys, SPEC, "--dump", tuned)
+    assert [step["identical"] for step in report["steps"]] == [True, True] and report["kwargs_of_run"]
+    had = [f"{SPEC}:compute_score {kwargs}" for kwargs in ({"gamma": 0.3}, {"gamma": 0.5, "accuracy": "all"})]
+    assert report["run"] == had and report["function"] == "; ".join(had)
+    assert main(["reward", "try", SPEC, "--dump", str(tuned), "--steps", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()[:4]
+    assert told == [f"tried:   {had[0]}", f"run had: {had[0]}", told[2], ""]
+    assert told[2] == "kwargs:  the run's, since this is its own function; --kwargs sets others"
+
+
+def test_kwargs_of_ones_own_and_other_functions_leave_the_runs_alone(tuned, capsys):
+    report = _json(capsys, SPEC, "--dump", tuned, "--kwargs", "gamma=0.9")
+    assert [step["identical"] for step in report["steps"]] == [False, False] and not report["kwargs_of_run"]
+    assert report["function"] == f"{SPEC}:compute_score {{'gamma': 0.9}}"
+    bare = _json(capsys, SPEC, "--dump", tuned, "--kwargs")
+    assert bare["function"] == f"{SPEC}:compute_score" and not bare["all"]["identical"]
+    other = _json(capsys, "pkg://embedrl_verl.rewards.functions.outcome_only", "--dump", tuned)
+    assert other["function"].endswith("outcome_only:compute_score") and not other["kwargs_of_run"]
+    assert main(["reward", "try", SPEC, "--dump", str(tuned), "--kwargs", "gamma=0.9"]) == 0
+    assert "kwargs:" not in capsys.readouterr().out
+
+
+def test_a_file_is_the_runs_own_however_it_is_spelt(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", "other.py"):
+        (tmp_path / name).write_text(MINE + "\nagain = compute_score\n")
+    score = 0.5 * _batch().rollout.float()
+    score[4] = NAN
+    _write(tmp_path, 1, {"score": score}, function=f"file://{tmp_path}/mine.py:compute_score", kwargs={"weight": 0.5})
+    for spec in ("mine.py", "./mine.py:compute_score", f"{tmp_path}/mine.py", f"file://{tmp_path}/mine.py"):
+        assert _json(capsys, spec, "--dump", tmp_path)["all"]["identical"], spec
+    for spec in ("mine.py:again", "other.py"):
+        assert not _json(capsys, spec, "--dump", tmp_path)["all"]["identical"], spec
+
+
+def test_kwargs_of_the_run_that_the_function_no_longer_takes_are_named(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    _write(tmp_path, 1, None, function=f"{tmp_path}/mine.py:compute_score", kwargs={"old": 1})
+    assert main(["reward", "try", f"{tmp_path}/mine.py", "--dump", str(tmp_path)]) == 2
+    assert "with the run's reward_kwargs {'old': 1} (--kwargs sets others) failed" in capsys.readouterr().err
 
 
 def test_the_tables(run, capsys):

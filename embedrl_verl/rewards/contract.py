@@ -53,6 +53,18 @@ def load_reward_function(spec: str) -> tuple[Callable[..., Any], str]:
     return function, f"{path}:{name}"
 
 
+def same_function(one: str, other: str) -> bool:
+    """Whether two full names ("FILE:function") name one function: the same file, or the same pkg:// path."""
+    return _place(one) == _place(other)
+
+
+def _place(where: str) -> tuple[str | Path, str]:
+    path, _, name = where.rpartition(":")
+    if path.startswith("pkg://"):
+        return path.replace("/", "."), name
+    return Path(path.removeprefix("file://")).resolve(), name
+
+
 def call_reward_function(function: Callable[..., Any], batch: RewardBatch, where: str) -> dict[str, Tensor]:
     """Call a reward function on a batch and check what it returns.
 

@@ -46,6 +46,7 @@ class RewardDump:
     parts: the reward function's results, (N,) float32 each, with "score".
     rows: N mappings with `pair_id`, `data_source`, `text` (the T-CoT), `num_images`, `num_frames`.
     function: what the run called its reward function, "" if it did not say.
+    kwargs: the function's `reward_kwargs` in the run, None if it did not say (older dumps).
     """
 
     path: Path
@@ -53,6 +54,7 @@ class RewardDump:
     rows: list[dict[str, Any]]
     function: str
     _batch: RewardBatch
+    kwargs: dict[str, Any] | None = None
 
     def batch(self) -> RewardBatch:
         """The step's batch, bit for bit. It has a judge if the run's reward had the part "process": one that gives the
@@ -68,6 +70,7 @@ def write_reward_dump(
     *,
     rows: Sequence[Mapping[str, Any]],
     function: str = "",
+    kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a dump; the file is there whole or not at all.
 
@@ -78,6 +81,7 @@ def write_reward_dump(
         rows: for each row of the batch `pair_id`, `data_source`, `text`, and `num_images`, `num_frames` (0 or None: the
             input has none); other JSON values may stand beside them.
         function: how the run names its reward function.
+        kwargs: the function's `reward_kwargs`, JSON values; None: not known.
 
     Raises:
         ValueError: rows or parts are not those of the batch.
@@ -98,8 +102,10 @@ def write_reward_dump(
         raise ValueError(f"parts must have 'score'; got {', '.join(parts)}")
     tensors = {name: getattr(batch, name) for name in (*_ALWAYS, *_MAYBE) if getattr(batch, name) is not None}
     tensors |= {_PART + name: value for name, value in parts.items()}
-    text = json.dumps({"rows": [dict(row) for row in rows], "required": list(batch.required), "function": function})
-    tensors["json"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    told = {"rows": [dict(row) for row in rows], "required": list(batch.required), "function": function}
+    if kwargs is not None:
+        told["reward_kwargs"] = dict(kwargs)
+    tensors["json"] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
     # Clones: the format refuses tensors that share memory, and a function may return one tensor under two names.
     content = save(
         {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()},
@@ -128,6 +134,9 @@ def read_reward_dump(path: str | Path) -> RewardDump:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         told = json.loads(tensors.pop("json").numpy().tobytes())
         rows, required, function = told["rows"], told["required"], told["function"]
+        kwargs = told.get("reward_kwargs")  # optional: older dumps of this version have none
+        if not (kwargs is None or isinstance(kwargs, dict)):
+            raise ValueError(f"reward_kwargs must be a mapping; got {kwargs!r}")
         parts = {name.removeprefix(_PART): tensors.pop(name) for name in list(tensors) if name.startswith(_PART)}
         batch = RewardBatch(
             **{name: tensors[name] for name in _ALWAYS},
@@ -142,7 +151,7 @@ def read_reward_dump(path: str | Path) -> RewardDump:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: a damaged reward dump ({type(error).__name__}: {error})") from error
     _check_parts(path, batch, parts)
-    return RewardDump(path, parts, rows, function, batch)
+    return RewardDump(path, parts, rows, function, batch, kwargs)
 
 
 def find_dumps(run: str | Path) -> list[tuple[str, Path]]:

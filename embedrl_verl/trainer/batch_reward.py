@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import transfer_queue as tq
+from omegaconf import DictConfig, OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.errors import EmbedderError
@@ -96,13 +97,19 @@ class ScoredRows:
             "reward": {name: _finite(value[index].item()) for name, value in self.parts.items()},
         }
 
-    def write_dump(self, path: Path, function: str) -> None:
-        """Everything that `embedrl reward try` needs to compute these rewards again, or others."""
+    def write_dump(self, path: Path, function: DictConfig) -> None:
+        """Everything that `embedrl reward try` needs to compute these rewards again, or others.
+
+        Args:
+            function: `reward.custom_reward_function`.
+        """
+        named = cast("dict[str, Any]", OmegaConf.to_container(function, resolve=True))
         write_reward_dump(
             path,
             self.batch,
             self.parts,
-            function=function,
+            function=f"{named['path']}:{named['name']}",
+            kwargs=named.get("reward_kwargs"),
             rows=[
                 {
                     "pair_id": row.pair_id,

@@ -290,7 +290,7 @@ class EGRLMixin(WorkerClassesMixin):
         if training and self.config.trainer.get("rollout_data_dir"):
             part = self.local_trigger_step if self.parameter_sync_step > 1 else None
             path = Path(self.config.trainer.rollout_data_dir) / dump_name(self.global_steps, part)
-            scored.write_dump(path, f"{function.path}:{function.name}")
+            scored.write_dump(path, function)
         # Sorted rows: the same rollouts give the same mini-batches, whatever the order of arrival.
         position = {key: i for i, key in enumerate(batch.keys)}
         batch.reorder([position[row.key] for row in rows])

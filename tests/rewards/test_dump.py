@@ -70,6 +70,14 @@ def test_everything_of_the_batch_is_there_again(tmp_path, batch):
     assert dump.rows == _rows(batch) and dump.function == "reward/paper.py:compute_score"
 
 
+def test_the_functions_kwargs_are_there_again_and_older_dumps_have_none(tmp_path, batch):
+    kwargs = {"gamma": 0.1, "accuracy": "all", "nested": {"k": [1, None, True]}}
+    assert read_reward_dump(_dump(tmp_path, batch, kwargs=kwargs)).kwargs == kwargs
+    assert read_reward_dump(_dump(tmp_path, batch, kwargs={})).kwargs == {}
+    path = _dump(tmp_path, batch)
+    assert b"reward_kwargs" not in path.read_bytes() and read_reward_dump(path).kwargs is None
+
+
 def test_what_a_run_did_not_have_is_not_there(tmp_path, make_batch):
     batch = make_batch()
     again = read_reward_dump(_dump(tmp_path, batch, "no_judge")).batch()
@@ -163,6 +171,13 @@ def test_a_damaged_file_is_named(tmp_path, batch, damage, message):
     with pytest.raises(DataError, match=message) as caught:
         read_reward_dump(path)
     assert str(path) in str(caught.value)
+
+
+def test_kwargs_that_are_no_mapping_are_damage(tmp_path, batch):
+    path = _dump(tmp_path, batch, kwargs={"a": 1})
+    path.write_bytes(path.read_bytes().replace(b'{"a": 1}', b'["a", 1]'))
+    with pytest.raises(DataError, match=r"a damaged reward dump .*reward_kwargs must be a mapping; got \['a', 1\]"):
+        read_reward_dump(path)
 
 
 def test_rows_that_are_on_no_side_are_damage(tmp_path, batch):

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import RewardBatch
@@ -124,10 +125,14 @@ def test_the_judge_is_asked_about_the_rows_as_they_stand():
 def test_a_dump_holds_the_rows_and_gives_the_same_rewards_again(tmp_path):
     rows = _rows(failures=("uid00_1_0",))
     scored = score_rows(rows, _FakeEmbedder(), _margin, max_failed_share=0.5, expected_rows=8)
-    scored.write_dump(tmp_path / "3.rewards.safetensors", "mine.py:compute_score")
+    kwargs = {"weight": "${base}", "of": {"k": [1, None]}}
+    config = OmegaConf.create(
+        {"base": 0.2, "function": {"path": "mine.py", "name": "compute_score", "reward_kwargs": kwargs}}
+    )
+    scored.write_dump(tmp_path / "3.rewards.safetensors", config.function)
     dump = read_reward_dump(tmp_path / "3.rewards.safetensors")
     assert [row["pair_id"] for row in dump.rows] == [row.pair_id for row in rows]
-    assert dump.function == "mine.py:compute_score"
+    assert dump.function == "mine.py:compute_score" and dump.kwargs == {"weight": 0.2, "of": {"k": [1, None]}}
     again = _margin(dump.batch())["score"]
     assert again.nan_to_num(9).equal(scored.parts["score"].nan_to_num(9))
 
