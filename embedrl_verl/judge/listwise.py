@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from embedrl_verl.errors import EmbedRLError
+from embedrl_verl.errors import EmbedRLError, MediaError
 from embedrl_verl.judge.answer import is_whole_choice, parse_choice
 from embedrl_verl.judge.candidates import JudgeList, judge_lists
 from embedrl_verl.judge.judgement import Judgement
@@ -27,11 +27,14 @@ from embedrl_verl.serving import ServerError, ServerPool
 
 _LOG = logging.getLogger(__name__)
 _CHAT = "/v1/chat/completions"
-_NOT_VLLM = (401, 403, 404, 405)
-"""What servers without the route /version say of it; any other failure says nothing about the software."""
+_NOT_VLLM = (200, 401, 403, 404, 405)
+"""What servers without the route /version say of it (200: a page, no JSON); other failures say nothing of it."""
 NO_NUMBER = "names no listed number"
 MALFORMED = "malformed response"
 CUT_OFF = "answer cut off"
+UNREADABLE = "image unreadable"
+IMAGE_LOADS = 4
+"""Lists whose images are loaded at the same time, each in a thread."""
 LONGEST_WORDS = 500
 
 
@@ -49,6 +52,7 @@ class ListwiseJudge:
         self._model = self.settings.model
         self._is_vllm: bool | None = None
         self._words: dict[str, str] = {}
+        self._logged: set[str] = set()
 
     async def judge(
         self,
@@ -123,7 +127,7 @@ class ListwiseJudge:
                 answer = await self.pool.get("/version", deadline=deadline)
                 self._is_vllm = isinstance(answer, dict) and "version" in answer
             except ServerError as error:
-                if error.status is None:
+                if error.status is None and error.cause != "timeout":
                     raise
                 if error.status not in _NOT_VLLM:  # asked again in the next step
                     _LOG.warning("judge: /version failed, so this step's answers are not constrained: %s", error)
@@ -132,16 +136,21 @@ class ListwiseJudge:
             _LOG.info("judge: %s decoding (%s)", "constrained" if self._is_vllm else "free", self.pool.urls[0])
 
     def _cause(self, error: ServerError, *, hint: bool = False) -> str:
-        """The failure's cause, to count by; its first words are kept for the error, and logged."""
-        if error.cause not in self._words:
-            fix = ""
-            if error.status in (401, 403):
-                fix = "; name the variable of its key in embedrl.judge.api_key_env"
-            elif hint:
-                fix = "; a server that lists no models needs embedrl.judge.model"
-            self._words[error.cause] = f"{error}{fix}"
-            _LOG.warning("judge: rows are unknown: %s%s", error, fix)
-        return error.cause
+        """The failure's cause, with the key that may mend it."""
+        fix = ""
+        if error.status in (401, 403):
+            fix = "; name the variable of its key in embedrl.judge.api_key_env"
+        elif hint:
+            fix = "; a server that lists no models needs embedrl.judge.model"
+        return self._note(error.cause, f"{error}{fix}")
+
+    def _note(self, cause: str, words: str) -> str:
+        """The cause, to count by; its first words are kept for the step's error, and logged once a run."""
+        self._words.setdefault(cause, words)
+        if cause not in self._logged:
+            self._logged.add(cause)
+            _LOG.warning("judge: rows are unknown: %s", words)
+        return cause
 
     async def _ask_all(
         self,
@@ -152,11 +161,22 @@ class ListwiseJudge:
         deadline: float,
     ) -> dict[int, int | str]:
         """For every listed row the number picked, or the cause of having none."""
+        loop = asyncio.get_running_loop()
         tasks: dict[int, asyncio.Task[int | str]] = {}
+        loads: list[asyncio.Task[Sequence[str] | None]] = []
+        unreadable: dict[int, int | str] = {}
         try:
+            if images is not None and self.settings.images:
+                gate = asyncio.Semaphore(IMAGE_LOADS)
+                loads = [loop.create_task(_load(images, listed.rows[0], gate)) for listed in lists]
             for home, listed in enumerate(lists):
                 row = listed.rows[0]
-                shown = await asyncio.to_thread(images, row) if images is not None and self.settings.images else None
+                try:
+                    shown = await loads[home] if loads else None
+                except MediaError as error:
+                    cause = self._note(UNREADABLE, str(error))
+                    unreadable |= dict.fromkeys(listed.rows, cause)
+                    continue
                 prompt = judge_prompt(
                     [batch.tcots[candidate] for candidate in listed.candidates],
                     side=listed.side,
@@ -166,16 +186,16 @@ class ListwiseJudge:
                 )
                 for row in listed.rows:
                     request = self._ask(prompt, batch, row, len(listed), deadline, home)
-                    tasks[row] = asyncio.get_running_loop().create_task(request)
+                    tasks[row] = loop.create_task(request)
                 # A list at a time: the loop stays free, and requests leave while others are built.
                 await asyncio.sleep(0)
             await asyncio.gather(*tasks.values())
         finally:
-            for task in tasks.values():
+            started: list[asyncio.Task[Any]] = [*loads, *tasks.values()]
+            for task in started:
                 task.cancel()
-            if tasks:
-                await asyncio.wait(tasks.values())
-        return {row: task.result() for row, task in tasks.items()}
+            await asyncio.gather(*started, return_exceptions=True)
+        return unreadable | {row: task.result() for row, task in tasks.items()}
 
     async def _ask(
         self, prompt: JudgePrompt, batch: RewardBatch, row: int, n: int, deadline: float, home: int
@@ -262,3 +282,10 @@ class ListwiseJudge:
             retries=retries,
             seconds=seconds,
         )
+
+
+async def _load(
+    images: Callable[[int], Sequence[str] | None], row: int, gate: asyncio.Semaphore
+) -> Sequence[str] | None:
+    async with gate:
+        return await asyncio.to_thread(images, row)

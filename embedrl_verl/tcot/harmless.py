@@ -5,6 +5,8 @@ leave the tags that a template puts around them."""
 from __future__ import annotations
 
 import re
+import sys
+import unicodedata
 from functools import lru_cache
 
 # Marks of the chat formats in use: <|...|> (Qwen, Llama 3, Phi), <｜...｜> (DeepSeek), <start_of_turn> (Gemma), [INST]
@@ -29,10 +31,30 @@ def break_control(text: str) -> str:
 
 
 def break_tags(text: str, names: tuple[str, ...]) -> str:
-    """The text with "&lt;" for the opening bracket of tags of these names, whatever white space is in them."""
+    """The text with "&lt;" for the opening bracket of tags of these names, whatever white space is in them.
+
+    Look-alikes count as tags: fullwidth brackets and strokes, and invisible characters anywhere in them.
+    """
     return _tags(names).sub("&lt;", text) if names else text
 
 
 @lru_cache
 def _tags(names: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(rf"<(?=\s*/?\s*(?:{'|'.join(map(re.escape, names))})\b)", re.IGNORECASE)
+    # No part can match what its neighbour matches, so a bracket is looked at in linear time.
+    hidden = _invisible()
+    gap = rf"[\s{hidden}]*"
+    spelt = "|".join(f"[{hidden}]*".join(map(re.escape, name)) for name in names)
+    return re.compile(rf"[<＜](?={gap}(?:[/／]{gap})?(?:{spelt})\b)", re.IGNORECASE)
+
+
+@lru_cache
+def _invisible() -> str:
+    """Unicode's format characters (category Cf: zero width, direction, soft hyphen) as ranges for a set of `re`."""
+    ranges: list[list[int]] = []
+    for code in range(sys.maxunicode + 1):
+        if unicodedata.category(chr(code)) == "Cf":
+            if ranges and ranges[-1][1] == code - 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)

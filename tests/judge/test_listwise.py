@@ -13,8 +13,9 @@ import pytest
 import torch
 from aiohttp import web
 
-from embedrl_verl.errors import ConfigError, EmbedRLError
+from embedrl_verl.errors import ConfigError, EmbedRLError, MediaError
 from embedrl_verl.judge import JudgeSettings, ListwiseJudge
+from embedrl_verl.judge.listwise import IMAGE_LOADS
 from tests.judge.batches import lines_of, make_batch
 from tests.serving.fakes import FakeServer, free_url, heartbeat, quick_pool
 
@@ -411,3 +412,73 @@ def test_the_rollouts_of_a_list_meet_one_server_whose_prefix_cache_holds_it():
     assert {len(seen) for seen in heads} == {32}
     judgement, heads = asyncio.run(main(3))
     assert not judgement.causes and sum(map(len, heads)) == 128
+
+
+def _after_two_steps(version, **pool):
+    async def answer(path, body):
+        if path != "/version":
+            return says(reading)(path, body)
+        seen.append(path)
+        return await version()
+
+    async def main():
+        async with FakeServer(answer) as server:
+            judge = ListwiseJudge(quick_pool(server.url, **pool), JudgeSettings(style="compact"))
+            return [await judge.judge(make_batch(), step=step) for step in (0, 1)]
+
+    seen = []
+    return asyncio.run(main()), len(seen)
+
+
+def test_a_version_route_that_hangs_leaves_no_row_unknown_and_is_asked_again():
+    found, asked = _after_two_steps(lambda: asyncio.sleep(30), timeout_s=0.3, retries=0)
+    assert not any(judgement.causes for judgement in found) and asked == 2
+
+
+def test_a_version_route_that_gives_a_page_is_no_vllm_and_is_not_asked_again():
+    async def page():
+        return web.Response(text="<html>hello</html>")
+
+    found, asked = _after_two_steps(page, retries=0)
+    assert not any(judgement.causes for judgement in found) and asked == 1
+
+
+def test_what_a_server_said_is_logged_once_a_run(caplog):
+    async def main():
+        async with FakeServer(says(None, chat=lambda body: web.Response(status=404))) as server:
+            judge = ListwiseJudge(quick_pool(server.url), JudgeSettings(style="compact", max_unknown_share=1.0))
+            for step in (0, 1):
+                assert (await judge.judge(make_batch(), step=step)).causes["HTTP 404"] == 48
+
+    asyncio.run(main())
+    assert sum("rows are unknown" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_images_of_some_lists_are_loaded_at_the_same_time():
+    now, most, lock = [0], [0], threading.Lock()
+
+    def images(row):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        return ["data:image/png;base64,AA"]
+
+    run(says(lambda body: "1"), images=True, call={"images": images})
+    assert most[0] == IMAGE_LOADS
+
+
+def test_an_unreadable_image_makes_its_list_unknown_and_no_other():
+    def images(row):
+        if row == 0:
+            raise MediaError("a.png must be an image; got 3 bytes. Replace the file")
+        return None
+
+    found, _ = run(says(reading), images=True, call={"images": images}, max_unknown_share=0.5)
+    (unknown,) = [listed for listed in found.lists if listed.rows[0] == 0]
+    assert dict(found.causes) == {"image unreadable": len(unknown.rows)}
+    assert {row for row in range(48) if math.isnan(found.scores[row])} == set(unknown.rows)
+    with pytest.raises(EmbedRLError, match=r"4 x image unreadable.*The first failure: a\.png must be"):
+        run(says(reading), images=True, call={"images": images}, max_unknown_share=0.0)

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from embedrl_verl.serving import ServerError, ServerPool
+from embedrl_verl.serving.pool import HOME_SLACK
 from embedrl_verl.serving.server import seconds_to_wait
 from tests.serving.fakes import FakeServer, failure_of, free_url, heartbeat, quick_pool
 
@@ -275,3 +276,17 @@ def test_the_key_is_in_no_message():
 def test_the_error_survives_pickling():
     error = pickle.loads(pickle.dumps(ServerError("text", "HTTP 503", 503)))
     assert (str(error), error.cause, error.status) == ("text", "HTTP 503", 503)
+
+
+def test_a_home_that_has_too_much_in_flight_shares_with_the_others():
+    async def run():
+        one, two = FakeServer(lambda *_: asyncio.sleep(30)), FakeServer(lambda *_: asyncio.sleep(30))
+        async with one, two, quick_pool(one.url, two.url, limit=100) as pool:
+            tasks = [asyncio.create_task(pool.post("/x", {}, home=0)) for _ in range(60)]
+            while one.now + two.now < 60:
+                await asyncio.sleep(0.01)
+            assert 0 < one.now - two.now <= HOME_SLACK + 1
+            for task in tasks:
+                task.cancel()
+
+    asyncio.run(run())

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A text shown inside a prompt can neither forge a turn nor leave its tags, and stays readable."""
 
+import time
+
 import pytest
 
 from embedrl_verl.tcot.harmless import break_control, break_tags
@@ -17,6 +19,37 @@ def test_tags_of_the_template_are_broken_whatever_white_space_is_in_them():
     text = break_tags("<query> </ Query> < / query > <queries> <b>", ("query",))
     assert text == "&lt;query> &lt;/ Query> &lt; / query > <queries> <b>"
     assert break_tags("<query>", ()) == "<query>"
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<\u200b/query>",
+        "＜/query＞",
+        "<／query>",
+        "</\u00adquery>",
+        "</qu\u2060ery>",
+        "＜\ufeff ／ \u200dQu\u200bery\u200b＞",
+    ],
+)
+def test_look_alikes_of_the_templates_tags_are_broken_and_nothing_else_of_them_changes(tag):
+    assert break_tags(f"a {tag} b", ("query",)) == f"a &lt;{tag[1:]} b"
+
+
+@pytest.mark.parametrize("text", ["＜b＞ \u200b 1／2", "<queries>", "<\u200bb>", "می\u200cخواهم < query2"])
+def test_invisible_and_fullwidth_characters_elsewhere_stay(text):
+    assert break_tags(text, ("query",)) == text
+
+
+@pytest.mark.parametrize(
+    "part", ["<", "< ", "<\u200b", "<" + " " * 200_000, "<q" + "\u200b" * 200_000, "</ \u200b" * 9]
+)
+def test_tags_are_looked_for_in_linear_time(part):
+    text = part * (400_000 // len(part))
+    break_tags("", ("query",))  # compiles
+    start = time.perf_counter()
+    assert break_tags(text, ("query", "question")) == text
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("text", ["a < b | c > d", "[1, 2]", "<answer>3</answer>", '{"bbox_2d": [1]}', "日本"])
