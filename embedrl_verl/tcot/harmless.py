@@ -5,9 +5,9 @@ leave the tags that a template puts around them."""
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from functools import lru_cache
+from itertools import chain
 
 # Marks of the chat formats in use: <|...|> (Qwen, Llama 3, Phi), <｜...｜> (DeepSeek), <start_of_turn> (Gemma), [INST]
 # (Mistral, Llama 2), sentence marks, image and embedding placeholders.
@@ -47,11 +47,15 @@ def _tags(names: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"[<＜](?={gap}(?:[/／]{gap})?(?:{spelt})\b)", re.IGNORECASE)
 
 
+_WITH_FORMAT_CHARACTERS = (range(0x10000), range(0x11000, 0x1E000), range(0xE0000, 0xE0100))
+"""Looking at all of Unicode would hold up an event loop for 0.1 s."""
+
+
 @lru_cache
 def _invisible() -> str:
     """Unicode's format characters (category Cf: zero width, direction, soft hyphen) as ranges for a set of `re`."""
     ranges: list[list[int]] = []
-    for code in range(sys.maxunicode + 1):
+    for code in chain(*_WITH_FORMAT_CHARACTERS):
         if unicodedata.category(chr(code)) == "Cf":
             if ranges and ranges[-1][1] == code - 1:
                 ranges[-1][1] = code

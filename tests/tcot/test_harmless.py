@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A text shown inside a prompt can neither forge a turn nor leave its tags, and stays readable."""
 
+import re
+import sys
 import time
+import unicodedata
 
 import pytest
 
-from embedrl_verl.tcot.harmless import break_control, break_tags
+from embedrl_verl.tcot.harmless import _invisible, break_control, break_tags
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,11 @@ def test_tags_are_looked_for_in_linear_time(part):
 @pytest.mark.parametrize("text", ["a < b | c > d", "[1, 2]", "<answer>3</answer>", '{"bbox_2d": [1]}', "日本"])
 def test_other_texts_stay_as_they_are(text):
     assert break_control(text) == text
+
+
+def test_no_format_character_of_unicode_is_left_out():
+    hidden = re.compile(f"[{_invisible()}]")
+    wrong = [
+        c for c in map(chr, range(sys.maxunicode + 1)) if (unicodedata.category(c) == "Cf") != bool(hidden.match(c))
+    ]
+    assert wrong == []
