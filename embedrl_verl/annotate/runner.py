@@ -186,6 +186,7 @@ class Runner:
         self._folder, self._hash, self._settings, self._report = folder, settings_hash, settings, report
         self.progress = Progress()
         self._open: dict[int, _Open] = {}
+        self._taking: set[asyncio.Task[Entry]] = set()
         self._max_open = 4 + 4 * settings.limit // max(1, source.chunks[0].rows)
         self._media_left = settings.media_bytes
         self._desks = asyncio.Semaphore(settings.threads)
@@ -218,6 +219,7 @@ class Runner:
                 task.cancel()
             # Every one is awaited: an error that nobody asks for would be printed when the process ends.
             await asyncio.gather(work, feeder, flusher, *tasks, return_exceptions=True)
+            await asyncio.gather(*self._taking, return_exceptions=True)
             try:
                 await self._flush()
             finally:
@@ -304,19 +306,27 @@ class Runner:
             return None
         try:
             reply = await self._backend.complete(request)
+            # Nothing is awaited between the answer and this: an answer outlives its worker when the run is ended.
+            taking = loop.create_task(self._take_in(opened, errand, prompt, reply))
+            self._taking.add(taking)
+            taking.add_done_callback(self._taking.discard)
         finally:
             del request
             self._media_left += size
             async with self._space:
                 self._space.notify_all()
-        found = await loop.run_in_executor(self._threads, self._asker.read, errand, prompt, reply)
+        entry = await asyncio.shield(taking)
+        if entry["done"]:
+            return None
+        return Errand(errand.chunk, errand.row, errand.name, (*errand.tries, entry))
+
+    async def _take_in(self, opened: _Open, errand: Errand, prompt: Prompt, reply: Reply | Refused) -> Entry:
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, self._asker.read, errand, prompt, reply)
         entry = {**_key(errand), **found}
         self._note(opened, entry)
         self.progress.replies += 1
         self.progress.completion_tokens += entry.get("out") or 0
-        if entry["done"]:
-            return None
-        return Errand(errand.chunk, errand.row, errand.name, (*errand.tries, entry))
+        return entry
 
     def _prepare(self, errand: Errand) -> tuple[Prompt, Any, int]:
         prompt, sampling = self._asker.ask(errand)
@@ -352,11 +362,14 @@ class Runner:
                 self._report(self.progress)
 
     async def _flush(self) -> None:
-        """Write all entries so far; they are on the disk when this returns."""
+        """Write all entries so far; they are on the disk when this returns.
+
+        They are written too when the caller is cancelled meanwhile, before those of any later call.
+        """
         work = [(opened.journal, opened.unwritten) for opened in self._open.values() if opened.unwritten]
         for opened in self._open.values():
             opened.unwritten = []
-        await asyncio.get_running_loop().run_in_executor(self._writer, _append_all, work)
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, _append_all, work))
 
 
 def journal_path(folder: Path, chunk: Chunk) -> Path:
