@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from embedrl_verl.data.files import media_root_of, pair_files
 from embedrl_verl.data.schema import input_kind
-from embedrl_verl.data.settings import DataSettings, resolve_family
+from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError, DataError, MediaError
 from embedrl_verl.tcot import family_of
 
@@ -145,20 +145,10 @@ def _inspector(args: argparse.Namespace) -> PairInspector:
             raise ConfigError("--max-prompt-length counts tokens and needs --tokenizer DIR, the Reasoner's folder")
         family = family_of(DEFAULT_FAMILY if args.family == "auto" else args.family)
         return PairInspector(settings, family, args.media_root, meter=None)
-    from verl.utils.tokenizer import hf_processor, hf_tokenizer  # heavy, and needed only to count tokens
+    from embedrl_verl.data.lengths import PromptMeter  # imports verl, needed only to count tokens
 
-    from embedrl_verl.data.lengths import PromptMeter
-
-    try:
-        tokenizer, processor = hf_tokenizer(args.tokenizer), hf_processor(args.tokenizer)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--tokenizer {args.tokenizer}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    if processor is None:
-        raise ConfigError(
-            f"--tokenizer {args.tokenizer}: the folder has no image processor; name a Qwen-VL model's folder"
-        )
-    family = resolve_family(args.family, processor)
-    return PairInspector(settings, family, args.media_root, PromptMeter(tokenizer, processor, family, {}))
+    meter = PromptMeter.from_pretrained(args.tokenizer, args.family)
+    return PairInspector(settings, meter.family, args.media_root, meter)
 
 
 def _print_report(counts: dict[str, _SourceCounts], problems: list[Problem]) -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from embedrl_verl.data.files import pair_files
+from embedrl_verl.data.files import PART_PATTERN, pair_files
 from embedrl_verl.data.media import load_frames, load_item, resolve_media_path
+from embedrl_verl.data.memory import check_memory
 from embedrl_verl.data.parquet import scan_pairs
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side
@@ -67,9 +68,14 @@ def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]
 
     Args:
         files: parquet files, or data set folders, which stand for their parts.
+
+    Raises:
+        ResourceError: the media in their rows do not fit into the machine's memory.
     """
     pairs: list[LocatedPair] = []
     problems: list[Problem] = []
+    files = list(files)
+    check_memory(part for file in files for part in (Path(file).glob(PART_PATTERN) if Path(file).is_dir() else [file]))
     for found in scan_located(files):
         if isinstance(found, Problem):
             problems.append(found)

@@ -17,6 +17,7 @@ from verl.utils.tokenizer.chat_template import apply_chat_template
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
 from embedrl_verl.data.prompts import Messages, VideoInput
+from embedrl_verl.data.settings import resolve_family
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import Family
 
@@ -28,6 +29,7 @@ class PromptMeter:
     """
 
     def __init__(self, tokenizer: Any, processor: Any, family: Family, data_config: Mapping[str, Any]) -> None:
+        self.tokenizer, self.family = tokenizer, family
         self._patch = processor.image_processor.patch_size
         self._builder = create_continuous_token_builder(
             tokenizer,
@@ -37,6 +39,26 @@ class PromptMeter:
             processor=processor,
         )
         self._counted: dict[bytes, int] = {}
+
+    @classmethod
+    def from_pretrained(cls, path: str, family: str) -> PromptMeter:
+        """Load the tokenizer and the image processor of a Reasoner, no weights, for a command's `--tokenizer`.
+
+        Args:
+            family: of the Reasoner, or "auto".
+
+        Raises:
+            ConfigError: the folder cannot be loaded, has no image processor, or is of another or no known family.
+        """
+        from verl.utils.tokenizer import hf_processor, hf_tokenizer  # heavy
+
+        try:
+            tokenizer, processor = hf_tokenizer(path), hf_processor(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        if processor is None:
+            raise ConfigError(f"--tokenizer {path}: the folder has no image processor; name a Qwen-VL model's folder")
+        return cls(tokenizer, processor, resolve_family(family, processor), {})
 
     def count(
         self, messages: Messages, images: Sequence[Image.Image] | None, videos: Sequence[VideoInput] | None

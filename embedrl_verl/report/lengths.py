@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from embedrl_verl.data.schema import SIDES, PairRecord, Side
-from embedrl_verl.data.settings import resolve_family
-from embedrl_verl.errors import ConfigError, MediaError
+from embedrl_verl.errors import MediaError
 from embedrl_verl.report.recipe import RecipeLimits
 from embedrl_verl.report.rows import Row
 from embedrl_verl.tcot import Family
@@ -63,18 +62,10 @@ class LengthMeter:
         Raises:
             ConfigError: the folder has no image processor, or is of no known family.
         """
-        from verl.utils.tokenizer import hf_processor, hf_tokenizer  # heavy
+        from embedrl_verl.data.lengths import PromptMeter  # imports verl
 
-        from embedrl_verl.data.lengths import PromptMeter
-
-        try:
-            tokenizer, processor = hf_tokenizer(path), hf_processor(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]})") from error
-        if processor is None:
-            raise ConfigError(f"--tokenizer {path}: the folder has no image processor; name a Qwen-VL model's folder")
-        family = resolve_family(limits.data.family, processor)
-        return cls(limits, family, tokenizer, PromptMeter(tokenizer, processor, family, {}))
+        meter = PromptMeter.from_pretrained(path, limits.data.family)
+        return cls(limits, meter.family, meter.tokenizer, meter)
 
     def measure(self, record: PairRecord, row: Row) -> Lengths:
         """Lengths of both sides; a side without T-CoT has no length of one, and one without text none of that.

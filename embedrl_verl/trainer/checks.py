@@ -31,6 +31,7 @@ def check_run_config(config: Any) -> None:
     mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     ranks = embedder.nnodes * embedder.n_gpus_per_node or devices
+    senders = int(config.actor_rollout_ref.rollout.agent.num_workers)
     split = embedder.tensor_model_parallel_size * embedder.pipeline_model_parallel_size
     batch = prompts // mini_batches(config)
     chosen = batch * (rollouts if embedder.train.rollouts == "all" else 1)
@@ -41,6 +42,12 @@ def check_run_config(config: Any) -> None:
             not embedder.train.enable or chosen >= ranks // split,
             f"co-training needs a row for each of the Embedder's {ranks // split} data-parallel ranks; "
             f"embedrl.embedder.train.rollouts={embedder.train.rollouts} gives at most {chosen} of a batch",
+        ),
+        (
+            embedder.backend != "server" or embedder.server.limit >= senders,
+            f"embedrl.embedder.server.limit is shared out among the {senders} agent-loop workers that send "
+            f"(actor_rollout_ref.rollout.agent.num_workers), so it must be at least {senders}; "
+            f"got {embedder.server.limit}",
         ),
         (
             ranks % split == 0,

@@ -3,7 +3,6 @@
 
 import asyncio
 import gc
-import threading
 import time
 
 import pytest
@@ -76,7 +75,7 @@ def test_as_many_are_in_flight_as_allowed_and_rows_are_not_read_far_ahead(world)
     async def look():
         runner = build()
         task = asyncio.ensure_future(runner.run())
-        for _ in range(400):
+        for _ in range(6000):
             await asyncio.sleep(0.01)
             if backend.now >= 68:
                 break
@@ -108,8 +107,8 @@ def test_one_slow_answer_holds_back_nobody_and_opens_a_bounded_number_of_chunks(
         backend.released = release()
         runner = build()
         task = asyncio.ensure_future(runner.run())
-        before = -1
-        while before != len(backend.asked):
+        before, until = -1, time.monotonic() + 60
+        while before != len(backend.asked) or (before < 700 and time.monotonic() < until):
             before = len(backend.asked)
             await asyncio.sleep(0.3)
         opened = len(runner._open)
@@ -123,7 +122,7 @@ def test_one_slow_answer_holds_back_nobody_and_opens_a_bounded_number_of_chunks(
 
 
 def test_encoded_media_stay_within_their_memory_whether_sent_or_waiting(world):
-    held, most = 0, 0
+    held, most, until = 0, 0, time.monotonic() + 60
 
     class Sized(FakeBackend):
         def prepare(self, prompt, sampling):
@@ -135,6 +134,8 @@ def test_encoded_media_stay_within_their_memory_whether_sent_or_waiting(world):
         async def complete(self, request):
             nonlocal held
             reply = await super().complete(request)
+            while most < 5 and time.monotonic() < until:
+                await asyncio.sleep(0.001)
             held -= 1
             return reply
 
@@ -145,21 +146,23 @@ def test_encoded_media_stay_within_their_memory_whether_sent_or_waiting(world):
 
 
 def test_the_event_loop_is_free_while_media_are_encoded(world):
-    """Questions take 200 ms of a thread each; the loop must come round in much less."""
-    main = threading.get_ident()
+    """No question is put together before the loop has come round meanwhile."""
+    beats = []
 
     class Heavy(TcotAsker):
         def ask(self, errand):
-            assert threading.get_ident() != main
-            time.sleep(0.2)
+            before, until = len(beats), time.monotonic() + 20
+            while len(beats) < before + 5:
+                assert time.monotonic() < until, "the event loop stands still"
+                time.sleep(0.002)
             return super().ask(errand)
 
     async def look(build):
-        async with heartbeat() as gaps:
+        async with heartbeat(beats):
             await build().run()
-        return sorted(gaps)[-3]
 
-    assert asyncio.run(look(world(asker=Heavy(TcotSettings(), PROMPTS), count=12, threads=4))) < 0.1
+    asyncio.run(look(world(asker=Heavy(TcotSettings(), PROMPTS), count=12, threads=4)))
+    assert beats
 
 
 def test_too_many_failures_stop_early_and_keep_the_answers(world, tmp_path, caplog):

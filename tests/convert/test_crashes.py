@@ -104,7 +104,7 @@ def start(source: Path, out: Path, seconds: float) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
@@ -149,7 +149,7 @@ def test_a_killed_worker_ends_the_run_with_a_way_on(source: Path, tmp_path: Path
     workers = psutil.Process(process.pid).children(recursive=True)
     worker = next(child for child in workers if "spawn_main" in " ".join(child.cmdline()))
     worker.kill()
-    assert process.wait(timeout=60) == 4
+    assert process.wait(timeout=300) == 4
     errors = (tmp_path / "output").read_text()
     assert "a worker process was killed" in errors
     assert "run the same command again to go on" in errors

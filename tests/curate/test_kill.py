@@ -52,7 +52,7 @@ def kill_when(process: subprocess.Popen[bytes], parts: Path, count: int) -> None
     process.wait()
     assert process.stderr is not None
     process.stderr.close()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
 
 

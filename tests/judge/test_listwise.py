@@ -17,7 +17,7 @@ from embedrl_verl.errors import ConfigError, EmbedRLError, MediaError
 from embedrl_verl.judge import JudgeSettings, ListwiseJudge
 from embedrl_verl.judge.listwise import IMAGE_LOADS
 from tests.judge.batches import lines_of, make_batch
-from tests.serving.fakes import FakeServer, free_url, heartbeat, quick_pool
+from tests.serving.fakes import FakeServer, free_url, quick_pool
 
 
 def reading(body):
@@ -161,7 +161,7 @@ def test_model_and_software_are_asked_for_once_under_successive_event_loops():
     ],
 )
 def test_garbage_errors_and_time_outs_are_unknown_by_cause_and_never_scored(chat, cause):
-    pool = {"retries": 1, "timeout_s": 0.3 if cause == "timeout" else 20}
+    pool = {"retries": 1, "timeout_s": 1 if cause == "timeout" else 20}
     found, _ = run(says(None, chat=chat), make_batch(pairs=3, rollouts=1), pool=pool, max_unknown_share=1.0)
     assert found.scores.isnan().all() and found.picks.tolist() == [0] * 6 and found.causes == {cause: 6}
     metrics = found.metrics()
@@ -203,8 +203,8 @@ def test_a_dead_judge_stops_the_step_with_its_cause():
     pool = quick_pool(free_url())
     start = time.monotonic()
     with pytest.raises(EmbedRLError, match="48 x no server is up"):
-        asyncio.run(ListwiseJudge(pool, JudgeSettings(deadline_s=0.5)).judge(make_batch(), step=0))
-    assert time.monotonic() - start < 10
+        asyncio.run(ListwiseJudge(pool, JudgeSettings(deadline_s=2)).judge(make_batch(), step=0))
+    assert time.monotonic() - start < 25
 
 
 def test_the_deadline_ends_the_stage():
@@ -213,8 +213,8 @@ def test_the_deadline_ends_the_stage():
         return {"choices": [{"message": {"content": reading(body)}}]}
 
     start = time.monotonic()
-    found, _ = run(says(None, chat=slow), deadline_s=1.5)
-    assert found.causes == {"deadline": 8} and time.monotonic() - start < 15
+    found, _ = run(says(None, chat=slow), deadline_s=4)
+    assert found.causes == {"deadline": 8} and time.monotonic() - start < 25
 
 
 def test_rows_without_a_list_are_no_failures():
@@ -294,11 +294,13 @@ def test_settings_that_cannot_work_are_refused_by_key(key, value):
 
 
 @contextlib.contextmanager
-def slow_server(latency):
-    """A judge in a thread of its own that takes `latency` seconds an answer and always says 1."""
+def patient_server(together):
+    """A judge in a thread of its own that always says 1, but nothing to anybody until `together` ask at once."""
 
     async def chat(body):
-        await asyncio.sleep(latency)
+        until = time.monotonic() + 60
+        while ready[0].most < together and time.monotonic() < until:
+            await asyncio.sleep(0.01)
         return {"choices": [{"message": {"content": "1"}}]}
 
     async def serve():
@@ -318,20 +320,13 @@ def slow_server(latency):
         thread.join()
 
 
-def test_512_rollouts_run_at_the_limit_and_never_block_the_event_loop():
+def test_512_rollouts_run_at_the_limit_and_no_request_blocks_the_event_loop():
     batch = make_batch(pairs=32, rollouts=8)
 
-    async def main(server):
-        async with heartbeat() as gaps:
-            found = await judged(server, batch, style="paper", pool={"limit": 64})
-        return found, sorted(gaps)
-
-    with slow_server(0.2) as server:
-        found, gaps = asyncio.run(main(server))
-    assert server.most == 64 and found.requests == 514
-    # 8 rounds of 0.2 s; one after the other they take 102 s. Close limits are those of benchmarks/bench_judge.py.
-    assert found.seconds < 12
-    assert gaps[len(gaps) // 2] < 0.05 and gaps[-1] < 2  # blocking calls make every gap 0.2 s
+    with patient_server(64) as server:
+        found = asyncio.run(judged(server, batch, style="paper", pool={"limit": 64, "timeout_s": 120}))
+    # A call that blocks the event loop would wait for the other 63 in vain. Times: benchmarks/bench_judge.py.
+    assert server.most == 64 and found.requests == 514 and not found.causes
 
 
 def test_judge_and_pool_import_no_trainer_and_no_model_library():
@@ -431,7 +426,7 @@ def _after_two_steps(version, **pool):
 
 
 def test_a_version_route_that_hangs_leaves_no_row_unknown_and_is_asked_again():
-    found, asked = _after_two_steps(lambda: asyncio.sleep(30), timeout_s=0.3, retries=0)
+    found, asked = _after_two_steps(lambda: asyncio.sleep(30), timeout_s=3, retries=0)
     assert not any(judgement.causes for judgement in found) and asked == 2
 
 
@@ -461,7 +456,10 @@ def test_images_of_some_lists_are_loaded_at_the_same_time():
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.05)
+        until = time.monotonic() + 20
+        while most[0] < IMAGE_LOADS and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.02)
         with lock:
             now[0] -= 1
         return ["data:image/png;base64,AA"]

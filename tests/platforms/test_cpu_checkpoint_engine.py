@@ -50,7 +50,7 @@ def in_threads(jobs):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=300)
     for result in results:
         if isinstance(result, BaseException):
             raise result

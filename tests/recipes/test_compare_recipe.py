@@ -47,7 +47,7 @@ class Comparison:
             env={**env, **settings, **variables},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert result.returncode == code, result.stderr

@@ -38,7 +38,7 @@ def run(tmp_path: Path, name: str, *arguments: str, **variables: str) -> tuple[i
         env={**env, **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     calls = (tmp_path / "calls").read_text().split("\0\n\0")[:-1] if (tmp_path / "calls").exists() else []

@@ -129,7 +129,7 @@ def test_set_up_without_a_fitting_python_says_what_is_needed(tmp_path: Path) -> 
         env={"PATH": os.environ["PATH"], "PYTHON": "no-such-python"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert result.returncode == 2

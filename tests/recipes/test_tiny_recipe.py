@@ -43,7 +43,7 @@ class Recipe:
         (self.out / "calls").unlink(missing_ok=True)
         env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "OUT": str(self.out), "PYTHON": str(self.python)}
         command = ["bash", str(ROOT / "recipes" / "run_egrl_tiny_cpu.sh"), *arguments]
-        result = subprocess.run(command, env={**env, **variables}, capture_output=True, timeout=60, check=False)
+        result = subprocess.run(command, env={**env, **variables}, capture_output=True, timeout=300, check=False)
         lines = (self.out / "calls").read_text().split("\0\n\0")[:-1]
         return result.returncode, [line.split("\0") for line in lines]
 

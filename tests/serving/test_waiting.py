@@ -40,7 +40,7 @@ def test_a_slot_handed_to_a_task_that_is_cancelled_at_that_moment_goes_to_the_ne
         await asyncio.sleep(0)
         slots.release()
         first.cancel()
-        assert await asyncio.wait_for(second, 1) is True and first.cancelled()
+        assert await asyncio.wait_for(second, 30) is True and first.cancelled()
 
     asyncio.run(run())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU platform's rollout servers: one process for engine and model, of one device."""
+"""The CPU platform's rollout servers: one process for engine and model, of one device; a limit that can hold."""
 
 import pytest
 
@@ -37,3 +37,11 @@ def test_a_server_of_two_devices_must_have_a_process_for_each(overrides, section
 def test_gpu_runs_keep_verls_choice():
     config = compose(CPU[:2])
     assert "distributed_executor_backend" not in config.actor_rollout_ref.rollout.engine_kwargs.get("vllm", {})
+
+
+def test_a_limit_of_requests_below_the_number_of_those_who_send_is_refused():
+    served = [*CPU, "embedrl.embedder.backend=server", "actor_rollout_ref.rollout.agent.num_workers=8"]
+    check_run_config(compose([*served, "embedrl.embedder.server.limit=8"]))
+    with pytest.raises(ConfigError, match=r"embedrl.embedder.server.limit is shared .* at least 8; got 7"):
+        check_run_config(compose([*served, "embedrl.embedder.server.limit=7"]))
+    check_run_config(compose([*served, "embedrl.embedder.server.limit=7", "embedrl.embedder.backend=worker"]))

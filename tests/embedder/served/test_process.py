@@ -93,7 +93,7 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 15.0) -> bool:
+def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> bool:
     until = time.monotonic() + within_s
     while time.monotonic() < until:
         if holds():
@@ -121,7 +121,7 @@ def test_requests_of_a_server_that_is_killed_are_answered_by_the_one_that_comes_
         async with ServerPool([url], PoolSettings(limit=4, backoff_s=0.1, probe_interval_s=0.2)) as pool:
 
             async def ask(number: int) -> int:
-                pid = await pool.post("/", {}, deadline=time.monotonic() + 20)
+                pid = await pool.post("/", {}, deadline=time.monotonic() + 60)
                 if number == 0:
                     os.kill(first, signal.SIGKILL)  # 3 others are under way, 8 have not been sent
                 return int(pid)
@@ -134,7 +134,7 @@ def test_requests_of_a_server_that_is_killed_are_answered_by_the_one_that_comes_
 
 
 def test_a_server_that_hangs_is_started_again(start, url):
-    server = start(hang_s=1.0)
+    server = start(hang_s=4.0)
     server.wait_ready()
     first = pids(url)
     os.kill(first[0], signal.SIGSTOP)
@@ -145,10 +145,9 @@ def test_a_server_that_hangs_is_started_again(start, url):
 def test_a_server_that_dies_again_and_again_is_given_up(start, url, monkeypatch):
     monkeypatch.setattr(process, "MAX_RESTARTS", 1)
     server = start()
-    for _ in range(2):
-        assert eventually(lambda: answers(url) and server._ready)
+    for restarts in range(2):
+        assert eventually(lambda: server.restarts == restarts and answers(url) and server._ready)  # noqa: B023
         os.kill(pids(url)[0], signal.SIGKILL)
-        assert eventually(lambda: not answers(url))
     assert eventually(lambda: server.failure is not None)
     assert "1 restarts" in server.failure and "a line of the log" in server.failure
 
@@ -191,7 +190,7 @@ def test_what_does_not_heed_sigterm_is_killed():
     assert child.stdout is not None
     child.stdout.readline()
     guard._end_group(child.pid, 0.3)
-    assert child.wait(timeout=5) == -signal.SIGKILL
+    assert child.wait(timeout=60) == -signal.SIGKILL
 
 
 def test_another_program_on_the_port_ends_the_wait_and_not_the_watcher(start):

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Media in the rows are counted before they are read, and refused where they cannot fit."""
+
+import logging
+import os
+
+import pyarrow as pa
+import pytest
+
+from embedrl_verl.data import memory
+from embedrl_verl.data.inspection import locate_pairs
+from embedrl_verl.data.memory import check_memory, embedded_bytes
+from embedrl_verl.data.parquet import write_pairs
+from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.errors import ResourceError
+
+NOISE = os.urandom(1 << 16)
+
+
+def record(number, **target):
+    return PairRecord(f"p{number}", "s", "find", Item(text="q"), Item(**target), "")
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_pairs([record(i, images=(NOISE[i:],)) for i in range(10)], tmp_path / "a.parquet")
+    frames = [record(10 + i, video=Video(frames=(NOISE[i:], "b.png"))) for i in range(10)]
+    write_pairs(frames, tmp_path / "b.parquet")
+    write_pairs([record(20, images=("c.png",)), record(21, text="t")], tmp_path / "c.parquet")
+    return [str(tmp_path / name) for name in ("a.parquet", "b.parquet", "c.parquet")]
+
+
+def machine(monkeypatch, size):
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": size}.__getitem__)
+
+
+def test_media_bytes_are_counted_wherever_they_stand_and_paths_are_not(files):
+    for file in files[:2]:
+        assert embedded_bytes(file) == pytest.approx(10 * len(NOISE), rel=0.01)
+    assert embedded_bytes(files[2]) < 1000
+
+
+def test_what_cannot_fit_is_refused_before_it_is_read(files, monkeypatch):
+    machine(monkeypatch, 15 * len(NOISE))
+    with pytest.raises(ResourceError, match=r"a\.parquet and the files beside it .*--media files"):
+        locate_pairs(files)
+    locate_pairs(files[:1])
+
+
+def test_every_process_of_a_machine_counts(files, monkeypatch):
+    machine(monkeypatch, 25 * len(NOISE))
+    check_memory(files)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ResourceError, match="2 process"):
+        check_memory(files)
+
+
+def test_much_is_said_and_little_is_not(files, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    machine(monkeypatch, 1000 * len(NOISE))
+    check_memory(files)
+    assert not caplog.records
+    machine(monkeypatch, 100 * len(NOISE))
+    check_memory(files)
+    assert "training keeps them in memory" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_left_to_the_reader(tmp_path):
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(pa.ArrowException):
+        embedded_bytes(tmp_path / "torn.parquet")
+    check_memory([tmp_path / "torn.parquet", tmp_path / "none.parquet"])
+    _, problems = locate_pairs([str(tmp_path / "torn.parquet")])
+    assert "not a readable parquet file" in problems[0].message
