@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embedrl_verl.annotate.backends import Backend
     from embedrl_verl.annotate.job import AnnotateJob
-    from embedrl_verl.annotate.runner import RunnerSettings
+    from embedrl_verl.annotate.progress import RunnerSettings
     from embedrl_verl.data.media import MediaLimits
     from embedrl_verl.tcot import Family
 
@@ -238,7 +238,7 @@ def runner_settings(args: argparse.Namespace) -> RunnerSettings:
     """
     import os
 
-    from embedrl_verl.annotate.runner import RunnerSettings
+    from embedrl_verl.annotate.progress import RunnerSettings
     from embedrl_verl.errors import ConfigError
 
     threads = vars(args).get("threads") or min(16, os.cpu_count() or 1)

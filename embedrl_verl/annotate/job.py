@@ -20,8 +20,9 @@ from embedrl_verl.annotate.assemble import PartCounts, assemble
 from embedrl_verl.annotate.backends import Backend
 from embedrl_verl.annotate.chunks import ChunkedInput
 from embedrl_verl.annotate.journal import summary_of
+from embedrl_verl.annotate.progress import Progress, RunnerSettings
 from embedrl_verl.annotate.report import Prices, lines, summary
-from embedrl_verl.annotate.runner import Asker, Progress, Runner, RunnerSettings, journal_header, journal_path
+from embedrl_verl.annotate.runner import Asker, Runner, journal_header, journal_path
 from embedrl_verl.annotate.tcots import TcotAsker
 from embedrl_verl.annotate.workfolder import WorkFolder
 from embedrl_verl.data.cards import FORMAT, input_facts, licences_of, part_facts

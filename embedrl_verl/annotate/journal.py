@@ -37,6 +37,8 @@ class Journal:
 
     Attributes:
         entries: what it held when it was opened, without header and closing line.
+        lost: why entries could not be written; "" = all were. Nothing is written after it, for later entries may
+            build on the lost ones.
 
     Raises:
         DataError: another header, or a damaged line that is not the last.
@@ -51,7 +53,7 @@ class Journal:
         if found and "end" in found[-1]:
             raise DataError(f"{self.path}: the journal is closed; nothing can be added")
         self.entries = found[1:]
-        self._end, self._lost = end, False
+        self._end, self.lost = end, ""
         with disk_errors(self.path):
             is_new = not self.path.exists()
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -65,7 +67,7 @@ class Journal:
         """Write entries; they are on the disk when this returns.
 
         Raises:
-            JournalError: they are not, and none of them is in the file.
+            JournalError: they are not, and none of them is in the file; or entries before them are not.
         """
         self._write(entries)
 
@@ -78,13 +80,15 @@ class Journal:
         if self._file < 0:
             return
         if summary is not None:
-            if self._lost:
+            if self.lost:
                 raise JournalError(f"{self.path}: not complete, since entries could not be written; run again to go on")
             self._write([{"end": dict(summary)}])
         os.close(self._file)
         self._file = -1
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        if self.lost:
+            raise JournalError(self.lost)
         data = b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries)
         left, end = memoryview(data), self._end
         try:
@@ -93,11 +97,9 @@ class Journal:
                 left, end = left[written:], end + written
             os.fsync(self._file)
         except OSError as error:
-            self._lost = True
+            self.lost = f"{self.path}: cannot be written ({error}); mend it, then run the command again"
             os.ftruncate(self._file, self._end)  # so that nothing is ever written behind a torn line
-            raise JournalError(
-                f"{self.path}: cannot be written ({error}); mend it, then run the command again"
-            ) from error
+            raise JournalError(self.lost) from error
         self._end = end
 
 

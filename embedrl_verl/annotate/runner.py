@@ -20,18 +20,19 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from embedrl_verl.annotate.backends import Backend, Refused, Reply, Sampling
 from embedrl_verl.annotate.chunks import Chunk, ChunkedInput, Row
-from embedrl_verl.annotate.journal import Entry, Journal, summary_of
+from embedrl_verl.annotate.journal import Entry, Journal, JournalError, summary_of
+from embedrl_verl.annotate.progress import Progress, RunnerSettings
 from embedrl_verl.annotate.prompts import Prompt
 from embedrl_verl.data.schema import PairRecord
-from embedrl_verl.errors import DataError
+from embedrl_verl.errors import DataError, EmbedRLError
 
 _FLUSH_S = 0.2
 _ROWS_AT_ONCE = 32
@@ -71,66 +72,6 @@ class Asker(Protocol):
     def read(self, errand: Errand, prompt: Prompt, reply: Reply | Refused) -> Entry:
         """The entry of a try, without its key; `done` says that the errand is over, `ok` that it has a result."""
         ...
-
-
-@dataclass(frozen=True)
-class RunnerSettings:
-    """How a run goes; nothing here changes an answer.
-
-    Attributes:
-        limit: errands asked about at the same time.
-        threads: for decoding and encoding media.
-        media_bytes: of encoded media in memory: above it no more are decoded (what is being decoded, one request a
-            thread, comes on top).
-        max_failed_share, max_rejected_share: of errands that end without a result, of rows that cannot be used. Above
-            it the run stops; looked at after `first_check` of them.
-    """
-
-    limit: int
-    threads: int
-    media_bytes: int = 2 << 30
-    max_failed_share: float = 0.1
-    max_rejected_share: float = 0.01
-    first_check: int = 200
-
-
-class TooManyBad(DataError):
-    """A share is above its limit; answers so far are kept."""
-
-
-@dataclass
-class Progress:
-    """Counts over all chunks, those of earlier runs among them.
-
-    `failed` and `rejected` count by cause.
-    """
-
-    errands: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
-    rows: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    replies: int = 0
-    completion_tokens: int = 0
-
-    def add(self, summary: Mapping[str, Any]) -> None:
-        """Take in the summary of a complete journal."""
-        self.errands += summary.get("errands", 0)
-        self.rows += summary.get("rows", 0)
-        self.failed.update(summary.get("failed", {}))
-        self.rejected.update(summary.get("rejected", {}))
-
-    def check(self, settings: RunnerSettings, *, final: bool) -> None:
-        """Raise TooManyBad above a limit."""
-        for what, bad, total, allowed, option in (
-            ("errands", self.failed, self.errands, settings.max_failed_share, "--max-failed-share"),
-            ("rows", self.rejected, self.rows, settings.max_rejected_share, "--max-bad-share"),
-        ):
-            if bad.total() > allowed * total and (final or total >= settings.first_check):
-                causes = "; ".join(f"{count} x {cause}" for cause, count in bad.most_common(5))
-                raise TooManyBad(
-                    f"{bad.total()} of {total} {what} cannot be used, above {option} {allowed:g}. Causes: {causes}. "
-                    f"Answers so far are kept: mend the cause, or raise {option}, and run the command again"
-                )
 
 
 class _Open:
@@ -215,21 +156,33 @@ class Runner:
             for ended in done:
                 ended.result()
         finally:
-            for task in (feeder, flusher, *tasks):
-                task.cancel()
-            # Every one is awaited: an error that nobody asks for would be printed when the process ends.
-            await asyncio.gather(work, feeder, flusher, *tasks, return_exceptions=True)
-            await asyncio.gather(*self._taking, return_exceptions=True)
+            ending = loop.create_task(self._end(work, (feeder, flusher, *tasks)))
             try:
-                await self._flush()
-            finally:
-                for pool in (self._threads, self._reader, self._writer):
-                    pool.shutdown(wait=True, cancel_futures=True)
-                for opened in self._open.values():
-                    opened.journal.close()
-                self._report(self.progress)
+                await asyncio.shield(ending)
+            except asyncio.CancelledError:  # one Ctrl-C at the end loses no answer
+                await ending
+                raise
         self.progress.check(self._settings, final=True)
         return self.progress
+
+    async def _end(self, work: asyncio.Future[Any], tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        try:
+            # Every one is awaited: an error that nobody asks for would be printed when the process ends.
+            await asyncio.gather(work, *tasks, return_exceptions=True)
+            while self._taking:
+                await asyncio.wait(self._taking)
+            await self._flush()
+        finally:
+            for pool in (self._threads, self._reader, self._writer):
+                pool.shutdown(wait=True, cancel_futures=True)
+            for opened in self._open.values():
+                opened.journal.close()
+            self._report(self.progress)
+        for opened in self._open.values():
+            if opened.journal.lost:  # its error may have met nobody who waited
+                raise JournalError(opened.journal.lost)
 
     # ---- reading
 
@@ -310,6 +263,7 @@ class Runner:
             taking = loop.create_task(self._take_in(opened, errand, prompt, reply))
             self._taking.add(taking)
             taking.add_done_callback(self._taking.discard)
+            taking.add_done_callback(_looked_at)
         finally:
             del request
             self._media_left += size
@@ -369,7 +323,9 @@ class Runner:
         work = [(opened.journal, opened.unwritten) for opened in self._open.values() if opened.unwritten]
         for opened in self._open.values():
             opened.unwritten = []
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, _append_all, work))
+        writing = asyncio.get_running_loop().run_in_executor(self._writer, _append_all, work)
+        writing.add_done_callback(_looked_at)
+        await asyncio.shield(writing)
 
 
 def journal_path(folder: Path, chunk: Chunk) -> Path:
@@ -383,8 +339,21 @@ def journal_header(settings_hash: str, chunk: Chunk) -> dict[str, Any]:
 
 
 def _append_all(work: Sequence[tuple[Journal, list[Entry]]]) -> None:
+    """Every journal gets its entries, whatever becomes of the others; the first error is raised afterwards."""
+    errors: list[Exception] = []
     for journal, entries in work:
-        journal.append(entries)
+        try:
+            journal.append(entries)
+        except (EmbedRLError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _looked_at(future: asyncio.Future[Any]) -> None:
+    """Keeps asyncio from printing an error of what was shielded, when the one that waited for it was cancelled."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _by_errand(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:

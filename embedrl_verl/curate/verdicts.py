@@ -22,8 +22,9 @@ from embedrl_verl.annotate.backends import Backend
 from embedrl_verl.annotate.chunks import ChunkedInput
 from embedrl_verl.annotate.job import ask_about_all
 from embedrl_verl.annotate.journal import Entry, read_journal
+from embedrl_verl.annotate.progress import RunnerSettings
 from embedrl_verl.annotate.report import Prices
-from embedrl_verl.annotate.runner import RunnerSettings, journal_path
+from embedrl_verl.annotate.runner import journal_path
 from embedrl_verl.annotate.workfolder import WorkFolder
 from embedrl_verl.curate.relevance import RelevanceAsker
 from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, VERDICTS, VERDICTS_FILE

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from embedrl_verl.data.files import PART_PATTERN, pair_files
+from embedrl_verl.data.files import PART_PATTERN, WORK_FOLDER, pair_files
 from embedrl_verl.data.media import load_frames, load_item, resolve_media_path
 from embedrl_verl.data.memory import check_memory
 from embedrl_verl.data.parquet import scan_pairs
@@ -75,7 +75,7 @@ def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]
     pairs: list[LocatedPair] = []
     problems: list[Problem] = []
     files = list(files)
-    check_memory(part for file in files for part in (Path(file).glob(PART_PATTERN) if Path(file).is_dir() else [file]))
+    check_memory(part for file in files for part in _finished_parts(Path(file)))
     for found in scan_located(files):
         if isinstance(found, Problem):
             problems.append(found)
@@ -95,6 +95,13 @@ def scan_located(files: Iterable[str]) -> Iterator[LocatedPair | Problem]:
             continue
         for part in parts:
             yield from _scan_part(part, first_with)
+
+
+def _finished_parts(path: Path) -> list[Path]:
+    """Of a folder its parts, unless it is unfinished, which the scan says."""
+    if not path.is_dir():
+        return [path]
+    return [] if (path / WORK_FOLDER).exists() else sorted(path.glob(PART_PATTERN))
 
 
 def _scan_part(file: str, first_with: dict[str, tuple[str, int]]) -> Iterator[LocatedPair | Problem]:

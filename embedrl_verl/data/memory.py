@@ -11,10 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SAID_FROM = 0.1
 """Share of the machine's memory from which the bytes are worth a warning."""
 
@@ -29,7 +31,19 @@ def embedded_bytes(path: str | Path) -> int:
     footer = pq.read_metadata(path)
     groups = (footer.row_group(group) for group in range(footer.num_row_groups))
     columns = (group.column(column) for group in groups for column in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.endswith(".bytes"))
+    return sum(column.total_uncompressed_size for column in columns if _is_media(column.path_in_schema))
+
+
+def _is_media(path: str) -> bool:
+    names = path.split(".")
+    return names[-1] == "bytes" and names[0] in SCHEMA.names  # other columns are not read
+
+
+def machine_memory() -> int:
+    """Bytes that the processes of the machine, or of the container, may have."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return total if limit == "max" else min(total, int(limit))
 
 
 def check_memory(files: Iterable[str | Path]) -> None:
@@ -48,7 +62,7 @@ def check_memory(files: Iterable[str | Path]) -> None:
         held += here
         named = named or (str(file) if here else "")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = machine_memory()
     text = (
         f"media in the rows of {named} and the files beside it take {held / GIB:.1f} GiB in each of {processes} "
         f"process(es), and training keeps them in memory; the machine has {total / GIB:.1f} GiB. Media in files of "

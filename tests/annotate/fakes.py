@@ -15,8 +15,8 @@ from PIL import Image
 
 from embedrl_verl.annotate.backends import Refused, Reply, encode
 from embedrl_verl.annotate.job import AnnotateJob
+from embedrl_verl.annotate.progress import RunnerSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
-from embedrl_verl.annotate.runner import RunnerSettings
 from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.parquet import write_pairs

@@ -15,8 +15,8 @@ from embedrl_verl import cli_data_annotate
 from embedrl_verl.annotate import assemble as assemble_module
 from embedrl_verl.annotate import workfolder
 from embedrl_verl.annotate.backends import Refused, Reply
+from embedrl_verl.annotate.progress import TooManyBad
 from embedrl_verl.annotate.report import Prices
-from embedrl_verl.annotate.runner import TooManyBad
 from embedrl_verl.annotate.tcots import TcotSettings
 from embedrl_verl.data.cards import known_hash, licences_of
 from embedrl_verl.data.files import pair_files

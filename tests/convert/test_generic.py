@@ -288,7 +288,9 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*given, "--max-bad-share", "0.5") == 3  # the good row is there
     assert "REJECTED 1 x target: the column is missing" in capsys.readouterr().out
     assert len(records(tmp_path / "out")) == 1
-    assert command(*given, "--max-bad-share", "0.5") == 3  # nothing is done again
+    written = (tmp_path / "out" / "part-00000.parquet").stat().st_mtime_ns
+    assert command(*given, "--max-bad-share", "0.5") == 3
+    assert (tmp_path / "out" / "part-00000.parquet").stat().st_mtime_ns == written  # nothing is done again
     assert command(*given, "--cap", "many") == 2
     assert command(*given, "--columns", tmp_path / "none.yaml") == 2
     assert command("--input", tmp_path / "gone", "--out", tmp_path / "else") == 3

@@ -198,12 +198,16 @@ def test_a_source_that_the_preset_does_not_name_is_said_to_be_used_whole(tmp_pat
     assert (card["records"], card["sampling"]["not_in_preset"]) == (3, [])
 
 
+def times_below(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
 def test_a_finished_folder_is_left_alone_and_other_options_are_refused(tmp_path: Path, convert: Convert) -> None:
     write_lines(tmp_path / "f.jsonl", [question(index) for index in range(12)])
     card = convert(tmp_path / "f.jsonl")
-    before = files_below(tmp_path / "out")
+    before, written = files_below(tmp_path / "out"), times_below(tmp_path / "out")
     assert convert(tmp_path / "f.jsonl") == card
-    assert files_below(tmp_path / "out") == before
+    assert files_below(tmp_path / "out") == before and times_below(tmp_path / "out") == written
     with pytest.raises(ConfigError, match="was made with other options or input: shard_rows was 10, is 5"):
         convert(tmp_path / "f.jsonl", shard_rows=5)
     assert len(convert(tmp_path / "f.jsonl", shard_rows=5, restart=True)["parts"]) == 3

@@ -149,6 +149,8 @@ def test_a_ribbon_that_no_model_reads_is_refused(root: Path, draw: Draw) -> None
 
 def test_a_file_too_large_for_an_image_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media_store, "MAX_IMAGE_BYTES", 100)
+    for reader in (Path, "read_bytes"), (media_store.Image, "open"):
+        monkeypatch.setattr(*reader, lambda *_: pytest.fail("was read"))
     with pytest.raises(RowError, match="bytes are over the limit of 100 for an image"):
         store(root).put(pair("a.png"), MediaCounts())
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,17 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path) -> None:
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "MAX_LINE", 1000)
     (tmp_path / "f.jsonl").write_bytes(b'{"n": 0}\n{"n": "' + b"x" * 5000 + b'"}\n{"n": 2}\n')
-    found = read(LocalRoot(tmp_path), "f.jsonl")
+    sizes: list[int] = []
+
+    class Watched(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            sizes.append(-1 if size is None else size)
+            return super().readline(size)
+
+    root = LocalRoot(tmp_path)
+    monkeypatch.setattr(root, "open", lambda name: Watched((tmp_path / name).read_bytes()))
+    found = read(root, "f.jsonl")
+    assert sizes and set(sizes) == {1000}
     assert found[1] == (1, "the line is over the limit of 1000 bytes; write one object a line")
     assert [row for row, _ in found] == [0, 1, 2]
     assert found[2] == (2, {"n": 2})

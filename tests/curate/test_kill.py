@@ -44,7 +44,9 @@ def kill_when(process: subprocess.Popen[bytes], parts: Path, count: int) -> None
     """kill -9 once `parts` has so many parts; its workers must go too."""
     deadline = time.monotonic() + 120
     while len(list(parts.glob("part-*.parquet"))) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1].decode()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[1].decode())
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)
     workers = psutil.Process(process.pid).children(recursive=True)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.annotate.backends import Refused, Reply
-from embedrl_verl.annotate.runner import RunnerSettings, TooManyBad
+from embedrl_verl.annotate.progress import RunnerSettings, TooManyBad
 from embedrl_verl.curate import verdicts as verdicts_module
 from embedrl_verl.curate.relevance import (
     RelevanceAsker,

@@ -3,11 +3,13 @@
 
 import logging
 import os
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl.data import memory
+from embedrl_verl.data import inspection, memory
 from embedrl_verl.data.inspection import locate_pairs
 from embedrl_verl.data.memory import check_memory, embedded_bytes
 from embedrl_verl.data.parquet import write_pairs
@@ -31,6 +33,7 @@ def files(tmp_path):
 
 
 def machine(monkeypatch, size):
+    monkeypatch.setattr(memory, "CGROUP_LIMIT", Path("/none"))
     monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": size}.__getitem__)
 
 
@@ -42,9 +45,26 @@ def test_media_bytes_are_counted_wherever_they_stand_and_paths_are_not(files):
 
 def test_what_cannot_fit_is_refused_before_it_is_read(files, monkeypatch):
     machine(monkeypatch, 15 * len(NOISE))
-    with pytest.raises(ResourceError, match=r"a\.parquet and the files beside it .*--media files"):
-        locate_pairs(files)
-    locate_pairs(files[:1])
+    with monkeypatch.context() as patched:
+        patched.setattr(inspection, "scan_located", lambda files: pytest.fail("was read"))
+        with pytest.raises(ResourceError, match=r"a\.parquet and the files beside it .*--media files"):
+            locate_pairs(files)
+    assert len(locate_pairs(files[:1])[0]) == 10
+
+
+def test_columns_that_nobody_reads_do_not_count(files, tmp_path):
+    table = pq.read_table(files[2])
+    other = pa.array([{"path": None, "bytes": NOISE}] * table.num_rows)
+    pq.write_table(table.append_column("thumbnail", other), tmp_path / "d.parquet")
+    assert embedded_bytes(tmp_path / "d.parquet") < 1000
+
+
+def test_a_containers_limit_is_the_machines_memory(tmp_path, monkeypatch):
+    machine(monkeypatch, 1000)
+    for text, total in (("max", 1000), ("300", 300), ("5000", 1000)):
+        (tmp_path / "memory.max").write_text(text + "\n")
+        monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
+        assert memory.machine_memory() == total
 
 
 def test_every_process_of_a_machine_counts(files, monkeypatch):

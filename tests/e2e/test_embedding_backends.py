@@ -140,6 +140,8 @@ class Killer(threading.Thread):
             return
         process = self._find()
         assert process is not None
+        if not self._wait(lambda: self._is_up(process), 0.05):  # one that does not answer has no count
+            return
         before = self._done(process)
         if not self._wait(lambda: self._done(process) >= before + self._after, 0.05):
             return

@@ -26,10 +26,9 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_importing_the_package_costs_nothing():
     result = python(
-        "import time; start = time.perf_counter(); import embedrl_verl; took = time.perf_counter() - start\n"
-        "import sys; print(took < 0.1, [m for m in ('torch', 'verl', 'numpy', 'ray') if m in sys.modules])"
+        "import sys, embedrl_verl; print([m for m in ('torch', 'verl', 'numpy', 'ray') if m in sys.modules])"
     )
-    assert result.stdout == "True []\n", result.stderr
+    assert result.stdout == "[]\n", result.stderr
 
 
 @pytest.mark.parametrize("modules", ["", "embedrl_verl"])

@@ -3,13 +3,14 @@
 
 import subprocess
 import sys
-import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from embedrl_verl.errors import ResourceError
+from embedrl_verl.platforms import weight_socket
 from embedrl_verl.platforms.weight_socket import SOCKETS, claim_weight_sockets
 
 HOLDER = """
@@ -48,11 +49,18 @@ def test_a_run_that_was_killed_leaves_nothing_behind_that_stops_the_next(other_r
     claim_weight_sockets("01000000", folder=tmp_path, wait_s=5).close()
 
 
-def test_a_run_waits_for_one_that_is_ending(other_run, tmp_path, caplog):
+def test_a_run_waits_for_one_that_is_ending(other_run, tmp_path, caplog, monkeypatch):
     with pytest.raises(ResourceError):
         claim_weight_sockets("01000000", folder=tmp_path, wait_s=0)
     caplog.clear()
-    threading.Timer(0.2, other_run.stdin.close).start()
+    sleep = time.sleep
+
+    def end_the_other(seconds):
+        if not other_run.stdin.closed:
+            other_run.stdin.close()
+        sleep(seconds)
+
+    monkeypatch.setattr(weight_socket.time, "sleep", end_the_other)
     claim_weight_sockets("01000000", folder=tmp_path, wait_s=30).close()
     assert caplog.text.count("waiting up to 30 s") == 1
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from embedrl_verl.errors import DataError, EmbedRLError
 from embedrl_verl.rewards.contract import call_reward_function, load_reward_function
@@ -182,8 +184,10 @@ def test_kwargs_that_are_no_mapping_are_damage(tmp_path, batch):
 
 def test_rows_that_are_on_no_side_are_damage(tmp_path, batch):
     path = _dump(tmp_path, batch)
-    _header(path, lambda h: h.update(query_rows=h["target_rows"]))
-    with pytest.raises(DataError):
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file({**tensors, "query_rows": tensors["target_rows"].clone()}, path, metadata=metadata)
+    with pytest.raises(DataError, match="its rows query or target rows"):
         read_reward_dump(path)
 
 

@@ -117,16 +117,6 @@ def test_a_transposed_view_gives_the_bits_of_its_copy():
     assert all(a.nan_to_num(9).equal(b.nan_to_num(9)) for a, b in zip(view, copy, strict=True))
 
 
-def test_swapping_the_sides_of_a_symmetric_batch_swaps_the_rewards():
-    similarity, pair, _, _ = _random(4, [4] * 6, [4] * 6)
-    similarity = similarity[:, : len(pair)]
-    rows = outcome_reward(similarity, pair, pair)
-    symmetric = (similarity + similarity.T) / 2
-    for one, other in zip(outcome_reward(symmetric, pair, pair), outcome_reward(symmetric.T, pair, pair), strict=True):
-        assert one.equal(other)
-    assert not rows.outcome.equal(outcome_reward(similarity.T, pair, pair).outcome)
-
-
 def test_a_tie_counts_against_the_row():
     pair = torch.tensor([0, 1])
     acc, margin, outcome = outcome_reward(torch.tensor([[0.5, 0.5], [0.2, 0.5]]), pair, pair)

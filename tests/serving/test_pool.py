@@ -152,7 +152,7 @@ def test_waiting_for_a_retry_takes_no_slot():
 def test_a_hanging_server_is_a_timeout_and_its_requests_end():
     async def run():
         server = FakeServer(lambda *_: asyncio.sleep(30))
-        async with server, quick_pool(server.url, timeout_s=0.1, retries=1) as pool:
+        async with server, quick_pool(server.url, timeout_s=1, retries=1, probe_interval_s=20) as pool:
             start = time.monotonic()
             errors = await asyncio.gather(*(failure_of(pool.post("/x", {})) for _ in range(5)))
             assert {error.cause for error in errors} == {"timeout"} and time.monotonic() - start < 20
@@ -249,9 +249,9 @@ def test_a_request_sent_before_a_recovery_does_not_take_the_server_down_after_it
         async def answer(path, body):
             await asyncio.sleep(30)
 
-        async with FakeServer(answer) as server, quick_pool(server.url, timeout_s=3, retries=0) as pool:
+        async with FakeServer(answer) as server, quick_pool(server.url, timeout_s=8, retries=0) as pool:
             hanging = [asyncio.create_task(failure_of(pool.post("/x", {})))]
-            await asyncio.sleep(2)
+            await asyncio.sleep(4)
             hanging.append(asyncio.create_task(failure_of(pool.post("/x", {}))))
             assert (await hanging[0]).cause == "timeout"
             while not pool.stats().servers[0].up:
