@@ -15,7 +15,7 @@ from embedrl_verl.annotate import runner as runner_module
 from embedrl_verl.annotate.assemble import assemble
 from embedrl_verl.annotate.backends import Reply
 from embedrl_verl.annotate.chunks import ChunkedInput
-from embedrl_verl.annotate.journal import JournalError, read_journal
+from embedrl_verl.annotate.journal import Journal, JournalError, read_journal
 from embedrl_verl.annotate.progress import RunnerSettings, TooManyBad
 from embedrl_verl.annotate.runner import Runner, journal_path
 from embedrl_verl.annotate.seeds import ALMOST_GREEDY
@@ -299,8 +299,27 @@ def test_one_interrupt_while_a_run_ends_loses_no_answer(world, monkeypatch):
     assert runner._writer._shutdown and not [one for one in runner._open.values() if one.journal._file >= 0]
 
 
-def test_a_journal_that_cannot_be_written_takes_no_other_along_and_ends_the_run(world, monkeypatch, caplog):
-    """Another's chunk is never closed with entries missing."""
+def test_of_several_journals_each_is_written_whatever_becomes_of_the_others(tmp_path, monkeypatch):
+    """Else another's chunk could be closed with entries missing."""
+    work = [(Journal(tmp_path / name, {"chunk": name}), [{"id": name}]) for name in "abc"]
+    write, full = os.pwrite, work[0][0]._file
+
+    def pwrite(file, data, place):
+        if file == full:
+            raise OSError(28, "No space left on device")
+        return write(file, data, place)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(JournalError, match="a: cannot be written .*No space left"):
+        runner_module._append_all(work)
+    assert [len((tmp_path / name).read_bytes().splitlines()) for name in "abc"] == [1, 2, 2]
+    with pytest.raises(JournalError, match="not complete"):
+        work[0][0].close({})
+    for journal, _ in work:
+        journal.close()
+
+
+def test_a_journal_that_cannot_be_written_ends_the_run_and_the_next_completes_it(world, monkeypatch, caplog):
     write, lost = os.pwrite, []
 
     def full(file, data, place):
