@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from embedrl_verl.data.files import PART_PATTERN, WORK_FOLDER, pair_files
+from embedrl_verl.data.files import pair_files
 from embedrl_verl.data.media import load_frames, load_item, resolve_media_path
 from embedrl_verl.data.memory import check_memory
 from embedrl_verl.data.parquet import scan_pairs
@@ -75,7 +75,7 @@ def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]
     pairs: list[LocatedPair] = []
     problems: list[Problem] = []
     files = list(files)
-    check_memory(part for file in files for part in _finished_parts(Path(file)))
+    check_memory(part for file in files for part in _readable_parts(file))
     for found in scan_located(files):
         if isinstance(found, Problem):
             problems.append(found)
@@ -89,7 +89,7 @@ def scan_located(files: Iterable[str]) -> Iterator[LocatedPair | Problem]:
     first_with: dict[str, tuple[str, int]] = {}
     for file in files:
         try:
-            parts = [str(part) for part in pair_files([file])] if Path(file).is_dir() else [file]
+            parts = _parts(file)
         except DataError as error:
             yield Problem(file, None, str(error))
             continue
@@ -97,11 +97,16 @@ def scan_located(files: Iterable[str]) -> Iterator[LocatedPair | Problem]:
             yield from _scan_part(part, first_with)
 
 
-def _finished_parts(path: Path) -> list[Path]:
-    """Of a folder its parts, unless it is unfinished, which the scan says."""
-    if not path.is_dir():
-        return [path]
-    return [] if (path / WORK_FOLDER).exists() else sorted(path.glob(PART_PATTERN))
+def _parts(file: str) -> list[str]:
+    """The parts of a folder, or the file itself, which need not be there; DataError as `pair_files`."""
+    return [str(part) for part in pair_files([file])] if Path(file).is_dir() else [file]
+
+
+def _readable_parts(file: str) -> list[str]:
+    try:
+        return _parts(file)
+    except DataError:  # the scan says why
+        return []
 
 
 def _scan_part(file: str, first_with: dict[str, tuple[str, int]]) -> Iterator[LocatedPair | Problem]:
