@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.plan import compose
+from tests.recipes.calls import recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARDS = "no_judge paper"
 # Writes down the module that it is called for, with its arguments; a training leaves a checkpoint behind.
-STAND_IN = """#!/usr/bin/env bash
-exec 9>>"$LOG.lock" && flock 9 # two stages run at once
-printf '%s\\0' "${2##*.}" "${@:3}" $'\\n' >>"$LOG"
-exec 9>&-
+STAND_IN = (
+    recording('"$LOG"', '"${2##*.}" "${@:3}"')
+    + """
 if [[ "$2" == embedrl_verl.train ]]; then
     for word in "$@"; do
         [[ "$word" != trainer.default_local_dir=* ]] || folder=$(eval "echo ${word#*=}")
@@ -27,6 +27,7 @@ if [[ "$2" == embedrl_verl.train ]]; then
     echo 7 >"$folder/latest_checkpointed_iteration.txt"
 fi
 """
+)
 
 
 class Comparison:
@@ -51,8 +52,7 @@ class Comparison:
             check=False,
         )
         assert result.returncode == code, result.stderr
-        lines = self._log.read_text().split("\0\n\0")[:-1] if self._log.exists() else []
-        return [line.split("\0") for line in lines], result.stderr
+        return recorded(self._log), result.stderr
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ import pytest
 
 from embedrl_verl.contrastive.settings import Stage1Config, load_stage1_config
 from embedrl_verl.plan import compose
+from tests.recipes.calls import recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 # Writes down each call; a checkpoint without <emb> is asked for by a script on standard input.
-STAND_IN = """#!/usr/bin/env bash
-printf '%s\\0' "$@" $'\\n' >>"$OUT/calls"
+STAND_IN = (
+    recording('"$OUT/calls"')
+    + """
 case "$*" in
     "- "*) exit "${HAS_EMB:-1}" ;;
     *embedrl_verl.contrastive*)
@@ -24,6 +26,7 @@ case "$*" in
         ;;
 esac
 """
+)
 
 
 def run(tmp_path: Path, name: str, *arguments: str, **variables: str) -> tuple[int, list[list[str]], str]:
@@ -41,8 +44,7 @@ def run(tmp_path: Path, name: str, *arguments: str, **variables: str) -> tuple[i
         timeout=300,
         check=False,
     )
-    calls = (tmp_path / "calls").read_text().split("\0\n\0")[:-1] if (tmp_path / "calls").exists() else []
-    return done.returncode, [call.split("\0") for call in calls], done.stdout + done.stderr
+    return done.returncode, recorded(tmp_path / "calls"), done.stdout + done.stderr
 
 
 def config_of(call: list[str]) -> Stage1Config:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.plan import compose, make_plan
+from tests.recipes.calls import recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["models", "models", "digits", "contrastive", "sft", "train", "cli", "evaluate", "summary"]
 # Writes down the module that it is called for; a training leaves a checkpoint behind.
-STAND_IN = """#!/usr/bin/env bash
-exec 9>>"$OUT/lock" && flock 9 # two stages run at once
-printf '%s\\0' "${2##*.}" "${@:3}" $'\\n' >>"$OUT/calls"
-exec 9>&-
+STAND_IN = (
+    recording('"$OUT/calls"', '"${2##*.}" "${@:3}"')
+    + """
 [[ "${2##*.}" != "${FAIL:-}" ]] || exit 1
 if [[ "$2" == embedrl_verl.train ]]; then
     mkdir -p "$OUT/rl/checkpoints/global_step_7/actor" ${EMBEDDER:+"$OUT/rl/checkpoints/global_step_7/embedder"}
@@ -27,6 +27,7 @@ if [[ "$2" == embedrl_verl.cli && "$6" == embedder ]]; then
     mkdir -p "$OUT/embedder_cotrained"
 fi
 """
+)
 
 
 class Recipe:
@@ -44,8 +45,7 @@ class Recipe:
         env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "OUT": str(self.out), "PYTHON": str(self.python)}
         command = ["bash", str(ROOT / "recipes" / "run_egrl_tiny_cpu.sh"), *arguments]
         result = subprocess.run(command, env={**env, **variables}, capture_output=True, timeout=300, check=False)
-        lines = (self.out / "calls").read_text().split("\0\n\0")[:-1]
-        return result.returncode, [line.split("\0") for line in lines]
+        return result.returncode, recorded(self.out / "calls")
 
     def modules(self, *arguments: str, **variables: str) -> list[str]:
         """Modules in the order of their calls; the two that run at once in alphabetical order."""
