@@ -37,13 +37,17 @@ def metrics_file(config: Any) -> Path | None:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step, from all parts of a run; a step run again after a resume counts with its last values."""
+    """Metrics by step, from all parts of a run; a step run again after a resume counts with its last values.
+
+    A line without an end is not read: its step is still being written, or the run was killed while it wrote.
+    """
     parts = sorted(path.parent.glob(f"{path.name}.*"), key=lambda part: int(part.suffix[1:]))
     result: dict[int, dict[str, float]] = {}
     for part in [*parts, path]:
         if not part.is_file():
             continue
-        for line in part.read_text().splitlines():
+        whole, _, _ = part.read_text().rpartition("\n")
+        for line in whole.splitlines():
             entry = json.loads(line)
             result.setdefault(int(entry["step"]), {}).update(entry["data"])
     return result

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests run on the platform `cpu`, offline and single-threaded, also on a machine with GPUs."""
+"""The tests run on the platform `cpu`, offline and single-threaded, also on a machine with GPUs.
+
+Generated cases are the same in every run and have all the time they need.
+"""
 
 import os
+
+from hypothesis import HealthCheck, settings
 
 from embedrl_verl.tiny.environment import CPU_ENV
 
 for _name, _value in CPU_ENV.items():
     os.environ.setdefault(_name, _value)
+
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")

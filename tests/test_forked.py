@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests import forked
+from tests.processes import alive
 
 SCRIPT = """
 import atexit, os, sys
@@ -54,9 +55,6 @@ def test_a_signal_to_its_group_ends_it_and_what_it_has_started(tmp_path):
     process.join()
     assert process.exitcode != 0
     deadline = time.monotonic() + 60
-    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
-        with open(f"/proc/{child}/stat") as stat:
-            if stat.read().rsplit(")", 1)[1].split()[0] == "Z":
-                return
+    while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{child}")
+    assert not alive(child)

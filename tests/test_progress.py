@@ -27,6 +27,14 @@ def test_an_earlier_part_of_a_resumed_run_is_kept(tmp_path, monkeypatch):
     assert values == {1: 0.1, 2: 0.25, 3: 0.3, 4: 0.4}
 
 
+def test_a_line_that_is_being_written_is_not_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(_line(1, reward=0.1) + _line(2, reward=0.2)[:-5])
+    assert read_metrics(path) == {1: {"reward": 0.1}}
+    path.write_text(_line(1, reward=0.1) + _line(2, reward=0.2).rstrip())
+    assert list(read_metrics(path)) == [1]
+
+
 def test_without_the_file_logger_there_is_no_line():
     config = OmegaConf.create({"trainer": {"logger": "console", "project_name": "p", "experiment_name": "e"}})
     assert metrics_file(config) is None

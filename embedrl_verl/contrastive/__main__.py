@@ -8,7 +8,6 @@ itself ends with 1 whatever its processes end with).
 from __future__ import annotations
 
 import os
-import socket
 import time
 from typing import Any
 
@@ -19,13 +18,10 @@ from embedrl_verl.train import run_entry
 
 
 def _alone() -> None:
-    """Without torchrun: one rank."""
+    """Without torchrun: one rank, whose store takes any free port (0), as nobody else has to find it."""
     if "WORLD_SIZE" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
 
 

@@ -5,6 +5,7 @@ import asyncio
 import gc
 import os
 import re
+import threading
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -186,7 +187,7 @@ def test_encoded_media_stay_within_their_memory_whether_sent_or_waiting(world):
 
 def test_the_event_loop_is_free_while_media_are_encoded(world):
     """No question is put together or encoded, and no answer read, before the loop has come round meanwhile."""
-    beats, done = [], Counter()
+    beats, done, adding = [], Counter(), threading.Lock()
 
     def heavy(name, do):
         def wait(*args):
@@ -194,7 +195,8 @@ def test_the_event_loop_is_free_while_media_are_encoded(world):
             while len(beats) < before + 5:
                 assert time.monotonic() < until, f"the event loop stands still for {name}"
                 time.sleep(0.002)
-            done[name] += 1
+            with adding:
+                done[name] += 1
             return do(*args)
 
         return wait
@@ -211,7 +213,15 @@ def test_the_event_loop_is_free_while_media_are_encoded(world):
     assert done == {"ask": 24, "prepare": 24, "read": 24}
 
 
-def test_too_many_failures_stop_early_and_keep_the_answers(world, tmp_path, caplog):
+@pytest.fixture
+def own_log(caplog):
+    """The log of this test alone: asyncio's notes on what earlier tests left behind are written before it."""
+    gc.collect()
+    caplog.clear()
+    return caplog
+
+
+def test_too_many_failures_stop_early_and_keep_the_answers(world, own_log):
     backend = FakeBackend(lambda text, digest: Reply("no", False, 1, 1))
     backend.delay = 0.001
     build = world(count=4000, backend=backend, max_failed_share=0.5, first_check=50)
@@ -221,7 +231,7 @@ def test_too_many_failures_stop_early_and_keep_the_answers(world, tmp_path, capl
     assert len(backend.asked) < 4000
     assert len(stored(runner)) == runner.progress.replies > 0
     gc.collect()
-    assert "never retrieved" not in caplog.text  # asyncio's note of an error that nobody has asked for
+    assert "never retrieved" not in own_log.text  # asyncio's note of an error that nobody has asked for
 
 
 def test_a_share_within_its_limit_is_no_error_and_is_looked_at_again_at_the_end(world):
@@ -270,27 +280,41 @@ def test_an_error_of_the_backend_ends_the_run_and_every_answer_before_it_is_kept
 
 
 def test_one_interrupt_while_a_run_ends_loses_no_answer(world, monkeypatch):
-    answered, ending = [], []
+    answered, reading, ending, may_read = [], [], [], threading.Event()
 
     class Breaks(FakeBackend):
         async def complete(self, request):
             if len(self.asked) > 6:
-                ending.append(True)
                 raise RuntimeError("lost")
             reply = await super().complete(request)
             answered.append(request)
             return reply
 
-    read = TcotAsker.read
-    monkeypatch.setattr(TcotAsker, "read", lambda *args: time.sleep(0.1) or read(*args))
+    def slow_at_first(*args):
+        if not reading:
+            reading.append(True)
+            assert may_read.wait(60)
+        return read(*args)
+
+    def noted(*args):
+        ending.append(True)
+        return end(*args)
+
+    read, end = TcotAsker.read, Runner._end
+    monkeypatch.setattr(TcotAsker, "read", slow_at_first)
+    monkeypatch.setattr(Runner, "_end", noted)
     runner = world(backend=Breaks())()
 
     async def interrupted():
         task = asyncio.ensure_future(runner.run())
         while not ending:
             await asyncio.sleep(0.001)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
+        assert not task.done()
         task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        may_read.set()
         await asyncio.wait([task])
         assert task.cancelled()
 
@@ -319,7 +343,7 @@ def test_of_several_journals_each_is_written_whatever_becomes_of_the_others(tmp_
         journal.close()
 
 
-def test_a_journal_that_cannot_be_written_ends_the_run_and_the_next_completes_it(world, monkeypatch, caplog):
+def test_a_journal_that_cannot_be_written_ends_the_run_and_the_next_completes_it(world, monkeypatch, own_log):
     write, lost = os.pwrite, []
 
     def full(file, data, place):
@@ -342,7 +366,7 @@ def test_a_journal_that_cannot_be_written_ends_the_run_and_the_next_completes_it
     entries = [entry for journal in journals(runner) for entry in journal]
     assert sum(entry["done"] for entry in entries) == 48
     gc.collect()
-    assert "never retrieved" not in caplog.text
+    assert "never retrieved" not in own_log.text
 
 
 def test_the_second_question_is_asked_with_what_the_first_said(world):

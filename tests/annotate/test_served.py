@@ -5,7 +5,6 @@ so does the engine of the process itself."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
 from tests.annotate.fakes import contents, pairs, tcot
+from tests.processes import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 COUNT = 120
@@ -38,9 +38,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(model, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
     command += ["--served-model-name", "tiny", "--max-model-len", "512", "--enforce-eager", "--port", str(port)]
     log = tmp_path_factory.mktemp("server") / "log"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedrl_verl.curate import folders
 from embedrl_verl.curate.jobs import run_tasks
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import EmbedderError
@@ -22,13 +24,16 @@ from embedrl_verl.errors import EmbedderError
 MakePair = Callable[..., PairRecord]
 WriteParts = Callable[..., list[Path]]
 RUN = """
-import argparse, sys
+import argparse, os, sys, time
+from embedrl_verl.curate import folders
 from embedrl_verl import cli_data_content_ids, cli_data_split
 parser = argparse.ArgumentParser()
 commands = parser.add_subparsers(dest="name")
 modules = {"content-ids": cli_data_content_ids, "split": cli_data_split}
 for module in modules.values():
     module.add_parser(commands)
+write, held = folders.write_json, os.environ["HELD"]  # a card that it cannot come to, however late it is killed
+folders.write_json = lambda file, *rest: time.sleep(600) if str(file) == held else write(file, *rest)
 if __name__ == "__main__":
     arguments = parser.parse_args()
     sys.exit(modules[arguments.name].run(arguments))
@@ -36,8 +41,10 @@ if __name__ == "__main__":
 PAIRS, PER_PART = 2400, 200
 
 
-def start(script: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(script), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start(script: Path, options: Sequence[str], held: Path | None = None) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "HELD": str(held or "")}
+    command = [sys.executable, str(script), *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def kill_when(process: subprocess.Popen[bytes], parts: Path, count: int) -> None:
@@ -80,8 +87,9 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(
     assert total >= 6
     kept = {}
     for count in (2, total // 2):
-        kill_when(start(tmp_path / "run.py", [*options, "--out", str(broken)]), parts, count)
-        assert not (parts / "data_card.json").exists()
+        card = parts / folders.CARD_FILE
+        kill_when(start(tmp_path / "run.py", [*options, "--out", str(broken)], card), parts, count)
+        assert not card.exists()
         kept = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("part-*.parquet"))}
         done = {parts / f"part-{entry.stem[1:]}.parquet" for entry in (parts / "_work" / "parts").glob("*.json")}
     assert start(tmp_path / "run.py", [*options, "--out", str(broken)]).wait() == 0

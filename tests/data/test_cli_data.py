@@ -134,7 +134,7 @@ def test_a_few_records_are_held_at_a_time(
 
     monkeypatch.setattr(inspection, "scan_pairs", scan)
     assert check(tmp_path / "f.parquet", "--media-root", root) == 0
-    assert most <= 2 * inspection.default_threads() + 4
+    assert most <= 3 * inspection.default_threads() + 4  # one more of each thread while it hands its result over
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, pair: MakePair) -> None:

@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -42,7 +42,6 @@ def batches(data_loader: StatefulDataLoader[int], epochs: int) -> list[list[int]
     return [batch.tolist() for _ in range(epochs) for batch in data_loader]
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=40), st.sampled_from([2, 4, 6]), st.integers(0, 5))
 def test_every_batch_holds_complete_pairs_of_one_source(sources: list[str], size: int, seed: int) -> None:
     data = Prompts([source for source in sources if sources.count(source) >= size // 2])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +11,10 @@ import time
 from pathlib import Path
 
 from embedrl_verl.progress import read_metrics
+from tests.processes import free_port
+
+LIMIT = 4
+"""Requests that a run sends at once: `embedrl.reward.judge.limit`."""
 
 
 class FaultyJudge:
@@ -24,9 +27,7 @@ class FaultyJudge:
     def __init__(self, folder: Path, metrics: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._metrics = folder, metrics
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.happened: list[str] = []
         self._over = threading.Event()
         self._process = self._start()
@@ -65,7 +66,7 @@ class FaultyJudge:
         if not self._wait(lambda: self._step_is_logged(1)):
             return
         before = self._answered()
-        if not self._wait(lambda: self._answered() > before):
+        if not self._wait(lambda: self._answered() > before + LIMIT):  # so one of the first has been taken
             return
         self._process.kill()
         self.happened.append("killed")
@@ -74,7 +75,7 @@ class FaultyJudge:
         self._process.wait()
         self._process = self._start()
         before = self._answered()
-        if not self._wait(lambda: self._answered() > before):
+        if not self._wait(lambda: self._answered() > before + LIMIT):
             return
         self._process.send_signal(signal.SIGSTOP)
         self.happened.append("stopped")

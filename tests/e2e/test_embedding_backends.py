@@ -8,6 +8,7 @@ some of its rows, and the reward stage then waits until it is back, so that step
 from __future__ import annotations
 
 import contextlib
+import http.client
 import math
 import os
 import signal
@@ -75,7 +76,7 @@ def server() -> psutil.Process | None:
 
 
 def sentence_actor() -> psutil.Process | None:
-    return next((one for one in ours() if words(one)[:1] and words(one)[0].startswith("ray::_SentenceActor")), None)
+    return next((one for one in ours() if "".join(words(one)[:1]).startswith("ray::_SentenceActor")), None)
 
 
 def answer(process: psutil.Process, path: str) -> str:
@@ -85,7 +86,7 @@ def answer(process: psutil.Process, path: str) -> str:
     try:
         with urllib.request.urlopen(f"http://{where['--host']}:{where['--port']}{path}", timeout=5) as response:
             return response.read().decode() or "yes"
-    except (OSError, KeyError):
+    except (OSError, http.client.HTTPException, KeyError):
         return ""
 
 

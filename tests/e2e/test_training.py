@@ -11,7 +11,7 @@ import torch
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.judge_model import JudgeSize, TinyJudge
 from tests.e2e import harness
-from tests.e2e.judge_faults import FaultyJudge
+from tests.e2e.judge_faults import LIMIT, FaultyJudge
 from tests.e2e.rescore import rescore
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -135,7 +135,7 @@ def judged(inputs, tmp_path_factory):
     extra = [f"embedrl.embedder.train.{name}={value}" for name, value in train.items()]
     extra += ["embedrl.embedder.n_gpus_per_node=1", "ray_kwargs.ray_init.num_gpus=2", "trainer.save_freq=2"]
     extra += ["reward.custom_reward_function.path=reward/paper.py", "trainer.val_before_train=False"]
-    limits = {"limit": 4, "timeout_s": 4, "retries": 1, "backoff_s": 0.1, "deadline_s": 20, "max_unknown_share": 1}
+    limits = {"limit": LIMIT, "timeout_s": 4, "retries": 1, "backoff_s": 0.1, "deadline_s": 20, "max_unknown_share": 1}
     extra += [f"embedrl.judge.{name}={value}" for name, value in limits.items()]
     judge = FaultyJudge(folder / "judge", folder / "metrics.jsonl")
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 from verl.workers.config import McoreEngineConfig
@@ -41,7 +40,6 @@ HIDDEN, VOCABULARY, SECTIONS = 64, 96, [4, 6, 6]
     budget=st.integers(1, 200),
     multiple=st.integers(1, 4),
 )
-@settings(deadline=None)
 def test_all_ranks_run_as_many_micro_batches_and_each_row_counts_once(ranks, budget, multiple):
     plans = [token_budget_batches(lengths, budget) for lengths in ranks]
     most = max(map(len, plans))
@@ -59,7 +57,6 @@ def test_a_rank_without_rows_is_refused():
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), data=st.data())
-@settings(deadline=None)
 def test_vectors_come_back_in_the_order_of_the_batch(lengths, data):
     batches = fill(token_budget_batches(lengths, data.draw(st.integers(1, 99))), len(lengths) + 1)
     vectors = [torch.tensor([[float(i), -float(i)] for i in batch.rows]) for batch in batches]
@@ -136,9 +133,9 @@ def test_without_megatron_the_import_says_what_to_install():
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_engine_gives_vectors_and_gradients_of_rows_run_alone_also_with_a_split_sequence(ranks, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    from tests.processes import free_port  # not above: this file is also a script
+
+    port = free_port()
     command = [sys.executable, __file__, str(ranks), str(port), str(tmp_path)]
     started = [subprocess.Popen([*command, str(rank)]) for rank in range(ranks)]
     assert [process.wait(timeout=300) for process in started] == [0] * ranks

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.tiny.environment import CPU_ENV
 from tests import forked
 from tests.embedder.inputs import Pair, contrastive_cases, item
+from tests.processes import free_port
 
 SCRIPT = Path(__file__).with_name("two_pass_ranks.py")
 CASES = contrastive_cases()
@@ -29,9 +29,7 @@ CASES = contrastive_cases()
 
 def start(checkpoint: Path, out: Path, ranks: int, dtype: str = "float32") -> dict[str, Any]:
     """What `two_pass_ranks.py` computed on so many ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     processes = [
         forked.start(

@@ -5,12 +5,12 @@ import asyncio
 import contextlib
 import inspect
 import json
-import socket
 
 import pytest
 from aiohttp import web
 
 from embedrl_verl.serving import PoolSettings, ServerError, ServerPool
+from tests.processes import free_port
 
 QUICK = {"timeout_s": 10.0, "backoff_s": 0.01, "probe_interval_s": 0.05}
 
@@ -29,9 +29,7 @@ async def failure_of(request):
 
 def free_url():
     """An address at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 class FakeServer:

@@ -18,6 +18,9 @@ def test_one_pool_works_under_one_event_loop_after_another_and_remembers_health(
     url = free_url()
     pool = quick_pool(free_url(), url)
     up_before, answers = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()  # what earlier tests left behind is not of this pool
 
     async def step(closing):
         async with FakeServer(lambda *_: 1, port=int(url.rsplit(":")[-1])):

@@ -256,7 +256,7 @@ def test_100_000_generated_and_mutated_strings_parse_without_an_exception() -> N
     assert well_formed > 500 and with_evidence > 10_000
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
 @example('{"a":' * 30)
 def test_any_text_parses(text: str) -> None:
@@ -274,7 +274,7 @@ EVIDENCE_VALUES = st.fixed_dictionaries(
 ).filter(bool)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(EVIDENCE_VALUES, st.booleans())
 def test_valid_evidence_comes_back_as_it_was_written(evidence: dict, ascii_only: bool) -> None:
     read = parse_tcot(tcot(json.dumps(evidence, ensure_ascii=ascii_only).replace("<", "\\u003c")), num_frames=8)

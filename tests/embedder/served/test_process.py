@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,18 +20,22 @@ from embedrl_verl.embedder.served import guard, process
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.serving import PoolSettings, ServerPool
+from tests.processes import alive, free_port
 
 # Answers every GET with its own process id and that of a child that would outlive it; a POST, after a while, with the
-# first as JSON.
+# first as JSON. Their length is said: an answer that is cut off is none.
 SERVER = """
 import http.server, os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, text):
+        self.send_response(200); self.send_header("Content-Length", str(len(text))); self.end_headers()
+        self.wfile.write(text.encode())
     def do_GET(self):
-        self.send_response(200); self.end_headers(); self.wfile.write(f"{os.getpid()} {child.pid}".encode())
+        self.answer(f"{os.getpid()} {child.pid}")
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"])); time.sleep(0.2)
-        self.send_response(200); self.end_headers(); self.wfile.write(str(os.getpid()).encode())
+        self.answer(str(os.getpid()))
     def log_message(self, *args): pass
 print("a line of the log", flush=True)
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
@@ -52,9 +56,7 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def url() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture
@@ -80,17 +82,12 @@ def pids(url: str) -> list[int]:
 def answers(url: str) -> bool:
     try:
         return bool(pids(url))
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> bool:

@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,17 +31,12 @@ from embedrl_verl.errors import EmbedderError
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
 from tests.embedder.inputs import LIMITS, mixed_inputs
+from tests.processes import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROWS = 24  # twice every combination of medium, T-CoT and evidence
 # Takes connections and never answers.
 SILENT = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
