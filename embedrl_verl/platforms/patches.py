@@ -3,13 +3,14 @@
 
 A patch names the upstream release it is for, refuses any other (PluginError), can be applied twice, and has a test
 that fails when upstream no longer needs it. Prefer subclassing, configuration and documented extension points; there
-are two patches today.
+are three patches today.
 """
 
 import functools
 from typing import Any
 
-from embedrl_verl.platforms.versions import VLLM_VERSION, require_version
+from embedrl_verl.platforms.ports import some_ports
+from embedrl_verl.platforms.versions import VERL_VERSION, VLLM_VERSION, require_version
 
 
 def keep_cpu_linear_weights() -> None:
@@ -70,3 +71,29 @@ def rewind_cpu_generators() -> None:
         return result
 
     GPUModelRunner._bookkeeping_sync = bookkeeping
+
+
+def choose_master_ports_that_stay_free() -> None:
+    """verl: let ranks of a worker group meet at a port that no other process is given meanwhile.
+
+    verl 0.9.1 takes any free port before it starts the ranks, which listen there some ten seconds later: now and then
+    a run dies of "address already in use" while it starts. A worker group can be given a range of ports to choose from,
+    but verl's trainers pass none on; here it is one outside the system's own range. Call it in the process that makes
+    worker groups.
+    """
+    import verl
+    from verl.single_controller.ray import RayWorkerGroup
+
+    require_version("verl", verl.__version__, VERL_VERSION, "the patch choose_master_ports_that_stay_free")
+    original = RayWorkerGroup._get_master_addr_port
+    if original.__module__ == __name__:
+        return
+
+    @functools.wraps(original, assigned=("__name__", "__doc__"))
+    def get_master_addr_port(self: Any, pg: Any, bundle_index: int = 0, master_port_range: Any = None) -> None:
+        if master_port_range is None:
+            ports = some_ports()
+            master_port_range = [ports.start, ports.stop]
+        original(self, pg, bundle_index=bundle_index, master_port_range=master_port_range)
+
+    RayWorkerGroup._get_master_addr_port = get_master_addr_port

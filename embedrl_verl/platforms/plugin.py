@@ -19,7 +19,7 @@ from types import ModuleType
 
 from embedrl_verl import __version__
 from embedrl_verl.errors import PluginError
-from embedrl_verl.platforms import vllm_metadata
+from embedrl_verl.platforms import patches, vllm_metadata
 from embedrl_verl.platforms.versions import VERL_VERSION, require_version
 
 logger = logging.getLogger("embedrl_verl")
@@ -35,6 +35,13 @@ TRAINER_MODULES: tuple[str, ...] = (
 TRAINER_MODES = ("plain_sync", "egrl_sync", "egrl_colocate_async", "egrl_separate_async")
 
 
+def _add_trainers() -> None:
+    """Registers the trainer modes, in a process that can start a run."""
+    patches.choose_master_ports_that_stay_free()
+    for name in TRAINER_MODULES:
+        importlib.import_module(name)
+
+
 class _LoaderThenTrainers(importlib.abc.Loader):
     """Loads TRAINER_PACKAGE with its own loader, then imports TRAINER_MODULES."""
 
@@ -48,8 +55,7 @@ class _LoaderThenTrainers(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Runs the package, then our registrations; an error in either is the import's error."""
         self._loader.exec_module(module)
-        for name in TRAINER_MODULES:
-            importlib.import_module(name)
+        _add_trainers()
 
 
 class TrainerFinder(importlib.abc.MetaPathFinder):
@@ -82,8 +88,7 @@ def register() -> None:
     if not any(isinstance(finder, TrainerFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, TrainerFinder())
     if TRAINER_PACKAGE in sys.modules:
-        for name in TRAINER_MODULES:
-            importlib.import_module(name)
+        _add_trainers()
     platform = os.environ.get("VERL_PLATFORM", "") or "auto"
     logger.warning("embedrl-verl %s is loaded in verl %s (platform %s)", __version__, verl.__version__, platform)
 

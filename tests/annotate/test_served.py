@@ -16,10 +16,10 @@ import pytest
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
 from tests.annotate.fakes import contents, pairs, tcot
-from tests.processes import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 COUNT = 120

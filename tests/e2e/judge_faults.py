@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.progress import read_metrics
-from tests.processes import free_port
 
 LIMIT = 4
 """Requests that a run sends at once: `embedrl.reward.judge.limit`."""

@@ -31,7 +31,9 @@ from tests.e2e.rescore import rescore
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROWS = 8 * 4
-EMBEDDED = 18  # rows of step 2 before the server is killed; the others are less than one of its two mini-batches
+EMBEDDED = 20  # rows of step 2 that the server has answered when it is killed
+LOST = 3  # answers of those that may not have been taken yet; with the other rows, less than one of two mini-batches
+WHILE_IT_IS_DOWN = ("connection lost", "connection refused", "no server is up", "deadline")
 # Few rollouts at once, so that they end one after another; of the killed process some rows are embedded, some not.
 EXTRA = ["actor_rollout_ref.rollout.max_num_seqs=4", "trainer.val_before_train=False"]
 REWARD = """
@@ -181,10 +183,10 @@ def finished(inputs: Path, killer: Killer, folder: Path, settings: dict[str, Any
 
 @pytest.fixture(scope="module")
 def served(inputs, tmp_path_factory):
-    """3 steps with a server that the run starts. A row waits 12 s for a server: less than one takes to start."""
+    """3 steps with a server that the run starts. A row waits 8 s for a server: less than one takes to start."""
     folder = tmp_path_factory.mktemp("served")
     settings = {"embedder.backend": "server", "embedder.server.servers": 1, "embedder.server.max_model_len": 1024}
-    settings |= {"embedder.server.deadline_s": 12, "reward.max_failed_share": 0.99}
+    settings |= {"embedder.server.deadline_s": 8, "reward.max_failed_share": 0.99}
     killer = Killer(folder, server, answered, lambda one: answer(one, "/health"), after=EMBEDDED)
     return finished(inputs, killer, folder, settings, steps=3)
 
@@ -217,14 +219,15 @@ def test_a_server_of_the_run_gives_the_embedders_rewards_also_after_it_was_kille
     for step in (1, 3):
         assert check_rewards(served, step, inputs) == []
         assert served.metrics[step]["embedrl/failed_rows"] == 0
-        assert served.metrics[step]["timing_s/reward_embed"] < 1.0  # vectors are there already
+        metrics = served.metrics[step]
+        assert metrics["timing_s/reward_embed"] < metrics["timing_s/gen"] / 4  # vectors are there already
 
 
 def test_rows_that_a_killed_server_leaves_without_a_vector_are_counted_and_unknown(served, inputs):
     failed = check_rewards(served, 2, inputs)
-    assert 0 < len(failed) <= ROWS - EMBEDDED
+    assert 0 < len(failed) <= ROWS - EMBEDDED + LOST
     assert served.metrics[2]["embedrl/failed_rows"] == len(failed)
-    causes = {f"embedding server: {why}" for why in ("connection lost", "connection refused", "no server is up")}
+    causes = {f"embedding server: {why}" for why in WHILE_IT_IS_DOWN}
     assert {row["failure"] for row in failed} <= causes
     assert [row["score"] for row in failed] == [None] * len(failed)
     assert "NaN" not in (served.folder / "rollouts" / "2.jsonl").read_text()

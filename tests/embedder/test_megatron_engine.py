@@ -29,6 +29,7 @@ from embedrl_verl.embedder import Encoded
 from embedrl_verl.embedder.batching import PaddedRows, token_budget_batches
 from embedrl_verl.embedder.packing import MicroBatch, check_engine_config, fill, pad_to, pool_last, restore, unit
 from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.platforms.ports import free_port
 
 HAS_MEGATRON = importlib.util.find_spec("megatron") is not None
 needs_megatron = pytest.mark.skipif(not HAS_MEGATRON, reason="megatron-core is not installed")
@@ -133,8 +134,6 @@ def test_without_megatron_the_import_says_what_to_install():
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_engine_gives_vectors_and_gradients_of_rows_run_alone_also_with_a_split_sequence(ranks, tmp_path):
-    from tests.processes import free_port  # not above: this file is also a script
-
     port = free_port()
     command = [sys.executable, __file__, str(ranks), str(port), str(tmp_path)]
     started = [subprocess.Popen([*command, str(rank)]) for rank in range(ranks)]

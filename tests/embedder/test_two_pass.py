@@ -18,10 +18,10 @@ from embedrl_verl.embedder.forward import embed_padded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout, contrastive_loss
 from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients, refuse_dropout
 from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.tiny.environment import CPU_ENV
 from tests import forked
 from tests.embedder.inputs import Pair, contrastive_cases, item
-from tests.processes import free_port
 
 SCRIPT = Path(__file__).with_name("two_pass_ranks.py")
 CASES = contrastive_cases()

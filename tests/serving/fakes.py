@@ -9,8 +9,8 @@ import json
 import pytest
 from aiohttp import web
 
+from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.serving import PoolSettings, ServerError, ServerPool
-from tests.processes import free_port
 
 QUICK = {"timeout_s": 10.0, "backoff_s": 0.01, "probe_interval_s": 0.05}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.served.command import ServerOptions, server_arguments, server_command, server_options
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.errors import ResourceError
+from embedrl_verl.platforms.ports import free_port
 
 logger = logging.getLogger(__name__)
 PLACED_WITHIN_S = 60.0
@@ -42,9 +42,7 @@ class _ServerActor:
         if not options.on_cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
             options = replace(options, gpus=max(len(gpus), 1))
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            port = int(probe.getsockname()[1])
+        port = free_port(host)
         arguments = server_arguments(options, template, host=host, port=port)
         self._process = ServerProcess(
             server_command(arguments),

@@ -28,10 +28,10 @@ from embedrl_verl.embedder.served.handshake import check_servers
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
 from tests.embedder.inputs import LIMITS, mixed_inputs
-from tests.processes import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROWS = 24  # twice every combination of medium, T-CoT and evidence
