@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.serving import PoolSettings, ServerPool
 from embedrl_verl.tcot import token_side
 
@@ -109,9 +109,7 @@ def main() -> None:
     prompts = TcotPrompts(arguments.family, arguments.style, False, limits)
     server = None
     if arguments.url is None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         arguments.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.model]
         command += [

@@ -22,7 +22,6 @@ import asyncio
 import json
 import math
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from embedrl_verl.embedder.served.command import server_arguments, server_comman
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.embedder.served.requests import PATH
 from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.serving import PoolSettings, ServerPool
@@ -113,7 +113,7 @@ def arguments_of_run(args: argparse.Namespace, folder: Path, url: str) -> list[s
 
 async def record(args: argparse.Namespace, folder: Path, server: str) -> list[list[Sent]]:
     """Requests of each step after the warm-up, by time."""
-    recorder, port = Recorder(server), _free_port()
+    recorder, port = Recorder(server), free_port(HOST)
     runner = await recorder.serve(port)
     environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
     arguments = arguments_of_run(args, folder, f"http://{HOST}:{port}")
@@ -156,12 +156,6 @@ async def play_back(pool: ServerPool, step: list[Sent], *, streaming: bool) -> f
     return time.monotonic() - start - (step[-1].came - began)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
@@ -186,7 +180,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
         **limits,
     )
     options = server_options(config, processor_for(config), on_cpu=True)
-    template, port = folder / "template.jinja", _free_port()
+    template, port = folder / "template.jinja", free_port(HOST)
     template.write_text(options.template)
     command = server_command(server_arguments(options, template, host=HOST, port=port))
     url = f"http://{HOST}:{port}"

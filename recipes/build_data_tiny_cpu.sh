@@ -36,7 +36,7 @@ trap stop_server EXIT
 serve() {
     local port waited=0
     stop_server
-    port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    port=$("$PYTHON" -c "from embedrl_verl.platforms.ports import free_port; print(free_port())")
     URL="http://127.0.0.1:$port"
     say "serving $1"
     "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$1" --served-model-name "$2" --dtype float32 \

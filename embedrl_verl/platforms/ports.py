@@ -27,7 +27,7 @@ def ports_given_to_nobody() -> range:
     set up so), all from 20000 on.
     """
     low, high = map(int, _LINUX.read_text().split()) if _LINUX.exists() else _IANA
-    found = max(range(LOWEST, max(low, LOWEST)), range(max(high + 1, LOWEST), 65536), key=len)
+    found = max(range(LOWEST, low), range(max(high + 1, LOWEST), 65536), key=len)
     return found if len(found) >= _ENOUGH else range(LOWEST, 65536)
 
 

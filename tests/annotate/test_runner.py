@@ -243,18 +243,24 @@ def test_a_share_within_its_limit_is_no_error_and_is_looked_at_again_at_the_end(
         asyncio.run(run(world(backend=FakeBackend(some_bad), max_failed_share=share - 1e-6)))
 
 
+class Breaks(FakeBackend):
+    """Fails once more than `after` questions have come; `answered` are those it has answered."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after, self.answered = after, []
+
+    async def complete(self, request):
+        if len(self.asked) > self.after:
+            raise RuntimeError("lost")
+        reply = await super().complete(request)
+        self.answered.append(request)
+        return reply
+
+
 @pytest.mark.parametrize("slow", ["nothing", "reading", "writing"])
 def test_an_error_of_the_backend_ends_the_run_and_every_answer_before_it_is_kept(world, monkeypatch, slow):
     """Those too that are still being read, or wait for the disk."""
-    answered = []
-
-    class Breaks(FakeBackend):
-        async def complete(self, request):
-            if len(self.asked) > 30:
-                raise RuntimeError("lost")
-            reply = await super().complete(request)
-            answered.append(request)
-            return reply
 
     def slowly(do):
         def done(*args):
@@ -267,28 +273,19 @@ def test_an_error_of_the_backend_ends_the_run_and_every_answer_before_it_is_kept
         monkeypatch.setattr(TcotAsker, "read", slowly(TcotAsker.read))
     if slow == "writing":
         monkeypatch.setattr(runner_module, "_append_all", slowly(runner_module._append_all))
-    first = Breaks()
-    build = world(backend=first)
-    runner = build()
+    first = Breaks(after=30)
+    runner = world(backend=first)()
     with pytest.raises(RuntimeError, match="lost"):
         asyncio.run(runner.run())
     again = FakeBackend()
     second = Runner(runner._source, runner._asker, again, runner._folder, "hash", runner._settings)
     asyncio.run(second.run())
-    assert answered and len(again.asked) == 80 - len(answered)
-    assert {body for _, body in answered}.isdisjoint(again.asked)
+    assert first.answered and len(again.asked) == 80 - len(first.answered)
+    assert {body for _, body in first.answered}.isdisjoint(again.asked)
 
 
 def test_one_interrupt_while_a_run_ends_loses_no_answer(world, monkeypatch):
-    answered, reading, ending, may_read = [], [], [], threading.Event()
-
-    class Breaks(FakeBackend):
-        async def complete(self, request):
-            if len(self.asked) > 6:
-                raise RuntimeError("lost")
-            reply = await super().complete(request)
-            answered.append(request)
-            return reply
+    backend, reading, ending, may_read = Breaks(after=6), [], [], threading.Event()
 
     def slow_at_first(*args):
         if not reading:
@@ -303,7 +300,7 @@ def test_one_interrupt_while_a_run_ends_loses_no_answer(world, monkeypatch):
     read, end = TcotAsker.read, Runner._end
     monkeypatch.setattr(TcotAsker, "read", slow_at_first)
     monkeypatch.setattr(Runner, "_end", noted)
-    runner = world(backend=Breaks())()
+    runner = world(backend=backend)()
 
     async def interrupted():
         task = asyncio.ensure_future(runner.run())
@@ -319,7 +316,7 @@ def test_one_interrupt_while_a_run_ends_loses_no_answer(world, monkeypatch):
         assert task.cancelled()
 
     asyncio.run(interrupted())
-    assert len(stored(runner)) == len(answered) > 0
+    assert len(stored(runner)) == len(backend.answered) > 0
     assert runner._writer._shutdown and not [one for one in runner._open.values() if one.journal._file >= 0]
 
 

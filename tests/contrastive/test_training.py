@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.progress import read_metrics
 from embedrl_verl.tiny.digits import WorldSize, write_world
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
@@ -87,9 +88,7 @@ def run_forked(arguments: list[str], folder: Path) -> tuple[int, str]:
 
 
 def metrics(out: Path, name: str = "loss") -> dict[int, float]:
-    text = (out / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last one may be half written
-    return {line["step"]: line["data"][name] for line in lines if name in line["data"]}
+    return {step: data[name] for step, data in read_metrics(out / "metrics.jsonl").items() if name in data}
 
 
 @pytest.fixture(scope="module")
@@ -113,27 +112,28 @@ def kill_when(arguments: list[str], folder: Path, happened: Callable[[], bool]) 
     assert process.exitcode != 0
 
 
+def kill_after_update_2(arguments: list[str], out: Path, begun: Path | None, happened: Callable[[], bool]) -> None:
+    """Kill a run that goes on from `begun`, again if its next checkpoint was complete by then."""
+    latest = out / "checkpoints" / "latest_checkpointed_iteration.txt"
+    for _ in range(10):
+        shutil.rmtree(out, ignore_errors=True)
+        if begun is not None:
+            shutil.copytree(begun, out)
+        kill_when(arguments, out.parent, happened)
+        if latest.read_text() == "2":
+            break
+    assert latest.read_text() == "2"
+
+
 def test_a_run_killed_between_updates_and_one_killed_in_a_checkpoint_go_on_with_the_same_losses(
     unbroken, world, tmp_path
 ):
     out = tmp_path / "run"
     arguments = command(world, out)
-    folder = out / "checkpoints"
-    for _ in range(10):  # until it was killed before the next checkpoint
-        shutil.rmtree(out, ignore_errors=True)
-        kill_when(arguments, tmp_path, lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 3)
-        if (folder / "latest_checkpointed_iteration.txt").read_text() == "2":
-            break
-    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
-    shutil.copytree(out, tmp_path / "before")
-    for _ in range(10):  # until it was killed before the checkpoint was complete
-        kill_when(arguments, tmp_path, lambda: (folder / "global_step_4" / "embedder").exists())
-        if (folder / "latest_checkpointed_iteration.txt").read_text() == "2":
-            break
-        shutil.rmtree(out)
-        shutil.copytree(tmp_path / "before", out)
-    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
-    assert (folder / "global_step_4").exists()
+    kill_after_update_2(arguments, out, None, lambda: len(metrics(out)) >= 3)
+    before = shutil.copytree(out, tmp_path / "before")
+    kill_after_update_2(arguments, out, before, lambda: (out / "checkpoints" / "global_step_4" / "embedder").exists())
+    assert (out / "checkpoints" / "global_step_4").exists()
     code, text = run_forked(arguments, tmp_path)
     assert code == 0, text[-4000:]
     assert "going on after update 2" in text

@@ -85,9 +85,8 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(
     parts = broken if command == "content-ids" else broken / "rl"
     total = len(list((whole if command == "content-ids" else whole / "rl").glob("part-*.parquet")))
     assert total >= 6
-    kept = {}
+    kept, card = {}, parts / folders.CARD_FILE
     for count in (2, total // 2):
-        card = parts / folders.CARD_FILE
         kill_when(start(tmp_path / "run.py", [*options, "--out", str(broken)], card), parts, count)
         assert not card.exists()
         kept = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("part-*.parquet"))}

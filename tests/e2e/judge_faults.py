@@ -14,7 +14,7 @@ from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.progress import read_metrics
 
 LIMIT = 4
-"""Requests that a run sends at once: `embedrl.reward.judge.limit`."""
+"""Requests that a run sends at once: `embedrl.judge.limit`."""
 
 
 class FaultyJudge:

@@ -19,9 +19,9 @@ import pytest
 from embedrl_verl.embedder.served import guard, process
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.serving import PoolSettings, ServerPool
 from tests.processes import alive
+from tests.serving.fakes import free_url
 
 # Answers every GET with its own process id and that of a child that would outlive it; a POST, after a while, with the
 # first as JSON. Their length is said: an answer that is cut off is none.
@@ -57,7 +57,7 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def url() -> str:
-    return f"http://127.0.0.1:{free_port()}"
+    return free_url()
 
 
 @pytest.fixture
