@@ -38,6 +38,8 @@ HOME_SLACK = 16
 """Requests that a server may have above the least busy one and still get those whose home it is."""
 _LONGEST_BACKOFF_S = 10.0
 _PROBE_TIMEOUT_S = 5.0
+_LOOK_FOR_S = 1.0
+"""Seconds between probes of a server that is gone: rows wait for it, and to be refused costs nothing."""
 # Below uvicorn's 5 s, so that an idle connection is never used while the server is closing it.
 _KEEP_ALIVE_S = 3.0
 
@@ -51,7 +53,7 @@ class PoolSettings:
         timeout_s: seconds for one try.
         retries: tries after the first.
         backoff_s: seconds before the first retry; doubles up to 10 s, times a random factor in [0.5, 1].
-        probe_interval_s: seconds between probes of all servers.
+        probe_interval_s: seconds between probes of a server. One that is gone is looked for every second.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -354,7 +356,7 @@ class ServerPool:
             await running.session.close()
 
     async def _watch(self, running: _Running, server: Server) -> None:
-        """Probe a server every `probe_interval_s`, and at once where `_mark_down` asks for it."""
+        """Probe a server at its interval, and at once where `_mark_down` asks for it."""
         timeout_s = min(self.settings.timeout_s, _PROBE_TIMEOUT_S)
         while not running.closed:
             running.to_probe.discard(server.url)
@@ -365,4 +367,11 @@ class ServerPool:
                 if failed.cause != "timeout":  # a busy server may be late with its health
                     self._mark_down(running, server, failed, look=False)
             if server.url not in running.to_probe:
-                await running.look_now.wait(self.settings.probe_interval_s)
+                await running.look_now.wait(self._interval(server))
+
+    def _interval(self, server: Server) -> float:
+        """Seconds to the next probe. One that timed out is left alone as long as others are up."""
+        gone = not server.up and server.last_error != "timeout"
+        if gone or not any(other.up for other in self._servers):
+            return min(_LOOK_FOR_S, self.settings.probe_interval_s)
+        return self.settings.probe_interval_s

@@ -2,7 +2,9 @@
 """EG-RL with the Embedder behind a vLLM server, and in a sentence-transformers process; both are killed in a step.
 
 Rows are embedded while rollouts still run. In step 2 the process that embeds is killed (kill -9) when it has answered
-some of its rows, and the reward stage then waits until it is back, so that step 3 has one again.
+some of its rows, and the reward stage then waits until it is back, so that step 3 has one again. The server's owner is
+held from then until the reward stage (kill -STOP), so that no other row of the step has a vector, however slow or fast
+a machine starts a server.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ EMBEDDED = 20  # rows of step 2 that the server has answered when it is killed
 LOST = 3  # answers of those that may not have been taken yet; with the other rows, less than one of two mini-batches
 WHILE_IT_IS_DOWN = ("connection lost", "connection refused", "no server is up", "deadline")
 # Few rollouts at once, so that they end one after another; of the killed process some rows are embedded, some not.
-EXTRA = ["actor_rollout_ref.rollout.max_num_seqs=4", "trainer.val_before_train=False"]
+EXTRA = ["actor_rollout_ref.rollout.max_num_seqs=2", "trainer.val_before_train=False"]
 REWARD = """
 import pathlib, time
 from embedrl_verl.rewards.functions import no_judge
@@ -43,6 +45,7 @@ from embedrl_verl.rewards.functions import no_judge
 def compute_score(batch):
     until = time.monotonic() + 400
     while pathlib.Path({hold!r}).exists() and time.monotonic() < until:
+        pathlib.Path({reached!r}).touch()
         time.sleep(0.1)
     return no_judge.compute_score(batch)
 """
@@ -77,8 +80,31 @@ def server() -> psutil.Process | None:
     return next((child for one in inner for child in one.children()), None)
 
 
+def actor(name: str) -> psutil.Process | None:
+    return next((one for one in ours() if "".join(words(one)[:1]).startswith(f"ray::{name}")), None)
+
+
 def sentence_actor() -> psutil.Process | None:
-    return next((one for one in ours() if "".join(words(one)[:1]).startswith("ray::_SentenceActor")), None)
+    return actor("_SentenceActor")
+
+
+def server_actor() -> psutil.Process | None:
+    """Starts the server again when it has died."""
+    return actor("_ServerActor")
+
+
+@contextlib.contextmanager
+def held(process: psutil.Process | None) -> Iterator[None]:
+    """The process does nothing meanwhile."""
+    if process is None:
+        yield
+        return
+    process.suspend()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def answer(process: psutil.Process, path: str) -> str:
@@ -114,16 +140,17 @@ class Killer(threading.Thread):
         is_up: Callable[[psutil.Process], Any],
         *,
         after: int,
+        owner: Callable[[], psutil.Process | None] = lambda: None,
     ) -> None:
         super().__init__(daemon=True)
-        self._after = after
+        self._after, self._owner = after, owner
         self._folder, self._find, self._done, self._is_up = folder, find, done, is_up
-        self._hold = folder / "hold"
+        self._hold, self._reached = folder / "hold", folder / "reached"
         self.happened: list[str] = []
         self.started: psutil.Process | None = None
         self.over = threading.Event()
         folder.mkdir(exist_ok=True)
-        (folder / "reward.py").write_text(REWARD.format(hold=str(self._hold)))
+        (folder / "reward.py").write_text(REWARD.format(hold=str(self._hold), reached=str(self._reached)))
         self.overrides = [f"reward.custom_reward_function.path={folder / 'reward.py'}"]
 
     def _wait(self, condition: Callable[[], Any], pause_s: float) -> bool:
@@ -141,7 +168,7 @@ class Killer(threading.Thread):
         metrics = self._folder / "metrics.jsonl"
         if not self._wait(lambda: metrics.exists() and 1 in read_metrics(metrics), 0.1):
             return
-        process = self._find()
+        process, owner = self._find(), self._owner()
         assert process is not None
         if not self._wait(lambda: self._is_up(process), 0.05):  # one that does not answer has no count
             return
@@ -149,8 +176,10 @@ class Killer(threading.Thread):
         if not self._wait(lambda: self._done(process) >= before + self._after, 0.05):
             return
         self._hold.touch()
-        os.kill(process.pid, signal.SIGKILL)
-        self.happened.append("killed")
+        with held(owner):
+            os.kill(process.pid, signal.SIGKILL)
+            self.happened.append("killed")
+            self._wait(self._reached.exists, 0.1)
         if self._wait(lambda: self._is_back(process.pid), 0.5):
             self.happened.append("back")
         self._hold.unlink()
@@ -183,11 +212,11 @@ def finished(inputs: Path, killer: Killer, folder: Path, settings: dict[str, Any
 
 @pytest.fixture(scope="module")
 def served(inputs, tmp_path_factory):
-    """3 steps with a server that the run starts. A row waits 8 s for a server: less than one takes to start."""
+    """3 steps with a server that the run starts, for which a row waits 20 s."""
     folder = tmp_path_factory.mktemp("served")
     settings = {"embedder.backend": "server", "embedder.server.servers": 1, "embedder.server.max_model_len": 1024}
-    settings |= {"embedder.server.deadline_s": 8, "reward.max_failed_share": 0.99}
-    killer = Killer(folder, server, answered, lambda one: answer(one, "/health"), after=EMBEDDED)
+    settings |= {"embedder.server.deadline_s": 20, "reward.max_failed_share": 0.99}
+    killer = Killer(folder, server, answered, lambda one: answer(one, "/health"), after=EMBEDDED, owner=server_actor)
     return finished(inputs, killer, folder, settings, steps=3)
 
 

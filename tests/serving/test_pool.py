@@ -233,6 +233,38 @@ def test_requests_wait_for_a_restart_while_every_server_is_down():
     asyncio.run(run())
 
 
+def test_a_server_that_is_gone_is_found_again_long_before_the_next_round_of_probes():
+    async def run():
+        one, two = FakeServer(lambda *_: 1), FakeServer(lambda *_: 2)
+        async with one, two, quick_pool(one.url, two.url, probe_interval_s=600) as pool:
+            await asyncio.gather(*(pool.post("/x", {}) for _ in range(4)))
+            for server in (one, two):
+                await server.__aexit__()
+            await asyncio.gather(*(failure_of(pool.post("/x", {}, deadline=time.monotonic() + 0.5)) for _ in range(4)))
+            assert [server.up for server in pool.stats().servers] == [False, False]
+            deadline = time.monotonic() + 60
+            waiting = asyncio.create_task(pool.post("/x", {}, deadline=deadline))
+            async with FakeServer(lambda *_: 1, port=one.port):
+                assert await waiting == 1
+                async with FakeServer(lambda *_: 2, port=two.port):  # also while another one is up
+                    while not pool.stats().servers[1].up:
+                        assert time.monotonic() < deadline
+                        await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_a_server_that_timed_out_gets_no_requests_before_the_next_round_of_probes_if_another_is_up():
+    async def run():
+        one, two = FakeServer(lambda *_: asyncio.sleep(60)), FakeServer(lambda *_: 2)
+        async with one, two, quick_pool(one.url, two.url, probe_interval_s=600, timeout_s=1) as pool:
+            assert await asyncio.gather(*(pool.post("/x", {}) for _ in range(2))) == [2, 2]
+            await asyncio.sleep(2.5)
+            assert [server.up for server in pool.stats().servers] == [False, True]
+
+    asyncio.run(run())
+
+
 def test_a_server_whose_health_says_it_is_broken_gets_no_requests():
     async def run():
         one, two = FakeServer(lambda *_: 1), FakeServer(lambda *_: 2, health=503)
