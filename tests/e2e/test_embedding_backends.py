@@ -36,8 +36,8 @@ ROWS = 8 * 4
 EMBEDDED = 20  # rows of step 2 that the server has answered when it is killed
 LOST = 3  # answers of those that may not have been taken yet; with the other rows, less than one of two mini-batches
 WHILE_IT_IS_DOWN = ("connection lost", "connection refused", "no server is up", "deadline")
-# Few rollouts at once, so that they end one after another; of the killed process some rows are embedded, some not.
-EXTRA = ["actor_rollout_ref.rollout.max_num_seqs=2", "trainer.val_before_train=False"]
+# Rollouts end one after another; of the killed process some rows are embedded, some not.
+EXTRA = ["actor_rollout_ref.rollout.max_num_seqs=1", "trainer.val_before_train=False"]
 REWARD = """
 import pathlib, time
 from embedrl_verl.rewards.functions import no_judge

@@ -35,8 +35,15 @@ from tests.embedder.inputs import LIMITS, mixed_inputs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROWS = 24  # twice every combination of medium, T-CoT and evidence
-# Takes connections and never answers.
-SILENT = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"
+# Says when it listens, takes five connections (four rows and the pool's probe), answers none, and is killed.
+SILENT = """
+import os, signal, socket, sys, time
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("listens", flush=True)
+taken = [server.accept() for _ in range(5)]
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +151,14 @@ def test_nobody_at_the_address_is_said_before_the_run(config):
 
 def test_rows_of_a_server_that_is_lost_move_to_the_other(config, server, expected):
     port = free_port()
-    silent = subprocess.Popen([sys.executable, "-c", SILENT, str(port)])
-    killer = subprocess.Popen(["sh", "-c", f"sleep 3; kill -9 {silent.pid}"])
+    silent = subprocess.Popen([sys.executable, "-c", SILENT, str(port)], stdout=subprocess.PIPE)
+    assert silent.stdout is not None
+    with silent.stdout as said:
+        assert said.readline() == b"listens\n"
     try:
         results, stats = embed(config, mixed_inputs(ROWS), [f"http://127.0.0.1:{port}", server.url], deadline_s=120)
     finally:
-        killer.wait()
+        silent.kill()
         silent.wait()
     lost, good = stats.servers
     assert worst(results, expected) >= 0.999
