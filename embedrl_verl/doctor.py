@@ -16,6 +16,7 @@ from pathlib import Path
 
 from embedrl_verl import __version__
 from embedrl_verl.errors import EmbedRLError
+from embedrl_verl.platforms.memory import machine_memory
 from embedrl_verl.platforms.ray_cpus import check_ray_cpus
 from embedrl_verl.platforms.versions import VERL_VERSION, VLLM_VERSION, installed_version, require_version
 
@@ -105,7 +106,7 @@ def _platform_findings() -> list[Finding]:
 def _machine_findings() -> list[Finding]:
     import psutil
 
-    memory, shared = psutil.virtual_memory(), Path("/dev/shm")
+    memory, shared = machine_memory(), Path("/dev/shm")
     lines = [
         Finding("CPUs", f"{os.cpu_count()} ({len(os.sched_getaffinity(0))} usable)"),
         Finding("memory", f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"),

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.errors import ResourceError
+from embedrl_verl.platforms.memory import machine_memory
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SAID_FROM = 0.1
 """Share of the machine's memory from which the bytes are worth a warning."""
 
@@ -39,16 +39,9 @@ def _is_media(path: str) -> bool:
     return names[-1] == "bytes" and names[0] in SCHEMA.names  # other columns are not read
 
 
-def machine_memory() -> int:
-    """Bytes that the processes of the machine, or of the container, may have."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
-    return total if limit == "max" else min(total, int(limit))
-
-
 def check_memory(files: Iterable[str | Path]) -> None:
-    """Warn when the media in some parquet files take much of the machine's memory. Files that cannot be read are left
-    to whoever reads their rows. Every process of a `torchrun` on the machine holds them.
+    """Warn when the media in some parquet files take much of the machine's (or container's) memory. Files that cannot
+    be read are left to whoever reads their rows. Every process of a `torchrun` on the machine holds them.
 
     Raises:
         ResourceError: they cannot fit.
@@ -62,7 +55,7 @@ def check_memory(files: Iterable[str | Path]) -> None:
         held += here
         named = named or (str(file) if here else "")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    total = machine_memory()
+    total = machine_memory().total
     text = (
         f"media in the rows of {named} and the files beside it take {held / GIB:.1f} GiB in each of {processes} "
         f"process(es), and training keeps them in memory; the machine has {total / GIB:.1f} GiB. Media in files of "

@@ -14,6 +14,8 @@ import psutil
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
+from embedrl_verl.platforms.memory import machine_memory
+
 PLATFORM_NAME = "cpu"
 
 
@@ -99,9 +101,8 @@ class CpuDevice:
 
     @staticmethod
     def mem_get_info(device: object = None) -> tuple[int, int]:
-        """(free, total) bytes of the machine."""
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
+        """(free, total) bytes of the machine or container."""
+        return machine_memory()
 
     @staticmethod
     def manual_seed(seed: int) -> None:

@@ -3,7 +3,6 @@
 
 import logging
 import os
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +14,7 @@ from embedrl_verl.data.memory import check_memory, embedded_bytes
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ResourceError
+from embedrl_verl.platforms.memory import Memory
 
 NOISE = os.urandom(1 << 16)
 
@@ -33,8 +33,7 @@ def files(tmp_path):
 
 
 def machine(monkeypatch, size):
-    monkeypatch.setattr(memory, "CGROUP_LIMIT", Path("/none"))
-    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": size}.__getitem__)
+    monkeypatch.setattr(memory, "machine_memory", lambda: Memory(available=0, total=size))
 
 
 def test_media_bytes_are_counted_wherever_they_stand_and_paths_are_not(files):
@@ -57,14 +56,6 @@ def test_columns_that_nobody_reads_do_not_count(files, tmp_path):
     other = pa.array([{"path": None, "bytes": NOISE}] * table.num_rows)
     pq.write_table(table.append_column("thumbnail", other), tmp_path / "d.parquet")
     assert embedded_bytes(tmp_path / "d.parquet") < 1000
-
-
-def test_a_containers_limit_is_the_machines_memory(tmp_path, monkeypatch):
-    machine(monkeypatch, 1000)
-    for text, total in (("max", 1000), ("300", 300), ("5000", 1000)):
-        (tmp_path / "memory.max").write_text(text + "\n")
-        monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
-        assert memory.machine_memory() == total
 
 
 def test_every_process_of_a_machine_counts(files, monkeypatch):
