@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import psutil
+
 from embedrl_verl import __version__
 from embedrl_verl.errors import EmbedRLError
 from embedrl_verl.platforms.memory import machine_memory
@@ -104,8 +106,6 @@ def _platform_findings() -> list[Finding]:
 
 
 def _machine_findings() -> list[Finding]:
-    import psutil
-
     memory, shared = machine_memory(), Path("/dev/shm")
     lines = [
         Finding("CPUs", f"{os.cpu_count()} ({len(os.sched_getaffinity(0))} usable)"),

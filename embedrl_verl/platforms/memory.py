@@ -35,11 +35,20 @@ def machine_memory() -> Memory:
 
 
 def _limited_groups() -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use that cannot be given back) of each control group of this process that has a limit. A
-    container sees its own group as the root, under a path that may be the host's."""
-    if not OWN_GROUPS.is_file():
-        return
-    for line in OWN_GROUPS.read_text().splitlines():
+    """(limit, bytes in use that cannot be given back) of each control group of this process that has a limit."""
+    for folder, limit, usage, reclaimable in _own_groups():
+        most = (folder / limit).read_text().strip() if (folder / limit).is_file() else "max"
+        if most == "max":
+            continue
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        used = int((folder / usage).read_text()) - int(counts.get(reclaimable, 0))
+        yield int(most), max(used, 0)
+
+
+def _own_groups() -> Iterator[tuple[Path, str, str, str]]:
+    """The folder of each control group of this process, up to the root, and what limit, usage and reclaimable bytes are
+    called there. A container sees its own group as the root, under a path that may be the host's."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             root, names = GROUPS, ("memory.max", "memory.current", "inactive_file")
@@ -49,16 +58,6 @@ def _limited_groups() -> Iterator[tuple[int, int]]:
             continue
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            if (folder / names[0]).is_file():
-                yield from _limit_of(folder, *names)
+            yield folder, *names
             if folder == root:
                 break
-
-
-def _limit_of(folder: Path, limit: str, usage: str, reclaimable: str) -> Iterator[tuple[int, int]]:
-    most = (folder / limit).read_text().strip()
-    if most == "max":
-        return
-    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    used = int((folder / usage).read_text()) - int(counts.get(reclaimable, 0))
-    yield int(most), max(used, 0)

@@ -88,23 +88,17 @@ def sentence_actor() -> psutil.Process | None:
     return actor("_SentenceActor")
 
 
-def server_actor() -> psutil.Process | None:
-    """Starts the server again when it has died."""
-    return actor("_ServerActor")
-
-
 @contextlib.contextmanager
-def held(process: psutil.Process | None) -> Iterator[None]:
-    """The process does nothing meanwhile."""
-    if process is None:
-        yield
-        return
-    process.suspend()
+def owner_held() -> Iterator[None]:
+    """Nobody starts the server again meanwhile."""
+    owner = actor("_ServerActor")
+    assert owner is not None
+    owner.suspend()
     try:
         yield
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.resume()
+            owner.resume()
 
 
 def answer(process: psutil.Process, path: str) -> str:
@@ -130,7 +124,8 @@ def worked(process: psutil.Process) -> float:
 
 
 class Killer(threading.Thread):
-    """Kills what `find` finds in step 2, when `done` of it has grown by `after`; `happened` says what was done."""
+    """Kills what `find` finds in step 2, when `done` of it has grown by `after`; `happened` says what was done. What
+    `meanwhile` holds, it holds from the kill to the reward stage."""
 
     def __init__(
         self,
@@ -140,10 +135,10 @@ class Killer(threading.Thread):
         is_up: Callable[[psutil.Process], Any],
         *,
         after: int,
-        owner: Callable[[], psutil.Process | None] = lambda: None,
+        meanwhile: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         super().__init__(daemon=True)
-        self._after, self._owner = after, owner
+        self._after, self._meanwhile = after, meanwhile
         self._folder, self._find, self._done, self._is_up = folder, find, done, is_up
         self._hold, self._reached = folder / "hold", folder / "reached"
         self.happened: list[str] = []
@@ -168,15 +163,15 @@ class Killer(threading.Thread):
         metrics = self._folder / "metrics.jsonl"
         if not self._wait(lambda: metrics.exists() and 1 in read_metrics(metrics), 0.1):
             return
-        process, owner = self._find(), self._owner()
+        process = self._find()
         assert process is not None
         if not self._wait(lambda: self._is_up(process), 0.05):  # one that does not answer has no count
             return
         before = self._done(process)
         if not self._wait(lambda: self._done(process) >= before + self._after, 0.05):
             return
-        self._hold.touch()
-        with held(owner):
+        with self._meanwhile():
+            self._hold.touch()
             os.kill(process.pid, signal.SIGKILL)
             self.happened.append("killed")
             self._wait(self._reached.exists, 0.1)
@@ -216,7 +211,7 @@ def served(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     settings = {"embedder.backend": "server", "embedder.server.servers": 1, "embedder.server.max_model_len": 1024}
     settings |= {"embedder.server.deadline_s": 20, "reward.max_failed_share": 0.99}
-    killer = Killer(folder, server, answered, lambda one: answer(one, "/health"), after=EMBEDDED, owner=server_actor)
+    killer = Killer(folder, server, answered, lambda one: answer(one, "/health"), after=EMBEDDED, meanwhile=owner_held)
     return finished(inputs, killer, folder, settings, steps=3)
 
 
