@@ -12,6 +12,7 @@ exit code (2 configuration, 3 data, 4 anything else that this package refuses).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -23,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from embedrl_verl.errors import ConfigError, EmbedRLError, PluginError
+from embedrl_verl.platforms.forkserver import fork_ray_workers, fork_server
 
 
 def run(config: Any) -> None:
@@ -60,6 +62,7 @@ def run(config: Any) -> None:
     if has_judge(config):
         check_judge(embedrl.judge)
     check_ray_cpus(config)
+    fork_ray_workers(config)
     with ProgressLine(metrics_file(config)):
         run_ppo(config, task_runner_class=TaskRunnerV1)
 
@@ -89,9 +92,13 @@ def _own_error(error: BaseException) -> EmbedRLError | None:
     return None
 
 
+def _is_dry_run() -> bool:
+    return os.environ.get("DRY_RUN", "") not in ("", "0")
+
+
 @hydra.main(config_path="config", config_name="egrl_trainer", version_base=None)
 def _main(config: Any) -> None:
-    if os.environ.get("DRY_RUN", "") not in ("", "0"):
+    if _is_dry_run():
         from embedrl_verl.plan import print_plan
 
         print_plan(config)
@@ -101,7 +108,8 @@ def _main(config: Any) -> None:
 
 def main() -> None:
     """Entry point: runs, and turns every refusal into one message and its exit code."""
-    run_entry(_main)
+    with contextlib.nullcontext() if _is_dry_run() else fork_server():
+        run_entry(_main)
 
 
 def run_entry(entry: Callable[[], None]) -> None:

@@ -6,8 +6,10 @@ Generated cases are the same in every run and have all the time they need.
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
+from embedrl_verl.platforms.forkserver import MODULES, PYTHON, ForkServer
 from embedrl_verl.tiny.environment import CPU_ENV
 
 for _name, _value in CPU_ENV.items():
@@ -15,3 +17,11 @@ for _name, _value in CPU_ENV.items():
 
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One fork server for all tests and their processes; it starts when it is first used."""
+    if PYTHON not in os.environ:
+        server = ForkServer(os.environ, [*MODULES, "peft", "sklearn.datasets"], on_demand=True)
+        os.environ[PYTHON] = server.python
+        config.add_cleanup(server.close)

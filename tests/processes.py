@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that tests look at while they come and go."""
+"""Processes that tests start, look at and kill."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from embedrl_verl.platforms.forkserver import PYTHON
+from embedrl_verl.tiny.environment import CPU_ENV
 
 
 def alive(pid: int) -> bool:
@@ -13,3 +20,37 @@ def alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def python() -> str:
+    """An interpreter that has the imports already (the fork server of conftest.py), for tests of what a process does,
+    not of how it comes up."""
+    return os.environ.get(PYTHON) or sys.executable
+
+
+def start(arguments: Sequence[str], output: Path, environment: Mapping[str, str] = CPU_ENV) -> subprocess.Popen[bytes]:
+    """Start `python ARGUMENTS`; what it prints goes to the file `output`."""
+    with output.open("ab") as file:
+        return subprocess.Popen(
+            [python(), *arguments], env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill what `start` has started, with all that it has started."""
+    process.kill()
+    process.wait()
+    subprocess.run([python(), "-c", ""], check=True)  # the fork server has seen the end of that process before this one
+
+
+def run(
+    arguments: Sequence[str], output: Path, environment: Mapping[str, str] = CPU_ENV, *, timeout_s: float = 600
+) -> tuple[int, str]:
+    """`start` to the end: its exit code and what it has printed."""
+    process = start(arguments, output, environment)
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return code, output.read_text()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from embedrl_verl.progress import read_metrics
 from embedrl_verl.tiny.digits import WorldSize, write_world
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
-from tests import forked
+from tests import processes
 
 pytestmark = [pytest.mark.slow]
 
@@ -84,7 +83,7 @@ def run(arguments: list[str], *, ranks: int = 1) -> subprocess.CompletedProcess[
 
 def run_forked(arguments: list[str], folder: Path) -> tuple[int, str]:
     """In a process that has the imports; exit code and output."""
-    return forked.run(arguments, folder / "output.txt", CPU_ENV)
+    return processes.run(arguments, folder / "output.txt")
 
 
 def metrics(out: Path, name: str = "loss") -> dict[int, float]:
@@ -101,15 +100,12 @@ def unbroken(world, tmp_path_factory) -> Path:
 
 def kill_when(arguments: list[str], folder: Path, happened: Callable[[], bool]) -> None:
     """Start a run and kill -9 it and its loaders as soon as something has happened."""
-    process = forked.start(arguments, folder / "killed.txt", CPU_ENV)
-    assert process.pid is not None
+    process = processes.start(arguments, folder / "killed.txt")
     deadline = time.monotonic() + 300
     while not happened():
-        assert process.is_alive() and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode != 0
+    processes.kill(process)
 
 
 def kill_after_update_2(arguments: list[str], out: Path, begun: Path | None, happened: Callable[[], bool]) -> None:

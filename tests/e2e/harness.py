@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from embedrl_verl.platforms.forkserver import PYTHON
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.tiny.digits import WorldSize, write_world
 from embedrl_verl.tiny.environment import CPU_ENV
@@ -97,7 +98,7 @@ def run(
     environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
     process = subprocess.run(
         [
-            sys.executable,
+            os.environ.get(PYTHON) or sys.executable,
             "-m",
             "embedrl_verl.train",
             *overrides(inputs, folder, steps=steps, ranks=ranks),

@@ -10,6 +10,7 @@ import torch
 
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.judge_model import JudgeSize, TinyJudge
+from tests import processes
 from tests.e2e import harness
 from tests.e2e.judge_faults import LIMIT, FaultyJudge
 from tests.e2e.rescore import rescore
@@ -195,16 +196,16 @@ def test_stock_main_ppo_runs_the_mode_with_a_judge_that_verl_serves(inputs, tmp_
     """The same configuration through verl's own entry point; the judge is a vLLM of verl's reward-model manager."""
     import os
     import subprocess
-    import sys
     from pathlib import Path
 
     import embedrl_verl.config
 
     config = Path(embedrl_verl.config.__file__).parent
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-dir={config}", "--config-name=egrl_trainer"]
+    command = [processes.python(), "-m", "verl.trainer.main_ppo", f"--config-dir={config}", "--config-name=egrl_trainer"]
     environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(tmp_path / "metrics.jsonl")}
     TinyJudge(JudgeSize()).save(tmp_path / "judge")
     arguments = [*harness.overrides(inputs, tmp_path, steps=1), "trainer.val_before_train=False"]
+    arguments += [f"ray_kwargs.ray_init.runtime_env.py_executable={processes.python()}"]
     arguments += ["reward.custom_reward_function.path=reward/paper.py", "embedrl.judge.style=compact"]
     arguments += ["reward.reward_model.enable=True", f"reward.reward_model.model_path={tmp_path / 'judge'}"]
     arguments += ["reward.reward_model.rollout.prompt_length=496", "reward.reward_model.rollout.max_model_len=512"]

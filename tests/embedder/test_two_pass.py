@@ -20,7 +20,7 @@ from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradien
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.tiny.environment import CPU_ENV
-from tests import forked
+from tests import processes
 from tests.embedder.inputs import Pair, contrastive_cases, item
 
 SCRIPT = Path(__file__).with_name("two_pass_ranks.py")
@@ -31,18 +31,17 @@ def start(checkpoint: Path, out: Path, ranks: int, dtype: str = "float32") -> di
     """What `two_pass_ranks.py` computed on so many ranks."""
     port = free_port()
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        forked.start(
+    started = [
+        processes.start(
             [str(SCRIPT), str(checkpoint), str(out), dtype],
             out.with_suffix(f".{rank}.txt"),
             {**CPU_ENV, **shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(ranks)
     ]
-    for process in processes:
-        process.join(600)
+    codes = [process.wait(600) for process in started]
     printed = [out.with_suffix(f".{rank}.txt").read_text() for rank in range(ranks)]
-    assert all(process.exitcode == 0 for process in processes), "\n".join(text[-4000:] for text in printed)
+    assert not any(codes), "\n".join(text[-4000:] for text in printed)
     return torch.load(out, weights_only=True)
 
 

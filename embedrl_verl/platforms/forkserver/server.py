@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server: imports modules, then forks a process for each request of `client.py`.
+
+Standard input is a pipe that the owner holds. When it closes, the server kills what it has forked and ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import selectors
+import signal
+import socket
+import sys
+from typing import Any
+
+MAX_FILES = 250
+"""Open files a request; Linux passes at most 253."""
+READ_AT_IMPORT = (
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "OMP_NUM_THREADS",
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "RAY_JOB_ID",  # set for Ray's workers only
+    "TORCH_COMPILE_DISABLE",
+    "VERL_PLATFORM",
+    "VERL_USE_EXTERNAL_PLUGINS",
+)
+"""Variables that libraries read while they are loaded: a process with other values needs a new interpreter."""
+_AT_START = {name: os.environ.get(name) for name in READ_AT_IMPORT}  # imports change some
+_FLAGS = ("-u", "-B", "-s", "-S", "-E", "-I")
+
+
+class _Refused(Exception):
+    """What only a new interpreter can run."""
+
+
+def _without_flags(arguments: list[str]) -> list[str]:
+    return next((arguments[i:] for i, word in enumerate(arguments) if word not in _FLAGS), [])
+
+
+def _is_loaded(library: str) -> bool:
+    with open("/proc/self/maps") as maps:
+        return any(line.rstrip().endswith(os.path.realpath(library)) for line in maps)
+
+
+def _check(request: dict[str, Any]) -> None:
+    for name, here in _AT_START.items():
+        value = request["environment"].get(name)
+        if value == here or (name == "RAY_JOB_ID" and value is None):
+            continue
+        if name == "LD_PRELOAD" and value and all(map(_is_loaded, value.split(":"))):
+            continue  # vLLM names the OpenMP library that torch brings
+        raise _Refused(f"{name} is {value!r}; the fork server was started with {here!r}")
+    name, *rest = _without_flags(request["arguments"]) or ["(nothing)"]
+    if not (name == "-c" and rest) and not (name == "-m" and rest) and not os.path.isfile(name):
+        raise _Refused(f"a fork server runs -c, -m or a script, after the flags {' '.join(_FLAGS)}; got {name}")
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    head, files, _, _ = socket.recv_fds(connection, 8, MAX_FILES)
+    with connection.makefile("rb") as stream:
+        return json.loads(stream.read(int.from_bytes(head, "big"))), files
+
+
+def _answer(connection: socket.socket, **values: Any) -> None:
+    with contextlib.suppress(OSError):  # the client has gone
+        connection.sendall(json.dumps(values).encode() + b"\n")
+
+
+class _Server:
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener, self._waiting = listener, dict[int, socket.socket | None]()
+        self._wake = os.pipe()
+        for end in self._wake:
+            os.set_blocking(end, False)
+        self._selector = selectors.DefaultSelector()
+
+    def serve(self) -> tuple[dict[str, Any], list[int]] | None:
+        """None in the server when its owner has gone; in each process that it has forked, its request."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.set_wakeup_fd(self._wake[1])
+        owner = sys.stdin.fileno()
+        for source in (owner, self._wake[0], self._listener):
+            self._selector.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj == owner:
+                    self._kill_all()
+                    return None
+                if key.fileobj == self._wake[0]:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake[0], 65536)
+                    self._reap()
+                elif key.fileobj is self._listener:
+                    request = self._accept()
+                    if request is not None:
+                        return request
+                elif key.data in self._waiting:  # the client was killed, which is the process to everybody else
+                    _kill(key.data)
+                    self._selector.unregister(key.fileobj)
+
+    def _accept(self) -> tuple[dict[str, Any], list[int]] | None:
+        connection, _ = self._listener.accept()
+        files: list[int] = []
+        try:
+            request, files = _receive(connection)
+            _check(request)
+            process = os.fork()
+        except (_Refused, OSError, ValueError) as error:
+            _answer(connection, refused=str(error))
+            connection.close()
+            for file in files:
+                os.close(file)
+            return None
+        if process == 0:
+            self._leave(connection)
+            return request, files
+        for file in files:
+            os.close(file)
+        _answer(connection, process=process)
+        if request["waits"]:
+            self._selector.register(connection, selectors.EVENT_READ, process)
+            self._waiting[process] = connection
+        else:
+            connection.close()
+            self._waiting[process] = None
+        return None
+
+    def _reap(self) -> None:
+        for process, connection in list(self._waiting.items()):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if not ended:
+                continue
+            del self._waiting[process]
+            if connection is not None:
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(connection)
+                _answer(connection, status=os.waitstatus_to_exitcode(status))
+                connection.close()
+
+    def _leave(self, connection: socket.socket) -> None:
+        signal.set_wakeup_fd(-1)
+        self._selector.close()
+        for one in (connection, self._listener, *self._waiting.values()):
+            if one is not None:
+                one.close()
+        for end in self._wake:
+            os.close(end)
+
+    def _kill_all(self) -> None:
+        for process in self._waiting:
+            _kill(process)
+
+
+def _kill(process: int) -> None:
+    """With what it has started in its group, which it leads as soon as it has taken over its request."""
+    try:
+        os.killpg(process, signal.SIGKILL)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _become(request: dict[str, Any], files: list[int]) -> None:
+    """Take the client's folder, environment, signals, limits and open files, as a new interpreter would have."""
+    os.setsid()
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, request["open_files"])
+    above = max([*request["files"], *files, 0]) + 1
+    moved = [os.dup2(file, above + place) for place, file in enumerate(files)]
+    for file in files:
+        os.close(file)
+    for number, file in zip(request["files"], moved, strict=True):
+        os.dup2(file, number)
+        os.close(file)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+    unbuffered = "-u" in request["arguments"] or bool(os.environ.get("PYTHONUNBUFFERED"))
+    sys.stdout.reconfigure(line_buffering=unbuffered or os.isatty(1), write_through=unbuffered)  # type: ignore[union-attr]
+
+
+def _refresh() -> None:
+    """What modules have read or drawn while they were imported, and a new process has of its own."""
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "ray._raylet" in sys.modules:  # RAY_AUTH_MODE and others
+        sys.modules["ray._raylet"].Config.initialize("")
+    for handler in logging.getLogger("vllm").handlers:
+        handler.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
+    # Children that multiprocessing spawns, as vLLM's engine, are forked too.
+    multiprocessing.set_executable(os.environ.get("EMBEDRL_FORK_PYTHON", sys.executable))
+
+
+def _run(arguments: list[str]) -> None:
+    name, *rest = _without_flags(arguments)
+    if name == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, "")
+        main_module = type(sys)("__main__")
+        sys.modules["__main__"] = main_module
+        exec(compile(rest[0], "<string>", "exec"), main_module.__dict__)
+    elif name == "-m":
+        sys.argv = rest
+        sys.path.insert(0, os.getcwd())
+        if not hasattr(sys.modules.get(rest[0]), "__path__"):
+            sys.modules.pop(rest[0], None)  # runpy warns of a module that is imported already
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [name, *rest]
+        sys.path.insert(0, os.path.dirname(os.path.realpath(name)))
+        runpy.run_path(name, run_name="__main__")
+
+
+def _status_of(arguments: list[str]) -> int:
+    """Run, and what the interpreter would exit with."""
+    try:
+        _run(arguments)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return (end.code or 0) & 0xFF
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+_exit_status: list[int] = []
+
+
+def _end_at_once() -> None:
+    """The last exit function of a forked process: taking 8,000 modules apart would copy the shared pages (1 s)."""
+    if _exit_status:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_exit_status[0])
+
+
+def main(descriptor: int, modules: list[str]) -> None:
+    """Import the modules, then serve the listening socket `descriptor`."""
+    sys.path.pop(0)  # this script's folder
+    atexit.register(_end_at_once)  # the first to be registered is the last to run
+    # Ray reads it when it is imported. Its workers end with the process of this id; that the raylet has ended they see
+    # by their connection to it.
+    os.environ["RAY_RAYLET_PID"] = str(os.getpid())
+    for name in modules:
+        importlib.import_module(name)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise SystemExit(f"a process must have one thread to be forked; the imports have started {threads - 1} more")
+    paths = list(sys.path)
+    gc.collect()
+    gc.freeze()  # pages stay shared
+    mine = _Server(socket.socket(fileno=descriptor)).serve()
+    if mine is not None:
+        request, files = mine
+        _become(request, files)
+        _refresh()
+        sys.path[:] = paths
+        _exit_status.append(_status_of(request["arguments"]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

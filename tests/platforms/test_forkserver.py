@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A forked process is what a new interpreter would be, but for the imports; what cannot be forked, one runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from embedrl_verl.platforms import forkserver
+from embedrl_verl.platforms.forkserver import PYTHON, ForkServer, fork_ray_workers, fork_server
+from tests.processes import alive
+
+SCRIPT = """
+import atexit, json, os, random, signal, sys
+import helper
+import numpy
+atexit.register(print, "bye")
+print(json.dumps({
+    "name": __name__, "arguments": sys.argv[1:], "given": os.environ.get("GIVEN"), "folder": os.getcwd(),
+    "has": sorted({"json.tool", "numpy"} & set(sys.modules)), "helper": helper.VALUE, "input": sys.stdin.read(),
+    "blocked": [int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, [])], "leads": os.getsid(0) == os.getpid(),
+    "drawn": [random.random(), float(numpy.random.rand())], "file": os.read(int(sys.argv[2]), 9).decode(),
+}))
+print("to stderr", file=sys.stderr)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One that has imported little."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(PYTHON, raising=False)
+        server = ForkServer(os.environ, ["json.tool", "numpy"])
+        yield server
+        server.close()
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "helper.py").write_text("VALUE = 5\n")
+    return str(tmp_path / "script.py")
+
+
+def run(server: ForkServer, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([server.python, *arguments], text=True, capture_output=True, timeout=100, **options)
+
+
+def told(server: ForkServer, script: str, folder: Path, code: int = 7) -> tuple[dict, subprocess.CompletedProcess[str]]:
+    reader, writer = os.pipe()
+    os.write(writer, b"from pipe")
+    done = run(
+        server, script, str(code), str(reader), input="typed", cwd=folder, pass_fds=[reader],
+        env={**os.environ, "GIVEN": "ä b"},
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]),
+    )  # fmt: skip
+    os.close(reader)
+    os.close(writer)
+    return json.loads(done.stdout.splitlines()[0]), done
+
+
+def test_it_has_the_callers_arguments_environment_folder_files_and_signals_and_its_exit_code(server, script, tmp_path):
+    found, done = told(server, script, tmp_path)
+    drawn = found.pop("drawn")
+    assert found == {
+        "name": "__main__", "arguments": ["7", found["arguments"][1]], "given": "ä b", "folder": str(tmp_path),
+        "has": ["json.tool", "numpy"], "helper": 5, "input": "typed", "blocked": [signal.SIGUSR1], "leads": True,
+        "file": "from pipe",
+    }  # fmt: skip
+    assert done.returncode == 7 and done.stderr == "to stderr\n" and done.stdout.endswith("\nbye\n")
+    assert told(server, script, tmp_path, 0)[0]["drawn"] != drawn, "two processes draw the same numbers"
+
+
+def test_code_modules_and_exceptions_end_as_in_a_new_interpreter(server, tmp_path):
+    code = "import sys; print(sys.argv, __name__); 1 / 0"
+    for arguments in (
+        ["-c", code, "x"],
+        ["-m", "json.tool", "--help"],
+        ["-c", "raise SystemExit('no')"],
+        ["-c", "exit()"],
+    ):
+        forked = run(server, "-u", *arguments)
+        fresh = subprocess.run([sys.executable, *arguments], text=True, capture_output=True)
+        assert (forked.returncode, forked.stdout) == (fresh.returncode, fresh.stdout)
+        assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
+
+
+def test_a_signal_reaches_the_process_and_its_end_by_one_is_the_clients(server):
+    for number, sent in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGKILL, signal.SIGKILL)):
+        code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+        client = subprocess.Popen([server.python, "-c", code], stdout=subprocess.PIPE, text=True)
+        process = int(client.stdout.readline())
+        assert process != client.pid
+        client.send_signal(sent)
+        assert client.wait(100) == -number
+        run(server, "-c", "")  # the server has seen the end of the client by then
+        assert client.stdout.read() == "" and not alive(process)
+    assert run(server, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGABRT)").returncode == -signal.SIGABRT
+
+
+def test_processes_that_multiprocessing_spawns_are_forked_too(server, tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing, os, sys\n"
+        "def work(queue): queue.put('json.tool' in sys.modules)\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    queue = context.Queue()\n"
+        "    process = context.Process(target=work, args=(queue,))\n"
+        "    process.start()\n"
+        "    print(queue.get())\n"
+        "    process.join()\n"
+        "    sys.exit(process.exitcode)\n"
+    )
+    for python, expected in ((server.python, "True\n"), (sys.executable, "False\n")):
+        done = run(server, str(tmp_path / "script.py"), env={**os.environ, PYTHON: python})
+        assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "reason"),
+    [
+        (["-c", "print(1)"], {"OMP_NUM_THREADS": "9"}, "OMP_NUM_THREADS is '9'"),
+        (["-c", "print(1)"], {"LD_PRELOAD": "/nowhere.so"}, "LD_PRELOAD is '/nowhere.so'"),
+        (["-X", "utf8", "-c", "print(1)"], {}, "got -X"),
+    ],
+)
+def test_what_cannot_be_forked_runs_in_a_new_interpreter_that_says_why(server, arguments, environment, reason):
+    done = run(server, *arguments, env={**os.environ, **environment})
+    assert (done.returncode, done.stdout) == (0, "1\n")
+    assert reason in done.stderr and "a new interpreter runs" in done.stderr
+
+
+def test_a_server_that_cannot_import_is_told_of_and_replaced_by_new_interpreters(caplog):
+    server = ForkServer(os.environ, ["embedrl_verl.no_such_module"])
+    done = run(server, "-c", "print(1)")
+    assert done.stdout == "1\n" and "a new interpreter runs" in done.stderr
+    server._process.wait()
+    server.close()
+    assert "no_such_module" in caplog.text
+
+
+def test_an_import_that_starts_a_thread_is_refused(caplog, tmp_path, monkeypatch):
+    (tmp_path / "threads.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n"
+    )
+    server = ForkServer({**os.environ, "PYTHONPATH": str(tmp_path)}, ["threads"])
+    server._process.wait()
+    server.close()
+    assert "must have one thread" in caplog.text
+
+
+def test_when_it_ends_so_does_what_it_has_forked():
+    server = ForkServer(os.environ, [])
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    client = subprocess.Popen([server.python, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = int(client.stdout.readline())
+    server.close()
+    assert client.wait(100) != 0 and client.stdout.read() == "" and not alive(process)
+    assert not Path(server.python).exists()
+
+
+def test_it_starts_when_it_is_first_used():
+    server = ForkServer(os.environ, [], on_demand=True)
+    assert server._process is None
+    assert run(server, "-c", "print(1)").stdout == "1\n" and server._process is not None
+    server.close()
+    unused = ForkServer(os.environ, [], on_demand=True)
+    unused.close()
+    assert not Path(unused.python).exists()
+
+
+def config(**ray_init):
+    return OmegaConf.create({"ray_kwargs": {"ray_init": {"num_cpus": 2, **ray_init}}})
+
+
+@pytest.mark.parametrize(
+    ("ray_init", "environment", "forked"),
+    [
+        ({}, {}, True),
+        ({"address": "local", "runtime_env": {"env_vars": {"A": "b"}}}, {}, True),
+        ({"address": "auto"}, {}, False),
+        ({}, {"RAY_ADDRESS": "1.2.3.4:5"}, False),
+        ({}, {PYTHON: ""}, False),
+        ({"runtime_env": {"py_executable": "mine"}}, {}, False),
+    ],
+)
+def test_workers_of_a_cluster_that_the_run_starts_are_forked(ray_init, environment, forked, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in {PYTHON: "/a b/python", **environment}.items():
+        monkeypatch.setenv(name, value)
+    before, changed = config(**ray_init), config(**ray_init)
+    fork_ray_workers(changed)
+    if forked:
+        assert changed.ray_kwargs.ray_init.runtime_env.pop("py_executable") == "'/a b/python'"
+        before.ray_kwargs.ray_init.setdefault("runtime_env", {})
+    assert changed == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "ray", "says"),
+    [
+        ({"VERL_PLATFORM": "cuda"}, "2.60.0", ""),
+        ({PYTHON: ""}, "2.60.0", ""),
+        ({}, "2.61.0", "for Ray 2.60"),
+    ],
+)
+def test_no_server_on_gpus_or_with_another_ray(environment, ray, says, monkeypatch, caplog):
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    monkeypatch.delenv(PYTHON, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(forkserver.importlib.metadata, "version", lambda name: ray)
+    monkeypatch.setattr(forkserver, "ForkServer", None)
+    before = os.environ.get(PYTHON)
+    with fork_server():
+        assert os.environ.get(PYTHON) == before
+    assert says in caplog.text
