@@ -16,6 +16,7 @@ OUT=${OUT:-$ROOT/runs/build_data_tiny_cpu/seed$SEED}
 RELEVANCE_JUDGE=${RELEVANCE_JUDGE:-$OUT/relevance_judge}
 
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TORCH_COMPILE_DISABLE=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then

@@ -42,6 +42,15 @@ choose_python() {
     PYTHON="$ROOT/.venv/bin/python"
 }
 
+# Lets the stages of a CPU recipe be forked from one interpreter that has their imports, until this script ends.
+start_fork_server() {
+    local python from
+    exec {from}< <(exec "$PYTHON" -m embedrl_verl.platforms.forkserver matplotlib.pyplot peft sklearn.datasets)
+    read -r python <&"$from" || true
+    exec {from}<&-
+    [[ -z "$python" ]] || export EMBEDRL_FORK_PYTHON=$python PYTHON=$python
+}
+
 count_gpus() {
     if command -v nvidia-smi >/dev/null; then
         nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true

@@ -25,6 +25,7 @@ case "$(basename "$REWARD")" in
 esac
 
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TORCH_COMPILE_DISABLE=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
@@ -170,6 +171,7 @@ evaluate_by() {
 }
 
 mkdir -p "$OUT/.stages"
+start_fork_server
 run_stage world make_world "$FAMILY" "$SEED"
 run_stage pretrain pretrain "$SEED"
 until_stage pretrain

@@ -15,6 +15,7 @@ SEED=${SEED:-0} STEPS=${STEPS:-200} FAMILY=${FAMILY:-qwen2_vl}
 OUT=${OUT:-$ROOT/runs/embedder_tiny_cpu/seed$SEED}
 
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TORCH_COMPILE_DISABLE=1
 
 if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
     bash "$ROOT/scripts/setup_env.sh"

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that tests start, look at and kill."""
+"""Processes that tests start, look at and kill. Python runs in forks of the server that conftest.py keeps."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from embedrl_verl.platforms.forkserver import PYTHON
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.tiny.environment import CPU_ENV
 
 
@@ -20,12 +19,6 @@ def alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def python() -> str:
-    """An interpreter that has the imports already (the fork server of conftest.py), for tests of what a process does,
-    not of how it comes up."""
-    return os.environ.get(PYTHON) or sys.executable
 
 
 def start(arguments: Sequence[str], output: Path, environment: Mapping[str, str] = CPU_ENV) -> subprocess.Popen[bytes]:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(model, tmp_path_factory):
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
+    command = [python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
     command += ["--served-model-name", "tiny", "--max-model-len", "512", "--enforce-eager", "--port", str(port)]
     log = tmp_path_factory.mktemp("server") / "log"
     server = ServerProcess(command, {**os.environ, **CPU_ENV}, f"http://127.0.0.1:{port}", log, startup_s=1200)
@@ -55,7 +55,7 @@ def file(tmp_path):
 
 
 def start(*words):
-    command = [sys.executable, "-m", "embedrl_verl.cli", "data", *map(str, words)]
+    command = [python(), "-m", "embedrl_verl.cli", "data", *map(str, words)]
     return subprocess.Popen(
         command, env={**os.environ, **CPU_ENV}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

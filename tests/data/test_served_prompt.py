@@ -19,6 +19,7 @@ from PIL import Image
 
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
 
@@ -37,7 +38,7 @@ def test_vllm_runs_the_prompt_that_is_counted(tmp_path: Path) -> None:
         PairRecord("v", "s", "Find.", Item("a", video=clip), Item(video=odd), ""),
     ]
     write_pairs(records, tmp_path / "pairs.parquet")
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [python(), __file__, str(tmp_path)]
     done = subprocess.run(
         command, env=os.environ | ENV, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600
     )

@@ -10,14 +10,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedrl_verl.platforms.forkserver import PYTHON
+from embedrl_verl.platforms.forkserver import PYTHON, python
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.tiny.digits import WorldSize, write_world
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
+
+ENTRY = ("-m", "embedrl_verl.train")
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,21 @@ def run(
     steps: int = 2,
     ranks: int = 1,
     timeout_s: float = 900,
+    entry: Sequence[str] | None = None,
+    shared: bool = True,
 ) -> Run:
-    """Run to the end and return what happened; never raises on a failing run."""
+    """Run `python ENTRY OVERRIDES` to the end and return what happened; never raises on a failing run.
+
+    shared: fork the run itself and its processes from the server of all tests; else it is started as a person does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **CPU_ENV, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+    if not shared:
+        environment.pop(PYTHON, None)
     process = subprocess.run(
         [
-            os.environ.get(PYTHON) or sys.executable,
-            "-m",
-            "embedrl_verl.train",
+            python() if shared else sys.executable,
+            *(entry or ENTRY),
             *overrides(inputs, folder, steps=steps, ranks=ranks),
             *(extra or []),
         ],

@@ -22,16 +22,17 @@ class FaultyJudge:
     hangs. Step 4: goes on, but answers no number. Step 5: well again.
 
     A judge of its own process; `happened` says which faults were really made, so that a test cannot pass without them.
+    With `faults=False` it is well in every step.
     """
 
-    def __init__(self, folder: Path, metrics: Path) -> None:
+    def __init__(self, folder: Path, metrics: Path, *, faults: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._metrics = folder, metrics
         self.port = free_port()
         self.happened: list[str] = []
         self._over = threading.Event()
         self._process = self._start()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._watch if faults else self._over.wait, daemon=True)
         self._thread.start()
 
     @property

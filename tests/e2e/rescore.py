@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,12 +19,21 @@ from embedrl_verl.tcot import cut_evidence, parse_tcot
 LIMITS = MediaLimits(28, image_min_tokens=1, image_max_tokens=16, frame_min_tokens=1, frame_max_tokens=16)
 
 
-def rescore(rows: list[dict], parquet: Path, embedder: Path, *, batch_size: int) -> torch.Tensor:
-    """(N,) float32 scores of the dumped rows, in their order."""
-    records = {record.pair_id: record for record in read_pairs(parquet)}
+def rescore(
+    rows: list[dict],
+    parquets: Path | Sequence[Path],
+    embedder: Path,
+    *,
+    batch_size: int,
+    media_root: Path | None = None,
+    part: str = "score",
+) -> torch.Tensor:
+    """(N,) float32: the part of the judge-free reward that each dumped row gets, in their order."""
+    files = [parquets] if isinstance(parquets, Path) else parquets
+    records = {record.pair_id: record for file in files for record in read_pairs(file)}
     inputs, tcots = [], []
     for row in rows:
-        loaded = load_item(records[row["pair_id"]].item(row["side"]), None)
+        loaded = load_item(records[row["pair_id"]].item(row["side"]), media_root)
         tcot = parse_tcot(row["output"], num_frames=len(loaded.frames) or None, num_images=len(loaded.images) or None)
         evidence = cut_evidence(tcot, images=loaded.images, frames=loaded.frames, family="qwen2_vl")
         inputs.append(EmbedInput(loaded, tcot, evidence.images))
@@ -34,9 +44,9 @@ def rescore(rows: list[dict], parquet: Path, embedder: Path, *, batch_size: int)
         side=torch.tensor([("query", "target").index(row["side"]) for row in rows]),
         pair=torch.tensor([pairs[row["pair_id"]] for row in rows]),
         rollout=torch.tensor([row["rollout"] for row in rows]),
-        content=torch.tensor([content_id(records[row["pair_id"]], None) for row in rows]),
+        content=torch.tensor([content_id(records[row["pair_id"]], media_root) for row in rows]),
         tcots=tcots,
         required=[row["required"] for row in rows],
         embeddings=model.embed(inputs, batch_size=batch_size),
     )
-    return compute_score(batch)["score"]
+    return compute_score(batch)[part]

@@ -25,13 +25,6 @@ EXTRA = {
 }
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    harness.prepare(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=["colocate", "separate"])
 def run(request, inputs, tmp_path_factory):
     """(mode, finished run): rollouts on the training devices, and on a server of their own."""

@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same 50 mixed inputs through two other engines, each in a process of its own that `test_engines.py` starts.
-
-`python tests/embedder/engines.py ray CHECKPOINT OUT`   verl worker groups with 1 and 2 data-parallel ranks, fed by the
-                                                        driver and by TransferQueue
-`python tests/embedder/engines.py vllm CHECKPOINT OUT`  stock vLLM, runner pooling, convert embed
+"""50 mixed inputs through verl worker groups with 1 and 2 data-parallel ranks, fed by the driver and by TransferQueue;
+in a process of its own that `test_engines.py` starts: `python tests/embedder/engines.py CHECKPOINT OUT`
 
 OUT is a file for `torch.load`: a dict of float32 (rows, D) tensors, and what went wrong in `failures`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
 from inputs import LIMITS, ROWS, mixed_inputs  # a script: its own folder is on the path
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
-from embedrl_verl.embedder import EmbedProcessor
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.tiny.environment import CPU_ENV
 
 
@@ -43,7 +39,8 @@ def through_verl(checkpoint: str) -> dict[str, Any]:
     from embedrl_verl.embedder.settings import processor_for
     from embedrl_verl.embedder.worker import build_embedder_worker_group
 
-    ray.init(address="local", num_cpus=8, num_gpus=3, include_dashboard=False, log_to_driver=False)
+    options = {"runtime_env": {"py_executable": python()}, "include_dashboard": False, "log_to_driver": False}
+    ray.init(address="local", num_cpus=8, num_gpus=3, **options)
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     config = config_of(checkpoint)
     run_config = OmegaConf.create({"trainer": {"ray_wait_register_center_timeout": 300}})
@@ -80,45 +77,11 @@ def through_verl(checkpoint: str) -> dict[str, Any]:
     return result
 
 
-def through_vllm(checkpoint: str) -> dict[str, Any]:
-    """Vectors of vLLM's pooling runner, fed with the prompt text and the fitted media."""
-    from vllm import LLM
-
-    processor = EmbedProcessor.from_pretrained(checkpoint, limits=LIMITS["qwen2_vl"])
-    llm = LLM(
-        model=checkpoint,
-        runner="pooling",
-        convert="embed",
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=16,
-        limit_mm_per_prompt={"image": 8, "video": 1},
-    )
-    requests: list[Any] = []
-    for one in mixed_inputs(ROWS):
-        prepared = processor.prepare(one)
-        media: dict[str, Any] = {}
-        if prepared.images:
-            media["image"] = list(prepared.images)
-        if prepared.videos:
-            media["video"] = [frames for frames, _ in prepared.videos]
-        requests.append(
-            {"prompt": prepared.prompt, "multi_modal_data": media} if media else {"prompt": prepared.prompt}
-        )
-    return {"vllm": torch.tensor([output.outputs.embedding for output in llm.embed(requests, use_tqdm=False)])}
-
-
 def main() -> None:
     """Command line of the module docstring."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("engine", choices=("ray", "vllm"))
-    parser.add_argument("checkpoint")
-    parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
+    checkpoint, out = sys.argv[1:]
     os.environ.update(CPU_ENV)
-    result = (through_verl if arguments.engine == "ray" else through_vllm)(arguments.checkpoint)
-    torch.save(result, arguments.out)
+    torch.save(through_verl(checkpoint), out)
 
 
 if __name__ == "__main__":

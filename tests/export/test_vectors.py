@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported Embedder gives the same vectors here, in transformers, in sentence-transformers and in stock vLLM."""
+"""An exported Embedder gives the same vectors here, in transformers and in sentence-transformers; in stock vLLM:
+tests/embedder/served/test_server.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,9 @@ from embedrl_verl.data.media import MediaLimits, fit_image
 from embedrl_verl.embedder import PROFILES, Embedder, EmbedInput, EmbedProcessor, build_messages, render_prompt
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.export.sentence_files import embedding_template
-from embedrl_verl.tiny.environment import CPU_ENV
-from tests.embedder.inputs import LIMITS, ROWS, item, mixed_inputs, picture
+from tests.embedder.inputs import item, mixed_inputs, picture
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-ENGINES = Path(__file__).parents[1] / "embedder" / "engines.py"
 KINDS = 12  # every combination of medium, T-CoT and evidence
 
 
@@ -175,20 +171,3 @@ def test_no_remote_code_is_asked_for_and_the_last_token_is_pooled(engines):
     assert all(type(module).__module__.startswith("sentence_transformers.") for module in model)
     assert model[1].pooling_mode == "lasttoken" and model.similarity_fn_name == "cosine"
     assert np.isclose(np.linalg.norm(model.encode("a heron")), 1.0, atol=1e-5)
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_stock_vllm_pooling_gives_the_vectors_of_the_embedder(exported, tmp_path):
-    folder, out = exported("qwen2_vl"), tmp_path / "vectors.pt"
-    done = subprocess.run(
-        [sys.executable, str(ENGINES), "vllm", str(folder), str(out)],
-        env={**os.environ, **CPU_ENV},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    expected = Embedder.from_pretrained(folder, limits=LIMITS["qwen2_vl"]).embed(mixed_inputs(ROWS))
-    assert cosines(torch.load(out, weights_only=True)["vllm"], expected).min() >= 0.999

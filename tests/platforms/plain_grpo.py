@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
 
@@ -133,7 +134,8 @@ def run(
     out_dir.mkdir(parents=True, exist_ok=True)
     build_tiny_model(out_dir / "model")
     write_prompts(out_dir / "train.parquet", rows=12, lengths=lengths)
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(out_dir, steps, ranks), *extra]
+    forked = f"ray_kwargs.ray_init.runtime_env.py_executable={python()}"
+    command = [python(), "-m", "verl.trainer.main_ppo", *overrides(out_dir, steps, ranks), forked, *extra]
     with (out_dir / "log.txt").open("w") as log:
         process = subprocess.run(
             command, env={**os.environ, **ENV}, stdout=log, stderr=subprocess.STDOUT, timeout=timeout_s, check=False

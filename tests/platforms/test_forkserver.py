@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
 from embedrl_verl.platforms import forkserver
 from embedrl_verl.platforms.forkserver import PYTHON, ForkServer, fork_ray_workers, fork_server
-from tests.processes import alive
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import atexit, json, os, random, signal, sys
 import helper
@@ -52,6 +54,19 @@ def script(tmp_path):
 
 def run(server: ForkServer, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run([server.python, *arguments], text=True, capture_output=True, timeout=100, **options)
+
+
+def ends(process: int) -> bool:
+    """Whether the process of this descriptor ends."""
+    return bool(select.select([process], [], [], 100)[0])
+
+
+def test_what_a_process_leaves_in_its_group_ends_with_it(server):
+    code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); input()"
+    client = subprocess.Popen([server.python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    left = os.pidfd_open(int(client.stdout.readline()))
+    client.communicate("\n")
+    assert client.returncode == 0 and ends(left)
 
 
 def told(server: ForkServer, script: str, folder: Path, code: int = 7) -> tuple[dict, subprocess.CompletedProcess[str]]:
@@ -97,12 +112,10 @@ def test_a_signal_reaches_the_process_and_its_end_by_one_is_the_clients(server):
     for number, sent in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGKILL, signal.SIGKILL)):
         code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
         client = subprocess.Popen([server.python, "-c", code], stdout=subprocess.PIPE, text=True)
-        process = int(client.stdout.readline())
-        assert process != client.pid
+        process = os.pidfd_open(int(client.stdout.readline()))
         client.send_signal(sent)
         assert client.wait(100) == -number
-        run(server, "-c", "")  # the server has seen the end of the client by then
-        assert client.stdout.read() == "" and not alive(process)
+        assert ends(process)
     assert run(server, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGABRT)").returncode == -signal.SIGABRT
 
 
@@ -161,9 +174,9 @@ def test_when_it_ends_so_does_what_it_has_forked():
     server = ForkServer(os.environ, [])
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     client = subprocess.Popen([server.python, "-c", code], stdout=subprocess.PIPE, text=True)
-    process = int(client.stdout.readline())
+    process = os.pidfd_open(int(client.stdout.readline()))
     server.close()
-    assert client.wait(100) != 0 and client.stdout.read() == "" and not alive(process)
+    assert client.wait(100) != 0 and ends(process)
     assert not Path(server.python).exists()
 
 
@@ -175,6 +188,26 @@ def test_it_starts_when_it_is_first_used():
     unused = ForkServer(os.environ, [], on_demand=True)
     unused.close()
     assert not Path(unused.python).exists()
+
+
+def test_a_recipe_has_one_until_it_ends(tmp_path):
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text(
+        f"source {ROOT / 'recipes' / 'common.sh'}\nstart_fork_server\necho $PYTHON; echo $EMBEDRL_FORK_PYTHON; read\n"
+    )
+    environment = {**os.environ, "PYTHON": sys.executable, "VERL_PLATFORM": "cpu"}
+    environment.pop(PYTHON, None)
+    script = subprocess.Popen(
+        ["bash", str(recipe)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    python = script.stdout.readline().strip()
+    assert python == script.stdout.readline().strip() and os.access(python, os.X_OK)
+    keeper = next(
+        one for one in psutil.Process(script.pid).children() if "embedrl_verl.platforms.forkserver" in one.cmdline()
+    )
+    kept = os.pidfd_open(keeper.pid)
+    script.communicate("\n")
+    assert ends(kept) and not Path(python).exists()
 
 
 def config(**ray_init):

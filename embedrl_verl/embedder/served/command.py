@@ -100,7 +100,7 @@ def server_arguments(options: ServerOptions, template: Path, *, host: str, port:
 
 
 def server_command(arguments: Sequence[str], python: str = sys.executable) -> list[str]:
-    """The whole command line."""
+    """The whole command line; `forkserver.python()` as `python` where the server may be forked."""
     return [python, "-m", MODULE, *arguments]
 
 

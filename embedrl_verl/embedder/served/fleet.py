@@ -22,6 +22,7 @@ from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.served.command import ServerOptions, server_arguments, server_command, server_options
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.errors import ResourceError
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.platforms.ports import free_port
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class _ServerActor:
         port = free_port(host)
         arguments = server_arguments(options, template, host=host, port=port)
         self._process = ServerProcess(
-            server_command(arguments),
+            server_command(arguments, python()),
             environment,
             f"http://{host}:{port}",
             folder / "server.log",

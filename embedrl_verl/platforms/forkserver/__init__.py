@@ -78,14 +78,16 @@ class ForkServer:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(address)
         self._listener.listen(64)
-        if on_demand:
-            threading.Thread(target=self._start_when_asked, daemon=True).start()
+        self._closing = False
+        self._waiter = threading.Thread(target=self._start_when_asked, daemon=True) if on_demand else None
+        if self._waiter is not None:
+            self._waiter.start()
         else:
             self._start()
 
     def _start_when_asked(self) -> None:
         select.select([self._listener], [], [])
-        if self._listener.fileno() >= 0:
+        if not self._closing:
             self._start()
 
     def _start(self) -> None:
@@ -102,20 +104,28 @@ class ForkServer:
 
     def close(self) -> None:
         """Kill what was forked and still runs, and end the server. Warns of one that had ended by itself."""
+        self._closing = True
+        if self._process is None and self._waiter is not None:
+            with socket.socket(socket.AF_UNIX) as asking:
+                asking.connect(self._listener.getsockname())
+            self._waiter.join()
+            self._listener.close()
         if self._process is not None:
             if self._process.poll() is not None:
                 tail = (self._folder / "log").read_text(errors="replace")[-1000:].strip()
                 logger.warning("the fork server has ended with status %s: %s", self._process.returncode, tail)
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            self._process.terminate()  # at once while it imports
             self._process.wait()
-        else:
-            self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def python() -> str:
+    """The stand-in for the interpreter where a fork server is up, else the interpreter."""
+    return os.environ.get(PYTHON) or sys.executable
+
+
 @contextlib.contextmanager
-def fork_server() -> Iterator[None]:
+def fork_server(modules: Sequence[str] = MODULES) -> Iterator[None]:
     """Within it, a server is up on the platform `cpu`, unless `PYTHON` names one or is set and empty.
 
     Enter it before anything else: it imports beside this process.
@@ -127,7 +137,7 @@ def fork_server() -> Iterator[None]:
         logger.warning("no fork server: it is for Ray %s; every process imports for itself", RAY_VERSION)
         yield
         return
-    server = ForkServer(os.environ)
+    server = ForkServer(os.environ, modules)
     os.environ[PYTHON] = server.python
     try:
         yield

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server: imports modules, then forks a process for each request of `client.py`.
 
-Standard input is a pipe that the owner holds. When it closes, the server kills what it has forked and ends.
+Standard input is a pipe that the owner holds. When it closes, and at SIGTERM, the server kills what it has forked and
+ends.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ READ_AT_IMPORT = (
     "VERL_USE_EXTERNAL_PLUGINS",
 )
 """Variables that libraries read while they are loaded: a process with other values needs a new interpreter."""
-_AT_START = {name: os.environ.get(name) for name in READ_AT_IMPORT}  # imports change some
+_AT_START = {name: os.environ.get(name) for name in READ_AT_IMPORT}  # cv2 extends LD_LIBRARY_PATH
 _FLAGS = ("-u", "-B", "-s", "-S", "-E", "-I")
 
 
@@ -59,7 +60,7 @@ def _is_loaded(library: str) -> bool:
 def _check(request: dict[str, Any]) -> None:
     for name, here in _AT_START.items():
         value = request["environment"].get(name)
-        if value == here or (name == "RAY_JOB_ID" and value is None):
+        if value in (here, os.environ.get(name)) or (name == "RAY_JOB_ID" and value is None):
             continue
         if name == "LD_PRELOAD" and value and all(map(_is_loaded, value.split(":"))):
             continue  # vLLM names the OpenMP library that torch brings
@@ -92,13 +93,15 @@ class _Server:
         """None in the server when its owner has gone; in each process that it has forked, its request."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        told_to_end: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _frame: told_to_end.append(number))
         signal.set_wakeup_fd(self._wake[1])
         owner = sys.stdin.fileno()
         for source in (owner, self._wake[0], self._listener):
             self._selector.register(source, selectors.EVENT_READ)
         while True:
             for key, _ in self._selector.select():
-                if key.fileobj == owner:
+                if key.fileobj == owner or told_to_end:
                     self._kill_all()
                     return None
                 if key.fileobj == self._wake[0]:
@@ -142,9 +145,10 @@ class _Server:
 
     def _reap(self) -> None:
         for process, connection in list(self._waiting.items()):
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if not ended:
+            if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 continue
+            _kill(process)  # what it has left in its group, as the clients of its children
+            _, status = os.waitpid(process, 0)
             del self._waiting[process]
             if connection is not None:
                 with contextlib.suppress(KeyError):
@@ -164,15 +168,15 @@ class _Server:
     def _kill_all(self) -> None:
         for process in self._waiting:
             _kill(process)
+        for process in self._waiting:
+            os.waitpid(process, 0)
 
 
 def _kill(process: int) -> None:
     """With what it has started in its group, which it leads as soon as it has taken over its request."""
-    try:
-        os.killpg(process, signal.SIGKILL)
-    except ProcessLookupError:
+    for kill in (os.killpg, os.kill):  # the group is made right after the fork
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+            kill(process, signal.SIGKILL)
 
 
 def _become(request: dict[str, Any], files: list[int]) -> None:
@@ -189,7 +193,8 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     for number, file in zip(request["files"], moved, strict=True):
         os.dup2(file, number)
         os.close(file)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     unbuffered = "-u" in request["arguments"] or bool(os.environ.get("PYTHONUNBUFFERED"))
@@ -230,7 +235,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _status_of(arguments: list[str]) -> int:
-    """Run, and what the interpreter would exit with."""
+    """Run, and what the interpreter would exit with; negative: the signal that it would end by."""
     try:
         _run(arguments)
     except SystemExit as end:
@@ -240,7 +245,7 @@ def _status_of(arguments: list[str]) -> int:
         return 1
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
@@ -253,6 +258,9 @@ def _end_at_once() -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+        if _exit_status[0] < 0:
+            signal.signal(-_exit_status[0], signal.SIG_DFL)
+            os.kill(os.getpid(), -_exit_status[0])
         os._exit(_exit_status[0])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stock vLLM pooling server gives the Embedder's vectors, also after it hung, or one of two was lost.
+"""A stock vLLM pooling server gives the vectors of an exported Embedder, also after it hung, or one of two was lost.
 
 Real processes; what fails is an error, never a vector. tests/e2e/test_embedding_backends.py kills one in a run.
 """
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -28,6 +29,8 @@ from embedrl_verl.embedder.served.handshake import check_servers
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.export.folder import export_checkpoint
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
@@ -47,10 +50,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def config(checkpoint) -> EmbedderConfig:
+def exported(checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "embedder").mkdir()
+    (folder / "embedder" / "huggingface").symlink_to(checkpoint())
+    return export_checkpoint(folder / "embedder", folder / "out", kind="embedder").folder
+
+
+@pytest.fixture(scope="module")
+def config(exported) -> EmbedderConfig:
     limits = {name: value for name, value in dataclasses.asdict(LIMITS["qwen2_vl"]).items() if name.endswith("_tokens")}
     return EmbedderConfig(
-        path=str(checkpoint()),
+        path=str(exported),
         dtype="float32",
         backend="server",
         server=EmbedderServerConfig(max_model_len=1024, limit=8),
@@ -64,7 +75,7 @@ def server(config, tmp_path_factory):
     options = server_options(config, processor_for(config), on_cpu=True)
     template = folder / "template.jinja"
     template.write_text(options.template)
-    command = server_command(server_arguments(options, template, host="127.0.0.1", port=port))
+    command = server_command(server_arguments(options, template, host="127.0.0.1", port=port), python())
     process = ServerProcess(
         command, {**os.environ, **CPU_ENV}, f"http://127.0.0.1:{port}", folder / "log", startup_s=400
     )
@@ -99,12 +110,11 @@ def worst(results: Sequence[Any], expected: torch.Tensor) -> float:
     return float((torch.stack(list(results)) * expected).sum(dim=1).min())
 
 
-def server_pid(process: ServerProcess) -> int:
-    """The API server, which leads a process group of its own: the child of the inner guard."""
-    pid = process._child.pid
-    for _ in range(2):
-        pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-    return pid
+def server_pid(url: str) -> int:
+    """The API server: who listens there."""
+    port = int(url.rpartition(":")[2])
+    listening = [one for one in psutil.net_connections("tcp") if one.laddr.port == port and one.status == "LISTEN"]
+    return next(one.pid for one in listening if one.pid is not None)
 
 
 def test_the_vectors_are_the_embedders(config, server, expected):
@@ -167,15 +177,15 @@ def test_rows_of_a_server_that_is_lost_move_to_the_other(config, server, expecte
 
 
 def test_a_hanging_server_fails_rows_in_time_and_is_used_again(config, server, expected):
-    group = server_pid(server)
+    stopped = server_pid(server.url)
     inputs = mixed_inputs(ROWS)
-    os.killpg(group, signal.SIGSTOP)
+    os.kill(stopped, signal.SIGSTOP)
     try:
         start = time.monotonic()
         results, _ = embed(config, inputs[:8], [server.url], timeout_s=2, retries=1, deadline_s=5)
         assert time.monotonic() - start < 30
     finally:
-        os.killpg(group, signal.SIGCONT)
+        os.kill(stopped, signal.SIGCONT)
     assert {str(one) for one in results} <= {
         f"embedding server: {why}" for why in ("timeout", "deadline", "no server is up")
     }
