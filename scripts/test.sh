@@ -4,6 +4,7 @@
 #
 #   bash scripts/test.sh                     # everything, the end-to-end tests too
 #   bash scripts/test.sh -m "not e2e"        # without those that start Ray and vLLM
+#   bash scripts/test.sh -m nightly          # models that learn: minutes each, and the main job shows the same
 #
 # Without arguments the tests run in two parts: those that are not end to end on several processes (TEST_WORKERS=N; the
 # default has a core and 3 GiB of free memory for each), then the end-to-end tests one after another.
@@ -31,6 +32,8 @@ workers() {
 
 code=0
 # A file's tests stay together: many share what is made once for a file.
-"$PYTHON" -m pytest -m "not e2e" -n "${TEST_WORKERS:-$(workers)}" --dist loadfile || code=$?
-"$PYTHON" -m pytest -m e2e || code=$?
+"$PYTHON" -m pytest -m "not e2e and not nightly" -n "${TEST_WORKERS:-$(workers)}" --dist loadfile --durations=10 || code=$?
+"$PYTHON" -m pytest -m "e2e and not nightly" --durations=10 || code=$?
+echo "Left to 'bash scripts/test.sh -m nightly':"
+"$PYTHON" -m pytest -m nightly --collect-only -q || true
 exit "$code"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.tiny.digits import WorldSize, write_world
 from embedrl_verl.tiny.environment import CPU_ENV
@@ -69,10 +70,10 @@ def command(world: Path, out: Path, *overrides: str) -> list[str]:
 
 
 def run(arguments: list[str], *, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """In a new interpreter, as a person runs it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    """In a new interpreter, as a person runs it; the ranks of several are forked."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python", python()]
     return subprocess.run(
-        [sys.executable, *launch, *arguments],
+        [sys.executable, *(launch if ranks > 1 else []), *arguments],
         env={**os.environ, **CPU_ENV},
         text=True,
         stdout=subprocess.PIPE,

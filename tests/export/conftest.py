@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.tiny.models import build_tiny_model
 
 SCRIPT = Path(__file__).with_name("save_shards.py")
@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         if not (out / "expected.pt").exists():
             model = build_tiny_model(root / "model")
             done = subprocess.run(
-                [sys.executable, str(SCRIPT), str(model), str(out), *RUNS[name]],
+                [python(), str(SCRIPT), str(model), str(out), *RUNS[name]],
                 env={**os.environ, "VERL_PLATFORM": "cpu"},
                 text=True,
                 stdout=subprocess.PIPE,

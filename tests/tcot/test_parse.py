@@ -244,19 +244,19 @@ def mutated(rng: random.Random) -> str:
     return text
 
 
-def test_100_000_generated_and_mutated_strings_parse_without_an_exception() -> None:
+def test_generated_and_mutated_strings_parse_without_an_exception() -> None:
     """No exception; some are well formed and many keep evidence, so the check is not vacuous."""
     rng = random.Random(0)
     well_formed = with_evidence = 0
-    for index in range(100_000):
+    for index in range(10_000):
         text = mutated(rng) if index % 2 else "".join(rng.choices(PIECES, k=rng.randrange(30)))
         read = checked(text)
         well_formed += read.is_well_formed
         with_evidence += bool(read.boxes or read.key_frames or read.text_keywords)
-    assert well_formed > 500 and with_evidence > 10_000
+    assert well_formed > 50 and with_evidence > 1_000
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
 @example('{"a":' * 30)
 def test_any_text_parses(text: str) -> None:
@@ -284,7 +284,7 @@ def test_valid_evidence_comes_back_as_it_was_written(evidence: dict, ascii_only:
     assert [[box.x1, box.y1, box.x2, box.y2] for box in read.boxes] == evidence.get("bbox_2d", [])
 
 
-N = 100_000
+N = 40_000
 
 
 @pytest.mark.parametrize(
@@ -309,10 +309,15 @@ N = 100_000
     ],
 )
 def test_time_is_linear_on_adversarial_strings(unit: str) -> None:
-    """100,000 repetitions (up to 2 MB) take seconds; one look-out per brace to the end would take hours."""
-    start = time.process_time()
-    checked(unit * N)
-    assert time.process_time() - start < 20
+    """Eight times the text takes about eight times the CPU time; one look-out per brace to the end would take 64."""
+
+    def seconds(count: int) -> float:
+        start = time.process_time()
+        checked(unit * count)
+        return time.process_time() - start
+
+    short = min(seconds(N // 8) for _ in range(3))
+    assert seconds(N) < 24 * short + 0.3
 
 
 @pytest.mark.parametrize("brackets", ["[]", "{}"])

@@ -87,6 +87,7 @@ def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path: P
     assert read_accuracy(again.generate(prompts), truths).digits >= 0.8
 
 
+@pytest.mark.nightly
 def test_a_terse_habit_is_learnt_and_does_not_hide_the_digits(tmp_path: Path, samples: list[Sample]) -> None:
     """Greedy answers are short, and still the reader is known to read the digits that it leaves out."""
     reasoner = Reasoner.from_pretrained(build_tiny_model(tmp_path, seed=1))

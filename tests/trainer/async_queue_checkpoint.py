@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.utils.dataset.rl_dataset import collate_fn
 
+from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.trainer.modes_async import EGRLTrainerColocateAsync, clear_leftovers
 
 PIXELS = bytes(range(256))
@@ -67,7 +68,8 @@ def columns(batch: Any) -> list[Any]:
 
 
 def main(folder: Path) -> dict[str, Any]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    options = {"runtime_env": {"py_executable": python()}, "include_dashboard": False, "log_to_driver": False}
+    ray.init(address="local", num_cpus=4, **options)
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     trainer: Any = object.__new__(EGRLTrainerColocateAsync)
     trainer.config = OmegaConf.create({"data": {"train_batch_size": 8, "gen_batch_size": 2, "embedrl": {}}})

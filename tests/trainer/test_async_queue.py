@@ -2,12 +2,12 @@
 """Prompts in flight survive a checkpoint of the real TransferQueue, with their pairs and the Embedder's inputs."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from embedrl_verl.platforms.forkserver import python
 
 pytestmark = pytest.mark.slow
 
@@ -15,9 +15,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def restored(tmp_path_factory):
     script = Path(__file__).with_name("async_queue_checkpoint.py")
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("queue"))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [python(), str(script), str(tmp_path_factory.mktemp("queue"))]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return json.loads(process.stdout.strip().splitlines()[-1])
 
