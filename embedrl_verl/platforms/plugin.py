@@ -89,6 +89,13 @@ def register() -> None:
         sys.meta_path.insert(0, TrainerFinder())
     if TRAINER_PACKAGE in sys.modules:
         _add_trainers()
+    say_loaded()
+
+
+def say_loaded() -> None:
+    """The line of a process that has the plugin; a forked one says it of itself (platforms.forkserver)."""
+    import verl
+
     platform = os.environ.get("VERL_PLATFORM", "") or "auto"
     logger.warning("embedrl-verl %s is loaded in verl %s (platform %s)", __version__, verl.__version__, platform)
 

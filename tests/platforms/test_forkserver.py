@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from embedrl_verl.platforms import forkserver
-from embedrl_verl.platforms.forkserver import PYTHON, ForkServer, fork_ray_workers, fork_server
+from embedrl_verl.platforms.forkserver import PYTHON, ForkServer, fork_ray_workers, fork_server, python
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -256,3 +257,12 @@ def test_no_server_on_gpus_or_with_another_ray(environment, ray, says, monkeypat
     with fork_server():
         assert os.environ.get(PYTHON) == before
     assert says in caplog.text
+
+
+def test_processes_of_a_run_say_that_they_have_the_plugin_and_keep_verls_log_level():
+    """A library that vLLM imports would silence all of them below ERROR."""
+    code = "import logging; logging.getLogger('some').warning('heard'); print(logging.root.level)"
+    done = subprocess.run([python(), "-c", code], text=True, capture_output=True)
+    assert done.stdout == f"{logging.WARNING}\n" and "heard" in done.stderr and "loaded" not in done.stderr
+    done = subprocess.run([python(), "-m", "verl.trainer.main_ppo", "--help"], text=True, capture_output=True)
+    assert "is loaded in verl" in done.stderr, done.stderr

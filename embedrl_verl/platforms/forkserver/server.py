@@ -41,6 +41,7 @@ READ_AT_IMPORT = (
 )
 """Variables that libraries read while they are loaded: a process with other values needs a new interpreter."""
 _AT_START = {name: os.environ.get(name) for name in READ_AT_IMPORT}  # cv2 extends LD_LIBRARY_PATH
+_RUNS = (["embedrl_verl.train"], ["verl.trainer.main_ppo"])
 _FLAGS = ("-u", "-B", "-s", "-S", "-E", "-I")
 
 
@@ -66,7 +67,11 @@ def _check(request: dict[str, Any]) -> None:
             continue  # vLLM names the OpenMP library that torch brings
         raise _Refused(f"{name} is {value!r}; the fork server was started with {here!r}")
     name, *rest = _without_flags(request["arguments"]) or ["(nothing)"]
-    if not (name == "-c" and rest) and not (name == "-m" and rest) and not os.path.isfile(name):
+    if (
+        not (name == "-c" and rest)
+        and not (name == "-m" and rest)
+        and not os.path.isfile(os.path.join(request["folder"], name))
+    ):
         raise _Refused(f"a fork server runs -c, -m or a script, after the flags {' '.join(_FLAGS)}; got {name}")
 
 
@@ -216,6 +221,9 @@ def _refresh() -> None:
 
 def _run(arguments: list[str]) -> None:
     name, *rest = _without_flags(arguments)
+    plugin = sys.modules.get("embedrl_verl.platforms.plugin")
+    if plugin is not None and (name.endswith("/default_worker.py") or rest[:1] in _RUNS):
+        plugin.say_loaded()
     if name == "-c":
         sys.argv = ["-c", *rest[1:]]
         sys.path.insert(0, "")
@@ -264,6 +272,17 @@ def _end_at_once() -> None:
         os._exit(_exit_status[0])
 
 
+def _import(modules: list[str]) -> None:
+    """One after another. A library that vLLM imports silences the root logger below ERROR, which would silence the
+    trainer's process too: the levels of the first import (verl's) stay."""
+    levels: dict[Any, int] = {}
+    for name in modules:
+        importlib.import_module(name)
+        levels = levels or {one: one.level for one in (logging.root, *logging.root.handlers)}
+    for one, level in levels.items():
+        one.setLevel(level)
+
+
 def main(descriptor: int, modules: list[str]) -> None:
     """Import the modules, then serve the listening socket `descriptor`."""
     sys.path.pop(0)  # this script's folder
@@ -271,8 +290,7 @@ def main(descriptor: int, modules: list[str]) -> None:
     # Ray reads it when it is imported. Its workers end with the process of this id; that the raylet has ended they see
     # by their connection to it.
     os.environ["RAY_RAYLET_PID"] = str(os.getpid())
-    for name in modules:
-        importlib.import_module(name)
+    _import(modules)
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise SystemExit(f"a process must have one thread to be forked; the imports have started {threads - 1} more")
