@@ -133,8 +133,8 @@ def test_processes_that_multiprocessing_spawns_are_forked_too(server, tmp_path):
         "    process.join()\n"
         "    sys.exit(process.exitcode)\n"
     )
-    for python, expected in ((server.python, "True\n"), (sys.executable, "False\n")):
-        done = run(server, str(tmp_path / "script.py"), env={**os.environ, PYTHON: python})
+    for executable, expected in ((server.python, "True\n"), (sys.executable, "False\n")):
+        done = run(server, str(tmp_path / "script.py"), env={**os.environ, PYTHON: executable})
         assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 

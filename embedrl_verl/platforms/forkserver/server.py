@@ -278,7 +278,8 @@ def _import(modules: list[str]) -> None:
     levels: dict[Any, int] = {}
     for name in modules:
         importlib.import_module(name)
-        levels = levels or {one: one.level for one in (logging.root, *logging.root.handlers)}
+        if not levels:
+            levels = {logging.root: logging.root.level, **{one: one.level for one in logging.root.handlers}}
     for one, level in levels.items():
         one.setLevel(level)
 
