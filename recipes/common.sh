@@ -45,7 +45,7 @@ choose_python() {
 # Lets the stages of a CPU recipe be forked from one interpreter that has their imports, until this script ends.
 start_fork_server() {
     local python from
-    exec {from}< <(exec "$PYTHON" -m embedrl_verl.platforms.forkserver matplotlib.pyplot peft sklearn.datasets)
+    exec {from}< <(exec "$PYTHON" -m embedrl_verl.platforms.forkserver $$ matplotlib.pyplot peft sklearn.datasets)
     read -r python <&"$from" || true
     exec {from}<&-
     [[ -z "$python" ]] || export EMBEDRL_FORK_PYTHON=$python PYTHON=$python

@@ -8,8 +8,10 @@ import logging
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -209,6 +211,85 @@ def test_a_recipe_has_one_until_it_ends(tmp_path):
     kept = os.pidfd_open(keeper.pid)
     script.communicate("\n")
     assert ends(kept) and not Path(python).exists()
+
+
+def test_what_a_program_leaves_open_is_written_and_a_full_device_is_an_error(server, tmp_path):
+    code = f"file = open({str(tmp_path / 'left')!r}, 'w'); file.write('data')\ndef keep(): return file, keep"
+    assert run(server, "-c", code).returncode == 0 and (tmp_path / "left").read_text() == "data"
+    buffered = ForkServer({name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}, [])
+    with open("/dev/full", "w") as full:
+        command, environment = [buffered.python, "-c", "print(1)"], buffered._environment
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=100)
+    assert done.returncode == 120 and b"No space left" in done.stderr
+    buffered.close()
+
+
+def test_code_has_no_future_of_the_server_and_its_spawned_children_find_its_script(server, tmp_path):
+    assert run(server, "-c", "def f(x: int): pass\nprint(f.__annotations__)").stdout == "{'x': <class 'int'>}\n"
+    (tmp_path / "relative.py").write_text(
+        "import multiprocessing\n"
+        "def work(): print(__file__)\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=work)\n"
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    done = run(server, "relative.py", cwd=tmp_path, env={**os.environ, PYTHON: server.python})
+    assert done.stdout == f"{tmp_path / 'relative.py'}\n", done.stderr
+
+
+def test_a_signal_that_comes_while_the_process_begins_is_not_lost(server):
+    """SIGTERM as soon as the server has answered, in any of the processes' first milliseconds."""
+    clients = [subprocess.Popen([server.python, "-c", "import time; time.sleep(600)"]) for _ in range(8)]
+    for client in clients:
+        while not any("forkserver" in word for word in psutil.Process(client.pid).cmdline()):
+            pass  # it is still the shell, which any signal ends
+        client.terminate()
+    assert {client.wait(100) for client in clients} == {-signal.SIGTERM}
+
+
+def test_ignored_signals_the_umask_and_closed_files_are_the_clients(server, tmp_path):
+    code = "import os, signal as s; print(s.getsignal(s.SIGHUP) == s.SIG_IGN, oct(os.umask(0)), os.read(0, 9))"
+    command = f"umask 027; trap '' HUP; {server.python} -c '{code}' <&-"
+    done = subprocess.run(["bash", "-c", command], text=True, capture_output=True, timeout=100)
+    assert done.stdout == "True 0o27 b''\n", done.stderr
+
+
+def test_when_the_server_is_killed_so_is_what_it_has_forked():
+    server = ForkServer(os.environ, [])
+    client = subprocess.Popen(
+        [server.python, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    process = os.pidfd_open(int(client.stdout.readline()))
+    server._process.kill()
+    assert client.wait(100) == 1 and ends(process)
+    server.close()
+
+
+def test_more_open_files_than_can_be_handed_over_need_a_new_interpreter(server):
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(260)]
+    done = run(server, "-c", "import os; print(len(os.listdir('/proc/self/fd')) > 260)", pass_fds=files)
+    for file in files:
+        os.close(file)
+    assert done.stdout == "True\n" and "a new interpreter runs" in done.stderr
+
+
+def test_a_client_that_says_nothing_stops_no_other(server):
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(Path(server.python).parent / "socket"))
+    assert run(server, "-c", "print(1)").stdout == "1\n"
+
+
+def test_a_long_folder_for_temporary_files_is_no_obstacle(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    server = ForkServer(os.environ, [])
+    assert run(server, "-c", "print(1)").stdout == "1\n"
+    server.close()
+    assert list(long.iterdir()) == []
 
 
 def config(**ray_init):

@@ -6,12 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def recording(file: str, arguments: str = '"$@"') -> str:
+def recording(file: str, arguments: str = '"$@"', *, without: str = "") -> str:
     """The first lines of a stand-in: they append the shell words `arguments`, as one record, to the shell word `file`.
+    A call of the module `without` does nothing.
 
     Under a lock: stages run at once, and one printf is two writes, before and after the line feed.
     """
     return f"""#!/usr/bin/env bash
+[[ "${{2:-}}" != "{without or "-"}" ]] || exit 0
 exec 9>>{file}.lock && flock 9
 printf '%s\\0' {arguments} $'\\n' >>{file}
 exec 9>&-

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REWARDS = "no_judge paper"
 # Writes down the module that it is called for, with its arguments; a training leaves a checkpoint behind.
 STAND_IN = (
-    recording('"$LOG"', '"${2##*.}" "${@:3}"')
+    recording('"$LOG"', '"${2##*.}" "${@:3}"', without="embedrl_verl.platforms.forkserver")
     + """
 if [[ "$2" == embedrl_verl.train ]]; then
     for word in "$@"; do

@@ -34,6 +34,7 @@ from embedrl_verl.platforms.forkserver import client, server
 
 logger = logging.getLogger(__name__)
 
+LONGEST_FOLDER = 90  # a socket's address has at most 107 characters
 PYTHON = "EMBEDRL_FORK_PYTHON"
 """Environment variable: `ForkServer.python` of a server that is up; empty: start none."""
 RAY_VERSION = "2.60"
@@ -68,6 +69,9 @@ class ForkServer:
         self, environment: Mapping[str, str], modules: Sequence[str] = MODULES, *, on_demand: bool = False
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="embedrl-fork-"))
+        if len(str(self._folder)) > LONGEST_FOLDER:
+            self._folder.rmdir()
+            self._folder = Path(tempfile.mkdtemp(prefix="embedrl-fork-", dir="/tmp"))
         self._environment, self._modules = dict(environment), list(modules)
         self._process: subprocess.Popen[bytes] | None = None
         address = str(self._folder / "socket")
@@ -93,7 +97,7 @@ class ForkServer:
     def _start(self) -> None:
         with self._listener, (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, server.__file__, str(self._listener.fileno()), *self._modules],
+                [sys.executable, server.__file__, str(self._listener.fileno()), str(self._folder), *self._modules],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -112,7 +116,8 @@ class ForkServer:
             self._listener.close()
         if self._process is not None:
             if self._process.poll() is not None:
-                tail = (self._folder / "log").read_text(errors="replace")[-1000:].strip()
+                log = self._folder / "log"
+                tail = log.read_text(errors="replace")[-1000:].strip() if log.exists() else ""
                 logger.warning("the fork server has ended with status %s: %s", self._process.returncode, tail)
             self._process.terminate()  # at once while it imports
             self._process.wait()
@@ -137,15 +142,15 @@ def fork_server(modules: Sequence[str] = MODULES) -> Iterator[None]:
         logger.warning("no fork server: it is for Ray %s; every process imports for itself", RAY_VERSION)
         yield
         return
-    server = ForkServer(os.environ, modules)
-    os.environ[PYTHON] = server.python
+    started = ForkServer(os.environ, modules)
+    os.environ[PYTHON] = started.python
     try:
         yield
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # its workers end in order
         del os.environ[PYTHON]
-        server.close()
+        started.close()
 
 
 def fork_ray_workers(config: Any) -> None:

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stands in for `python`: `python -SE client.py SOCKET ARGUMENTS...` runs `python ARGUMENTS` in a fork of the server.
 
-Arguments, environment, folder, signals and open files are handed over, and the exit status comes back. Signals that
-can be caught reach the process; when the client is killed, so is the process. For Ray's workers it ends at once:
-Ray knows them by the process id that they report. What the server refuses, and everything when it has ended, runs in a
-new interpreter, and one line on standard error says why. Standard library only: it starts in some 20 milliseconds.
+Arguments, environment, folder, umask, cores, signals and open files are handed over, and the exit status comes back.
+Signals that end a program reach the process; SIGSTOP and SIGTSTP do not. When the client is killed, so is the process,
+with its group; when the process ends, what it has left in its group gets SIGTERM. Its parent is the server.
+
+For Ray's workers the client ends at once: Ray knows them by the process id that they report. What the server refuses,
+and everything when it has ended, runs in a new interpreter, and one line on standard error says why. Standard library
+only: it starts in some 20 milliseconds.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -24,13 +28,18 @@ def _open_files() -> list[int]:
 
 
 def _ask(address: str, arguments: list[str], files: list[int]) -> tuple[socket.socket, dict[str, object]]:
-    request = {
+    umask = os.umask(0o77)
+    os.umask(umask)
+    request: dict[str, object] = {
         "arguments": arguments,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "files": files,
+        "umask": umask,
+        "cores": sorted(os.sched_getaffinity(0)),
+        "ignored": [number for number in _FORWARDED if signal.getsignal(number) == signal.SIG_IGN],
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "waits": not any(argument.endswith(_RAY_WORKER) for argument in arguments),
     }
     server = socket.socket(socket.AF_UNIX)
@@ -56,12 +65,22 @@ def main(address: str, arguments: list[str]) -> None:
         os.execv(sys.executable, [sys.executable, *arguments])
     if not request["waits"]:
         return
+    process = answer["process"]
+
+    def forward(received: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(process, received)
+
     for number in _FORWARDED:
-        signal.signal(number, lambda received, _frame: os.kill(answer["process"], received))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for file in files:  # a pipe ends when the process has closed it
         os.close(file)
     ended = answers.readline()  # nothing when the server was killed
+    if not ended:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
     status = json.loads(ended)["status"] if ended else 1
     if status < 0:
         if -status not in (signal.SIGKILL, signal.SIGSTOP):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server: imports modules, then forks a process for each request of `client.py`.
 
-Standard input is a pipe that the owner holds. When it closes, and at SIGTERM, the server kills what it has forked and
-ends.
+Standard input is a pipe that the owner holds. When it closes, and at SIGTERM, the server kills what it has forked,
+removes its folder and ends.
 """
 
 from __future__ import annotations
@@ -14,35 +14,47 @@ import importlib
 import json
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
-import random
 import resource
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
 from typing import Any
 
-MAX_FILES = 250
-"""Open files a request; Linux passes at most 253."""
+MAX_FILES = 253
+"""Open files a request, as many as Linux passes at once."""
+ANSWER_S = 30.0
 READ_AT_IMPORT = (
     "HF_HOME",
+    "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",
     "LD_LIBRARY_PATH",
     "LD_PRELOAD",
     "OMP_NUM_THREADS",
+    "PYTHONHASHSEED",
     "PYTHONHOME",
+    "PYTHONIOENCODING",
+    "PYTHONOPTIMIZE",
     "PYTHONPATH",
+    "PYTHONUNBUFFERED",
+    "PYTHONWARNINGS",
     "RAY_JOB_ID",  # set for Ray's workers only
+    "TMPDIR",
     "TORCH_COMPILE_DISABLE",
+    "TRANSFORMERS_OFFLINE",
+    "TZ",
+    "VERL_LOGGING_LEVEL",
     "VERL_PLATFORM",
     "VERL_USE_EXTERNAL_PLUGINS",
 )
-"""Variables that libraries read while they are loaded: a process with other values needs a new interpreter."""
+"""Variables that libraries read while they are loaded: with other values than the server's, a new interpreter runs."""
 _AT_START = {name: os.environ.get(name) for name in READ_AT_IMPORT}  # cv2 extends LD_LIBRARY_PATH
 _RUNS = (["embedrl_verl.train"], ["verl.trainer.main_ppo"])
-_FLAGS = ("-u", "-B", "-s", "-S", "-E", "-I")
+_FLAGS = ("-u", "-B")
 
 
 class _Refused(Exception):
@@ -58,7 +70,9 @@ def _is_loaded(library: str) -> bool:
         return any(line.rstrip().endswith(os.path.realpath(library)) for line in maps)
 
 
-def _check(request: dict[str, Any]) -> None:
+def _check(request: dict[str, Any], files: list[int]) -> None:
+    if len(files) != len(request["files"]):
+        raise _Refused(f"{len(request['files'])} open files cannot be handed over at once, {len(files)} came")
     for name, here in _AT_START.items():
         value = request["environment"].get(name)
         if value in (here, os.environ.get(name)) or (name == "RAY_JOB_ID" and value is None):
@@ -96,6 +110,14 @@ class _Server:
 
     def serve(self) -> tuple[dict[str, Any], list[int]] | None:
         """None in the server when its owner has gone; in each process that it has forked, its request."""
+        server = os.getpid()
+        try:
+            return self._serve()
+        finally:
+            if os.getpid() == server:
+                self._kill_all()
+
+    def _serve(self) -> tuple[dict[str, Any], list[int]] | None:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         told_to_end: list[int] = []
@@ -107,7 +129,6 @@ class _Server:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj == owner or told_to_end:
-                    self._kill_all()
                     return None
                 if key.fileobj == self._wake[0]:
                     with contextlib.suppress(BlockingIOError):
@@ -122,13 +143,20 @@ class _Server:
                     self._selector.unregister(key.fileobj)
 
     def _accept(self) -> tuple[dict[str, Any], list[int]] | None:
-        connection, _ = self._listener.accept()
         files: list[int] = []
         try:
+            connection, _ = self._listener.accept()
+        except OSError:  # too many open files; the client waits for the next round
+            return None
+        connection.settimeout(ANSWER_S)  # a client that stops half-way stops nobody else
+        try:
             request, files = _receive(connection)
-            _check(request)
+            _check(request, files)
+            # Until the process has taken over the request, its signals wait.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             process = os.fork()
         except (_Refused, OSError, ValueError) as error:
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
             _answer(connection, refused=str(error))
             connection.close()
             for file in files:
@@ -137,6 +165,7 @@ class _Server:
         if process == 0:
             self._leave(connection)
             return request, files
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         for file in files:
             os.close(file)
         _answer(connection, process=process)
@@ -152,7 +181,10 @@ class _Server:
         for process, connection in list(self._waiting.items()):
             if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 continue
-            _kill(process)  # what it has left in its group, as the clients of its children
+            # What it has left in its group, as the clients of its children. SIGTERM: multiprocessing's resource tracker
+            # ignores it, takes away the shared memory that was left, and ends.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGTERM)
             _, status = os.waitpid(process, 0)
             del self._waiting[process]
             if connection is not None:
@@ -185,30 +217,41 @@ def _kill(process: int) -> None:
 
 
 def _become(request: dict[str, Any], files: list[int]) -> None:
-    """Take the client's folder, environment, signals, limits and open files, as a new interpreter would have."""
+    """Take the client's folder, environment, open files, signals, umask, cores and limit of open files."""
     os.setsid()
     os.chdir(request["folder"])
+    os.umask(request["umask"])
+    os.sched_setaffinity(0, request["cores"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    resource.setrlimit(resource.RLIMIT_NOFILE, request["open_files"])
-    above = max([*request["files"], *files, 0]) + 1
+    above = max([2, *request["files"], *files]) + 1
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     moved = [os.dup2(file, above + place) for place, file in enumerate(files)]
-    for file in files:
+    for file in {0, 1, 2, *files}:
         os.close(file)
     for number, file in zip(request["files"], moved, strict=True):
         os.dup2(file, number)
         os.close(file)
-    for number in (signal.SIGCHLD, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in {0, 1, 2}.difference(request["files"]):
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(request["open_files"], hard), hard))
+    for number in (signal.SIGCHLD, signal.SIGTERM, *request["ignored"]):
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
+    if signal.SIGINT not in request["ignored"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
-    unbuffered = "-u" in request["arguments"] or bool(os.environ.get("PYTHONUNBUFFERED"))
-    sys.stdout.reconfigure(line_buffering=unbuffered or os.isatty(1), write_through=unbuffered)  # type: ignore[union-attr]
+    given = request["arguments"]
+    if "-u" in given[: len(given) - len(_without_flags(given))]:
+        sys.stdout.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
+    elif os.isatty(1):
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def _refresh() -> None:
     """What modules have read or drawn while they were imported, and a new process has of its own."""
-    random.seed()
+    # Where a spawned child looks for the main script.
+    multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     if "ray._raylet" in sys.modules:  # RAY_AUTH_MODE and others
@@ -224,22 +267,25 @@ def _run(arguments: list[str]) -> None:
     plugin = sys.modules.get("embedrl_verl.platforms.plugin")
     if plugin is not None and (name.endswith("/default_worker.py") or rest[:1] in _RUNS):
         plugin.say_loaded()
-    if name == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        sys.path.insert(0, "")
-        main_module = type(sys)("__main__")
-        sys.modules["__main__"] = main_module
-        exec(compile(rest[0], "<string>", "exec"), main_module.__dict__)
-    elif name == "-m":
+    if name == "-m":
         sys.argv = rest
         sys.path.insert(0, os.getcwd())
         if not hasattr(sys.modules.get(rest[0]), "__path__"):
             sys.modules.pop(rest[0], None)  # runpy warns of a module that is imported already
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        return
+    main_module = sys.modules["__main__"] = type(sys)("__main__")
+    if name == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, "")
+        code: str | bytes = rest[0]
     else:
         sys.argv = [name, *rest]
         sys.path.insert(0, os.path.dirname(os.path.realpath(name)))
-        runpy.run_path(name, run_name="__main__")
+        main_module.__file__ = os.path.abspath(name)
+        with open(name, "rb") as file:
+            code = file.read()
+    exec(compile(code, "<string>" if name == "-c" else name, "exec", dont_inherit=True), main_module.__dict__)
 
 
 def _status_of(arguments: list[str]) -> int:
@@ -263,9 +309,14 @@ _exit_status: list[int] = []
 def _end_at_once() -> None:
     """The last exit function of a forked process: taking 8,000 modules apart would copy the shared pages (1 s)."""
     if _exit_status:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
+        if vars(sys.modules["__main__"]) is not globals():
+            vars(sys.modules["__main__"]).clear()  # writes files that were left open
+        gc.collect()
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            print(f"{error} while standard output was written", file=sys.stderr)
+            _exit_status[0] = _exit_status[0] or 120
         if _exit_status[0] < 0:
             signal.signal(-_exit_status[0], signal.SIG_DFL)
             os.kill(os.getpid(), -_exit_status[0])
@@ -284,8 +335,8 @@ def _import(modules: list[str]) -> None:
         one.setLevel(level)
 
 
-def main(descriptor: int, modules: list[str]) -> None:
-    """Import the modules, then serve the listening socket `descriptor`."""
+def main(descriptor: int, folder: str, modules: list[str]) -> None:
+    """Import the modules, then serve the listening socket `descriptor`; `folder` holds its files."""
     sys.path.pop(0)  # this script's folder
     atexit.register(_end_at_once)  # the first to be registered is the last to run
     # Ray reads it when it is imported. Its workers end with the process of this id; that the raylet has ended they see
@@ -298,8 +349,11 @@ def main(descriptor: int, modules: list[str]) -> None:
     paths = list(sys.path)
     gc.collect()
     gc.freeze()  # pages stay shared
+    sys.stdout.flush()  # what imports have printed is not what the forked processes print
     mine = _Server(socket.socket(fileno=descriptor)).serve()
-    if mine is not None:
+    if mine is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
         request, files = mine
         _become(request, files)
         _refresh()
@@ -308,4 +362,4 @@ def main(descriptor: int, modules: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
