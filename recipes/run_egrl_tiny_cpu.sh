@@ -178,6 +178,7 @@ until_stage pretrain
 ((JUDGE == 0)) || run_stage judge make_judge "$SEED"
 until_stage judge
 run_stage rl run_rl "${OVERRIDES[@]}" "$@"
+until_stage rl
 run_stage export export_models
 run_stage evaluate evaluate
 "$PYTHON" -m embedrl_verl.tiny.summary --run "$OUT"
