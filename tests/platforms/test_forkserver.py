@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from embedrl_verl.platforms import forkserver
 from embedrl_verl.platforms.forkserver import PYTHON, ForkServer, fork_ray_workers, fork_server, python
+from embedrl_verl.platforms.ports import ports_given_to_nobody
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -211,6 +212,16 @@ def test_a_recipe_has_one_until_it_ends(tmp_path):
     kept = os.pidfd_open(keeper.pid)
     script.communicate("\n")
     assert ends(kept) and not Path(python).exists()
+
+
+def test_every_process_has_a_place_of_its_own_to_look_for_vllms_ports(server):
+    """Also one that another has started; a user's own stays."""
+    say = "import os, subprocess; print(os.environ['VLLM_PORT'], flush=True)"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("VLLM_PORT")}
+    nested = f"{say}; subprocess.run([{server.python!r}, '-c', {say!r}])"
+    ports = run(server, "-c", nested, env=environment).stdout.split()
+    assert len(set(ports)) == 2 and all(int(port) in ports_given_to_nobody() for port in ports)
+    assert run(server, "-c", say, env={**environment, "VLLM_PORT": "7"}).stdout == "7\n"
 
 
 def test_what_a_program_leaves_open_is_written_and_a_full_device_is_an_error(server, tmp_path):

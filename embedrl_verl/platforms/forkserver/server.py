@@ -25,6 +25,8 @@ import socket
 import sys
 from typing import Any
 
+from embedrl_verl.platforms.ports import some_ports
+
 MAX_FILES = 253
 """Open files a request, as many as Linux passes at once."""
 ANSWER_S = 30.0
@@ -53,6 +55,7 @@ READ_AT_IMPORT = (
 )
 """Variables that libraries read while they are loaded: with other values than the server's, a new interpreter runs."""
 _AT_START = {name: os.environ.get(name) for name in READ_AT_IMPORT}  # cv2 extends LD_LIBRARY_PATH
+_OUR_PORT = "EMBEDRL_VLLM_PORT"  # tells VLLM_PORT of a fork from that of a user
 _RUNS = (["embedrl_verl.train"], ["verl.trainer.main_ppo"])
 _FLAGS = ("-u", "-B")
 
@@ -258,6 +261,10 @@ def _refresh() -> None:
         sys.modules["ray._raylet"].Config.initialize("")
     for handler in logging.getLogger("vllm").handlers:
         handler.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
+    if os.environ.get("VLLM_PORT") == os.environ.get(_OUR_PORT):
+        # Where vLLM begins to look for a port, which it listens at a little later: two that start side by side were
+        # given the same one by the system.
+        os.environ["VLLM_PORT"] = os.environ[_OUR_PORT] = str(some_ports()[0])
     # Children that multiprocessing spawns, as vLLM's engine, are forked too.
     multiprocessing.set_executable(os.environ.get("EMBEDRL_FORK_PYTHON", sys.executable))
 
