@@ -95,7 +95,7 @@ def run(
     steps: int = 2,
     ranks: int = 1,
     timeout_s: float = 900,
-    entry: Sequence[str] | None = None,
+    entry: Sequence[str] = ENTRY,
     shared: bool = True,
 ) -> Run:
     """Run `python ENTRY OVERRIDES` to the end and return what happened; never raises on a failing run.
@@ -109,7 +109,7 @@ def run(
     process = subprocess.run(
         [
             python() if shared else sys.executable,
-            *(entry or ENTRY),
+            *entry,
             *overrides(inputs, folder, steps=steps, ranks=ranks),
             *(extra or []),
         ],

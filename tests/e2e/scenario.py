@@ -36,7 +36,7 @@ CONVERSIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """The finished run, its pair files and their media root, its settings, and its judge (still up)."""
+    """The finished run, its pair files and their media root, and its settings."""
 
     run: harness.Run
     files: list[Path]

@@ -10,6 +10,7 @@ a machine starts a server. The run with the server is started by verl's own entr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ EXTRA = ["actor_rollout_ref.rollout.max_num_seqs=1", "trainer.val_before_train=F
 
 
 def finished(
-    inputs: Path, kills: Killer, folder: Path, extra: list[str], *, steps: int, entry: list[str] | None = None
+    inputs: Path, kills: Killer, folder: Path, extra: list[str], *, steps: int, entry: Sequence[str] = harness.ENTRY
 ) -> harness.Run:
     kills.start()
     try:

@@ -120,7 +120,7 @@ def test_heads_begin_by_looking_their_number_of_tokens_back(judge):
 def drilled(steps: int, drills: int) -> list[tuple[float, float]]:
     """Loss and accuracy of every step of a new judge's training."""
     judge = TinyJudge(JudgeSize(), seed=0)
-    optimizer = MuonAdamW(judge.model, lr=2e-3, muon_lr=3e-3, warmup=min(10, steps), total=400)
+    optimizer = MuonAdamW(judge.model, lr=2e-3, muon_lr=3e-3, warmup=10, total=400)
     rng, found = random.Random(0), []
     for _ in range(steps):
         loss, accuracy = judge.loss([drill(LEVELS[0], judge, rng) for _ in range(drills)])

@@ -31,12 +31,11 @@ from typing import Any
 from omegaconf import open_dict
 
 from embedrl_verl.platforms.forkserver import client, server
+from embedrl_verl.platforms.forkserver.server import PYTHON
 
 logger = logging.getLogger(__name__)
 
 LONGEST_FOLDER = 90  # a socket's address has at most 107 characters
-PYTHON = "EMBEDRL_FORK_PYTHON"
-"""Environment variable: `ForkServer.python` of a server that is up; empty: start none."""
 RAY_VERSION = "2.60"
 """What Ray reads at import, and how it counts jobs and finds its workers, is not documented."""
 MODULES = (

@@ -27,6 +27,8 @@ from typing import Any
 
 from embedrl_verl.platforms.ports import some_ports
 
+PYTHON = "EMBEDRL_FORK_PYTHON"
+"""Environment variable: `ForkServer.python` of a server that is up; empty: start none."""
 MAX_FILES = 253
 """Open files a request, as many as Linux passes at once."""
 ANSWER_S = 30.0
@@ -266,7 +268,7 @@ def _refresh() -> None:
         # given the same one by the system.
         os.environ["VLLM_PORT"] = os.environ[_OUR_PORT] = str(some_ports()[0])
     # Children that multiprocessing spawns, as vLLM's engine, are forked too.
-    multiprocessing.set_executable(os.environ.get("EMBEDRL_FORK_PYTHON", sys.executable))
+    multiprocessing.set_executable(os.environ.get(PYTHON, sys.executable))
 
 
 def _run(arguments: list[str]) -> None:
