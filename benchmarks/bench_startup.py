@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds from the start of the recipe's RL stage to RL step 1, and CPU seconds of each process until then.
 
-    UNTIL=pretrain bash recipes/run_egrl_tiny_cpu.sh          # models and world, once
-    python benchmarks/bench_startup.py --inputs runs/tiny_cpu/seed0 --rounds 2
+    python benchmarks/bench_startup.py --rounds 1                                      # within the main job
+    UNTIL=pretrain bash recipes/run_egrl_tiny_cpu.sh                                   # models and world, once
+    python benchmarks/bench_startup.py --inputs runs/tiny_cpu/seed0 --rounds 2         # the RL stage alone
 
-Runs `recipes/run_egrl_tiny_cpu.sh` for two steps in a folder of its own, in turns with the fork server and without it
-(every process imports for itself), and prints the times, their ratio and a table of the processes. Step 1 begins when
-its metrics are written, less `timing_s/step`.
+Without `--inputs` the recipe makes models and data first, and the time counts from the first line of the stage,
+"[recipe] rl"; with it the start of the fork server is within the time. `recipes/run_egrl_tiny_cpu.sh` runs for two
+steps in a folder of its own, in turns with the fork server and without it (every process imports for itself), and the
+times, their ratio and a table of the processes are printed. Step 1 begins when its metrics are written, less
+`timing_s/step`.
 """
 
 from __future__ import annotations
@@ -41,18 +44,21 @@ def name_of(process: psutil.Process) -> str:
     return (after_m or scripts or [Path(words[0]).name])[0]
 
 
-def measure(inputs: Path, folder: Path, *, forked: bool) -> tuple[float, float, dict[str, tuple[float, float, float]]]:
+def measure(
+    inputs: Path | None, folder: Path, *, forked: bool
+) -> tuple[float, float, dict[str, tuple[float, float, float]]]:
     """(seconds to the start of step 1, seconds in all, (first seen, CPU user, CPU system) of each process by then)."""
     (folder / ".stages").mkdir(parents=True)
-    for name in DONE:
+    for name in DONE if inputs else ():
         (folder / name).symlink_to((inputs / name).resolve())
     environment = {**os.environ, "OUT": str(folder), "STEPS": "2", "UNTIL": "rl", "PYTHON": sys.executable}
     environment |= {} if forked else {PYTHON: ""}
     start = time.time()
     seen: dict[int, tuple[str, float, float, float]] = {}
-    with (folder / "log.txt").open("w") as log:
+    log_file = folder / "log.txt"
+    with log_file.open("w") as log:
         recipe = subprocess.Popen(["bash", str(RECIPE)], env=environment, stdout=log, stderr=subprocess.STDOUT)
-    snapshot = None
+    snapshot = stage = None
     metrics = folder / "metrics.jsonl"
     while recipe.poll() is None:
         for process in psutil.Process(recipe.pid).children(recursive=True):
@@ -61,20 +67,22 @@ def measure(inputs: Path, folder: Path, *, forked: bool) -> tuple[float, float, 
                 seen[process.pid] = (name_of(process), first, times.user, times.system)
             except psutil.Error:  # it has just ended
                 continue
+        if stage is None and "\n[recipe] rl\n" in f"\n{log_file.read_text()}":
+            stage = time.time() if inputs is None else start
         if snapshot is None and metrics.exists() and 1 in read_metrics(metrics):
             snapshot = dict(seen)
             logged = metrics.stat().st_mtime
-            begun = logged - start - read_metrics(metrics)[1]["timing_s/step"]
+            begun = logged - (stage or start) - read_metrics(metrics)[1]["timing_s/step"]
         time.sleep(LOOK_S)
     if recipe.returncode or snapshot is None:
-        raise SystemExit(f"the recipe must end with 0; got {recipe.returncode}:\n{(folder / 'log.txt').read_text()}")
+        raise SystemExit(f"the recipe must end with 0; got {recipe.returncode}:\n{log_file.read_text()}")
     return begun, time.time() - start, {f"{name} ({pid})": rest for pid, (name, *rest) in snapshot.items()}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=Path, required=True)
+    parser.add_argument("--inputs", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     begun: dict[bool, list[float]] = {True: [], False: []}

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that Ray cannot place is refused at once, with what is missing."""
-
-import time
+"""A run that Ray cannot place is refused before Ray starts, with what is missing."""
 
 import pytest
 import ray
@@ -96,12 +94,11 @@ def test_exactly_enough_passes_and_one_less_does_not():
         check_ray_cpus(config(), [NodeResources(4, 1)])
 
 
-def test_the_local_machine_is_refused_at_once():
+def test_the_local_machine_is_refused_before_ray_starts():
     """verl's defaults on two cores: 8 storage units, Ray's own CPU count."""
-    start = time.perf_counter()
     with pytest.raises(ResourceError, match=r"needs 12 CPUs .*8 storage units.*Ray has 2 CPUs"):
         check_ray_cpus(config(units=8, address="local", num_cpus=2, num_gpus=1))
-    assert time.perf_counter() - start < 60
+    assert not ray.is_initialized()
 
 
 def test_missing_gpu_slots_name_the_key_of_the_cpu_platform():

@@ -40,6 +40,6 @@ def test_a_long_text_is_cut_and_says_so() -> None:
 
 
 def test_many_keywords_in_a_long_text_take_no_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     marked("a " * MAX_TEXT, ["a a a a b"] * 1000 + [" ".join("a" * n) for n in range(1, 60)])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -50,9 +50,9 @@ def test_invisible_and_fullwidth_characters_elsewhere_stay(text):
 def test_tags_are_looked_for_in_linear_time(part):
     text = part * (400_000 // len(part))
     break_tags("", ("query",))  # compiles
-    start = time.perf_counter()
+    start = time.process_time()
     assert break_tags(text, ("query", "question")) == text
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("text", ["a < b | c > d", "[1, 2]", "<answer>3</answer>", '{"bbox_2d": [1]}', "日本"])

@@ -3,14 +3,16 @@
 
 import json
 import random
-import time
+import re
+import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import Box, TCoT, format_reward, parse_tcot
+from embedrl_verl.tcot import Box, TCoT, format_reward, json_objects, parse_tcot
 
 
 def tcot(evidence: object, *, rethink: str = "It holds.", answer: str = "A bus.") -> str:
@@ -308,16 +310,40 @@ N = 40_000
         *('{"x":[{', '{"a":"b",', "{ \t", '"', "</answer>", '{"bbox_2d":[[1,2,3,4]]}'),
     ],
 )
-def test_time_is_linear_on_adversarial_strings(unit: str) -> None:
-    """Eight times the text takes about eight times the CPU time; one look-out per brace to the end would take 64."""
+def test_work_is_linear_on_adversarial_strings(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight times the text is about eight times the calls and the characters read; a look-out from every brace to the
+    end would be 64 times. Counted, not timed: a busy machine says nothing here."""
+    tokens = json_objects._TOKEN
+    calls = characters = 0
 
-    def seconds(count: int) -> float:
-        start = time.process_time()
-        checked(unit * count)
-        return time.process_time() - start
+    def call(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
 
-    short = min(seconds(N // 8) for _ in range(3))
-    assert seconds(N) < 24 * short + 0.3
+    class Reading:
+        def finditer(self, text: str, start: int) -> Iterator[re.Match[str]]:
+            nonlocal characters
+            for match in tokens.finditer(text, start):
+                # A quote alone: its end was looked for up to the end of the text.
+                characters += (len(text) if match.group() == '"' else match.end()) - start
+                start = match.end()
+                yield match
+            characters += len(text) - start
+
+    monkeypatch.setattr(json_objects, "_TOKEN", Reading())
+
+    def work(count: int) -> tuple[int, int]:
+        nonlocal calls, characters
+        calls = characters = 0
+        sys.setprofile(call)
+        try:
+            checked(unit * count)
+        finally:
+            sys.setprofile(None)
+        return calls, characters
+
+    for short, long in zip(work(200), work(1600), strict=True):
+        assert long < 9 * short + 100
 
 
 @pytest.mark.parametrize("brackets", ["[]", "{}"])
