@@ -113,8 +113,8 @@ def two_passes(checkpoint: str, pairs: int, budget: int, *, alike: bool = False)
 def plain(checkpoint: str, pairs: int, budget: int) -> tuple[Callable[[], float], Any]:
     """One pass over everything."""
     from embedrl_verl.embedder import info_nce
-    from embedrl_verl.embedder.batching import pad_rows
-    from embedrl_verl.embedder.forward import embed_padded
+    from embedrl_verl.embedder.batching import pack_rows
+    from embedrl_verl.embedder.forward import embed_packed
 
     embedder = Embedder.from_pretrained(checkpoint, limits=LIMITS)
     queries, targets = inputs_of(pairs)
@@ -122,7 +122,7 @@ def plain(checkpoint: str, pairs: int, budget: int) -> tuple[Callable[[], float]
     optimizer = torch.optim.AdamW(embedder.model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
 
     def step() -> float:
-        vectors = embed_padded(embedder.model.model, pad_rows(rows))
+        vectors = embed_packed(embedder.model.model, pack_rows(rows))
         loss = info_nce(vectors[:pairs], vectors[pairs:], temperature=TEMPERATURE)
         optimizer.zero_grad()
         loss.backward()

@@ -141,7 +141,7 @@ class EmbedderConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     dtype: str = "bfloat16"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "torch_varlen"
     offload: bool = True
     max_tokens_per_gpu: int = 16384
     max_text_tokens: int = 480

@@ -3,8 +3,8 @@
 
 Importing this module registers it for the devices `cuda` and `cpu`. From verl's engine come the device mesh, sharding,
 offload between uses, optimiser and checkpoints. Its own are the model (complete weights, no logits: `lm_head` stays for
-export only) and the micro-batches: sorted by length under a token budget, the same number on every rank because FSDP
-gathers weights at every layer of every pass. A rank that has fewer runs its shortest row again and drops the result.
+export only) and the micro-batches: packed under a token budget, the same number on every rank because FSDP gathers
+weights at every layer of every pass. A rank that has fewer runs its shortest row again and drops the result.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
-from embedrl_verl.embedder.batching import PaddedRows, pad_rows, token_budget_batches
-from embedrl_verl.embedder.forward import embed_padded
+from embedrl_verl.embedder.batching import PackedRows, pack_rows, packed_batches
+from embedrl_verl.embedder.forward import embed_packed
 from embedrl_verl.embedder.loading import load_generation_model
 from embedrl_verl.embedder.memory import explained_out_of_memory
 from embedrl_verl.embedder.processor import Encoded
@@ -96,8 +96,8 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         def forward(
             input_ids: torch.Tensor, position_ids: torch.Tensor, last: torch.Tensor, media: dict[str, torch.Tensor]
         ) -> torch.Tensor:
-            rows = PaddedRows(input_ids, position_ids, last, media)
-            return embed_padded(inner, rows, always_run_vision=several_ranks)
+            rows = PackedRows(input_ids, position_ids, last, media)
+            return embed_packed(inner, rows, always_run_vision=several_ranks)
 
         module.forward = forward
         return module  # type: ignore[no-any-return]
@@ -141,7 +141,7 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         """Embed the rows; with a loss, also its gradients.
 
         Args:
-            data: as `tensordict_of`, with `max_token_len_per_gpu` (rows x longest row of a micro-batch).
+            data: as `tensordict_of`, with `max_token_len_per_gpu` (tokens of a micro-batch).
             loss_function: called with model_output={"embeddings": (b, D)}, data (the other columns of those b rows) and
                 dp_group; returns (loss, metrics). Losses of micro-batches add up.
 
@@ -150,7 +150,7 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         """
         rows = rows_of(data)
         others = data.exclude(*ROW_FIELDS)
-        plan = token_budget_batches([len(row) for row in rows], int(tu.get(data, "max_token_len_per_gpu")))
+        plan = packed_batches([len(row) for row in rows], int(tu.get(data, "max_token_len_per_gpu")))
         group = self.get_data_parallel_group()
         total = torch.tensor(len(plan), device=get_device_id())
         torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -168,11 +168,11 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad() if forward_only else nullcontext())
                 stack.enter_context(sync)
-                padded = pad_rows([rows[i] for i in batch], get_device_id())
+                packed = pack_rows([rows[i] for i in batch], get_device_id())
                 stack.enter_context(
-                    explained_out_of_memory(rows=len(batch), tokens=padded.input_ids.numel(), training=not forward_only)
+                    explained_out_of_memory(rows=len(batch), tokens=packed.input_ids.numel(), training=not forward_only)
                 )
-                vectors = self.module(padded.input_ids, padded.position_ids, padded.last, padded.media)
+                vectors = self.module(packed.input_ids, packed.position_ids, packed.last, packed.media)
                 if loss_function is not None:
                     part = tu.index_select_tensor_dict(others, batch).to(get_device_id())
                     loss, values = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)

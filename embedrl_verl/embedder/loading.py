@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 
 from embedrl_verl.embedder.profiles import EmbedderProfile, load_tokenizer, token_id
 from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.platforms import varlen
 from embedrl_verl.tcot import Family, family_of
 
 NOT_NEEDED = frozenset({"lm_head.weight"})
@@ -77,7 +78,7 @@ def load_generation_model(
     *,
     config: PretrainedConfig | None = None,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = varlen.NAME,
 ) -> PreTrainedModel:
     """The whole model of a checkpoint on the CPU; `.model` is the part that embeds.
 
@@ -85,6 +86,8 @@ def load_generation_model(
         EmbedderError: weights are missing or have other shapes than the configuration says; the message names them.
     """
     config = load_config(path) if config is None else config
+    if attn_implementation == varlen.NAME:
+        varlen.register()
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             path,

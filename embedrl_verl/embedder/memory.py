@@ -25,7 +25,7 @@ def explained_out_of_memory(*, rows: int, tokens: int, training: bool) -> Iterat
     """Turns running out of memory on one micro-batch into an EmbedderError that names its size and the keys to lower.
 
     Args:
-        rows, tokens: of the micro-batch; tokens = rows x longest row.
+        rows, tokens: of the micro-batch; with padding, if it is padded.
         training: whether it keeps activations for gradients.
     """
     try:

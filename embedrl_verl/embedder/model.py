@@ -18,13 +18,14 @@ import torch
 from transformers import PreTrainedModel
 
 from embedrl_verl.data.media import MediaLimits
-from embedrl_verl.embedder.batching import pad_rows, token_budget_batches
-from embedrl_verl.embedder.forward import embed_padded
+from embedrl_verl.embedder.batching import pack_rows, packed_batches
+from embedrl_verl.embedder.forward import embed_packed
 from embedrl_verl.embedder.loading import load_config, load_generation_model
 from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor, Encoded
 from embedrl_verl.embedder.profiles import EmbedderProfile
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.platforms import varlen
 
 MAX_BATCH_TOKENS = 16384
 WINDOW_BATCHES = 4
@@ -47,7 +48,7 @@ class Embedder:
         limits: MediaLimits | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        attn_implementation: str = "sdpa",
+        attn_implementation: str = varlen.NAME,
     ) -> Embedder:
         """Load a checkpoint.
 
@@ -79,7 +80,7 @@ class Embedder:
         Args:
             items: what to embed, in any order and mix of kinds.
             batch_size: most rows of one batch; None = only the token budget counts.
-            max_batch_tokens: rows x longest row of one batch.
+            max_batch_tokens: tokens of one batch.
 
         Returns:
             float32 (n, D) on the CPU, in the order of `items`, each of length 1.
@@ -111,9 +112,9 @@ class Embedder:
     ) -> torch.Tensor:
         """Embed encoded rows: float32 (n, D) on the CPU in their order; a failed row is NaN."""
         vectors = torch.empty(len(rows), self.dim)
-        for batch in token_budget_batches([len(row) for row in rows], max_batch_tokens, batch_size):
-            padded = pad_rows([rows[i] for i in batch], self.model.device)
-            vectors[batch] = embed_padded(self.model.model, padded).cpu()
+        for batch in packed_batches([len(row) for row in rows], max_batch_tokens, batch_size):
+            packed = pack_rows([rows[i] for i in batch], self.model.device)
+            vectors[batch] = embed_packed(self.model.model, packed).cpu()
         return vectors
 
     def _windows(self, items: Sequence[EmbedInput], max_batch_tokens: int) -> Iterator[tuple[int, list[Encoded]]]:

@@ -169,7 +169,6 @@ def worker_config(
         model_type=MODEL_TYPE,
         model_config=HFModelConfig(
             path=config.path,
-            use_remove_padding=False,
             override_config={"attn_implementation": config.attn_implementation},
             enable_gradient_checkpointing=train.enable and train.gradient_checkpointing,
             lora_rank=train.lora_rank if train.enable else 0,

@@ -3,14 +3,20 @@
 
 A patch names the upstream release it is for, refuses any other (PluginError), can be applied twice, and has a test
 that fails when upstream no longer needs it. Prefer subclassing, configuration and documented extension points; there
-are three patches today.
+are seven patches today.
 """
 
 import functools
+import importlib
 from typing import Any
 
 from embedrl_verl.platforms.ports import some_ports
-from embedrl_verl.platforms.versions import VERL_VERSION, VLLM_VERSION, require_version
+from embedrl_verl.platforms.versions import TRANSFORMERS_VERSION, VERL_VERSION, VLLM_VERSION, require_version
+from embedrl_verl.platforms.vision import embed_with_media
+
+VISION_MODULES = tuple(
+    f"transformers.models.{name}.modeling_{name}" for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+)
 
 
 def keep_cpu_linear_weights() -> None:
@@ -97,3 +103,131 @@ def choose_master_ports_that_stay_free() -> None:
         original(self, pg, bundle_index=bundle_index, master_port_range=master_port_range)
 
     RayWorkerGroup._get_master_addr_port = get_master_addr_port
+
+
+def run_the_vision_model_once() -> None:
+    """verl: one run of the vision model a micro-batch, whatever media it has (none, images, videos, both).
+
+    verl 0.9.1 runs it once for images, once for videos, and once on a blank image for a batch without media. Under FSDP
+    each run gathers weights with the other ranks, so ranks whose micro-batches hold other kinds of media wait for each
+    other for ever; and for Qwen2-VL and Qwen2.5-VL the blank image fails with transformers 5. Call it in an actor's
+    process before its model is made.
+    """
+    import verl
+    from verl.models.transformers import qwen2_vl, qwen3_vl
+
+    require_version("verl", verl.__version__, VERL_VERSION, "the patch run_the_vision_model_once")
+    qwen2_vl._get_input_embeds = _qwen2_input_embeds
+    qwen3_vl._get_input_embeds = _qwen3_input_embeds
+
+
+def _qwen2_input_embeds(model: Any, input_ids: Any, attention_mask: Any = None, *media: Any) -> tuple[Any, Any]:
+    embeds, mask, _ = _input_embeds(model, input_ids, attention_mask, media)
+    return embeds, mask
+
+
+def _qwen3_input_embeds(model: Any, input_ids: Any, attention_mask: Any = None, *media: Any) -> dict[str, Any]:
+    embeds, mask, deepstack = _input_embeds(model, input_ids, attention_mask, media)
+    none = {"visual_pos_masks": None, "deepstack_visual_embeds": None}
+    return {"inputs_embeds": embeds, "attention_mask": mask, **none, **deepstack}
+
+
+def _input_embeds(model: Any, input_ids: Any, mask: Any, media: tuple[Any, ...]) -> tuple[Any, Any, dict[str, Any]]:
+    """verl's arguments are pixel_values, pixel_values_videos, image_grid_thw and video_grid_thw, in this order."""
+    names = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+    held = {name: value for name, value in zip(names, media, strict=True) if value is not None}
+    embeds, deepstack = embed_with_media(model, input_ids, held, always_run_vision=True)
+    return embeds, mask if mask is None else mask.to(embeds.device), deepstack
+
+
+def compute_log_probs_in_the_head() -> None:
+    """verl: run the fused log-probs (`use_fused_kernels`, backend torch) inside the forward pass of `lm_head`.
+
+    verl 0.9.1 takes `lm_head.weight` from outside. FSDP2 gathers a module's weights for its own forward pass only, so
+    for Qwen2-VL and Qwen2.5-VL that is a shard, which fails, and for Qwen3-VL it is gathered by hand, without what
+    averages its gradient over ranks. Call it before verl's engine makes a model.
+    """
+    import verl
+    from verl.models.transformers import qwen2_vl, qwen3_vl
+
+    require_version("verl", verl.__version__, VERL_VERSION, "the patch compute_log_probs_in_the_head")
+    qwen2_vl.forward_with_torch_backend = functools.partialmethod(
+        _fused_forward, qwen2_vl.qwen2_vl_forward, qwen2_vl.Qwen2VLCausalLMOutputForPPO
+    )
+    qwen3_vl.forward_with_torch_backend = functools.partialmethod(
+        _fused_forward, lambda self, *args, **kwargs: self.model(*args, **kwargs), qwen3_vl.Qwen3VLCausalLMOutputForPPO
+    )
+
+
+def _fused_forward(
+    self: Any,
+    run_model: Any,
+    output_class: Any,
+    input_ids: Any = None,
+    labels: Any = None,
+    temperature: float = 1.0,
+    shift_labels: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """The forward pass of a model class, with the arguments that verl's has."""
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+    outputs = run_model(self, input_ids, **kwargs)
+    if shift_labels is None:
+        shift_labels = (input_ids if labels is None else labels).roll(-1, dims=-1)
+    fused = FusedLinearForPPO(impl_backend=self._verl_fused_kernels_backend)
+    head = self.lm_head
+    head.forward = lambda hidden: fused(hidden, head.weight, shift_labels, temperature)
+    try:
+        log_probs, entropy = head(outputs[0])
+    finally:
+        del head.forward
+    return output_class(log_probs=log_probs, entropy=entropy, hidden_states=outputs.hidden_states)
+
+
+def give_vision_rows_at_once(name: str) -> None:
+    """transformers: hand the attention `name` all images (or windows) of a vision model in one call.
+
+    transformers 5.9.0 does so for attentions whose name holds "flash"; others are called once for each image, for
+    Qwen2.5-VL once for each window of 8 x 8 patches.
+    """
+    import transformers
+
+    require_version(
+        "transformers", transformers.__version__, TRANSFORMERS_VERSION, "the patch give_vision_rows_at_once"
+    )
+    for module in map(importlib.import_module, VISION_MODULES):
+        original = module.is_flash_attention_requested  # type: ignore[attr-defined]
+        if original.__module__ == __name__:
+            continue
+
+        @functools.wraps(original, assigned=("__name__", "__doc__"))
+        def takes_bounds(config: Any = None, *args: Any, _original: Any = original, **kwargs: Any) -> bool:
+            return getattr(config, "_attn_implementation", None) == name or _original(config, *args, **kwargs)
+
+        module.is_flash_attention_requested = takes_bounds  # type: ignore[attr-defined]
+
+
+def keep_attention_of_transformers() -> None:
+    """verl: leave the attention layers of Qwen2-VL and Qwen2.5-VL as they are, unless flash-attn is asked for.
+
+    For packed rows verl 0.9.1 puts a forward of its own in their place, which calls flash-attn directly and fails
+    without it. That of transformers 5 packs rightly by itself. Call it before verl's engine makes a model.
+    """
+    import verl
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention
+    from verl.models.transformers import qwen2_vl
+
+    require_version("verl", verl.__version__, VERL_VERSION, "the patch keep_attention_of_transformers")
+    of_verl = qwen2_vl.qwen2_vl_attn_forward
+    if of_verl.__module__ == __name__:
+        return
+    own = {one: one.forward for one in (Qwen2_5_VLAttention, Qwen2VLAttention)}
+
+    @functools.wraps(of_verl, assigned=("__name__", "__doc__"))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = of_verl if "flash" in self.config._attn_implementation else own[type(self)]
+        return chosen(self, *args, **kwargs)
+
+    qwen2_vl.qwen2_vl_attn_forward = forward

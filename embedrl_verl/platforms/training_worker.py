@@ -25,7 +25,11 @@ from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from embedrl_verl.errors import PluginError
-from embedrl_verl.platforms import cpu_engines  # noqa: F401  (registers them)
+from embedrl_verl.platforms import (
+    cpu_engines,  # noqa: F401  (registers them)
+    patches,
+    varlen,
+)
 from embedrl_verl.platforms.position_ids import rebuild_position_ids
 
 
@@ -44,9 +48,15 @@ def init_cpu_process_group() -> None:
 
 
 class NestedPositionIdsTrainingWorker(TrainingWorker):
-    """TrainingWorker whose batches have well-formed position ids, on GPUs and CPUs; see the module docstring."""
+    """TrainingWorker whose batches have well-formed position ids, on GPUs and CPUs, and whose models can be packed
+    without flash-attn; see the module docstring.
+    """
 
     def __init__(self, config: Any) -> None:
+        varlen.register()
+        patches.keep_attention_of_transformers()
+        patches.run_the_vision_model_once()
+        patches.compute_log_probs_in_the_head()
         init_cpu_process_group()
         super().__init__(config)
 

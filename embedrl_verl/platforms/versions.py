@@ -9,6 +9,7 @@ from embedrl_verl.errors import PluginError
 
 VERL_VERSION = "0.9.1"
 VLLM_VERSION = "0.24.0"
+TRANSFORMERS_VERSION = "5.9.0"
 
 
 def installed_version(distribution: str) -> str | None:

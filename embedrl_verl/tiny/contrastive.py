@@ -31,8 +31,8 @@ from transformers import AutoProcessor
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import SIDES, Item, Side
 from embedrl_verl.embedder import Embedder, EmbedInput, info_nce
-from embedrl_verl.embedder.batching import pad_rows
-from embedrl_verl.embedder.forward import embed_padded
+from embedrl_verl.embedder.batching import pack_rows
+from embedrl_verl.embedder.forward import embed_packed
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import cut_evidence, parse_tcot
 from embedrl_verl.tiny.digits import FAMILY_SIZE, Sample, cut_short, read_samples
@@ -135,7 +135,7 @@ def _batch_loss(
 ) -> torch.Tensor:
     inputs = [embed_input(s, side, _tcot(s, side, view, config, rng)) for side in SIDES for s in batch]
     rows = [embedder.processor.encode(one) for one in inputs]
-    vectors = embed_padded(embedder.model.model, pad_rows(rows))
+    vectors = embed_packed(embedder.model.model, pack_rows(rows))
     contents = [s.record.target_id for s in batch]
     content = torch.tensor([contents.index(one) for one in contents])
     query, target = vectors.split(len(batch))

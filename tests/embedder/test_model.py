@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from embedrl_verl.embedder import Embedder, EmbedInput
-from embedrl_verl.embedder.batching import pad_rows
-from embedrl_verl.embedder.forward import embed_padded
-from embedrl_verl.errors import EmbedderError
+from embedrl_verl.embedder.batching import pack_rows
+from embedrl_verl.embedder.forward import embed_packed
+from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.tcot import cut_evidence, parse_tcot
 from tests.embedder.inputs import LIMITS, TCOT, item, mixed_inputs, picture
 
@@ -90,10 +90,10 @@ def test_one_changed_word_of_the_tcot_changes_the_embedding(each_embedder):
 
 
 def test_a_batch_without_media_is_the_same_whether_or_not_the_vision_model_runs_along(each_embedder):
-    rows = pad_rows([each_embedder.processor.encode(one) for one in mixed_inputs(5)[::4]])
+    rows = pack_rows([each_embedder.processor.encode(one) for one in mixed_inputs(5)[::4]])
     with torch.no_grad():
-        plain = embed_padded(each_embedder.model.model, rows)
-        along = embed_padded(each_embedder.model.model, rows, always_run_vision=True)
+        plain = embed_packed(each_embedder.model.model, rows)
+        along = embed_packed(each_embedder.model.model, rows, always_run_vision=True)
     assert not rows.media and torch.equal(plain, along)
 
 
@@ -108,14 +108,14 @@ def test_bfloat16_is_close_to_float32(checkpoint, embedder):
 def test_placeholders_without_their_media_are_an_error_and_never_a_shifted_picture(embedder):
     rows = [embedder("qwen2_vl").processor.encode(one) for one in mixed_inputs(3)[1:]]
     fewer = dataclasses.replace(rows[0], multi_modal_inputs={})
-    with pytest.raises(EmbedderError, match="visual tokens need as many placeholders"):
+    with pytest.raises(MediaError, match="visual tokens need as many placeholders"):
         embedder("qwen2_vl").embed_encoded([fewer, rows[1]])
 
 
 def test_gradients_reach_the_vision_and_the_language_model(each_embedder):
     inner = each_embedder.model.model
-    rows = pad_rows([each_embedder.processor.encode(one) for one in mixed_inputs(4)])
-    embed_padded(inner, rows)[:, 0].sum().backward()
+    rows = pack_rows([each_embedder.processor.encode(one) for one in mixed_inputs(4)])
+    embed_packed(inner, rows)[:, 0].sum().backward()
     norms = [
         inner.visual.patch_embed.proj.weight.grad.norm(),
         inner.language_model.layers[0].mlp.up_proj.weight.grad.norm(),

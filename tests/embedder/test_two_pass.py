@@ -13,8 +13,8 @@ import torch
 from transformers import Qwen2VLConfig
 
 from embedrl_verl.embedder import Embedder
-from embedrl_verl.embedder.batching import pad_rows
-from embedrl_verl.embedder.forward import embed_padded
+from embedrl_verl.embedder.batching import pack_rows
+from embedrl_verl.embedder.forward import embed_packed
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout, contrastive_loss
 from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients, refuse_dropout
 from embedrl_verl.errors import ConfigError, EmbedderError
@@ -71,8 +71,8 @@ def plain(embedder: Embedder, pairs: list[Pair]) -> tuple[float, dict[str, torch
         torch.cat([content, torch.tensor([c for _, c in negatives], dtype=torch.int64)]),
     )
     embedder.model.zero_grad()
-    rows = pad_rows([embedder.processor.encode(one) for one in inputs])
-    vectors = embed_padded(embedder.model.model, rows)
+    rows = pack_rows([embedder.processor.encode(one) for one in inputs])
+    vectors = embed_packed(embedder.model.model, rows)
     loss = contrastive_loss(vectors[: len(pairs)], vectors[len(pairs) :], layout, temperature=0.1).loss
     loss.backward()
     found = {name: value.grad.clone() for name, value in embedder.model.named_parameters() if value.grad is not None}
