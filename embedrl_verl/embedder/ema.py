@@ -32,7 +32,12 @@ class ShadowWeights:
         self._shadow = [value.detach().float().cpu().clone() for value in self._values()]
 
     def _values(self) -> list[torch.Tensor]:
-        """This rank's part of each trained parameter; writing into it changes the parameter."""
+        """This rank's part of each trained parameter; writing into it changes the parameter.
+
+        verl moves weights off a GPU without waiting for them to arrive.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         values = [one.data for one in self._module.parameters() if one.requires_grad]
         return [one.to_local() if isinstance(one, DTensor) else one for one in values]
 

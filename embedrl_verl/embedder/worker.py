@@ -224,6 +224,8 @@ def _engine_config(config: EmbedderConfig, ranks_per_node: int, *, offload: bool
         model_dtype="fp32" if train.enable else precision,
         mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         use_torch_compile=False,
+        # The dataclass's default keeps whole fp32 gradients on every rank until the last micro-batch.
+        use_no_sync_for_gradient_accumulation=False,
     )
 
 

@@ -11,7 +11,13 @@ import importlib
 from typing import Any
 
 from embedrl_verl.platforms.ports import some_ports
-from embedrl_verl.platforms.versions import TRANSFORMERS_VERSION, VERL_VERSION, VLLM_VERSION, require_version
+from embedrl_verl.platforms.versions import (
+    TRANSFORMERS_VERSION,
+    VERL_VERSION,
+    VLLM_VERSION,
+    installed_version,
+    require_version,
+)
 from embedrl_verl.platforms.vision import embed_with_media
 
 VISION_MODULES = tuple(
@@ -144,8 +150,8 @@ def compute_log_probs_in_the_head() -> None:
     """verl: run the fused log-probs (`use_fused_kernels`, backend torch) inside the forward pass of `lm_head`.
 
     verl 0.9.1 takes `lm_head.weight` from outside. FSDP2 gathers a module's weights for its own forward pass only, so
-    for Qwen2-VL and Qwen2.5-VL that is a shard, which fails, and for Qwen3-VL it is gathered by hand, without what
-    averages its gradient over ranks. Call it before verl's engine makes a model.
+    for Qwen2-VL and Qwen2.5-VL that is a shard, which fails; for Qwen3-VL it is gathered by hand, and each rank keeps
+    the gradient of its own rows. Call it before verl's engine makes a model.
     """
     import verl
     from verl.models.transformers import qwen2_vl, qwen3_vl
@@ -191,11 +197,8 @@ def give_vision_rows_at_once(name: str) -> None:
     transformers 5.9.0 does so for attentions whose name holds "flash"; others are called once for each image, for
     Qwen2.5-VL once for each window of 8 x 8 patches.
     """
-    import transformers
-
-    require_version(
-        "transformers", transformers.__version__, TRANSFORMERS_VERSION, "the patch give_vision_rows_at_once"
-    )
+    found = installed_version("transformers")
+    require_version("transformers", found, TRANSFORMERS_VERSION, "the patch give_vision_rows_at_once")
     for module in map(importlib.import_module, VISION_MODULES):
         original = module.is_flash_attention_requested  # type: ignore[attr-defined]
         if original.__module__ == __name__:

@@ -35,11 +35,26 @@ TRAINER_MODULES: tuple[str, ...] = (
 TRAINER_MODES = ("plain_sync", "egrl_sync", "egrl_colocate_async", "egrl_separate_async")
 
 
-def _add_trainers() -> None:
-    """Registers the trainer modes, in a process that can start a run."""
+def add_trainers(ending: str = "") -> None:
+    """Registers the trainer modes, in a process that can start a run.
+
+    Whichever of TRAINER_MODULES is imported first imports verl's trainer package, which comes here before that module
+    has its classes: the others wait for its end.
+
+    Args:
+        ending: the one of TRAINER_MODULES that calls this as its last statement.
+    """
     patches.choose_master_ports_that_stay_free()
-    for name in TRAINER_MODULES:
-        importlib.import_module(name)
+    waiting = {name for name in TRAINER_MODULES if name != ending and _is_beginning(name)}
+    if not waiting:
+        for name in TRAINER_MODULES:
+            importlib.import_module(name)
+
+
+def _is_beginning(name: str) -> bool:
+    """Whether the import of a module has begun and not ended."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 class _LoaderThenTrainers(importlib.abc.Loader):
@@ -55,7 +70,7 @@ class _LoaderThenTrainers(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Runs the package, then our registrations; an error in either is the import's error."""
         self._loader.exec_module(module)
-        _add_trainers()
+        add_trainers()
 
 
 class TrainerFinder(importlib.abc.MetaPathFinder):
@@ -88,7 +103,7 @@ def register() -> None:
     if not any(isinstance(finder, TrainerFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, TrainerFinder())
     if TRAINER_PACKAGE in sys.modules:
-        _add_trainers()
+        add_trainers()
     say_loaded()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
+from embedrl_verl.platforms import plugin
 from embedrl_verl.platforms.training_worker import use_nested_position_ids_workers
 from embedrl_verl.platforms.weight_socket import claim_weight_sockets
 
@@ -33,3 +34,6 @@ class PlainSyncTrainer(WorkerClassesMixin, PPOTrainerSync):
     def __init__(self, config: Any) -> None:
         config.trainer.v1.trainer_mode = "sync"
         super().__init__(config=config)
+
+
+plugin.add_trainers(__name__)

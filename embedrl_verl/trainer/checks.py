@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from embedrl_verl.config import load_embedrl_config
+from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.trainer.checks_async import async_rules, mini_batches
@@ -38,6 +39,7 @@ def check_run_config(config: Any) -> None:
     rules = [
         *async_rules(config),
         *_executor_rules(config),
+        *_model_rules(config, embedder),
         (
             not embedder.train.enable or chosen >= ranks // split,
             f"co-training needs a row for each of the Embedder's {ranks // split} data-parallel ranks; "
@@ -114,6 +116,36 @@ def check_run_config(config: Any) -> None:
     for holds, message in rules:
         if not holds:
             raise ConfigError(message)
+
+
+def _model_rules(config: Any, embedder: EmbedderConfig) -> list[tuple[bool, str]]:
+    """Engines, adapters and attentions that do not go together."""
+    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    attention = model.override_config.get("attn_implementation")
+    split = actor.get("ulysses_sequence_parallel_size", 1)
+    lora, trained = model.get("lora_rank", 0), embedder.train.enable and embedder.train.lora_rank
+    return [
+        (
+            attention == "flash_attention_2" or split == 1,
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size above 1 needs attention=flash_attention_2; "
+            f"got {split} with {attention}",
+        ),
+        (
+            not model.use_remove_padding or attention != "eager",
+            "packed rows (actor_rollout_ref.model.use_remove_padding=True) need attention=torch_varlen, "
+            f"flash_attention_2 or sdpa; got {attention}",
+        ),
+        (
+            not lora or actor.strategy != "fsdp",
+            "adapters need FSDP2: PEFT's do not work under FSDP1. Set actor_rollout_ref.actor.strategy=fsdp2; "
+            f"got fsdp with actor_rollout_ref.model.lora_rank={lora}",
+        ),
+        (
+            not trained or embedder.strategy != "fsdp",
+            "adapters need FSDP2: PEFT's do not work under FSDP1. Set embedrl.embedder.strategy=fsdp2; "
+            f"got fsdp with embedrl.embedder.train.lora_rank={trained}",
+        ),
+    ]
 
 
 def _executor_rules(config: Any) -> list[tuple[bool, str]]:

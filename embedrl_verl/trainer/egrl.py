@@ -45,6 +45,7 @@ from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.embedder.streaming import QueuedVectors
 from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.platforms import plugin
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import dump_name
@@ -386,3 +387,6 @@ class EGRLTrainerSync(EGRLMixin, PPOTrainerSync):  # type: ignore[misc]
     """EG-RL, synchronous: rollout, reward and update of one batch follow one another on the same devices."""
 
     parent_mode = "sync"
+
+
+plugin.add_trainers(__name__)

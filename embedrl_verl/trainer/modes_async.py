@@ -30,6 +30,7 @@ from verl.trainer.ppo.v1 import (
 )
 
 from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.platforms import plugin
 from embedrl_verl.trainer.batch_reward import ScoredRows
 from embedrl_verl.trainer.egrl import EGRLMixin
 from embedrl_verl.trainer.pair_groups import PromptTag, complete_groups, tag_prompts
@@ -194,3 +195,6 @@ class EGRLTrainerSeparateAsync(EGRLAsyncMixin, PPOTrainerSeparateAsync):  # type
             super()._setup()
         finally:
             log.setLevel(level)
+
+
+plugin.add_trainers(__name__)

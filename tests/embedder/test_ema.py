@@ -40,6 +40,21 @@ def test_it_is_the_average_written_out(module):
     assert torch.equal(module[1].weight, own)
 
 
+def test_weights_on_their_way_to_the_cpu_have_arrived_before_they_are_read(module, monkeypatch):
+    """An offload that has not ended is played by the wait for the device, which writes the weights."""
+    shadow = ShadowWeights(module, 0.9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arrived = torch.full_like(module[1].weight, 3.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: module[1].weight.data.copy_(arrived))
+    expected = shadow._shadow[-2].lerp(arrived, 0.1)
+    shadow.update()
+    torch.testing.assert_close(shadow._shadow[-2], expected)
+    module[1].weight.data.zero_()
+    with shadow.in_place():
+        assert not torch.equal(module[1].weight.detach(), arrived)
+    assert torch.equal(module[1].weight.detach(), arrived)
+
+
 def test_own_weights_come_back_after_an_error(module):
     shadow = ShadowWeights(module, 0.9)
     move(module, 1.0)

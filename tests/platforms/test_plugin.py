@@ -55,9 +55,10 @@ def test_without_discovery_nothing_is_registered():
 
 
 @pytest.mark.slow
-def test_trainer_modes_are_registered_when_verls_trainers_are_imported():
+@pytest.mark.parametrize("first", ["verl.trainer.ppo.v1", *plugin.TRAINER_MODULES])
+def test_trainer_modes_are_registered_whichever_module_is_imported_first(first):
     result = python(
-        "from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY as modes\n"
+        f"import {first}\nfrom verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY as modes\n"
         "print(*sorted(name for name in modes if modes[name].__module__.startswith('embedrl_verl.')))"
     )
     assert result.stdout.split() == sorted(plugin.TRAINER_MODES), result.stderr

@@ -45,3 +45,34 @@ def test_a_limit_of_requests_below_the_number_of_those_who_send_is_refused():
     with pytest.raises(ConfigError, match=r"embedrl.embedder.server.limit is shared .* at least 8; got 7"):
         check_run_config(compose([*served, "embedrl.embedder.server.limit=7"]))
     check_run_config(compose([*served, "embedrl.embedder.server.limit=7", "embedrl.embedder.backend=worker"]))
+
+
+LORA = [
+    "embedrl.embedder.train.enable=True",
+    "embedrl.embedder.train.lora_rank=8",
+    "embedrl.embedder.train.lora_alpha=16",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"], "needs attention=flash_attention_2; got 2 with"),
+        (["actor_rollout_ref.model.override_config.attn_implementation=eager"], "packed rows .* got eager"),
+        (["actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.model.lora_rank=8"], "adapters need FSDP2"),
+        (["embedrl.embedder.strategy=fsdp", *LORA], "adapters need FSDP2.*embedder.train.lora_rank=8"),
+    ],
+)
+def test_engine_adapter_and_attention_must_go_together(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check_run_config(compose([*CPU[:2], *overrides]))
+
+
+def test_what_goes_together_passes():
+    for overrides in (
+        ["attention=flash_attention_2", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
+        ["attention=sdpa", "actor_rollout_ref.model.lora_rank=8"],
+        ["embedrl.embedder.strategy=fsdp"],
+        LORA,
+    ):
+        check_run_config(compose([*CPU[:2], *overrides]))
