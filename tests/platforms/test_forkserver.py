@@ -56,6 +56,9 @@ def script(tmp_path):
     return str(tmp_path / "script.py")
 
 
+RAYS_IDS = "import ray._raylet as ray; print(ray.TaskID.for_fake_task(ray.JobID.from_int(1)).hex())"
+
+
 def run(server: ForkServer, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run([server.python, *arguments], text=True, capture_output=True, timeout=100, **options)
 
@@ -96,6 +99,20 @@ def test_it_has_the_callers_arguments_environment_folder_files_and_signals_and_i
     }  # fmt: skip
     assert done.returncode == 7 and done.stderr == "to stderr\n" and done.stdout.endswith("\nbye\n")
     assert told(server, script, tmp_path, 0)[0]["drawn"] != drawn, "two processes draw the same numbers"
+
+
+def test_forked_processes_draw_ids_of_tasks_of_their_own(server, tmp_path):
+    """Two callers whose tasks have one id kill the worker that both call. Actor classes draw at their import."""
+    assert len({run(server, "-c", RAYS_IDS).stdout for _ in range(4)}) == 4
+    (tmp_path / "actors.py").write_text("import ray\n@ray.remote\nclass Actor: pass\n")
+    (tmp_path / "draws.py").write_text("import ray\nray.WorkerID.from_random()\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    started = {name: ForkServer(environment, [name]) for name in ("actors", "draws")}
+    actors, draws = ([run(one, "-c", RAYS_IDS, env=environment) for _ in range(2)] for one in started.values())
+    assert actors[0].stdout != actors[1].stdout and not actors[0].stderr
+    assert all("a new interpreter runs" in one.stderr for one in draws)
+    for one in started.values():
+        one.close()
 
 
 def test_code_modules_and_exceptions_end_as_in_a_new_interpreter(server, tmp_path):

@@ -336,12 +336,48 @@ def _import(modules: list[str]) -> None:
     """One after another. A library that vLLM imports silences the root logger below ERROR, which would silence the
     trainer's process too: the levels of the first import (verl's) stay."""
     levels: dict[Any, int] = {}
+    if modules:
+        _draw_class_ids_elsewhere()
     for name in modules:
         importlib.import_module(name)
         if not levels:
             levels = {logging.root: logging.root.level, **{one: one.level for one in logging.root.handlers}}
     for one, level in levels.items():
         one.setLevel(level)
+
+
+def _draw_class_ids_elsewhere() -> None:
+    """Ray's ids come from a generator in C++ that is seeded when it is first used. Used before a fork, it gives all
+    forked processes the same ids of tasks and objects, and a worker that is sent two tasks of one id dies. What uses it
+    in imports is the decorator of actor classes alone."""
+    import ray.actor
+
+    rays = ray.actor.ActorClassID
+
+    class ActorClassID(rays):  # type: ignore[misc, valid-type]  # no type hints
+        @classmethod
+        def from_random(cls) -> Any:
+            return rays(os.urandom(rays.size()))
+
+    ray.actor.ActorClassID = ActorClassID
+
+
+def _draws_of_two_forks() -> list[bytes]:
+    """What Ray's generator gives in each of two forks of this process."""
+    from ray._raylet import WorkerID
+
+    drawn = []
+    for _ in range(2):
+        from_child, to_parent = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.write(to_parent, WorkerID.from_random().binary())
+            os._exit(0)
+        os.waitpid(process, 0)
+        drawn.append(os.read(from_child, 1024))
+        os.close(from_child)
+        os.close(to_parent)
+    return drawn
 
 
 def main(descriptor: int, folder: str, modules: list[str]) -> None:
@@ -355,6 +391,10 @@ def main(descriptor: int, folder: str, modules: list[str]) -> None:
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise SystemExit(f"a process must have one thread to be forked; the imports have started {threads - 1} more")
+    if "ray" in sys.modules and len(set(_draws_of_two_forks())) != 2:
+        raise SystemExit(
+            "an import has drawn from Ray's generator of ids, so forked processes would draw the same ones"
+        )
     paths = list(sys.path)
     gc.collect()
     gc.freeze()  # pages stay shared
