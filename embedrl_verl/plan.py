@@ -27,6 +27,7 @@ from embedrl_verl.plan_lines import (
     device_lines,
     file_lines,
     is_megatron,
+    needs_lines,
     training_lines,
 )
 from embedrl_verl.trainer.checks_async import replica_size
@@ -174,6 +175,7 @@ def make_plan(config: Any) -> Plan:
         *batch_lines(config, batch),
         *training_lines(config),
         *file_lines(config, batch, section, family),
+        *needs_lines(config),
     )
     return Plan(batch=batch, lines=lines)
 

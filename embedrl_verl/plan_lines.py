@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.platforms.needs import problems
 from embedrl_verl.trainer.checks_async import COLOCATE, SEPARATE, mini_batches, replica_size
 
 if TYPE_CHECKING:
@@ -186,6 +187,14 @@ def file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: st
     lines.append(("media root", "none: media are bytes in the rows" if root is None else _folder(root)))
     lines.append(("checkpoints", str(config.trainer.default_local_dir)))
     return lines
+
+
+def needs_lines(config: Any) -> list[tuple[str, str]]:
+    """What this machine lacks for the run. A plan may be made on another machine, so nothing is refused."""
+    found = problems(config)
+    return [("this machine", "has every package that the run needs" if not found else f"lacks {len(found)}:")] + [
+        ("", line) for line in found
+    ]
 
 
 def _count(number: int, noun: str) -> str:

@@ -40,6 +40,7 @@ def run(config: Any) -> None:
 
     from embedrl_verl.config import load_embedrl_config
     from embedrl_verl.doctor import check_ray_cpus
+    from embedrl_verl.platforms.needs import check_needs
     from embedrl_verl.progress import ProgressLine, metrics_file
     from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
     from embedrl_verl.trainer.judge_config import check_judge
@@ -54,6 +55,7 @@ def run(config: Any) -> None:
         )
     auto_set_device(config)
     check_run_config(config)
+    check_needs(config)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     check_files(config)
     embedrl = load_embedrl_config(config)

@@ -156,7 +156,7 @@ gpu_knobs() {
     REWARD=${REWARD:-$ROOT/reward/$preset.py}
     OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)}
     PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
-    ROLLOUT_TP=${ROLLOUT_TP:-1}
+    ROLLOUT_TP=${ROLLOUT_TP:-1} ATTENTION=${ATTENTION:-torch_varlen}
     MODE=${MODE:-sync} ROLLOUT_NNODES=${ROLLOUT_NNODES:-1} ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$GPUS_PER_NODE}
     case "$MODE" in
         sync | colocate_async) ;;
@@ -195,6 +195,7 @@ gpu_overrides() {
         "reward.custom_reward_function.path='$REWARD'"
         "trainer.nnodes=$NNODES"
         "trainer.n_gpus_per_node=$GPUS_PER_NODE"
+        "attention=$ATTENTION"
         "trainer.experiment_name=$(basename "$0" .sh)"
         "trainer.default_local_dir='$OUT/checkpoints'"
         "trainer.rollout_data_dir='$OUT/rollouts'"
@@ -265,7 +266,8 @@ megatron_overrides() {
             "actor_rollout_ref.$role.megatron.pipeline_model_parallel_size=$pp"
         )
     done
-    OVERRIDES+=("actor_rollout_ref.actor.megatron.param_offload=${OFFLOAD:-False}"
+    OVERRIDES+=(actor_rollout_ref.model.use_fused_kernels=False # Megatron's own, which verl has with another back end
+        "actor_rollout_ref.actor.megatron.param_offload=${OFFLOAD:-False}"
         "actor_rollout_ref.actor.megatron.optimizer_offload=${OFFLOAD:-False}"
         actor_rollout_ref.ref.megatron.param_offload=True)
 }
