@@ -17,17 +17,24 @@ from typing import Any
 from tqdm import tqdm
 
 
-def metrics_file(config: Any) -> Path | None:
-    """Where verl's logger `file` will write this run's metrics; None when that logger is off.
-
-    verl truncates the file at every start. An earlier part is kept as `<name>.<n>` so that resuming loses nothing.
-    """
+def metrics_path(config: Any) -> Path | None:
+    """Where verl's logger `file` writes this run's metrics; None when that logger is off."""
     loggers = config.trainer.logger
     if "file" not in ([loggers] if isinstance(loggers, str) else list(loggers)):
         return None
     named = os.environ.get("VERL_FILE_LOGGER_PATH")
     root = Path(os.path.expanduser(os.environ.get("VERL_FILE_LOGGER_ROOT", ".")))
-    path = Path(named) if named else root / config.trainer.project_name / f"{config.trainer.experiment_name}.jsonl"
+    return Path(named) if named else root / config.trainer.project_name / f"{config.trainer.experiment_name}.jsonl"
+
+
+def metrics_file(config: Any) -> Path | None:
+    """`metrics_path`, made ready for a run.
+
+    verl truncates the file at every start. An earlier part is kept as `<name>.<n>` so that resuming loses nothing.
+    """
+    path = metrics_path(config)
+    if path is None:
+        return None
     if path.is_file() and path.stat().st_size > 0:
         number = 1
         while path.with_name(f"{path.name}.{number}").exists():

@@ -40,6 +40,7 @@ def run(config: Any) -> None:
 
     from embedrl_verl.config import load_embedrl_config
     from embedrl_verl.doctor import check_ray_cpus
+    from embedrl_verl.platforms.cluster import OnThisNode, hand_on_environment, make_paths_absolute
     from embedrl_verl.platforms.needs import check_needs
     from embedrl_verl.progress import ProgressLine, metrics_file
     from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
@@ -54,6 +55,7 @@ def run(config: Any) -> None:
             "Install the package (pip install -e .) and let verl load plugins; `embedrl doctor` says more"
         )
     auto_set_device(config)
+    make_paths_absolute(config)
     check_run_config(config)
     check_needs(config)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
@@ -65,8 +67,9 @@ def run(config: Any) -> None:
         check_judge(embedrl.judge)
     check_ray_cpus(config)
     fork_ray_workers(config)
+    hand_on_environment(config)
     with ProgressLine(metrics_file(config)):
-        run_ppo(config, task_runner_class=TaskRunnerV1)
+        run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
 
 
 def _is_registered(mode: str) -> bool:

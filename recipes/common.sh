@@ -85,6 +85,21 @@ require_gpus() {
     fi
 }
 
+# join_ray ADDRESS RAY...: work in that cluster until its head stops. A failure to join keeps Ray's message and exit code.
+join_ray() {
+    local address=$1 output code=0
+    shift
+    output=$(mktemp)
+    "$@" start --address="$address" --block 2>&1 | tee "$output" || code=$?
+    if grep -q 'Ray runtime started' "$output"; then
+        rm -f "$output"
+        say "Ray has ended on this node (exit code $code): the head has stopped, if nothing above says otherwise"
+        return
+    fi
+    rm -f "$output"
+    fail "$((code ? code : 4))" "this node has not joined $address: see what ray start says above"
+}
+
 # One node: verl starts Ray. Several: join the cluster of RAY_ADDRESS, or make one from NODE_RANK and MASTER_ADDR,
 # with this recipe started on every node; only rank 0 goes on from here.
 start_or_join_ray() {
@@ -104,8 +119,7 @@ start_or_join_ray() {
     local ray=("$PYTHON" -m ray.scripts.scripts)
     if ((NODE_RANK > 0)); then
         say "node $NODE_RANK joins $MASTER_ADDR:$port and works until the head stops"
-        "${ray[@]}" start --address="$MASTER_ADDR:$port" --block ||
-            say "the head has stopped"
+        join_ray "$MASTER_ADDR:$port" "${ray[@]}"
         exit 0
     fi
     say "starting the Ray head on $MASTER_ADDR:$port"
@@ -202,6 +216,7 @@ gpu_overrides() {
         "trainer.validation_data_dir='$OUT/validation'"
         trainer.logger=[console,file]
         trainer.save_freq=50
+        trainer.max_actor_ckpt_to_keep=2
         trainer.test_freq=25
     )
     [[ -z "$MEDIA_ROOT" ]] || OVERRIDES+=("data.media_root='$MEDIA_ROOT'")
@@ -236,14 +251,22 @@ judge_overrides() {
     )
 }
 
+# Weights and optimizer of the actor rest on the CPU between uses where the GPUs are full without: beside Megatron's
+# unsharded gradients, and in separate_async, whose training GPUs hold the Embedder and the copy for the rollout too.
+choose_offload() {
+    local default=False
+    [[ "$1" != megatron && "$MODE" != separate_async ]] || default=True
+    OFFLOAD=${OFFLOAD:-$default}
+}
+
 # FSDP2 actor; the reference model rests on the CPU between uses.
 fsdp_overrides() {
     OVERRIDES+=(
         actor_rollout_ref.actor.strategy=fsdp2
         actor_rollout_ref.ref.strategy=fsdp2
         actor_rollout_ref.ref.fsdp_config.param_offload=True
-        "actor_rollout_ref.actor.fsdp_config.param_offload=${OFFLOAD:-False}"
-        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=${OFFLOAD:-False}"
+        "actor_rollout_ref.actor.fsdp_config.param_offload=$OFFLOAD"
+        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=$OFFLOAD"
     )
 }
 
@@ -266,9 +289,14 @@ megatron_overrides() {
             "actor_rollout_ref.$role.megatron.pipeline_model_parallel_size=$pp"
         )
     done
-    OVERRIDES+=(actor_rollout_ref.model.use_fused_kernels=False # Megatron's own, which verl has with another back end
-        "actor_rollout_ref.actor.megatron.param_offload=${OFFLOAD:-False}"
-        "actor_rollout_ref.actor.megatron.optimizer_offload=${OFFLOAD:-False}"
+    OVERRIDES+=(
+        # Else a micro-batch of 32k tokens keeps 36 GB of activations (TP 2, PP 2), and two are in flight.
+        actor_rollout_ref.actor.megatron.override_transformer_config.recompute_granularity=full
+        actor_rollout_ref.actor.megatron.override_transformer_config.recompute_method=uniform
+        actor_rollout_ref.actor.megatron.override_transformer_config.recompute_num_layers=1
+        actor_rollout_ref.model.use_fused_kernels=False # Megatron's own, which verl has with another back end
+        "actor_rollout_ref.actor.megatron.param_offload=$OFFLOAD"
+        "actor_rollout_ref.actor.megatron.optimizer_offload=$OFFLOAD"
         actor_rollout_ref.ref.megatron.param_offload=True)
 }
 
@@ -291,6 +319,7 @@ run_gpu_recipe() {
     require_gpus
     choose_python
     start_or_join_ray
+    choose_offload "$engine"
     gpu_overrides "$family"
     "${engine}_overrides"
     train "${OVERRIDES[@]}" "$@"

@@ -123,6 +123,11 @@ class TCoTDataset(Dataset[dict[str, Any]]):
             )
         logger.warning(message)
 
+    @property
+    def first_video(self) -> str | None:
+        """Name of the first pair with a video; None without one."""
+        return next((str(one) for one in self._pairs if one.record.query.video or one.record.target.video), None)
+
     def __len__(self) -> int:
         """Prompts: two a pair."""
         return 2 * len(self._pairs)

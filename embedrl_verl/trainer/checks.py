@@ -29,6 +29,7 @@ def check_run_config(config: Any) -> None:
     together = DataSettings.from_config(config.data).pairs_together
     prompts = int(config.data.train_batch_size)
     rollouts = int(config.actor_rollout_ref.rollout.n)
+    pieces = config.data.val_batch_size
     mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     ranks = embedder.nnodes * embedder.n_gpus_per_node or devices
@@ -73,6 +74,11 @@ def check_run_config(config: Any) -> None:
             (mini * rollouts) % devices == 0,
             f"one update has ppo_mini_batch_size x rollout.n = {mini} x {rollouts} = {mini * rollouts} rows, which "
             f"must be divisible by the {devices} devices (trainer.nnodes x trainer.n_gpus_per_node)",
+        ),
+        (
+            pieces is None or (pieces >= 2 and pieces % 2 == 0 and not config.data.validation_shuffle),
+            "data.val_batch_size counts prompts, two for each pair, so it must be even, and data.validation_shuffle "
+            f"False, or null; got {pieces} with data.validation_shuffle={config.data.validation_shuffle}",
         ),
         (
             config.data.get("gen_batch_size") in (None, prompts),
@@ -166,6 +172,24 @@ def _executor_rules(config: Any) -> list[tuple[bool, str]]:
             )
         )
     return rules
+
+
+def refuse_videos_that_megatron_misplaces(config: Any, dataset: Any) -> None:
+    """Megatron-Bridge 0.5 makes the positions of a Qwen2.5-VL video anew, without its frame rate: they are wrong.
+
+    Args:
+        dataset: a `TCoTDataset`.
+
+    Raises:
+        ConfigError: the actor is such a model and the data have a video.
+    """
+    if config.actor_rollout_ref.actor.strategy != "megatron" or dataset.family != "qwen2_5_vl":
+        return
+    if dataset.first_video is not None:
+        raise ConfigError(
+            "actor_rollout_ref.actor.strategy=megatron places the frames of a Qwen2.5-VL video wrongly, and "
+            f"{dataset.first_video} has one. Use the FSDP recipe (run_egrl_qwen2_5vl.sh), or data without videos"
+        )
 
 
 def has_judge(config: Any) -> bool:

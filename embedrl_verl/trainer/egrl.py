@@ -230,6 +230,8 @@ class EGRLMixin(WorkerClassesMixin):
         super()._init_dataloader()  # type: ignore[misc]
         if not isinstance(self.train_dataset, TCoTDataset):
             raise TypeError(f"data.custom_cls must be TCoTDataset or a subclass; got {type(self.train_dataset)}")
+        for dataset in (self.train_dataset, self.val_dataset):
+            checks.refuse_videos_that_megatron_misplaces(self.config, dataset)
         batch_size = self.config.data.train_batch_size
         sampler = PairBatchSampler(
             self.train_dataset,

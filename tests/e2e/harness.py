@@ -56,6 +56,7 @@ def overrides(inputs: Path, folder: Path, *, steps: int, ranks: int = 1) -> list
         f"data.train_files={inputs / 'data' / 'train.parquet'}",
         f"data.val_files={inputs / 'data' / 'heldout.parquet'}",
         "data.train_batch_size=8",
+        "data.val_batch_size=12",
         "data.max_prompt_length=256",
         "data.max_response_length=48",
         "data.seed=1",

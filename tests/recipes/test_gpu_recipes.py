@@ -176,3 +176,33 @@ def test_an_unknown_mode_and_too_few_gpus_for_both_are_refused(tmp_path: Path) -
     several = run_recipe(FSDP[0], path=path, ROLLOUT_NNODES="2", **both)
     assert several.returncode == 2
     assert "MODE=separate_async on several nodes needs a Ray cluster" in several.stderr
+
+
+@pytest.mark.parametrize("name", MEGATRON)
+def test_megatron_recomputes_activations_and_offloads(tmp_path: Path, name: str) -> None:
+    actor = compose(command_of(tmp_path, name)[2:]).actor_rollout_ref.actor.megatron
+    recompute = actor.override_transformer_config
+    assert (recompute.recompute_granularity, recompute.recompute_method, recompute.recompute_num_layers) == (
+        *("full", "uniform"),
+        1,
+    )
+    assert actor.param_offload and actor.optimizer_offload
+
+
+@pytest.mark.parametrize(("mode", "offload"), [("sync", False), ("colocate_async", False), ("separate_async", True)])
+def test_offload_follows_the_mode_unless_it_is_set(tmp_path: Path, mode: str, offload: bool) -> None:
+    for variables, expected in (({}, offload), ({"OFFLOAD": str(not offload)}, not offload)):
+        config = compose(command_of(tmp_path, FSDP[0], MODE=mode, **variables)[2:])
+        assert config.actor_rollout_ref.actor.fsdp_config.param_offload is expected
+
+
+def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    assert compose(command_of(tmp_path, FSDP[0])[2:]).trainer.max_actor_ckpt_to_keep == 2
+
+
+@pytest.mark.parametrize("attention", ["torch_varlen", "flash_attention_2", "sdpa"])
+def test_one_setting_chooses_the_attention_of_actor_reference_and_embedder(tmp_path: Path, attention: str) -> None:
+    config = compose(command_of(tmp_path, FSDP[0], ATTENTION=attention)[2:])
+    model = config.actor_rollout_ref.model
+    assert model.override_config.attn_implementation == config.embedrl.embedder.attn_implementation == attention
+    assert model.use_remove_padding is (attention != "sdpa")

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU platform's rollout servers: one process for engine and model, of one device; a limit that can hold."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan import compose
-from embedrl_verl.trainer.checks import check_run_config
+from embedrl_verl.trainer.checks import check_run_config, refuse_videos_that_megatron_misplaces
 
 CPU = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl", "platform=cpu"]
 BACKEND = "engine_kwargs.vllm.distributed_executor_backend"
@@ -76,3 +79,20 @@ def test_what_goes_together_passes():
         LORA,
     ):
         check_run_config(compose([*CPU[:2], *overrides]))
+
+
+def test_a_validation_is_cut_between_pairs():
+    for overrides in (["data.val_batch_size=3"], ["data.val_batch_size=4", "data.validation_shuffle=True"]):
+        with pytest.raises(ConfigError, match="data.val_batch_size counts prompts, two for each pair"):
+            check_run_config(compose([*CPU[:2], *overrides]))
+    check_run_config(compose([*CPU[:2], "data.val_batch_size=null", "data.validation_shuffle=True"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "video", "refused"), [("qwen2_5_vl", "p7", True), ("qwen2_5_vl", None, False), ("qwen3_vl", "p7", False)]
+)
+def test_videos_that_megatron_misplaces_are_refused(family, video, refused):
+    config = compose([*CPU[:2], "model_engine=megatron", "actor_rollout_ref.actor.strategy=megatron"])
+    data = SimpleNamespace(family=family, first_video=video)
+    with pytest.raises(ConfigError, match="p7 has one") if refused else nullcontext():
+        refuse_videos_that_megatron_misplaces(config, data)

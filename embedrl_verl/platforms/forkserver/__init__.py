@@ -30,6 +30,7 @@ from typing import Any
 
 from omegaconf import open_dict
 
+from embedrl_verl.platforms.cluster import joins_a_cluster
 from embedrl_verl.platforms.forkserver import client, server
 from embedrl_verl.platforms.forkserver.server import PYTHON
 
@@ -156,7 +157,6 @@ def fork_ray_workers(config: Any) -> None:
     """Let Ray start its workers by the server that `PYTHON` names, in a cluster that the run starts itself."""
     ray_init = config.ray_kwargs.ray_init
     runtime_env = ray_init.get("runtime_env") or {}
-    joins_a_cluster = ray_init.get("address") not in (None, "local") or os.environ.get("RAY_ADDRESS")
-    if os.environ.get(PYTHON) and not joins_a_cluster and not runtime_env.get("py_executable"):
+    if os.environ.get(PYTHON) and not joins_a_cluster(config) and not runtime_env.get("py_executable"):
         with open_dict(ray_init):
             ray_init.runtime_env = {**runtime_env, "py_executable": shlex.quote(os.environ[PYTHON])}

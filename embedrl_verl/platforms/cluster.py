@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run whose processes are on several nodes: paths, environment, and where the trainer itself runs.
+
+A worker of a Ray cluster that is joined has the working directory and the environment of its node's `ray start`, not
+those of the person who starts the run. So paths are made absolute, variables that the run's processes read are handed
+on through Ray's runtime environment, and the trainer, which writes metrics and dumps, runs where the run was
+started.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import ListConfig, OmegaConf, open_dict
+
+from embedrl_verl.progress import metrics_path
+
+INPUTS = (
+    "data.train_files",
+    "data.val_files",
+    "data.media_root",
+    "data.custom_cls.path",
+    "actor_rollout_ref.model.path",
+    "actor_rollout_ref.rollout.agent.agent_loop_config_path",
+    "embedrl.embedder.path",
+    "embedrl.embedder.train.anchor_files",
+    "embedrl.embedder.train.lora_adapter_path",
+    "reward.custom_reward_function.path",
+    "reward.reward_model.model_path",
+    "trainer.resume_from_path",
+)
+"""Keys of paths that are read. One that is not there may be a hub id, and stays as it is."""
+OUTPUTS = ("trainer.default_local_dir", "trainer.rollout_data_dir", "trainer.validation_data_dir")
+HANDED_ON = (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_HOME",
+    "TOKENIZERS_PARALLELISM",
+    "VERL_FILE_LOGGER_PATH",
+    "VERL_LOGGING_LEVEL",
+    "VERL_PLATFORM",
+    "VERL_USE_EXTERNAL_MODULES",
+    "VERL_USE_EXTERNAL_PLUGINS",
+)
+"""Variables that processes of a run read, beside those that hold the servers' keys, and WANDB_*."""
+KEY_NAMES = ("embedrl.judge.api_key_env", "embedrl.embedder.server.api_key_env")
+
+
+def make_paths_absolute(config: Any) -> None:
+    """Replace relative paths of the configuration, and of verl's metrics file, by absolute ones, in place."""
+    for key in (*INPUTS, *OUTPUTS):
+        value = OmegaConf.select(config, key)
+        if not value:
+            continue
+        several = isinstance(value, (list, tuple, ListConfig))
+        changed = [_absolute(str(one), written=key in OUTPUTS) for one in (value if several else [value])]
+        OmegaConf.update(config, key, changed if several else changed[0])
+    file = metrics_path(config)
+    if file is not None:
+        os.environ["VERL_FILE_LOGGER_PATH"] = str(file.absolute())
+
+
+def _absolute(path: str, *, written: bool) -> str:
+    if "://" in path:
+        return path
+    local = Path(path).expanduser()
+    return str(local.absolute()) if written or local.exists() else path
+
+
+def joins_a_cluster(config: Any) -> bool:
+    """Whether the run's processes are started by a Ray cluster that is there already."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address(config.ray_kwargs.ray_init.get("address")) is not None  # as ray.init decides
+
+
+def hand_on_environment(config: Any) -> None:
+    """Give the processes on a joined cluster this process's `HANDED_ON` variables, in place; what the configuration
+    sets itself stays."""
+    if not joins_a_cluster(config):
+        return
+    names = {*HANDED_ON, *(name for name in os.environ if name.startswith("WANDB_"))}
+    names |= {OmegaConf.select(config, key) for key in KEY_NAMES} - {None}
+    mine = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    ray_init = config.ray_kwargs.ray_init
+    with open_dict(ray_init):
+        runtime_env = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
+        assert isinstance(runtime_env, dict)
+        ray_init.runtime_env = {**runtime_env, "env_vars": {**mine, **(runtime_env.get("env_vars") or {})}}
+
+
+class OnThisNode:
+    """Stands for verl's TaskRunner class: its actor is started on the node of the process that starts it, if that has
+    room."""
+
+    def __init__(self, task_runner: Any) -> None:
+        self._task_runner = task_runner
+
+    def options(self, **options: Any) -> Any:
+        """As Ray's actor classes have it."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        return self._task_runner.options(scheduling_strategy=here, **options)
+
+    def remote(self, *arguments: Any, **named: Any) -> Any:
+        """As Ray's actor classes have it."""
+        return self.options().remote(*arguments, **named)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a cluster that is joined, the run's processes have the paths and variables of the person who started it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from omegaconf import OmegaConf
+
+from embedrl_verl.plan import compose
+from embedrl_verl.platforms.cluster import hand_on_environment, make_paths_absolute
+
+RUN = ["data.embedrl.family=qwen2_vl", "platform=gpu"]
+JOINED = "+ray_kwargs.ray_init.address=10.0.0.1:6379"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory and none of the variables."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("VERL_FILE_LOGGER_PATH", "VERL_FILE_LOGGER_ROOT", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_relative_paths_become_absolute_and_hub_ids_stay(folder):
+    for name in ("train.parquet", "reward.py"):
+        (folder / name).touch()
+    (folder / "media").mkdir()
+    files = ["data.train_files=[train.parquet,/data/more.parquet]", "data.val_files=train.parquet"]
+    places = ["data.media_root=media", "reward.custom_reward_function.path=reward.py", "trainer.default_local_dir=out"]
+    models = ["actor_rollout_ref.model.path=Qwen/Qwen2-VL-7B-Instruct", "embedrl.embedder.path=media"]
+    config = compose([*RUN, *files, *places, *models])
+    make_paths_absolute(config)
+    assert list(config.data.train_files) == [str(folder / "train.parquet"), "/data/more.parquet"]
+    assert config.data.val_files == str(folder / "train.parquet")
+    assert (config.data.media_root, config.embedrl.embedder.path) == (str(folder / "media"),) * 2
+    assert config.reward.custom_reward_function.path == str(folder / "reward.py")
+    assert config.trainer.default_local_dir == str(folder / "out")
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2-VL-7B-Instruct"
+    assert config.data.custom_cls.path.startswith("pkg://") and config.trainer.rollout_data_dir is None
+
+
+def test_metrics_are_written_where_the_run_was_started(folder):
+    make_paths_absolute(compose([*RUN, "trainer.logger=[console,file]", "trainer.experiment_name=e"]))
+    assert os.environ["VERL_FILE_LOGGER_PATH"] == str(folder / "embedrl" / "e.jsonl")
+
+
+def test_without_verls_file_logger_nothing_is_named():
+    make_paths_absolute(compose([*RUN, "trainer.logger=[console]"]))
+    assert "VERL_FILE_LOGGER_PATH" not in os.environ
+
+
+def test_a_joined_cluster_is_given_the_variables_and_the_configurations_own_win(monkeypatch):
+    values = {"HF_HUB_OFFLINE": "1", "WANDB_PROJECT": "mine", "JUDGE_KEY": "secret", "VERL_LOGGING_LEVEL": "INFO"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SOMETHING_ELSE", "x")
+    own = "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_LOGGING_LEVEL=DEBUG"
+    config = compose([*RUN, JOINED, "embedrl.judge.api_key_env=JUDGE_KEY", own])
+    hand_on_environment(config)
+    given = OmegaConf.to_container(config.ray_kwargs.ray_init.runtime_env.env_vars)
+    assert {name: given.get(name) for name in values} == {**values, "VERL_LOGGING_LEVEL": "DEBUG"}
+    assert "SOMETHING_ELSE" not in given
+
+
+def test_a_cluster_of_the_runs_own_inherits_them(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = compose([*RUN, "+ray_kwargs.ray_init.address=local"])
+    before = OmegaConf.to_container(config.ray_kwargs.ray_init)
+    hand_on_environment(config)
+    assert OmegaConf.to_container(config.ray_kwargs.ray_init) == before
