@@ -74,7 +74,10 @@ def joins_a_cluster(config: Any) -> bool:
     """Whether the run's processes are started by a Ray cluster that is there already."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    return canonicalize_bootstrap_address(config.ray_kwargs.ray_init.get("address")) is not None  # as ray.init decides
+    address = config.ray_kwargs.ray_init.get("address")
+    if (address or os.environ.get("RAY_ADDRESS")) == "auto":
+        return True
+    return canonicalize_bootstrap_address(address) is not None  # as ray.init decides
 
 
 def hand_on_environment(config: Any) -> None:

@@ -7,8 +7,8 @@ parameters with the defaults. Three constraints shape the sizes:
 
 - vLLM's CPU attention wants a head size of 32 or 64 (16 fails at the first forward), so heads = hidden_size / 32;
 - the three sections of M-RoPE must sum to half the head size;
-- the output matrix is not tied to the input embedding, so that FSDP, vLLM's weight loader and verl's weight sync see
-  the same set of parameters.
+- the output matrix is not tied to the input embedding, as in the models of 7B and more; `tied` makes one as the smaller
+  ones have it.
 
 Command: `python -m embedrl_verl.tiny.models --out DIR [--family qwen2_vl] [--seed 0]`.
 """
@@ -62,6 +62,7 @@ def build_tiny_model(
     vision_layers: int = 2,
     max_positions: int = 4096,
     with_emb_token: bool = True,
+    tied: bool = False,
 ) -> Path:
     """Write a complete tiny model folder and return its path.
 
@@ -75,6 +76,7 @@ def build_tiny_model(
         vision_layers: vision layers, at least 1; the last one attends over the whole image.
         max_positions: longest sequence in tokens.
         with_emb_token: give the tokenizer the token `<emb>` (an Embedder needs it, a Reasoner ignores it).
+        tied: the output matrix is the input embedding.
 
     Raises:
         ConfigError: an unknown family, or sizes that break one of the constraints above.
@@ -89,7 +91,8 @@ def build_tiny_model(
         raise ConfigError(f"num_layers and vision_layers must be at least 1; got {num_layers} and {vision_layers}")
     tokenizer = build_tokenizer(with_emb_token=with_emb_token)
     tokenizer.model_max_length = max_positions
-    model = _build_model(family, tokenizer, hidden_size, num_layers, vision_size, vision_layers, max_positions, seed)
+    sizes = (hidden_size, num_layers, vision_size, vision_layers, max_positions)
+    model = _build_model(family, tokenizer, *sizes, seed=seed, tied=tied)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
@@ -105,7 +108,9 @@ def _build_model(
     vision_size: int,
     vision_layers: int,
     max_positions: int,
+    *,
     seed: int,
+    tied: bool,
 ) -> PreTrainedModel:
     def token_id(token: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(token))
@@ -132,7 +137,7 @@ def _build_model(
         "video_token_id": token_id("<|video_pad|>"),
         "vision_start_token_id": token_id("<|vision_start|>"),
         "vision_end_token_id": token_id("<|vision_end|>"),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
     }
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [2, 6, 8]}
     with torch.random.fork_rng(devices=[]):

@@ -132,7 +132,7 @@ def run(
     The output, stderr included, is in `out_dir / "log.txt"`; RuntimeError carries its end when the run fails.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    build_tiny_model(out_dir / "model")
+    build_tiny_model(out_dir / "model", tied=True)  # weights that two modules share reach vLLM
     write_prompts(out_dir / "train.parquet", rows=12, lengths=lengths)
     forked = f"ray_kwargs.ray_init.runtime_env.py_executable={python()}"
     command = [python(), "-m", "verl.trainer.main_ppo", *overrides(out_dir, steps, ranks), forked, *extra]

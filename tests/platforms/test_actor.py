@@ -19,7 +19,7 @@ from tests import processes
 from tests.embedder.inputs import LIMITS, mixed_inputs
 from tests.platforms.actor_ranks import weights_of
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl tied")
 SCRIPT = Path(__file__).with_name("actor_ranks.py")
 Rows = dict[str, list[Encoded]]
 Run = dict[tuple[str, str], dict[str, Any]]
@@ -43,9 +43,10 @@ def run_ranks(checkpoint: Path, rows: Rows, ranks: int) -> Run:
     return torch.load(out, weights_only=True)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("actor") / request.param, family=request.param)
+    family, *tied = request.param.split()
+    return build_tiny_model(tmp_path_factory.mktemp("actor") / family, family=family, tied=bool(tied))
 
 
 @pytest.fixture(scope="module")
