@@ -39,13 +39,16 @@ HANDED_ON = (
     "TRANSFORMERS_OFFLINE",
     "HF_HOME",
     "TOKENIZERS_PARALLELISM",
+    "TORCH_COMPILE_DISABLE",
     "VERL_FILE_LOGGER_PATH",
     "VERL_LOGGING_LEVEL",
     "VERL_PLATFORM",
     "VERL_USE_EXTERNAL_MODULES",
     "VERL_USE_EXTERNAL_PLUGINS",
 )
-"""Variables that processes of a run read, beside those that hold the servers' keys, and WANDB_*."""
+"""Variables that processes of a run read, beside those that hold the servers' keys and those of `PREFIXES`."""
+PREFIXES = ("VLLM_", "WANDB_")
+OF_A_NODE = ("VLLM_HOST_IP", "VLLM_PORT")
 KEY_NAMES = ("embedrl.judge.api_key_env", "embedrl.embedder.server.api_key_env")
 
 
@@ -85,7 +88,7 @@ def hand_on_environment(config: Any) -> None:
     sets itself stays."""
     if not joins_a_cluster(config):
         return
-    names = {*HANDED_ON, *(name for name in os.environ if name.startswith("WANDB_"))}
+    names = {*HANDED_ON, *(name for name in os.environ if name.startswith(PREFIXES))} - {*OF_A_NODE}
     names |= {OmegaConf.select(config, key) for key in KEY_NAMES} - {None}
     mine = {name: os.environ[name] for name in sorted(names) if name in os.environ}
     ray_init = config.ray_kwargs.ray_init

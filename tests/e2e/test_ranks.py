@@ -16,8 +16,12 @@ ROWS, STEPS = 8 * 4, 2
 
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
-    """Two agent-loop workers, micro-batches of about one row, and rollouts that all have one length."""
+    """Two agent-loop workers, micro-batches of one row to three, and rollouts that all have one length.
+
+    So micro-batches of a rank have no media, images or a video while those of the other have something else.
+    """
     extra = ["actor_rollout_ref.rollout.agent.num_workers=2", "embedrl.embedder.max_tokens_per_gpu=64"]
+    extra += ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=304"]  # the least that holds the longest row
     extra += ["actor_rollout_ref.rollout.ignore_eos=True"]
     run = harness.run(inputs, tmp_path_factory.mktemp("two"), extra, steps=STEPS, ranks=2)
     assert run.code == 0, run.output[-6000:]
