@@ -263,9 +263,10 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Retrieval metrics of a validation pass: Hit@1 and NDCG@ndcg_k."""
+    """Retrieval metrics of a validation pass: Hit@1 and NDCG@ndcg_k, and whether the best checkpoint is kept."""
 
     ndcg_k: int = 5
+    keep_best: bool = True
 
     def __post_init__(self) -> None:
         _require(self.ndcg_k >= 1, "validation.ndcg_k", "1 or more", self.ndcg_k)

@@ -59,6 +59,7 @@ from embedrl_verl.trainer.batch_reward import (
     score_rows,
     write_scores,
 )
+from embedrl_verl.trainer.best import keep_if_best
 from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkpoint
 from embedrl_verl.trainer.judging import JudgeStage
@@ -340,6 +341,12 @@ class EGRLMixin(WorkerClassesMixin):
         retrieval = self._validation.metrics()
         self._last_scores = card_scores(retrieval)
         metrics.update(retrieval)
+        if self.embedrl.validation.keep_best and "val-core/all/hit@1" in retrieval:
+            folder = self.config.trainer.default_local_dir
+            if keep_if_best(folder, self.global_steps, retrieval["val-core/all/hit@1"]):
+                logger.warning(
+                    "EG-RL: step %d has the best validation so far, kept in %s/best", self.global_steps, folder
+                )
         return metrics
 
     def _dump_generations(
