@@ -40,7 +40,7 @@ def run(config: Any) -> None:
 
     from embedrl_verl.config import load_embedrl_config
     from embedrl_verl.doctor import check_ray_cpus
-    from embedrl_verl.platforms.cluster import OnThisNode, hand_on_environment, make_paths_absolute
+    from embedrl_verl.platforms.cluster import OnThisNode, join_cluster, make_paths_absolute
     from embedrl_verl.platforms.needs import check_needs
     from embedrl_verl.progress import ProgressLine, metrics_file
     from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
@@ -67,7 +67,7 @@ def run(config: Any) -> None:
         check_judge(embedrl.judge)
     check_ray_cpus(config)
     fork_ray_workers(config)
-    hand_on_environment(config)
+    join_cluster(config)
     with ProgressLine(metrics_file(config)):
         run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
 

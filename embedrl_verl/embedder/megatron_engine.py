@@ -46,7 +46,7 @@ try:
 except ImportError as error:
     raise ConfigError(
         f"the Embedder's strategy megatron needs megatron-core and megatron-bridge, which cannot be imported: {error}. "
-        "Use verl's image or `pip install embedrl-verl[megatron]`, or choose fsdp2"
+        "Use verl's image, or choose fsdp2"
     ) from error
 
 

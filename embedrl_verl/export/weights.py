@@ -102,7 +102,8 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+            # A checkpoint's configuration may name the attention of the run.
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     except ValueError as error:
         raise ConfigError(f"{config.model_type} has no generation class for images and text: {error}") from error
     model.tie_weights()

@@ -9,12 +9,14 @@ started.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import ListConfig, OmegaConf, open_dict
+from omegaconf import ListConfig, OmegaConf
 
+from embedrl_verl.platforms.versions import VERL_VERSION, require_version
 from embedrl_verl.progress import metrics_path
 
 INPUTS = (
@@ -23,6 +25,9 @@ INPUTS = (
     "data.media_root",
     "data.custom_cls.path",
     "actor_rollout_ref.model.path",
+    "actor_rollout_ref.model.hf_config_path",
+    "actor_rollout_ref.model.lora_adapter_path",
+    "actor_rollout_ref.model.tokenizer_path",
     "actor_rollout_ref.rollout.agent.agent_loop_config_path",
     "embedrl.embedder.path",
     "embedrl.embedder.train.anchor_files",
@@ -33,21 +38,9 @@ INPUTS = (
 )
 """Keys of paths that are read. One that is not there may be a hub id, and stays as it is."""
 OUTPUTS = ("trainer.default_local_dir", "trainer.rollout_data_dir", "trainer.validation_data_dir")
-HANDED_ON = (
-    "HF_HUB_OFFLINE",
-    "HF_DATASETS_OFFLINE",
-    "TRANSFORMERS_OFFLINE",
-    "HF_HOME",
-    "TOKENIZERS_PARALLELISM",
-    "TORCH_COMPILE_DISABLE",
-    "VERL_FILE_LOGGER_PATH",
-    "VERL_LOGGING_LEVEL",
-    "VERL_PLATFORM",
-    "VERL_USE_EXTERNAL_MODULES",
-    "VERL_USE_EXTERNAL_PLUGINS",
-)
-"""Variables that processes of a run read, beside those that hold the servers' keys and those of `PREFIXES`."""
-PREFIXES = ("VLLM_", "WANDB_")
+HANDED_ON = ("TOKENIZERS_PARALLELISM", "TORCH_COMPILE_DISABLE", "TRANSFORMERS_OFFLINE")
+PREFIXES = ("HF_", "VERL_", "VLLM_", "WANDB_")
+"""Variables that processes of a run read, beside those that hold the servers' keys."""
 OF_A_NODE = ("VLLM_HOST_IP", "VLLM_PORT")
 KEY_NAMES = ("embedrl.judge.api_key_env", "embedrl.embedder.server.api_key_env")
 
@@ -83,19 +76,40 @@ def joins_a_cluster(config: Any) -> bool:
     return canonicalize_bootstrap_address(address) is not None  # as ray.init decides
 
 
-def hand_on_environment(config: Any) -> None:
-    """Give the processes on a joined cluster this process's `HANDED_ON` variables, in place; what the configuration
-    sets itself stays."""
+def variables_to_hand_on(config: Any) -> dict[str, str]:
+    """Variables of this process that the run's processes on other nodes need.
+
+    Without those that the job was submitted with: they are everywhere, and Ray refuses to be given them again.
+    """
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    names = {*HANDED_ON, *(name for name in os.environ if name.startswith(PREFIXES))}
+    names |= {OmegaConf.select(config, key) for key in KEY_NAMES} - {None}
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
+    given = {*OF_A_NODE, *((job.get("runtime_env") or {}).get("env_vars") or {})}
+    return {name: os.environ[name] for name in sorted(names - given) if name in os.environ}
+
+
+def join_cluster(config: Any) -> None:
+    """Connect to the cluster as verl 0.9.1's `run_ppo` would, which does not once this has: with the variables beside.
+
+    They are not put into the configuration, which verl prints and hands to its loggers: there are keys among them.
+    """
     if not joins_a_cluster(config):
         return
-    names = {*HANDED_ON, *(name for name in os.environ if name.startswith(PREFIXES))} - {*OF_A_NODE}
-    names |= {OmegaConf.select(config, key) for key in KEY_NAMES} - {None}
-    mine = {name: os.environ[name] for name in sorted(names) if name in os.environ}
-    ray_init = config.ray_kwargs.ray_init
-    with open_dict(ray_init):
-        runtime_env = OmegaConf.to_container(ray_init.get("runtime_env") or OmegaConf.create({}), resolve=True)
-        assert isinstance(runtime_env, dict)
-        ray_init.runtime_env = {**runtime_env, "env_vars": {**mine, **(runtime_env.get("env_vars") or {})}}
+    import ray
+    import verl
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    require_version("verl", verl.__version__, VERL_VERSION, "joining a Ray cluster")
+    default = get_ppo_ray_runtime_env(config)
+    given = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
+    assert isinstance(given, dict)
+    own = given.pop("runtime_env", None) or {}
+    variables = {**default.get("env_vars", {}), **variables_to_hand_on(config), **(own.get("env_vars") or {})}
+    if config.transfer_queue.enable:
+        variables["TRANSFER_QUEUE_ENABLE"] = "1"
+    ray.init(**given, runtime_env={**default, **own, "env_vars": variables})
 
 
 class OnThisNode:
@@ -110,7 +124,8 @@ class OnThisNode:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        node = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
         return self._task_runner.options(scheduling_strategy=here, **options)
 
     def remote(self, *arguments: Any, **named: Any) -> Any:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from embedrl_verl.errors import ResourceError
 from embedrl_verl.platforms import varlen
+from embedrl_verl.platforms.cluster import joins_a_cluster
 from embedrl_verl.platforms.versions import TRANSFORMERS_VERSION, VLLM_VERSION, installed_version
 
 TORCH_VERSION = "2.11.0"
@@ -145,7 +146,8 @@ def driver_problem() -> str | None:
     drivers = listed.stdout.split()
     if listed.returncode or not drivers:
         return None
-    if int(drivers[0].split(".")[0]) < MIN_DRIVER:
+    major = drivers[0].split(".")[0]
+    if major.isdigit() and int(major) < MIN_DRIVER:
         return (
             f"NVIDIA's driver must be {MIN_DRIVER} or newer for torch {torch.__version__} with CUDA 13; found "
             f"{drivers[0]}. Update the driver, or use a container with NVIDIA's forward-compatibility package"
@@ -162,7 +164,7 @@ def problems(config: Any) -> list[str]:
     """What this machine lacks for a run configuration, one line each."""
     on_cpu = str(config.trainer.device) == "cpu"
     lines = [need.problem() for need, asks in table(on_cpu=on_cpu) if asks(config)]
-    if not on_cpu:
+    if not on_cpu and not joins_a_cluster(config):  # the driver of a cluster may have no GPU
         lines.append(driver_problem())
     return [line for line in lines if line is not None]
 

@@ -10,6 +10,7 @@ import functools
 import importlib
 from typing import Any
 
+from embedrl_verl.errors import ConfigError
 from embedrl_verl.platforms.ports import some_ports
 from embedrl_verl.platforms.versions import (
     TRANSFORMERS_VERSION,
@@ -183,6 +184,11 @@ def _fused_forward(
         shift_labels = (input_ids if labels is None else labels).roll(-1, dims=-1)
     fused = FusedLinearForPPO(impl_backend=self._verl_fused_kernels_backend)
     head = self.lm_head
+    if hasattr(head, "base_layer"):
+        raise ConfigError(
+            "fused log-probs leave out an adapter on lm_head; set actor_rollout_ref.model.use_fused_kernels=False, or "
+            "leave lm_head out of actor_rollout_ref.model.target_modules"
+        )
     head.forward = lambda hidden: fused(hidden, head.weight, shift_labels, temperature)
     try:
         log_probs, entropy = head(outputs[0])

@@ -57,6 +57,9 @@ class NestedPositionIdsTrainingWorker(TrainingWorker):
         patches.keep_attention_of_transformers()
         patches.run_the_vision_model_once()
         patches.compute_log_probs_in_the_head()
+        # verl sets what it overrides as a plain attribute too, which every checkpoint's config.json would then have: no
+        # other process could load one that names an attention of this package.
+        vars(config.model_config.hf_config).pop("attn_implementation", None)
         init_cpu_process_group()
         super().__init__(config)
 

@@ -78,7 +78,8 @@ def attend(
         (1, T, heads, D), and no weights.
 
     Raises:
-        ConfigError: what only padded batches have (a mask, several sequences, a cache of keys), dropout, a window.
+        ConfigError: what only padded batches have (a mask, several sequences, a cache of keys), dropout, a window; or
+            rows that do not cover the sequence (a part of it, under sequence parallelism).
     """
     for name, found, allowed in (
         ("attention mask", attention_mask is not None, False),
@@ -94,8 +95,17 @@ def attend(
             )
     causal = module.is_causal if is_causal is None else is_causal
     rows = rows_of(position_ids, cu_seq_lens_q, query)
-    if query.is_cuda and query.dtype in _KERNEL_DTYPES:
-        return _by_kernel(query, key, value, rows, causal, scaling)[None], None
+    if sum(rows.lengths) != query.shape[2]:
+        raise ConfigError(
+            f"attention {NAME}: rows must cover the {query.shape[2]} tokens; they have {sum(rows.lengths)}. Under "
+            "sequence parallelism use attention=flash_attention_2"
+        )
+    if query.is_cuda:
+        if query.dtype in _KERNEL_DTYPES:
+            return _by_kernel(query, key, value, rows, causal, scaling)[None], None
+        # In float32, grouped keys would go through the kernel that keeps all scores.
+        groups = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
     parts = zip(*(tensor.split(rows.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     results = [
         functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=True)
@@ -118,7 +128,7 @@ def rows_of(positions: torch.Tensor | None, bounds: torch.Tensor | None, query: 
         if bounds is None:
             starts = (source.reshape(-1) == 0).nonzero().reshape(-1)
             bounds = torch.cat((starts, starts.new_tensor([source.numel()])))
-        bounds = bounds.to(torch.int32)
+        bounds = bounds.to(torch.int32).detach()  # not `source` itself, which is to hold it
         known = Rows(bounds, bounds.diff().tolist())
         setattr(source, _KNOWN, known)
     return known

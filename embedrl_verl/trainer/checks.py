@@ -128,12 +128,13 @@ def _model_rules(config: Any, embedder: EmbedderConfig) -> list[tuple[bool, str]
     """Engines, adapters and attentions that do not go together."""
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
     attention = model.override_config.get("attn_implementation")
-    split = actor.get("ulysses_sequence_parallel_size", 1)
+    engines = [one for role in (actor, config.actor_rollout_ref.ref) for one in (role, role.get("fsdp_config", {}))]
+    split = max(int(one.get("ulysses_sequence_parallel_size", 1) or 1) for one in engines)
     lora, trained = model.get("lora_rank", 0), embedder.train.enable and embedder.train.lora_rank
     return [
         (
             attention == "flash_attention_2" or split == 1,
-            "actor_rollout_ref.actor.ulysses_sequence_parallel_size above 1 needs attention=flash_attention_2; "
+            "ulysses_sequence_parallel_size above 1 (of actor or ref) needs attention=flash_attention_2; "
             f"got {split} with {attention}",
         ),
         (

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from embedrl_verl.rewards import total_reward
 from tests.e2e import scenario
@@ -155,6 +156,13 @@ def test_the_embedder_is_co_trained_on_devices_of_its_own_with_an_average_for_th
     assert moved > 1e-4
     closest = min((shadow - norm).abs().max() for shadow in average["shadow"] if shadow.shape == norm.shape)
     assert 0 < closest < moved, "the average lies between the beginning and the weights"
+
+
+def test_a_checkpoint_can_be_read_by_processes_that_do_not_know_the_runs_attention(run):
+    for role in ("actor", "embedder"):
+        folder = run.folder / "checkpoints" / f"global_step_{SAVED}" / role / "huggingface"
+        assert "attn_implementation" not in json.loads((folder / "config.json").read_text())
+        AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
 
 
 def test_a_run_resumes_where_it_stopped_with_the_same_rollouts_and_rewards(long, inputs):

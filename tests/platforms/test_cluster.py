@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
 from embedrl_verl.plan import compose
-from embedrl_verl.platforms.cluster import hand_on_environment, make_paths_absolute
+from embedrl_verl.platforms.cluster import OnThisNode, join_cluster, make_paths_absolute
 
 RUN = ["data.embedrl.family=qwen2_vl", "platform=gpu"]
 JOINED = "+ray_kwargs.ray_init.address=10.0.0.1:6379"
@@ -52,23 +53,55 @@ def test_without_verls_file_logger_nothing_is_named():
     assert "VERL_FILE_LOGGER_PATH" not in os.environ
 
 
-def test_a_joined_cluster_is_given_the_variables_and_the_configurations_own_win(monkeypatch):
-    values = {"HF_HUB_OFFLINE": "1", "WANDB_PROJECT": "mine", "JUDGE_KEY": "secret", "VERL_LOGGING_LEVEL": "INFO"}
+@pytest.fixture
+def joined(monkeypatch) -> dict:
+    """What `ray.init` is given."""
+    given: dict = {}
+    monkeypatch.setattr("ray.init", lambda **options: given.update(options))
+    return given
+
+
+def test_a_joined_cluster_is_given_the_variables_and_the_configurations_own_win(monkeypatch, joined):
+    values = {"HF_HUB_OFFLINE": "1", "WANDB_API_KEY": "secret", "JUDGE_KEY": "secret", "VERL_LOGGING_LEVEL": "INFO"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SOMETHING_ELSE", "x")
     monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.7")
     own = "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_LOGGING_LEVEL=DEBUG"
     config = compose([*RUN, JOINED, "embedrl.judge.api_key_env=JUDGE_KEY", own])
-    hand_on_environment(config)
-    given = OmegaConf.to_container(config.ray_kwargs.ray_init.runtime_env.env_vars)
+    join_cluster(config)
+    given = joined["runtime_env"]["env_vars"]
     assert {name: given.get(name) for name in values} == {**values, "VERL_LOGGING_LEVEL": "DEBUG"}
+    assert joined["address"] == "10.0.0.1:6379" and "TOKENIZERS_PARALLELISM" in given  # one of verl's own
     assert not {"SOMETHING_ELSE", "VLLM_HOST_IP"} & given.keys()
 
 
-def test_a_cluster_of_the_runs_own_inherits_them(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = compose([*RUN, "+ray_kwargs.ray_init.address=local"])
-    before = OmegaConf.to_container(config.ray_kwargs.ray_init)
-    hand_on_environment(config)
-    assert OmegaConf.to_container(config.ray_kwargs.ray_init) == before
+def test_keys_are_not_in_the_configuration_which_verl_prints_and_logs(monkeypatch, joined):
+    monkeypatch.setenv("WANDB_API_KEY", "very secret")
+    config = compose([*RUN, JOINED])
+    join_cluster(config)
+    assert joined["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "very secret"
+    assert "very secret" not in OmegaConf.to_yaml(config)
+
+
+def test_variables_that_a_job_was_submitted_with_are_not_given_again(monkeypatch, joined):
+    """Ray refuses to merge them, equal or not."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"HF_HOME": "/shared"}}}')
+    monkeypatch.setenv("HF_HOME", "/shared")
+    join_cluster(compose([*RUN, JOINED]))
+    assert "HF_HOME" not in joined["runtime_env"]["env_vars"]
+
+
+def test_a_cluster_of_the_runs_own_is_left_to_verl(joined):
+    join_cluster(compose([*RUN, "+ray_kwargs.ray_init.address=local"]))
+    assert not joined
+
+
+def test_the_trainer_is_started_on_the_node_of_the_driver(monkeypatch):
+    asked: dict = {}
+    node = "ab" * 28
+    runner = SimpleNamespace(options=lambda **options: asked.update(options) or SimpleNamespace(remote=lambda: "actor"))
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node))
+    assert OnThisNode(runner).remote() == "actor"
+    where = asked["scheduling_strategy"]
+    assert (where.node_id, where.soft, where._spill_on_unavailable) == (node, True, True)

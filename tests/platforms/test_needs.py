@@ -14,6 +14,7 @@ from embedrl_verl.platforms.needs import GPU_LINE, check_needs, problems
 from tests import processes
 
 GPU = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl", "platform=gpu", "trainer.device=cuda"]
+GPU += ["+ray_kwargs.ray_init.address=local"]
 SEPARATE = ["actor_rollout_ref.hybrid_engine=False", "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl"]
 MEGATRON = ["model_engine=megatron", "actor_rollout_ref.actor.strategy=megatron"]
 SENTENCE = ["embedrl.embedder.backend=sentence_transformers"]

@@ -72,6 +72,14 @@ def test_the_kernel_is_asked_for_the_same_rows(monkeypatch):
         torch.testing.assert_close(out, own[0])
 
 
+@pytest.mark.parametrize("positions", [POSITIONS[:, 1:], 5 + POSITIONS[:, 4:]])
+def test_a_part_of_the_rows_is_refused(positions):
+    """As a rank has it under sequence parallelism."""
+    part = [one[:, :, : positions.shape[1]] for one in tensors()]
+    with pytest.raises(ConfigError, match=r"rows must cover the \d+ tokens; they have"):
+        varlen.attend(LAYER, *part, None, position_ids=positions)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -149,11 +149,15 @@ def test_prompts_are_fetched_by_groups_in_blocks_of_one_mini_batch(queue, monkey
     """16 prompts a step in 4 mini-batches: 4 prompts of one source follow one another, and are fetched pair by pair."""
 
     def as_verl(trainer):
-        trainer.train_dataset, trainer.total_training_steps = _Prompts(), None
+        trainer.train_dataset = trainer.val_dataset = _Prompts()
+        trainer.total_training_steps = None
 
     monkeypatch.setattr(verls.PPOTrainer, "_init_dataloader", as_verl)
     trainer = trainer_of(EGRLTrainerSeparateAsync, batch=16, mini_batches=4)
-    actor, run = {"optim": {"total_training_steps": None}}, {"total_training_steps": None, "total_epochs": 3}
+    actor, run = (
+        {"optim": {"total_training_steps": None}, "strategy": "fsdp2"},
+        {"total_training_steps": None, "total_epochs": 3},
+    )
     trainer.config = OmegaConf.merge(trainer.config, {"actor_rollout_ref": {"actor": actor}, "trainer": run})
     trainer.config.data.update({"gen_batch_size": 1, "dataloader_num_workers": 0, "seed": 0})
     trainer._init_dataloader()

@@ -61,6 +61,8 @@ LORA = [
     ("overrides", "message"),
     [
         (["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"], "needs attention=flash_attention_2; got 2 with"),
+        (["actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=4"], "flash_attention_2; got 4 with"),
+        (["actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2"], "flash_attention_2; got 2 with"),
         (["actor_rollout_ref.model.override_config.attn_implementation=eager"], "packed rows .* got eager"),
         (["actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.model.lora_rank=8"], "adapters need FSDP2"),
         (["embedrl.embedder.strategy=fsdp", *LORA], "adapters need FSDP2.*embedder.train.lora_rank=8"),
