@@ -48,6 +48,16 @@ def test_shards_of_1_and_2_ranks_come_out_bit_for_bit_in_their_dtype(ranks, run_
     assert not [path for path in written.folder.parent.iterdir() if path != written.folder]
 
 
+def test_a_checkpoint_whose_configuration_names_an_unknown_attention_is_exported(run_copy, tmp_path):
+    """verl writes the run's attention into config.json; this process may not know it."""
+    run = run_copy("1")
+    file = run / "actor" / "huggingface" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attn_implementation": "of_the_run"}))
+    written = export_checkpoint(run / "actor", tmp_path / "out")
+    assert_same_bits(written.folder, expected_of(run))
+    assert "of_the_run" not in (written.folder / "config.json").read_text()
+
+
 def test_a_checkpoint_with_only_huggingface_weights_is_the_same(run_copy, tmp_path):
     run = run_copy("2")
     for shard in (run / "actor").glob("*.pt"):
