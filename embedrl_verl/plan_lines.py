@@ -36,6 +36,10 @@ def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[
         here = torch.cuda.device_count()
         known = "as here" if nodes == 1 and here == per_node else f"simulated: this machine has {here}"
         devices = f"{nodes} x {per_node} = {batch.devices} GPUs ({known})"
+        if config.trainer.v1.trainer_mode == SEPARATE:
+            rollout = config.actor_rollout_ref.rollout
+            own = int(rollout.nnodes) * int(rollout.n_gpus_per_node)
+            devices += f" for training, {own} for rollouts: {batch.devices + own} in all"
         unit = "GPU"
     if is_megatron(config):
         mesh = actor.megatron

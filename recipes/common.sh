@@ -172,6 +172,14 @@ gpu_knobs() {
     PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
     ROLLOUT_TP=${ROLLOUT_TP:-1} ATTENTION=${ATTENTION:-torch_varlen}
     MODE=${MODE:-sync} ROLLOUT_NNODES=${ROLLOUT_NNODES:-1} ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$GPUS_PER_NODE}
+    case "$ATTENTION" in
+        torch_varlen | flash_attention_2 | sdpa) ;;
+        *) fail 2 "ATTENTION must be torch_varlen, flash_attention_2 or sdpa; got $ATTENTION" ;;
+    esac
+    case "${OFFLOAD:-True}" in
+        True | False) ;;
+        *) fail 2 "OFFLOAD must be True or False; got $OFFLOAD" ;;
+    esac
     case "$MODE" in
         sync | colocate_async) ;;
         separate_async)

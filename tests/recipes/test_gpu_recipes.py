@@ -206,3 +206,21 @@ def test_one_setting_chooses_the_attention_of_actor_reference_and_embedder(tmp_p
     model = config.actor_rollout_ref.model
     assert model.override_config.attn_implementation == config.embedrl.embedder.attn_implementation == attention
     assert model.use_remove_padding is (attention != "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("OFFLOAD=yes", "OFFLOAD must be True or False; got yes"),
+        ("ATTENTION=flash", "ATTENTION must be torch_varlen, flash_attention_2 or sdpa; got flash"),
+    ],
+)
+def test_a_knob_with_another_value_is_refused_with_the_choices(tmp_path: Path, variable: str, message: str) -> None:
+    name, value = variable.split("=")
+    result = run_recipe(FSDP[0], DRY_RUN="1", PYTHON=sys.executable, **{name: value})
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_a_plan_counts_the_gpus_of_separate_rollouts(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, FSDP[0], MODE="separate_async", GPUS_PER_NODE="4")
+    assert "for training, 4 for rollouts: 8 in all" in str(plan)
