@@ -55,7 +55,7 @@ def test_without_discovery_nothing_is_registered():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["verl.trainer.ppo.v1", *plugin.TRAINER_MODULES])
+@pytest.mark.parametrize("first", ["verl.trainer.ppo.v1", *plugin.TRAINER_MODULES[:2]])
 def test_trainer_modes_are_registered_whichever_module_is_imported_first(first):
     result = python(
         f"import {first}\nfrom verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY as modes\n"

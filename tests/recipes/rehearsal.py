@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 
 def pretend_h100() -> None:
@@ -64,8 +65,18 @@ def pretend_h100() -> None:
     platforms._current_platform = H100()
 
 
+_ENGINES: dict[str, dict[str, Any]] = {}
+
+
 def engine_of(rollout: Any, model: Any, gpus: int) -> dict[str, Any]:
-    """What vLLM makes of the arguments of verl's server for a rollout section."""
+    """What vLLM makes of the arguments of verl's server for a rollout section; made once for equal sections."""
+    key = f"{OmegaConf.to_yaml(rollout, resolve=True)}{OmegaConf.to_yaml(model, resolve=True)}{gpus}"
+    if key not in _ENGINES:
+        _ENGINES[key] = _make_engine(rollout, model, gpus)
+    return _ENGINES[key]
+
+
+def _make_engine(rollout: Any, model: Any, gpus: int) -> dict[str, Any]:
     import ray
     from verl.workers.rollout.replica import RolloutMode
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
