@@ -58,9 +58,8 @@ def package_findings(*, on_cpu: bool) -> list[Finding]:
         if need.package.startswith("vllm") or need.module.startswith("torch."):
             continue  # has a line of its own, is part of another
         name, problem = need.package.split("|")[0], need.problem()
-        found = next((one for one in map(installed_version, need.package.split("|")) if one), "installed")
         if need.reason == "every run" or problem is None:
-            lines.append(Finding(name, problem or found, ok=problem is None))
+            lines.append(Finding(name, problem or str(need.installed()), ok=problem is None))
         else:
             lines.append(Finding(name, f"not installed: for {need.reason}"))
     return lines

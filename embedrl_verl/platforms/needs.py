@@ -49,15 +49,19 @@ class Need:
     reason: str
     install: str
 
+    def installed(self) -> str | None:
+        """Its version here, of the first alternative that is installed; None without one."""
+        return next((one for one in map(installed_version, self.package.split("|")) if one is not None), None)
+
     def problem(self) -> str | None:
         """What is wrong with it here; None if nothing is."""
-        found = [version for name in self.package.split("|") if (version := installed_version(name)) is not None]
-        if not found or not _can_be_found(self.module):
+        found = self.installed()
+        if found is None or not _can_be_found(self.module):
             what = f"{self.module} ({self.package.replace('|', ' or ')})"
             return f"{what} is not installed; {self.reason} needs it. Install it: {self.install}"
-        if self.version is not None and found[0].partition("+")[0] != self.version:
+        if self.version is not None and found.partition("+")[0] != self.version:
             return (
-                f"{self.package.split('|')[0]} must be {self.version}; found {found[0]}; {self.reason} needs it. "
+                f"{self.package.split('|')[0]} must be {self.version}; found {found}; {self.reason} needs it. "
                 f"Install it: {self.install}"
             )
         return None
