@@ -30,6 +30,7 @@ from embedrl_verl.plan_lines import (
     needs_lines,
     training_lines,
 )
+from embedrl_verl.plan_memory import memory_lines
 from embedrl_verl.trainer.checks_async import replica_size
 
 # Model types that Megatron-Bridge, the weight converter of verl 0.9.1's Megatron engine, can load.
@@ -174,6 +175,7 @@ def make_plan(config: Any) -> Plan:
         *device_lines(config, batch, section),
         *batch_lines(config, batch),
         *training_lines(config),
+        *memory_lines(config, batch, section),
         *file_lines(config, batch, section, family),
         *needs_lines(config),
     )

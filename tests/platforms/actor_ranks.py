@@ -70,14 +70,12 @@ def build(checkpoint: str, overrides: list[str]) -> Any:
     return worker
 
 
-def run_case(worker: Any, rows: list[Encoded]) -> dict[str, Any]:
-    """Log-probs without gradients, then loss and gradients of the same rows."""
-    from torch.distributed.tensor import DTensor
+def batch_of(worker: Any, rows: list[Encoded]) -> Any:
+    """The rows as verl's trainer gives them to an engine; every token counts."""
     from verl.utils import tensordict_utils as tu
 
     from embedrl_verl.embedder.engine import tensordict_of
 
-    engine = worker.engine
     data = tensordict_of(rows)
     settings = {
         "temperature": 1.0,
@@ -90,6 +88,14 @@ def run_case(worker: Any, rows: list[Encoded]) -> dict[str, Any]:
     tu.assign_non_tensor(data, **settings)
     everywhere = [torch.ones_like(row.input_ids) for row in rows]
     data["loss_mask"] = torch.nested.as_nested_tensor(everywhere, layout=torch.jagged)
+    return data
+
+
+def run_case(worker: Any, rows: list[Encoded]) -> dict[str, Any]:
+    """Log-probs without gradients, then loss and gradients of the same rows."""
+    from torch.distributed.tensor import DTensor
+
+    engine, data = worker.engine, batch_of(worker, rows)
     with engine.eval_mode():
         log_probs = engine.infer_batch(data)["model_output"]["log_probs"]
     with engine.train_mode():
