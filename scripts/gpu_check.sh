@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# What this project assumes of a GPU, measured on one in at most fifteen minutes: eight stages of at most 150 s, each
+# with a line of verdict and a JSON of figures in OUT. Nothing is downloaded or installed; a stage that lacks a package
+# says so. The first stage needs torch only, the next ones transformers, the last ones verl and vLLM.
+#
+#   bash scripts/gpu_check.sh                    # all stages, into benchmarks/results/gpu
+#   bash scripts/gpu_check.sh attention width    # some
+#   DEVICE=cpu OUT=/tmp/check bash scripts/gpu_check.sh    # the same code at small sizes, without a GPU
+#
+# PYTHON names the interpreter (python3), GPU_CHECK_SITE a folder of packages that it lacks.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$ROOT/benchmarks:$ROOT${GPU_CHECK_SITE:+:$GPU_CHECK_SITE}${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python3}" -m gpu_check --device "${DEVICE:-cuda}" --out "${OUT:-$ROOT/benchmarks/results/gpu}" "$@"
