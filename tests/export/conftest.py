@@ -15,18 +15,23 @@ from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.tiny.models import build_tiny_model
 
 SCRIPT = Path(__file__).with_name("save_shards.py")
-RUNS = {"1": ["--ranks", "1", "--dtype", "bfloat16"], "2": ["--ranks", "2"], "lora": ["--ranks", "2", "--lora"]}
+RUNS = {
+    "1": ["--ranks", "1", "--dtype", "bfloat16"],
+    "2": ["--ranks", "2"],
+    "tied": ["--ranks", "2"],
+    "lora": ["--ranks", "2", "--lora"],
+}
 
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`run_folder("1" | "2" | "lora")`: what `save_shards.py` wrote on 1 (bfloat16) or 2 ranks."""
+    """`run_folder("1" | "2" | "tied" | "lora")`: what `save_shards.py` wrote on 1 (bfloat16) or 2 ranks."""
     root = tmp_path_factory.mktemp("runs")
 
     def make(name: str) -> Path:
         out = root / name
         if not (out / "expected.pt").exists():
-            model = build_tiny_model(root / "model")
+            model = build_tiny_model(root / f"model of {name}", tied=name == "tied")
             done = subprocess.run(
                 [python(), str(SCRIPT), str(model), str(out), *RUNS[name]],
                 env={**os.environ, "VERL_PLATFORM": "cpu"},

@@ -48,6 +48,20 @@ def test_shards_of_1_and_2_ranks_come_out_bit_for_bit_in_their_dtype(ranks, run_
     assert not [path for path in written.folder.parent.iterdir() if path != written.folder]
 
 
+def test_a_tied_output_matrix_is_the_trained_embedding_after_loading(run_folder, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    run = run_folder("tied")
+    written = export_checkpoint(run / "actor", tmp_path / "out")
+    loaded, loading = AutoModelForImageTextToText.from_pretrained(written.folder, output_loading_info=True)
+    expected = expected_of(run)
+    assert torch.equal(expected["lm_head.weight"], expected["model.language_model.embed_tokens.weight"])
+    assert not any(loading.values()) and loaded.config.tie_word_embeddings
+    assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+    found = loaded.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], one) for name, one in expected.items())
+
+
 def test_a_checkpoint_whose_configuration_names_an_unknown_attention_is_exported(run_copy, tmp_path):
     """verl writes the run's attention into config.json; this process may not know it."""
     run = run_copy("1")
