@@ -12,7 +12,7 @@ from embedrl_verl.rewards.metrics import batch_metrics
 from embedrl_verl.rewards.outcome import Accuracy, OutcomeReward, Retrieval, outcome_reward
 from embedrl_verl.rewards.presets import NO_JUDGE, PAPER, PUBLIC_CODE, RewardConfig
 from embedrl_verl.rewards.ranks import Ranks, positive_ranks
-from embedrl_verl.rewards.total import fill_with_group_mean, total_reward
+from embedrl_verl.rewards.total import partly_known, total_reward
 
 __all__ = [
     "NO_JUDGE",
@@ -28,8 +28,8 @@ __all__ = [
     "RewardConfig",
     "Side",
     "batch_metrics",
-    "fill_with_group_mean",
     "outcome_reward",
+    "partly_known",
     "positive_ranks",
     "similarity_matrix",
     "total_reward",

@@ -10,8 +10,9 @@
 `public_code` has the weights of the published code with its row errors mended; a right pick of the judge is never a
 penalty (there, a negative margin made it one).
 
-Unknown terms: a row without embedding is unknown as a whole (NaN). A row whose pair has no partner left gets its other
-terms. A row that the judge could not answer gets the mean of its group's answers, which moves no advantage.
+Unknown terms: a row without embedding is unknown as a whole (NaN), and so is a row that the judge could not answer
+while it answered others of its group: their rewards have a term more. Where a whole group has a term unknown (a silent
+judge, a pair without partner) its rows are compared by the others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards.batch import RewardBatch
 from embedrl_verl.rewards.outcome import ACCURACIES, Accuracy
-from embedrl_verl.rewards.total import ALPHA, BETA, GAMMA, fill_with_group_mean, total_reward
+from embedrl_verl.rewards.total import ALPHA, BETA, GAMMA, partly_known, total_reward
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def row_scores(
     """
     if process is None:
         process = torch.full_like(outcome, torch.nan)
-    process = fill_with_group_mean(process, batch.groups())
+    unknown = ~batch.valid
+    if config.beta > 0:
+        unknown = unknown | partly_known(process, batch.groups())
     score = total_reward(format, process, outcome, alpha=config.alpha, beta=config.beta, gamma=config.gamma)
-    return score.masked_fill(~batch.valid, torch.nan)
+    return score.masked_fill(unknown, torch.nan)

@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from embedrl_verl.rewards.exact import snap_
-
 # Defaults of the paper (eq. 5, supplement B.2).
 ALPHA, BETA, GAMMA = 0.05, 0.8, 0.2
 
@@ -56,22 +54,15 @@ def total_reward(
 
 
 @torch.no_grad()
-def fill_with_group_mean(term: Tensor, group: Tensor) -> Tensor:
-    """Give an unknown value the mean of its group's known values, so that it moves no advantage of GRPO.
+def partly_known(term: Tensor, group: Tensor) -> Tensor:
+    """(N,) bool: the term is unknown here and known of another row of the group.
 
-    A plain sum would turn "unknown" into 0, which for the process term is a miss.
+    Such a row cannot be compared with the others of its group: with the term left out, or filled with their mean, it
+    would move their advantages.
 
     Args:
-        term: (N,) float in [-2, 2], NaN = unknown.
+        term: (N,) float, NaN = unknown.
         group: (N,) int, rows of one prompt share an id.
-
-    Returns:
-        (N,) of the same dtype; NaN only where the whole group is unknown.
     """
-    ids = torch.unique(group, return_inverse=True)[1]
     known = ~term.isnan()
-    values = snap_(term[known].to(torch.float64, copy=True), 4 * term.numel())
-    size = int(ids.max()) + 1 if ids.numel() else 0
-    total = torch.zeros(size, dtype=torch.float64, device=term.device).index_add_(0, ids[known], values)
-    mean = total / torch.bincount(ids[known], minlength=size)  # 0 / 0: NaN
-    return torch.where(known, term, mean[ids].to(term.dtype))
+    return ~known & torch.isin(group, group[known])

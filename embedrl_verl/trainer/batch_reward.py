@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.rewards import Judge, RewardBatch, batch_metrics, fill_with_group_mean
+from embedrl_verl.rewards import Judge, RewardBatch, batch_metrics
 from embedrl_verl.rewards.dump import write_reward_dump
 from embedrl_verl.tcot import TCoT, parse_tcot
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO, raw_key
@@ -203,16 +203,18 @@ def score_rows(
     raw_uids = _uids_with_raw_input(rows) if raw else []
     embeddings, raw_embeddings = torch.empty(0), None
     if present:
-        keys = [rows[i].key for i in present]
-        vectors, failed = embed_rows([*keys, *map(raw_key, raw_uids)], EMBED_PARTITION)
-        failures.update({present[j]: reason for j, reason in failed.items() if j < len(present)})
+        first = _first_of_equal(rows, present)
+        firsts = sorted(set(first.values()))
+        vectors, failed = embed_rows([*(rows[i].key for i in firsts), *map(raw_key, raw_uids)], EMBED_PARTITION)
+        place = {i: number for number, i in enumerate(firsts)}
+        failures.update({i: failed[place[first[i]]] for i in present if place[first[i]] in failed})
         embeddings = torch.full((len(rows), vectors.shape[1]), float("nan"), dtype=torch.float32)
-        embeddings[torch.tensor(present)] = vectors[: len(present)].float()
+        embeddings[present] = vectors[[place[first[i]] for i in present]].float()
         if raw:
             raw_embeddings = torch.full_like(embeddings, float("nan"))
-            place = {uid: len(present) + i for i, uid in enumerate(raw_uids)}
-            with_raw = [i for i, row in enumerate(rows) if row.uid in place]
-            raw_embeddings[with_raw] = vectors[[place[rows[i].uid] for i in with_raw]].float()
+            raw_place = {uid: len(firsts) + i for i, uid in enumerate(raw_uids)}
+            with_raw = [i for i, row in enumerate(rows) if row.uid in raw_place]
+            raw_embeddings[with_raw] = vectors[[raw_place[rows[i].uid] for i in with_raw]].float()
     embed_s = time.perf_counter() - start
     _check_failures(rows, failures, max_failed_share, expected_rows)
 
@@ -240,6 +242,16 @@ def score_rows(
     metrics["timing_s/reward_embed"] = embed_s
     metrics["timing_s/reward_score"] = time.perf_counter() - start
     return ScoredRows(rows, batch, embeddings, failures, parts, metrics)
+
+
+def _first_of_equal(rows: Sequence[Row], present: Sequence[int]) -> dict[int, int]:
+    """For each row the first one of its prompt that says the same, word for word.
+
+    Both have the same input for the Embedder. Embedded apart, their vectors could differ by the rounding of their
+    micro-batches, and GRPO would make advantages of it.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    return {i: seen.setdefault((rows[i].uid, rows[i].tcot.text), i) for i in present}
 
 
 def _uids_with_raw_input(rows: list[Row]) -> list[str]:
@@ -282,31 +294,35 @@ def check_scores(scored: ScoredRows, function: str) -> None:
 
 
 def write_scores(scored: ScoredRows, partition_id: str, *, training: bool) -> None:
-    """Put `rm_scores` (the reward on the last response token), and mask unknown rows out of training.
+    """Put `rm_scores` (the reward on the last response token), and take unknown rows out of training.
 
-    An unknown row gets the mean of its group's known rewards, so that it does not shift the others' advantages, and a
-    zero response mask, so that it has no gradient itself.
+    An unknown row has a zero response mask, so that it has no gradient, and a group of its own, so that the advantages
+    of the others are those of the known rows. So has a row that is the only known one of its group: it has nothing to
+    be compared with. As `rm_scores` an unknown row has the mean of the known ones of its group (else of the batch), for
+    verl's own means.
     """
     rows, score = scored.rows, scored.parts["score"]
-    groups = {uid: number for number, uid in enumerate(sorted({row.uid for row in rows}))}
-    filled = fill_with_group_mean(score, torch.tensor([groups[row.uid] for row in rows]))
-    filled = filled.nan_to_num(nan=0.0)  # a group that is unknown as a whole: every row is masked below
+    known = score.isfinite().tolist()
+    uids = Counter(row.uid for row, is_known in zip(rows, known, strict=True) if is_known)
+    stand_in = _means(rows, score)
     values = []
-    for row, value in zip(rows, filled.tolist(), strict=True):
+    for row, value, is_known in zip(rows, score.tolist(), known, strict=True):
         tokens = torch.zeros(row.response_tokens)
-        tokens[-1:] = value
+        tokens[-1:] = value if is_known else stand_in(row)
         values.append(tokens)
     fields: dict[str, Any] = {"rm_scores": torch.nested.as_nested_tensor(values, layout=torch.jagged)}
     if training:
         tq.kv_batch_put(keys=[r.key for r in rows], partition_id=partition_id, fields=tu.get_tensordict(fields))
-        unknown = [row for row, value in zip(rows, score.tolist(), strict=True) if value != value]
-        if unknown:
-            zeros = [torch.zeros(row.response_tokens, dtype=torch.int64) for row in unknown]
+        apart = [row for row, is_known in zip(rows, known, strict=True) if not is_known or uids[row.uid] < 2]
+        scored.metrics["embedrl/rows_without_advantage"] = float(len(apart))
+        if apart:
+            zeros = [torch.zeros(row.response_tokens, dtype=torch.int64) for row in apart]
             masks = torch.nested.as_nested_tensor(zeros, layout=torch.jagged)
+            keys = [row.key for row in apart]
             tq.kv_batch_put(
-                keys=[row.key for row in unknown],
+                keys=keys,
                 partition_id=partition_id,
-                fields=tu.get_tensordict({"response_mask": masks, "loss_mask": masks.clone()}),
+                fields=tu.get_tensordict({"response_mask": masks, "loss_mask": masks.clone(), "uid": keys}),
             )
         return
     # Validation reads its per-row numbers from extra_fields["reward_extra_info"]; an unknown number is left out.
@@ -317,6 +333,21 @@ def write_scores(scored: ScoredRows, partition_id: str, *, training: bool) -> No
         extra["reward_extra_info"] = {name: value for name, value in numbers.items() if value is not None}
     fields["extra_fields"] = extras
     tq.kv_batch_put(keys=[row.key for row in rows], partition_id=partition_id, fields=tu.get_tensordict(fields))
+
+
+def _means(rows: Sequence[Row], score: torch.Tensor) -> Callable[[Row], float]:
+    """The mean score of a row's group, else of all rows, else 0."""
+    known = [(row.uid, value) for row, value in zip(rows, score.tolist(), strict=True) if value == value]
+    groups: dict[str, list[float]] = {}
+    for uid, value in known:
+        groups.setdefault(uid, []).append(value)
+    everywhere = [value for _, value in known] or [0.0]
+
+    def mean(row: Row) -> float:
+        values = groups.get(row.uid, everywhere)
+        return sum(values) / len(values)
+
+    return mean
 
 
 def clear_embed_rows(uids: set[str]) -> None:

@@ -105,12 +105,19 @@ def test_beta_zero_needs_no_judge():
     torch.testing.assert_close(parts["score"], 0.05 * parts["format"] + 0.2 * parts["outcome"])
 
 
-def test_the_pick_of_a_silent_judge_is_no_miss():
-    """Row 1 shares its group with row 0: its unknown pick is worth the group's mean, not 0."""
-    silent = _score("paper", picks=[1.0, NAN, *PICKS[2:]])
-    assert silent["process"].isnan().tolist() == [False, True] + [False] * 6
-    hit = _score("paper", picks=[1.0, 1.0, *PICKS[2:]])
-    assert silent["score"].equal(hit["score"])
+@pytest.mark.parametrize("name", ["paper", "public_code"])
+def test_a_row_without_the_judges_answer_is_unknown_beside_rows_that_have_one(name):
+    """Row 1 shares its group with row 0. The others' rewards are what they would be with any answer to row 1."""
+    silent = _score(name, picks=[1.0, NAN, *PICKS[2:]])
+    only_it = [False, True] + [False] * 6
+    assert silent["process"].isnan().tolist() == silent["score"].isnan().tolist() == only_it
+    hit = _score(name, picks=[1.0, 1.0, *PICKS[2:]])
+    assert silent["score"].nan_to_num(nan=float(hit["score"][1])).equal(hit["score"])
+
+
+def test_a_group_without_any_answer_of_the_judge_is_compared_by_the_other_terms():
+    gone = _score("paper", picks=[NAN, NAN, *PICKS[2:]])
+    torch.testing.assert_close(gone["score"][:2], (0.05 * gone["format"] + 0.2 * gone["outcome"])[:2])
     gone = _score("paper", picks=[NAN] * 8)
     torch.testing.assert_close(gone["score"], 0.05 * gone["format"] + 0.2 * gone["outcome"])
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import embedrl_verl.rewards.functions as functions
+from embedrl_verl.rewards import partly_known
 from embedrl_verl.rewards.contract import call_reward_function
 from embedrl_verl.rewards.functions import NEEDS
 from embedrl_verl.rewards.functions.length_shaped import BASES
@@ -63,11 +64,15 @@ def test_swapping_the_sides_changes_no_row(name, kwargs, load, make_rows):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "constant"])
-def test_exactly_the_rows_without_embedding_are_unknown_as_a_whole(name, load, make_rows):
+def test_exactly_the_rows_without_embedding_or_the_judges_answer_are_unknown(name, load, make_rows):
     rows = make_rows(failed=0.0)
     valid = torch.ones(len(rows.arguments["side"]), dtype=torch.bool).index_fill(0, torch.tensor([3, 30]), False)
-    score = load(name)(rows.batch(valid=valid))["score"]
-    assert score.isnan().equal(~valid)
+    batch = rows.batch(valid=valid)
+    parts = load(name)(batch)
+    score, unknown = parts["score"], ~valid
+    if "process" in parts:
+        unknown = unknown | partly_known(parts["process"], batch.groups())
+    assert score.isnan().equal(unknown)
     changed = rows.arguments["embeddings"].index_fill(0, torch.tensor([3, 30]), torch.nan)
     again = load(name)(rows.batch(embeddings=changed, valid=None))["score"]
     assert again.nan_to_num(9).equal(score.nan_to_num(9))

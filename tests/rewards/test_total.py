@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from embedrl_verl.rewards import fill_with_group_mean, total_reward
+from embedrl_verl.rewards import partly_known, total_reward
 
 NAN = math.nan
 
@@ -43,21 +43,10 @@ def test_wrong_input_is_refused():
         total_reward(torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=-1)
 
 
-def test_an_unknown_term_gets_the_mean_of_its_group_and_moves_no_advantage():
-    term = torch.tensor([1.0, 0.0, NAN, 1.0, NAN, NAN])
-    group = torch.tensor([5, 5, 5, 2, 2, 9])
-    filled = fill_with_group_mean(term, group)
-    assert filled[:5].tolist() == [1.0, 0.0, 0.5, 1.0, 1.0]
-    assert filled[5].isnan()
-    assert fill_with_group_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
-
-
-def test_filling_does_not_depend_on_the_order_of_the_rows():
-    generator = torch.Generator().manual_seed(0)
-    group = torch.arange(6).repeat_interleave(8)
-    term = torch.rand(48, generator=generator)
-    term[torch.rand(48, generator=generator) < 0.3] = NAN
-    filled = fill_with_group_mean(term, group)
-    for _ in range(50):
-        order = torch.randperm(48, generator=generator)
-        assert fill_with_group_mean(term[order], group[order]).equal(filled[order])
+def test_a_term_is_partly_known_where_only_others_of_the_group_have_it():
+    term = torch.tensor([1.0, 0.0, NAN, 1.0, NAN, NAN, NAN])
+    group = torch.tensor([5, 5, 5, 2, 2, 9, 9])
+    assert partly_known(term, group).tolist() == [False, False, True, False, True, False, False]
+    order = torch.tensor([6, 3, 0, 5, 2, 4, 1])
+    assert partly_known(term[order], group[order]).equal(partly_known(term, group)[order])
+    assert partly_known(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)

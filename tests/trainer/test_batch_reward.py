@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reward stage counts failures and never turns one into a number."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -23,7 +25,7 @@ def _rows(pairs=2, rollouts=2, failures=()):
             for session in range(rollouts):
                 key = f"uid{pair}{side}_{session}_0"
                 failure = "image missing" if key in failures else None
-                tcot = parse_tcot(WELL_FORMED)
+                tcot = parse_tcot(WELL_FORMED.replace("Yes", f"Yes {session}"))
                 rows.append(Row(key, f"p{pair}", side, session, pair, "text_keywords", "s", tcot, 0, 0, 0, failure, 5))
     return rows
 
@@ -63,6 +65,31 @@ def test_a_failed_row_is_unknown_and_is_not_embedded():
     assert scored.failures == {1: "image missing"}
     assert scored.describe(1)["reward"] == {"score": None}
     assert scored.describe(0)["side"] == "query"
+
+
+def test_equal_rollouts_of_a_prompt_are_embedded_once_and_have_one_vector_and_one_fate():
+    """The Embedder's vectors of equal rows differ here from call to call, as those of other micro-batches would."""
+    rows = _rows(pairs=2, rollouts=3)
+    rows[1] = replace(rows[1], tcot=rows[0].tcot)
+    rows[9] = replace(rows[9], tcot=rows[10].tcot)  # the second and the third of a prompt
+    noise = torch.Generator().manual_seed(0)
+
+    def embed(keys, partition_id):
+        vectors, failed = _FakeEmbedder(bad=(rows[9].key,))(keys, partition_id)
+        return vectors + 1e-3 * torch.randn(vectors.shape, generator=noise), failed
+
+    scored = score_rows(rows, embed, _margin, max_failed_share=0.5, expected_rows=12)
+    same = [scored.embeddings[i].equal(scored.embeddings[0]) for i in range(3)]
+    assert same == [True, True, False]
+    assert sorted(scored.failures) == [9, 10]
+    assert scored.embeddings[[9, 10]].isnan().all() and not scored.embeddings[11].isnan().any()
+
+
+def test_equal_words_under_another_prompt_are_another_row():
+    rows = _rows(pairs=2, rollouts=1)
+    embedder = _FakeEmbedder()
+    score_rows(rows, embedder, _margin, max_failed_share=0.0, expected_rows=4)
+    assert embedder.asked == [row.key for row in rows]
 
 
 def test_rows_that_fail_in_the_embedder_are_unknown_too():
