@@ -57,7 +57,7 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         max_samples: prompts to use (two a pair), drawn by `seed` if `shuffle` is on, else the first; -1 for all.
 
     Attributes:
-        pair_sources: data source of each pair.
+        pair_sources, pair_ids, contents: data source, id and content of the target of each pair.
         overlong: pairs left out, with the tokens of the sides that are too long.
         fingerprint: hash of the pairs in order.
 
@@ -95,8 +95,9 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         kept = [(pair, found) for pair, found in zip(pairs, facts, strict=True) if str(pair) not in self.overlong]
         self._pairs = [pair for pair, _ in kept]
         self._file_frames = [found.file_frames for _, found in kept]
-        self._contents = [content_id(pair.record, self.media_root) for pair in self._pairs]
+        self.contents = [content_id(pair.record, self.media_root) for pair in self._pairs]
         self.pair_sources = [pair.record.data_source for pair in self._pairs]
+        self.pair_ids = [pair.record.pair_id for pair in self._pairs]
         names = "\n".join(f"{pair.record.data_source}\t{pair.record.pair_id}" for pair in self._pairs)
         self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
 
@@ -157,7 +158,7 @@ class TCoTDataset(Dataset[dict[str, Any]]):
             "extra_info": {"index": index, "pair_id": record.pair_id, "side": side},
             "embedrl_pair_id": record.pair_id,
             "embedrl_side": side,
-            "embedrl_content": self._contents[index // 2],
+            "embedrl_content": self.contents[index // 2],
             "embedrl_kind": kind,
             "embedrl_required": EVIDENCE_KEY_OF_KIND[kind],
             "embedrl_row": f"{pair.file}:{pair.row}",

@@ -69,7 +69,7 @@ from embedrl_verl.trainer.training_record import (
     write_embedder_record_for_export,
     write_reasoner_record,
 )
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores
+from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores, roster
 
 logger = logging.getLogger(__name__)
 
@@ -329,6 +329,7 @@ class EGRLMixin(WorkerClassesMixin):
                         row.session,
                         row.content,
                         None if i in scored.failures else scored.embeddings[i],
+                        row.pair_id,
                     )
                     for i, row in enumerate(scored.rows)
                 ]
@@ -338,7 +339,16 @@ class EGRLMixin(WorkerClassesMixin):
 
     def _validate(self) -> dict[str, float]:
         metrics = dict(super()._validate())  # type: ignore[misc]
-        retrieval = self._validation.metrics()
+        expected = roster(self.val_dataset, int(self.config.actor_rollout_ref.rollout.val_kwargs.n))
+        retrieval = self._validation.metrics(expected)
+        failed = sum(value for name, value in retrieval.items() if name.endswith("/failed_rows"))
+        if failed:
+            logger.warning(
+                "EG-RL: %d of %d rows of the validation have no vector (their rollout or their embedding has failed); "
+                "they count as not retrieved (val-aux/<source>/failed_rows)",
+                failed,
+                len(expected),
+            )
         self._last_scores = card_scores(retrieval)
         metrics.update(retrieval)
         if self.embedrl.validation.keep_best and "val-core/all/hit@1" in retrieval:
@@ -347,6 +357,24 @@ class EGRLMixin(WorkerClassesMixin):
                 logger.warning(
                     "EG-RL: step %d has the best validation so far, kept in %s/best", self.global_steps, folder
                 )
+        return metrics
+
+    def _val_metrics_update(
+        self,
+        data_sources: Any,
+        sample_uids: Any,
+        reward_extra_infos_dict: dict[str, list[Any]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """verl's means over the rows that have a reward: an unknown one is no reward of 0."""
+        known = reward_extra_infos_dict.get("score")
+        if known is not None:
+            rewards = zip(reward_extra_infos_dict["reward"], known, strict=True)
+            reward_extra_infos_dict["reward"] = [None if score is None else reward for reward, score in rewards]
+        metrics: dict[str, float] = super()._val_metrics_update(  # type: ignore[misc]
+            data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs
+        )
         return metrics
 
     def _dump_generations(

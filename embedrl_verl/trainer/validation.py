@@ -3,14 +3,17 @@
 
 verl validates in batches and averages per-row numbers; retrieval is a property of the whole set. The reward stage adds
 its rows here, and after verl's own pass the trainer asks for Hit@1 and NDCG@k. Targets with the same content are
-all relevant. A query whose embedding failed counts as not retrieved, and the failures are reported beside.
+all relevant. A row without a vector (its rollout or its embedding has failed) counts as not retrieved, and such rows
+are reported beside.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
 
 import torch
 
@@ -19,13 +22,16 @@ from embedrl_verl.evaluation.metrics import hit_at_k, ndcg_at_k
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """One embedded T-CoT: `session` counts the rollouts of a prompt from 0; `embedding` is (D,) float32 or None."""
+    """One embedded T-CoT: `session` counts the rollouts of a prompt from 0; `embedding` is (D,) float32 or None. `pair`
+    names the prompt, with the side, among those of its source.
+    """
 
     source: str
     side: int
     session: int
     content: int
     embedding: torch.Tensor | None
+    pair: str = ""
 
 
 class RetrievalValidation:
@@ -39,17 +45,22 @@ class RetrievalValidation:
         """Add the rows of one validation batch."""
         self._rows.extend(rows)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, expected: Iterable[ValidationRow] = ()) -> dict[str, float]:
         """Scores of everything added, and forget it.
 
+        Args:
+            expected: the rows that a complete pass has; those of them that were not added count as failed.
+
         Returns:
-            `val-core/<source>/hit@1` and `.../ndcg@k` in [0, 1] for every data source, the plain mean over sources
-            under `val-core/all/...`, and `val-aux/<source>/failed_rows`. With several rollouts a prompt the metrics are
-            averaged over them. Empty when there are no rows.
+            `val-core/<source>/hit@1` and `.../ndcg@k` in [0, 1] for every data source (as `metric_name` has it), the
+            plain mean over sources under `val-core/all/...`, and `val-aux/<source>/failed_rows`. With several rollouts
+            a prompt the metrics are averaged over them. Empty when there are no rows.
         """
+        known = {_identity(row) for row in self._rows}
+        rows = [*self._rows, *(row for row in expected if _identity(row) not in known)]
         by_source: dict[str, list[ValidationRow]] = defaultdict(list)
-        for row in self._rows:
-            by_source[row.source].append(row)
+        for row in rows:
+            by_source[metric_name(row.source)].append(row)
         self._rows = []
         result: dict[str, float] = {}
         means: dict[str, list[float]] = defaultdict(list)
@@ -71,12 +82,39 @@ class RetrievalValidation:
         names = ("hit@1", f"ndcg@{self._ndcg_k}")
         if not queries or not targets:
             return dict.fromkeys(names, 0.0)
-        similarity = _stack(queries) @ _stack(targets).T
+        width = next((row.embedding.numel() for row in rows if row.embedding is not None), 1)
+        similarity = _stack(queries, width) @ _stack(targets, width).T
         relevant = _contents(queries)[:, None] == _contents(targets)[None, :]
         return {
             names[0]: float(hit_at_k(similarity, relevant, 1)),
             names[1]: float(ndcg_at_k(similarity, relevant, self._ndcg_k)),
         }
+
+
+def _identity(row: ValidationRow) -> tuple[str, int, int, str]:
+    return row.source, row.side, row.session, row.pair
+
+
+def roster(dataset: Any, sessions: int) -> list[ValidationRow]:
+    """A row without vector for each rollout that a complete validation has.
+
+    Args:
+        dataset: a `TCoTDataset`.
+        sessions: rollouts of a prompt.
+    """
+    pairs = zip(dataset.pair_sources, dataset.pair_ids, dataset.contents, strict=True)
+    return [
+        ValidationRow(source, side, session, content, None, pair_id)
+        for source, pair_id, content in pairs
+        for side in (0, 1)
+        for session in range(sessions)
+    ]
+
+
+def metric_name(source: str) -> str:
+    """A data source as a part of a metric's name: `all` is the mean over sources, and a slash ends a part."""
+    quoted = source.replace("%", "%25").replace("/", "%2F")
+    return "%61ll" if quoted == "all" else quoted
 
 
 def card_scores(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -86,7 +124,8 @@ def card_scores(metrics: Mapping[str, float]) -> dict[str, float]:
         kind, *rest = name.removeprefix("raw/").split("/")
         if kind == "val-core" and len(rest) == 2:
             source, metric = rest
-            scores[f"{metric} ({source}{', raw input' if name.startswith('raw/') else ''})"] = float(value)
+            named = "all" if source == "all" else repr(unquote(source)) if unquote(source) == "all" else unquote(source)
+            scores[f"{metric} ({named}{', raw input' if name.startswith('raw/') else ''})"] = float(value)
     return scores
 
 
@@ -94,8 +133,7 @@ def _contents(rows: list[ValidationRow]) -> torch.Tensor:
     return torch.tensor([row.content for row in rows], dtype=torch.int64)
 
 
-def _stack(rows: list[ValidationRow]) -> torch.Tensor:
-    """(rows, D) float32; a failed row is NaN, which the metrics count as not retrieved."""
-    width = next((row.embedding.numel() for row in rows if row.embedding is not None), 1)
+def _stack(rows: list[ValidationRow], width: int) -> torch.Tensor:
+    """(rows, width) float32; a failed row is NaN, which the metrics count as not retrieved."""
     missing = torch.full((width,), float("nan"))
     return torch.stack([missing if row.embedding is None else row.embedding.float() for row in rows])

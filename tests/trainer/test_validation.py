@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation metrics see the whole set, not its batches."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores
+from embedrl_verl.trainer.egrl import EGRLTrainerSync
+from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores, metric_name, roster
 
 
 def _row(source, side, content, vector, session=0):
@@ -52,6 +56,73 @@ def test_a_failed_embedding_is_a_miss_and_is_reported():
     assert metrics["val-aux/a/failed_rows"] == 1.0
     assert metrics["val-core/b/hit@1"] == 1.0
     assert metrics["val-core/all/hit@1"] == 0.75
+
+
+def _complete(queries, sessions=1):
+    """A set of four pairs, of which queries 0 and 1 find their target and 2 and 3 another one; and its roster."""
+    unit, rows = torch.eye(4), []
+    for i in range(4):
+        for session in range(sessions):
+            rows.append(ValidationRow("a", 0, session, i, unit[i] if i < 2 else unit[(i + 1) % 4], f"p{i}"))
+            rows.append(ValidationRow("a", 1, session, i, unit[i], f"p{i}"))
+    data = SimpleNamespace(pair_sources=["a"] * 4, pair_ids=[f"p{i}" for i in range(4)], contents=list(range(4)))
+    return [row for row in rows if row.side == 1 or row.content in queries], roster(data, sessions)
+
+
+@pytest.mark.parametrize(("there", "hit1"), [((0, 1, 2, 3), 0.5), ((0, 1), 0.5), ((2, 3), 0.0), ((), 0.0)])
+def test_a_query_whose_rollout_was_lost_is_a_miss_and_is_counted(there, hit1):
+    rows, expected = _complete(there)
+    validation = RetrievalValidation(5)
+    validation.add(rows)
+    metrics = validation.metrics(expected)
+    assert metrics["val-core/a/hit@1"] == metrics["val-core/all/hit@1"] == hit1
+    assert metrics["val-core/a/ndcg@5"] <= 0.75
+    assert metrics["val-aux/a/failed_rows"] == 4 - len(there)
+
+
+def test_a_lost_target_is_a_miss_of_its_query_alone_and_a_source_may_be_lost_whole():
+    rows, expected = _complete((0, 1, 2, 3))
+    validation = RetrievalValidation(5)
+    validation.add([row for row in rows if not (row.side == 1 and row.content == 0)])
+    metrics = validation.metrics(expected)
+    assert (metrics["val-core/a/hit@1"], metrics["val-aux/a/failed_rows"]) == (0.25, 1.0)
+    validation.add(rows)
+    metrics = validation.metrics(
+        [*expected, ValidationRow("b", 0, 0, 9, None, "q"), ValidationRow("b", 1, 0, 9, None, "q")]
+    )
+    assert (metrics["val-core/b/hit@1"], metrics["val-aux/b/failed_rows"]) == (0.0, 2.0)
+    assert metrics["val-core/all/hit@1"] == 0.25
+
+
+def test_one_lost_rollout_of_several_counts_in_its_own_pass():
+    rows, expected = _complete((0, 1, 2, 3), sessions=2)
+    validation = RetrievalValidation(5)
+    validation.add([row for row in rows if (row.side, row.session, row.content) != (0, 1, 0)])
+    metrics = validation.metrics(expected)
+    assert (metrics["val-core/a/hit@1"], metrics["val-aux/a/failed_rows"]) == ((0.5 + 0.25) / 2, 1.0)
+
+
+@pytest.mark.parametrize("source", ["all", "a/b", "50%", "%61ll", "all/hit@1", "Bilder, groß"])
+def test_a_source_of_any_name_has_its_scores_and_leaves_the_mean_alone(source):
+    validation = RetrievalValidation(5)
+    for name, found in ((source, [1.0, 0.0]), ("other", [0.0, 1.0])):
+        validation.add([_row(name, 0, 1, found), _row(name, 1, 1, [1.0, 0.0]), _row(name, 1, 2, [0.0, 1.0])])
+    metrics = validation.metrics()
+    assert metrics[f"val-core/{metric_name(source)}/hit@1"] == 1.0
+    assert metrics["val-core/all/hit@1"] == 0.5
+    scores = card_scores(metrics)
+    shown = "'all'" if source == "all" else source
+    assert scores[f"hit@1 ({shown})"] == 1.0 and scores["hit@1 (all)"] == 0.5 and scores["hit@1 (other)"] == 0.0
+    assert len(scores) == 6
+
+
+def test_an_unknown_reward_is_left_out_of_verls_own_mean():
+    trainer = object.__new__(EGRLTrainerSync)
+    infos = {"reward": [0.6, 0.0, 0.2, 0.0], "score": [0.6, None, 0.2, None], "format": [1.0, 1.0, 0.0, None]}
+    metrics = trainer._val_metrics_update(["a", "a", "a", "b"], ["1", "2", "3", "4"], infos, [2, 2, 2, 2])
+    assert metrics["val-core/a/reward/mean@1"] == pytest.approx(0.4)
+    assert metrics["val-aux/a/format/mean@1"] == pytest.approx(2 / 3)
+    assert not any("/b/" in name for name in metrics)
 
 
 def test_several_rollouts_of_a_prompt_are_averaged():
