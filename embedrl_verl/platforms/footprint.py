@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that a model takes on one device, from its configuration alone: weights, gradients, optimizer, activations.
 
-The parameters are counted on a model without storage, so they are exact for every family that transformers has. The
-activations are two factors a token, fitted to what torch's memory tracker counts in the passes of the four default
-models at full width (`tests/platforms/test_footprint.py` holds them there, and at a tiny model on verl's own engine).
-What the caching allocator cannot use (fragments) is not in any of these numbers.
+The parameters are counted on a model without storage, so they are exact for the Qwen-VL families. The activations are
+two factors a token, fitted to what torch's memory tracker counts in the passes of the four default models at full width
+(`tests/platforms/test_footprint.py` holds them there, and at a tiny float32 model on one rank of verl's own engine).
+Only computed: what several ranks gather and reduce, and Megatron's numbers. In none of them: what the caching allocator
+cannot use (fragments).
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 BF16, FP32 = 2, 4
 ADAM = 2 * FP32
 LOGIT_BYTES = 6
 """A logit of the whole matrix, bfloat16: itself, its log-softmax, its gradient."""
+LOGIT_FORWARD_BYTES, LOGIT_ENTROPY_BYTES = 2, 10
+"""The same without gradients, and with verl's entropy beside."""
 FUSED_CHUNK = 512
 FUSED_COPIES = 6
 """float32 matrices of FUSED_CHUNK x vocabulary that verl's fused cross-entropy holds in its backward pass."""
@@ -107,7 +114,7 @@ class Shape:
     """What the bytes of a model depend on.
 
     Attributes:
-        parameters: of the whole model; a tied output matrix counts once.
+        parameters: of the whole model; a tied output matrix counts once. experts: those of them in experts.
         layers, layer: decoder layers, and parameters of the largest.
         root: parameters outside of layers (embedding, output matrix, merger).
         hidden, ffn, vocab: widths; ffn is that of one token's experts together.
@@ -118,6 +125,7 @@ class Shape:
     """
 
     parameters: int
+    experts: int
     layers: int
     layer: int
     root: int
@@ -134,27 +142,25 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """From a Qwen-VL configuration of transformers.
-
-        Raises:
-            ValueError: transformers has no model for it.
-        """
+        """From a Qwen-VL configuration of transformers. Raises what transformers raises of one that is none."""
         import torch
         from transformers import AutoModelForImageTextToText
 
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+            model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
         inner = model.model
         decoder, blocks = inner.language_model.layers, inner.visual.blocks
         count = [sum(one.numel() for one in layer.parameters()) for layer in decoder]
         in_blocks = sum(one.numel() for one in blocks.parameters())
-        parameters = sum(one.numel() for one in model.parameters())
+        sizes = {name: one.numel() for name, one in model.named_parameters()}
+        parameters = sum(sizes.values())
         text, vision = config.get_text_config(), config.vision_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         experts = getattr(text, "num_experts_per_tok", None)
         width = getattr(vision, "embed_dim", None) or vision.hidden_size
         return cls(
             parameters=parameters,
+            experts=sum(size for name, size in sizes.items() if ".experts." in name),
             layers=len(decoder),
             layer=max(count),
             root=parameters - sum(count) - in_blocks,
@@ -211,15 +217,16 @@ class Shape:
 def shape_of(path: str) -> Shape | None:
     """Of a local folder, a model in the hub's local cache or a published default; None where nothing tells.
 
-    Never asks the network.
+    Never asks the network, and runs no code of the folder.
     """
     from transformers import AutoConfig
 
     try:
-        return Shape.of(AutoConfig.from_pretrained(path, local_files_only=True))
-    except (OSError, ValueError, AttributeError):  # not here, unknown to transformers, or no Qwen-VL model
-        if path not in PUBLISHED:
-            return None
+        return Shape.of(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    except Exception as problem:  # whatever a foreign configuration makes transformers raise: it is an estimate
+        logger.debug("no shape of %s: %s", path, problem)
+    if path not in PUBLISHED or Path(path).exists():
+        return None
     model_type, values = PUBLISHED[path]
     return Shape.of(AutoConfig.for_model(model_type, **values))
 
@@ -262,10 +269,10 @@ class Fsdp:
         """Weights are used where they rest: on one rank, without a change of type."""
         return self.shards == 1 and self.compute == self.master
 
-    def forward(self, tokens: int, visual: int) -> int:
-        """A pass without gradients, over what rests."""
+    def forward(self, tokens: int, visual: int, *, logit_bytes: int = 0) -> int:
+        """A pass without gradients, over what rests; `logit_bytes` of each of tokens x vocabulary."""
         shape = self.shape
-        work = max(shape.layer_forward(tokens), shape.vision_forward(visual))
+        work = max(shape.layer_forward(tokens), shape.vision_forward(visual), logit_bytes * tokens * shape.vocab)
         return self.gathered + work * self.compute // BF16 + shape.pixels(visual)
 
     def update(self, tokens: int, visual: int, *, fused: bool, checkpointing: bool, loss: bool = True) -> int:
@@ -278,39 +285,60 @@ class Fsdp:
             work = shape.layers * backward + shape.vision_layers * vision
         work += shape.loss(tokens, fused=fused) if loss else 0
         gradients = FP32 * self.trained // self.shards
-        whole = 0 if self._in_place or not self.trained else max(shape.layer, shape.root)
+        # An adapter's gradients are small; without one whole layers are reduced.
+        whole = 0 if self._in_place or self.trained < shape.parameters else max(shape.layer, shape.root)
         reducing = (self.compute + FP32) * whole
         return gradients + reducing + self.gathered + work * self.compute // BF16 + shape.pixels(visual)
 
 
 @dataclass(frozen=True)
 class Megatron:
-    """A model on verl's Megatron engine, on one rank: all activations recomputed, distributed optimizer."""
+    """A model on verl's Megatron engine, on one rank: all activations recomputed, distributed optimizer.
+
+    Attributes:
+        shape: of the model.
+        tensor, pipeline, expert: sizes of the splits; expert of the experts alone.
+        ranks: all of them.
+        trained: it has gradients and an optimizer.
+        logits: it has an output matrix at work (an Embedder has none).
+    """
 
     shape: Shape
     tensor: int
     pipeline: int
-    data: int
+    ranks: int
     trained: bool
+    expert: int = 1
+    logits: bool = True
 
     @property
     def weights(self) -> int:
         """Its share in bfloat16."""
-        return BF16 * self._share
+        return BF16 * (self._dense + self._experts)
 
     @property
     def gradients(self) -> int:
         """Those of its share in float32, which data-parallel ranks do not divide."""
-        return FP32 * self._share if self.trained else 0
+        return FP32 * (self._dense + self._experts) if self.trained else 0
 
     @property
     def optimizer(self) -> int:
-        """float32 weights and the moments of Adam, shared by data-parallel ranks."""
-        return (FP32 + ADAM) * self._share // self.data if self.trained else 0
+        """float32 weights and the moments of Adam, shared by all ranks that hold the same weights."""
+        copies = self.ranks // (self.tensor * self.pipeline)
+        expert_copies = max(copies // self.expert, 1)
+        whole = (FP32 + ADAM) * (self._dense / copies + self._experts / expert_copies)
+        return int(whole) if self.trained else 0
 
     @property
-    def _share(self) -> int:
-        return self.shape.parameters // (self.tensor * self.pipeline)
+    def _dense(self) -> int:
+        return (self.shape.parameters - self.shape.experts) // (self.tensor * self.pipeline)
+
+    @property
+    def _experts(self) -> int:
+        return self.shape.experts // (self.tensor * self.pipeline * self.expert)
+
+    def _logits(self, tokens: int) -> int:
+        return 2 * FP32 * tokens * self.shape.vocab // self.tensor if self.logits else 0
 
     def update(self, tokens: int, visual: int) -> int:
         """Gradients, and the first stage's pass with a micro-batch in flight for each stage or the last one's with the
@@ -320,12 +348,11 @@ class Megatron:
         vision = shape.checkpoints(0, visual) + shape.vision_backward(visual)
         layer = shape.layer_backward(tokens) // self.tensor
         first = kept + max(layer, vision)
-        last = kept // self.pipeline + max(layer, 2 * FP32 * tokens * shape.vocab // self.tensor)
+        last = kept // self.pipeline + max(layer, self._logits(tokens))
         return self.gradients + max(first, last) + shape.pixels(visual)
 
     def forward(self, tokens: int, visual: int) -> int:
         """A pass without gradients."""
         shape = self.shape
-        logits = 2 * FP32 * tokens * shape.vocab // self.tensor
-        work = max(shape.layer_forward(tokens) // self.tensor, shape.vision_forward(visual), logits)
+        work = max(shape.layer_forward(tokens) // self.tensor, shape.vision_forward(visual), self._logits(tokens))
         return work + shape.pixels(visual)

@@ -124,7 +124,7 @@ def test_shards_and_splits_divide_what_they_should() -> None:
     assert eight.gathered == alone.gathered > 0
     frozen = Fsdp(shape, 8, 0, master=2)
     assert (frozen.weights, frozen.optimizer) == (2 * shape.parameters // 8, 0)
-    split = Megatron(shape, tensor=2, pipeline=2, data=4, trained=True)
+    split = Megatron(shape, tensor=2, pipeline=2, ranks=16, trained=True)
     assert (split.weights, split.gradients) == (2 * shape.parameters // 4, 4 * shape.parameters // 4)
     assert split.optimizer == 12 * shape.parameters // 16
 

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of each role of a run (actor, reference, Embedder), from its part of the configuration: for `plan_memory`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from embedrl_verl.config import EmbedRLConfig
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.platforms.footprint import (
+    BF16,
+    FP32,
+    LOGIT_ENTROPY_BYTES,
+    LOGIT_FORWARD_BYTES,
+    Fsdp,
+    Megatron,
+    Shape,
+    shape_of,
+)
+
+if TYPE_CHECKING:
+    from embedrl_verl.plan import BatchPlan
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """A trained or frozen model's bytes on its device.
+
+    Attributes:
+        weights, moments: where they are loaded; moments are the optimizer's (Megatron: with float32 weights).
+        keeps_weights, keeps_moments: they stay there between uses.
+        buffers: what stays with the weights (Megatron's gradients).
+        forward, update: passes, over what is loaded.
+    """
+
+    weights: float
+    moments: float
+    keeps_weights: bool
+    keeps_moments: bool
+    forward: float
+    update: float
+    buffers: float = 0.0
+
+    @property
+    def resting(self) -> float:
+        return (self.weights + self.buffers) * self.keeps_weights + self.idle
+
+    @property
+    def idle(self) -> float:
+        """Beside the weights in a pass without gradients."""
+        return self.moments * self.keeps_moments
+
+
+def embeds_here(section: EmbedRLConfig) -> bool:
+    return section.embedder.backend == "worker"
+
+
+def has_reference(config: Any) -> bool:
+    """With an adapter verl takes the actor without it."""
+    from verl.trainer.ppo.utils import need_reference_policy
+
+    return bool(need_reference_policy(config)) and not int(config.actor_rollout_ref.model.lora_rank)
+
+
+def known_shape(path: object) -> Shape:
+    shape = shape_of(str(path))
+    assert shape is not None  # the caller has looked
+    return shape
+
+
+def longest_row(config: Any) -> int:
+    return int(config.data.max_prompt_length) + int(config.data.max_response_length)
+
+
+def number(section: Any, key: str, name: str) -> float:
+    value = section.get(key)
+    if value is None:
+        raise ConfigError(f"{name}.{key} must be a number; got null")
+    return float(value)
+
+
+def _tokens(config: Any, role: str, prefix: str) -> tuple[int, int]:
+    """Tokens of one micro-batch of a role, and those of them that are visual when prompts are nothing else."""
+    section, longest = OmegaConf.select(config, role), longest_row(config)
+    if section.get(f"{prefix}use_dynamic_bsz"):
+        name = f"{prefix or 'ppo_'}max_token_len_per_gpu"
+        tokens = int(number(section, name, role))
+    else:
+        tokens = int(section.get(f"{prefix or 'ppo_'}micro_batch_size_per_gpu") or 1) * longest
+    split = int(config.actor_rollout_ref.actor.get("ulysses_sequence_parallel_size", 1) or 1)
+    # Sequence parallelism divides the text, and every rank runs all pictures.
+    return tokens, split * tokens * int(config.data.max_prompt_length) // max(longest, 1)
+
+
+def actor_memory(config: Any, batch: BatchPlan) -> RoleMemory:
+    roles = config.actor_rollout_ref
+    actor, model = roles.actor, roles.model
+    shape = known_shape(model.path)
+    train = _tokens(config, "actor_rollout_ref.actor", "")
+    infer = _tokens(config, "actor_rollout_ref.rollout", "log_prob_")
+    if str(actor.strategy) == "megatron":
+        mesh, split = actor.megatron, megatron_of(actor.megatron, shape, batch.devices, trained=True)
+        return RoleMemory(
+            split.weights,
+            split.optimizer,
+            not mesh.param_offload,
+            not mesh.optimizer_offload,
+            split.forward(*infer),
+            split.update(*train),
+            split.gradients,
+        )
+    sharding, lora = actor.fsdp_config, int(model.lora_rank)
+    shards = min(int(sharding.fsdp_size), batch.devices) if int(sharding.fsdp_size) > 0 else batch.devices
+    fsdp = Fsdp(shape, shards, _adapter(shape, lora) if lora else shape.parameters)
+    fused = bool(model.use_fused_kernels)
+    return RoleMemory(
+        fsdp.weights,
+        fsdp.optimizer,
+        not sharding.param_offload,
+        not sharding.optimizer_offload,
+        fsdp.forward(*infer, logit_bytes=0 if fused else LOGIT_ENTROPY_BYTES),
+        fsdp.update(*train, fused=fused, checkpointing=bool(model.enable_gradient_checkpointing)),
+    )
+
+
+def megatron_of(mesh: Any, shape: Shape, ranks: int, *, trained: bool) -> Megatron:
+    return Megatron(
+        shape,
+        int(mesh.tensor_model_parallel_size),
+        int(mesh.pipeline_model_parallel_size),
+        ranks,
+        trained,
+        int(mesh.get("expert_model_parallel_size", 1) or 1),
+    )
+
+
+def _adapter(shape: Shape, rank: int) -> int:
+    """Parameters of a LoRA of all linear maps of the decoder."""
+    return shape.layers * rank * (8 * shape.hidden + 3 * (shape.hidden + shape.ffn))
+
+
+def embedder_memory(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> RoleMemory:
+    embedder, train = section.embedder, section.embedder.train
+    shape, keeps = known_shape(embedder.path), not embedder.offload
+    per_node = embedder.n_gpus_per_node or int(config.trainer.n_gpus_per_node)
+    infer, tokens = embedder.max_tokens_per_gpu, train.max_tokens_per_gpu
+    if embedder.strategy == "megatron":
+        ranks = embedder.nnodes * per_node if embedder.n_gpus_per_node else batch.devices
+        tp, pp = embedder.tensor_model_parallel_size, embedder.pipeline_model_parallel_size
+        one = Megatron(shape, tp, pp, ranks, trained=train.enable, logits=False)
+        passes = (one.forward(infer, infer), one.update(tokens, tokens))
+        return RoleMemory(one.weights, one.optimizer, keeps, keeps, *passes, one.gradients)
+    compute = BF16 if embedder.dtype == "bfloat16" else FP32
+    fsdp = Fsdp(shape, per_node, trained_parameters(shape, section), FP32 if train.enable else compute, compute)
+    update = fsdp.update(tokens, tokens, fused=True, checkpointing=train.gradient_checkpointing, loss=False)
+    return RoleMemory(fsdp.weights, fsdp.optimizer, keeps, keeps, fsdp.forward(infer, infer), update)
+
+
+def trained_parameters(shape: Shape, section: EmbedRLConfig) -> int:
+    """Parameters of the Embedder with a gradient."""
+    train = section.embedder.train
+    if not train.enable:
+        return 0
+    return _adapter(shape, train.lora_rank) if train.lora_rank else shape.parameters
+
+
+def reference_pass(config: Any, batch: BatchPlan) -> float:
+    """The reference model's pass; its weights rest on the host."""
+    roles = config.actor_rollout_ref
+    tokens, shape = _tokens(config, "actor_rollout_ref.ref", "log_prob_"), known_shape(roles.model.path)
+    if str(roles.ref.strategy) == "megatron":
+        one = megatron_of(roles.ref.megatron, shape, batch.devices, trained=False)
+        return one.weights + one.forward(*tokens)
+    logits = 0 if roles.model.use_fused_kernels else LOGIT_FORWARD_BYTES
+    return Fsdp(shape, batch.devices, 0).forward(*tokens, logit_bytes=logits)
