@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.config import load_embedrl_config
+from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan_lines import (
@@ -171,6 +171,7 @@ def make_plan(config: Any) -> Plan:
             f"verl 0.9.1's Megatron engine cannot load {family}: its weight converter has "
             f"{', '.join(MEGATRON_FAMILIES)}. Use the FSDP recipe of that family"
         )
+    _check_what_is_here(config, section)
     lines = (
         *device_lines(config, batch, section),
         *batch_lines(config, batch),
@@ -231,13 +232,32 @@ def _check_with_verl(config: Any) -> None:
         )
 
 
+def _check_what_is_here(config: Any, section: EmbedRLConfig) -> None:
+    """What the run would refuse of the reward function, and of models that lie in local folders."""
+    from embedrl_verl.trainer.checks import has_judge
+    from embedrl_verl.trainer.preflight import check_embedder, check_reward_function
+
+    check_reward_function(config, judge=has_judge(config), raw=section.reward.raw_embeddings)
+    if Path(str(section.embedder.path)).expanduser().is_dir():
+        check_embedder(section.embedder)
+    named, found = DataSettings.from_config(config.data).family, _folders_type(config)
+    if named != "auto" and found is not None and found.removesuffix("_moe") != named:
+        raise ConfigError(
+            f"data.embedrl.family is {named}, but {config.actor_rollout_ref.model.path} is a {found}. Use the recipe "
+            "of that family"
+        )
+
+
+def _folders_type(config: Any) -> str | None:
+    """Model type of the Reasoner's local folder; None without one."""
+    file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
+    return str(json.loads(file.read_text())["model_type"]) if file.is_file() else None
+
+
 def _model_type(config: Any) -> str | None:
     """The Reasoner's family: as configured, else as its local folder says, else None (a hub id says nothing here)."""
     named = DataSettings.from_config(config.data).family
-    if named != "auto":
-        return named
-    file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
-    return str(json.loads(file.read_text())["model_type"]) if file.is_file() else None
+    return named if named != "auto" else _folders_type(config)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[
         here = torch.cuda.device_count()
         known = "as here" if nodes == 1 and here == per_node else f"simulated: this machine has {here}"
         devices = f"{nodes} x {per_node} = {batch.devices} GPUs ({known})"
-        if config.trainer.v1.trainer_mode == SEPARATE:
-            rollout = config.actor_rollout_ref.rollout
-            own = int(rollout.nnodes) * int(rollout.n_gpus_per_node)
-            devices += f" for training, {own} for rollouts: {batch.devices + own} in all"
+        others = _other_gpus(config, section)
+        if others:
+            named = ", ".join(f"{count} for {what}" for what, count in others.items())
+            devices += f" for training, {named}: {batch.devices + sum(others.values())} in all"
         unit = "GPU"
     if is_megatron(config):
         mesh = actor.megatron
@@ -56,6 +56,23 @@ def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[
         ("mode", _mode(config)),
         ("embedder", _embedder(section, batch, unit)),
     ]
+
+
+def _other_gpus(config: Any, section: EmbedRLConfig) -> dict[str, int]:
+    """GPUs that the run needs beside those of training, by what for."""
+    rollout, judge, embedder = config.actor_rollout_ref.rollout, config.reward.reward_model, section.embedder
+    found = {}
+    if config.trainer.v1.trainer_mode == SEPARATE:
+        found["rollouts"] = int(rollout.nnodes) * int(rollout.n_gpus_per_node)
+    if judge.enable and judge.enable_resource_pool:
+        found["the judge"] = int(judge.nnodes) * int(judge.n_gpus_per_node)
+    if embedder.backend == "worker":
+        found["the Embedder"] = embedder.nnodes * embedder.n_gpus_per_node
+    elif embedder.backend == "server" and not embedder.server.urls:
+        found["the Embedder"] = embedder.server.servers * embedder.server.n_gpus_per_server
+    elif embedder.backend == "sentence_transformers":
+        found["the Embedder"] = embedder.sentence.n_gpus
+    return {what: count for what, count in found.items() if count}
 
 
 def _embedder(section: EmbedRLConfig, batch: BatchPlan, unit: str) -> str:
@@ -173,7 +190,7 @@ def file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: st
     """Models, data and where checkpoints go."""
     lines = [
         ("reasoner", f"{_folder(config.actor_rollout_ref.model.path)}, family {family or 'known when it is loaded'}"),
-        ("embedder model", f"{_folder(section.embedder.path)}, profile {section.embedder.profile}"),
+        ("embedder model", f"{_folder(section.embedder.path)}, profile {_profile(section)}"),
     ]
     for topic, key in (("training pairs", "train_files"), ("validation pairs", "val_files")):
         value = config.data[key]
@@ -191,6 +208,16 @@ def file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: st
     lines.append(("media root", "none: media are bytes in the rows" if root is None else _folder(root)))
     lines.append(("checkpoints", str(config.trainer.default_local_dir)))
     return lines
+
+
+def _profile(section: EmbedRLConfig) -> str:
+    """As the run will resolve it, where the folder is here."""
+    from embedrl_verl.embedder.profiles import resolve_profile
+
+    path, named = str(section.embedder.path), section.embedder.profile
+    if named != "auto" or section.embedder.backend != "worker" or not Path(path).expanduser().is_dir():
+        return named
+    return f"auto: {resolve_profile(path, named).name}"
 
 
 def needs_lines(config: Any) -> list[tuple[str, str]]:

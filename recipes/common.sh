@@ -71,17 +71,19 @@ require_gpus() {
             "bash recipes/run_egrl_tiny_cpu.sh (the same code with tiny models)," \
             "or look at this recipe's plan: DRY_RUN=1 bash recipes/${0##*/}"
     fi
-    if [[ "$MODE" == separate_async ]] && ((present < GPUS_PER_NODE + ROLLOUT_GPUS_PER_NODE)); then
-        fail 4 "MODE=separate_async on one machine needs GPUS_PER_NODE + ROLLOUT_GPUS_PER_NODE =" \
-            "$GPUS_PER_NODE + $ROLLOUT_GPUS_PER_NODE GPUs, and it has $present; lower one of them, or drive a cluster" \
-            "(RAY_ADDRESS)"
-    fi
     if ((present < GPUS_PER_NODE)); then
         fail 4 "GPUS_PER_NODE=$GPUS_PER_NODE, but this machine has $present GPU(s); set GPUS_PER_NODE=$present"
     fi
-    if ((present < GPUS_PER_NODE + ${JUDGE_GPUS_PER_NODE:-0})); then
-        fail 4 "GPUS_PER_NODE + JUDGE_GPUS_PER_NODE = $GPUS_PER_NODE + $JUDGE_GPUS_PER_NODE, but this machine has" \
-            "$present GPU(s); lower one of them"
+    local names=GPUS_PER_NODE numbers=$GPUS_PER_NODE wanted=$GPUS_PER_NODE
+    if [[ "$MODE" == separate_async ]]; then
+        names+=" + ROLLOUT_GPUS_PER_NODE" numbers+=" + $ROLLOUT_GPUS_PER_NODE" wanted=$((wanted + ROLLOUT_GPUS_PER_NODE))
+    fi
+    if ((${JUDGE_GPUS_PER_NODE:-0} > 0)); then
+        names+=" + JUDGE_GPUS_PER_NODE" numbers+=" + $JUDGE_GPUS_PER_NODE" wanted=$((wanted + JUDGE_GPUS_PER_NODE))
+    fi
+    if ((present < wanted)); then
+        fail 4 "$names = $numbers = $wanted, but this machine has $present GPU(s); lower one of them, or drive a cluster" \
+            "(RAY_ADDRESS)"
     fi
 }
 
@@ -103,7 +105,12 @@ join_ray() {
 # One node: verl starts Ray. Several: join the cluster of RAY_ADDRESS, or make one from NODE_RANK and MASTER_ADDR,
 # with this recipe started on every node; only rank 0 goes on from here.
 start_or_join_ray() {
-    if is_dry_run || [[ -n "${RAY_ADDRESS:-}" ]] || ((NNODES == 1)); then
+    if [[ -n "${RAY_ADDRESS:-}" ]] || ((NNODES == 1)); then
+        return
+    fi
+    if is_dry_run; then
+        [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] || say "NNODES=$NNODES: the run needs RAY_ADDRESS, or" \
+            "NODE_RANK and MASTER_ADDR on every node (docs/gpu.md)"
         return
     fi
     local port=${MASTER_PORT:-6379}

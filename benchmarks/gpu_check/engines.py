@@ -106,14 +106,16 @@ def actor(folder: str, rows: list[Any], device: str, figures: Figures) -> None:
             worker.engine.forward_backward_batch(batch(worker), loss_of, forward_only=False)
             worker.engine.optimizer_step()
 
-    kept = {}
+    kept, updated = {}, {}
     for fused in (True, False):
         worker, name = build(fused=fused, frozen=False), "fused" if fused else "whole logits"
         kept[fused] = log_probs(worker)
         seconds, peak = measure(lambda worker=worker: update(worker), device)
         figures.values[f"update, {name}"] = {"ms": round(1e3 * seconds, 1), "peak GiB": round(peak, 3)}
-        figures.keep(f"{name}: log-probs after updates", float(log_probs(worker).mean()))
+        updated[fused] = log_probs(worker)
     limit = 2e-2 if device == "cuda" else 1e-5
+    figures.keep("moved by two updates", error(updated[True], kept[True]), at_least=1e-4)
+    figures.keep("fused against whole after two updates", error(updated[True], updated[False]), at_most=2 * limit)
     figures.keep("fused against whole log-probs", error(kept[True], kept[False]), at_most=limit)
     reference = log_probs(build(fused=True, frozen=True))
     figures.keep("reference against actor", error(reference, kept[True]), at_most=limit)
@@ -149,6 +151,8 @@ def embedder(folder: str, rows: list[Any], device: str, figures: Figures, out: P
             return engine.infer_batch(batch())["model_output"]["embeddings"].float().cpu()
 
     def weights() -> torch.Tensor:
+        if device == "cuda":
+            torch.cuda.synchronize()  # verl moves them to the host without waiting
         named = dict(engine.module.named_parameters())
         one = next(one for name, one in named.items() if name.endswith("layers.0.mlp.up_proj.weight"))
         return (one.full_tensor() if hasattr(one, "full_tensor") else one).detach().float().cpu().clone()

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from gpu_check.stage import Figures, error, need
@@ -20,6 +19,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 def rows_of(folder: Path, device: str) -> list[dict[str, Any]]:
     """Rows as the model's processor makes them."""
+    import numpy as np
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
@@ -72,7 +72,7 @@ def forward(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
 
 def run(device: str, figures: Figures) -> None:
     """The stage."""
-    need("transformers")
+    need("numpy", "PIL", "transformers")
     from transformers import AutoModelForImageTextToText
 
     from embedrl_verl.platforms import varlen

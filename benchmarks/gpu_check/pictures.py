@@ -56,6 +56,8 @@ def run(device: str, figures: Figures) -> None:
         "pictures/s": round(count / seconds, 1),
         "peak GiB": round(peak, 2),
     }
+    weight = model.blocks[0].attn.qkv.weight.grad
+    figures.keep("gradient of the first block", float(weight.float().norm()), at_least=1e-12)
     if device == "cuda":
         shape, visual = shape_of(PATH), patches // 4
         estimated = shape.checkpoints(0, visual) + shape.vision_backward(visual)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's nccl checkpoint engine, which separate_async sends weights by, is there: it needs cupy. Needs verl."""
+"""verl's nccl checkpoint engine, which separate_async sends weights by, is registered (it needs cupy). Needs verl.
+
+Nothing is sent: that takes two GPUs.
+"""
 
 from __future__ import annotations
 

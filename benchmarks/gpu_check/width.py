@@ -59,7 +59,7 @@ def update(device: str, figures: Figures) -> None:
     from embedrl_verl.platforms.footprint import shape_of
 
     length, count = (4096, 8) if device == "cuda" else (64, 2)
-    for layers in (4, 8):
+    for layers in (4, 8) if device == "cuda" else (1, 2):
         model = decoder(ACTOR, layers, device)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         rows = packed(model.config.hidden_size, length, count, device, training=True)
@@ -81,11 +81,14 @@ def update(device: str, figures: Figures) -> None:
             kept = 2 * layers * tokens * shape.hidden
             ratio = (kept + shape.layer_backward(tokens)) / (peak * GIB)
             figures.keep(f"update, {layers} layers: estimate / measured", ratio, at_least=0.75, at_most=1.33)
+        figures.keep(f"update, {layers} layers: gradient", float(rows["inputs_embeds"].grad.float().norm()))
         del model, rows
 
 
 def embed(device: str, figures: Figures) -> None:
     """A forward pass of all layers."""
+    from embedrl_verl.platforms.footprint import shape_of
+
     length, count, layers = (512, 32, 28) if device == "cuda" else (16, 4, 2)
     model = decoder(EMBEDDER, layers, device).eval()
     rows = packed(model.config.hidden_size, length, count, device, training=False)
@@ -96,6 +99,12 @@ def embed(device: str, figures: Figures) -> None:
         "share of peak": share_of_peak(flops_of(model, length, count), seconds),
         "peak GiB over weights": round(peak, 2),
     }
+    if device == "cuda":
+        shape = shape_of(EMBEDDER)
+        figures.keep(
+            "embed: estimate / measured", shape.layer_forward(length * count) / (peak * GIB), at_least=0.6, at_most=1.6
+        )
+    figures.keep("embed: length of the vectors", float(model(**rows).last_hidden_state.float().norm(dim=-1).mean()))
 
 
 def run(device: str, figures: Figures) -> None:

@@ -59,6 +59,8 @@ class Need:
         if found is None or not _can_be_found(self.module):
             what = f"{self.module} ({self.package.replace('|', ' or ')})"
             return f"{what} is not installed; {self.reason} needs it. Install it: {self.install}"
+        if self.package == "vllm" and found.endswith("+cpu"):
+            return f"vllm must be built for CUDA; found {found}, the build for CPUs. Install it: {self.install}"
         if self.version is not None and found.partition("+")[0] != self.version:
             return (
                 f"{self.package.split('|')[0]} must be {self.version}; found {found}; {self.reason} needs it. "

@@ -85,6 +85,12 @@ def test_the_cpu_build_of_vllm_is_none_for_a_gpu(machine, monkeypatch):
     assert [line.partition(";")[0] for line in problems(compose(GPU))] == ["vllm (vllm) is not installed"]
 
 
+def test_a_cpu_build_under_vllms_own_name_is_none_for_a_gpu_either(machine):
+    machine("vllm", "0.24.0+cpu")
+    (line,) = problems(compose(GPU))
+    assert line == f"vllm must be built for CUDA; found 0.24.0+cpu, the build for CPUs. Install it: {GPU_LINE}"
+
+
 @pytest.mark.parametrize("package", ["flash-attn", "cupy-cuda13x", "liger-kernel", "megatron-core", "megatron-bridge"])
 def test_what_a_run_does_not_use_may_be_missing(machine, package):
     machine(package, None)

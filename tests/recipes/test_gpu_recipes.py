@@ -172,7 +172,7 @@ def test_an_unknown_mode_and_too_few_gpus_for_both_are_refused(tmp_path: Path) -
     both = {"MODE": "separate_async", "GPUS_PER_NODE": "2", "PYTHON": sys.executable}
     few = run_recipe(FSDP[0], path=path, ROLLOUT_GPUS_PER_NODE="1", **both)
     assert few.returncode == 4
-    assert "GPUS_PER_NODE + ROLLOUT_GPUS_PER_NODE = 2 + 1 GPUs, and it has 2" in few.stderr
+    assert "GPUS_PER_NODE + ROLLOUT_GPUS_PER_NODE = 2 + 1 = 3, but this machine has 2" in few.stderr
     several = run_recipe(FSDP[0], path=path, ROLLOUT_NNODES="2", **both)
     assert several.returncode == 2
     assert "MODE=separate_async on several nodes needs a Ray cluster" in several.stderr

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.cli import main
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.plan import BatchPlan, compose, make_plan
+from embedrl_verl.tiny.models import build_tiny_model
 
 REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 
@@ -96,6 +97,47 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     file.write_text("pair_id,query\n")
     with pytest.raises(ConfigError, match="must be a parquet file of pair records"):
         make_plan(compose([*REQUIRED, f"data.train_files={file}"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward.custom_reward_function.path=/no/reward.py"], "/no/reward.py"),
+        (["reward.custom_reward_function.name=other"], "other"),
+        (["reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.paper"], "and no judge"),
+        (["+reward.custom_reward_function.reward_kwargs.alfa=1"], "reward_kwargs has no key alfa"),
+    ],
+)
+def test_a_reward_function_that_the_run_would_refuse_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(compose([*REQUIRED, *overrides]))
+
+
+def test_local_models_that_the_run_would_refuse_are_refused(tmp_path: Path) -> None:
+    reasoner = build_tiny_model(tmp_path / "reasoner", family="qwen3_vl")
+    with pytest.raises(ConfigError, match=f"family is qwen2_vl, but {reasoner} is a qwen3_vl"):
+        make_plan(compose([*REQUIRED, f"actor_rollout_ref.model.path={reasoner}"]))
+    plain = build_tiny_model(tmp_path / "plain", with_emb_token=False)
+    override = [*REQUIRED, f"embedrl.embedder.path={plain}"]
+    with pytest.raises(EmbedderError, match="needs the token <emb>"):
+        make_plan(compose(override))
+    good = build_tiny_model(tmp_path / "good")
+    assert "profile auto: embed_rl" in str(make_plan(compose([*REQUIRED, f"embedrl.embedder.path={good}"])))
+
+
+def test_gpus_beside_those_of_training_are_counted(tmp_path: Path) -> None:
+    apart = ["actor_rollout_ref.hybrid_engine=False", "trainer.v1.trainer_mode=egrl_separate_async"]
+    apart += ["actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.n_gpus_per_node=4"]
+    apart += ["trainer.n_gpus_per_node=4", "trainer.v1.separate_async.parameter_sync_step=2"]
+    apart += ["actor_rollout_ref.rollout.checkpoint_engine.backend=nccl"]
+    judge = ["reward.reward_model.enable=True", "reward.reward_model.model_path=x/y"]
+    judge += ["reward.reward_model.enable_resource_pool=True", "reward.reward_model.n_gpus_per_node=2"]
+    judge += ["reward.reward_model.nnodes=1"]
+    text = str(make_plan(compose([*REQUIRED, "platform=gpu", "trainer.device=cuda", *apart, *judge])))
+    assert "for training, 4 for rollouts, 2 for the judge: 10 in all" in text
+    text = str(make_plan(compose([*REQUIRED, "trainer.device=cuda", "embedrl.embedder.n_gpus_per_node=3"])))
+    assert "3 for the Embedder: 11 in all" in text
+    assert "in all" not in str(make_plan(compose([*REQUIRED, "trainer.device=cuda"])))
 
 
 def test_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_every_recipe_can_be_built_in_every_mode(made, name, mode, judge):
     rollout = run["rollout"]
     assert rollout["model"] == f"{CLASSES[FAMILY[name]]}ForConditionalGeneration"
     assert (rollout["device"], rollout["dtype"], rollout["max_model_len"]) == ("cuda", "torch.bfloat16", SERVED)
-    assert rollout["sleep"] and rollout["extension"].endswith("vLLMColocateWorkerExtension")
+    assert rollout["sleep"] and rollout["extension"].endswith("vllm_worker.GpuColocateWorkerExtension")
     assert ("judge" in run) is judge
     if judge:
         assert run["judge"]["model"] == "Qwen3VLForConditionalGeneration" and run["judge"]["device"] == "cuda"

@@ -16,8 +16,8 @@ RUN = ("attention", "packing", "width", "pictures", "engines")
 SKIPPED = ("turns", "transfer", "sleep")
 
 
-def check(out: Path, *stages: str, device: str = "cpu") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), "DEVICE": device}
+def check(out: Path, *stages: str, device: str = "cpu", **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), "DEVICE": device, **more}
     command = ["bash", str(ROOT / "scripts/gpu_check.sh"), *stages]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
@@ -27,7 +27,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu_check")
     done = check(folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [*RUN, *SKIPPED]
+    *stages, last = done.stdout.splitlines()
+    assert [line.split()[0] for line in stages] == [*RUN, *SKIPPED] and last == f"figures: {folder}/STAGE.json"
     return folder
 
 
@@ -53,12 +54,24 @@ def test_packed_rows_and_fused_log_probs_are_exact_in_float32(out: Path) -> None
     assert engines["fused against whole log-probs"] < 1e-5 and engines["average of the weights"] < 1e-6
 
 
-def test_a_stage_that_cannot_run_is_a_failure_with_its_reason(tmp_path: Path) -> None:
-    """CUDA is asked for and is not there."""
-    done = check(tmp_path, "attention", device="cuda")
-    assert done.returncode == 1
-    assert record(tmp_path, "attention")["verdict"] == "failed"
-    assert record(tmp_path, "attention")["reason"] and record(tmp_path, "attention")["reason"] in done.stdout
+def test_without_a_gpu_no_stage_is_run_and_the_way_out_is_named(tmp_path: Path) -> None:
+    done = check(tmp_path / "out", "attention", device="cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 4 and not (tmp_path / "out").exists()
+    assert "torch can use no GPU here" in done.stderr and "DEVICE=cpu" in done.stderr
+
+
+def test_the_attention_stage_needs_torch_alone(tmp_path: Path) -> None:
+    """Everything else is hidden from the interpreter."""
+    hidden = ("transformers", "verl", "vllm", "omegaconf", "ray", "numpy", "PIL", "hydra", "peft", "tensordict")
+    lines = ("import sys", "class Hide:", "    def find_spec(self, name, path=None, target=None):")
+    lines += (f"        if name.partition('.')[0] in {hidden!r}:", "            raise ModuleNotFoundError(name)")
+    (tmp_path / "sitecustomize.py").write_text("\n".join([*lines, "sys.meta_path.insert(0, Hide())", ""]))
+    done = check(tmp_path / "out", "attention", "packing", "engines", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert record(tmp_path / "out", "attention")["verdict"] == "passed"
+    for stage, missing in (("packing", "numpy"), ("engines", "transformers")):
+        assert record(tmp_path / "out", stage)["verdict"] == "skipped"
+        assert f"needs {missing}" in record(tmp_path / "out", stage)["reason"]
 
 
 def test_a_figure_outside_of_its_limits_fails_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
