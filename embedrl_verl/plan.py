@@ -59,11 +59,6 @@ class BatchPlan:
                 f"data.train_batch_size counts prompts, two for each pair, so it must be even; got {self.prompts}",
             ),
             (
-                self.rollouts >= 2,
-                "actor_rollout_ref.rollout.n must be at least 2: GRPO compares the rollouts of one prompt; "
-                f"got {self.rollouts}",
-            ),
-            (
                 self.mini_prompts > 0 and self.prompts % self.mini_prompts == 0,
                 f"data.train_batch_size ({self.prompts}) must be divisible by "
                 f"actor_rollout_ref.actor.ppo_mini_batch_size ({self.mini_prompts}); both count prompts",
@@ -209,7 +204,7 @@ def _batch_plan(config: Any) -> BatchPlan:
 
 
 def _check_with_verl(config: Any) -> None:
-    """verl's validator, and the one rule on lengths that it leaves to the first update."""
+    """verl's validator."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -223,13 +218,6 @@ def _check_with_verl(config: Any) -> None:
         OmegaConf.to_container(config, resolve=True)
     except (AssertionError, ValueError, HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"verl's validator refuses the configuration: {error}") from error
-    actor = config.actor_rollout_ref.actor
-    longest = int(config.data.max_prompt_length) + int(config.data.max_response_length)
-    if actor.use_dynamic_bsz and int(actor.ppo_max_token_len_per_gpu) < longest:
-        raise ConfigError(
-            f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu ({actor.ppo_max_token_len_per_gpu}) must hold the "
-            f"longest row: data.max_prompt_length + data.max_response_length = {longest}"
-        )
 
 
 def _check_what_is_here(config: Any, section: EmbedRLConfig) -> None:

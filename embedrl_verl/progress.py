@@ -46,7 +46,8 @@ def metrics_file(config: Any) -> Path | None:
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """Metrics by step, from all parts of a run; a step run again after a resume counts with its last values.
 
-    A line without an end is not read: its step is still being written, or the run was killed while it wrote.
+    verl writes a number that is not finite as null: it is None here. A line without an end is not read: its step is
+    still being written, or the run was killed while it wrote.
     """
     parts = sorted(path.parent.glob(f"{path.name}.*"), key=lambda part: int(part.suffix[1:]))
     result: dict[int, dict[str, float]] = {}
@@ -61,7 +62,7 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """The text beside the bar for one step's metrics; what is not known yet is left out."""
+    """The text beside the bar for one step's metrics; what is not known (yet) is left out."""
     shown = (
         ("reward", "embedrl/reward/mean", "{:.3f}"),
         ("Hit@1", "embedrl/hit@1/mean", "{:.2f}"),
@@ -69,7 +70,22 @@ def describe(metrics: dict[str, float]) -> str:
         ("s/step", "timing_s/step", "{:.1f}"),
         ("val Hit@1", "val-core/all/hit@1", "{:.3f}"),
     )
-    return "  ".join(f"{label} {form.format(metrics[key])}" for label, key, form in shown if key in metrics)
+    return "  ".join(
+        f"{label} {form.format(metrics[key])}" for label, key, form in shown if metrics.get(key) is not None
+    )
+
+
+def describe_left_out(metrics: dict[str, float]) -> str:
+    """Pairs whose prompts are too long, by source; "" where none is."""
+    parts = []
+    for name, what in (("train", "training"), ("val", "validation")):
+        key = f"data/left_out/{name}"
+        if metrics.get(key):
+            start = len(key) + 1
+            sources = [f"{one[start:]} {count:.0f}" for one, count in metrics.items() if one.startswith(f"{key}/")]
+            total = metrics[f"data/pairs/{name}"]
+            parts.append(f"{metrics[key]:.0f} of {total:.0f} {what} pairs ({', '.join(sorted(sources))})")
+    return f"left out, longer than data.max_prompt_length: {'; '.join(parts)}" if parts else ""
 
 
 class ProgressLine:
@@ -98,6 +114,7 @@ class ProgressLine:
         bar: tqdm[Any] | None = None
         offset = 0
         latest: dict[str, float] = {}
+        said = False
         while True:
             last_look = self._stop.is_set()
             if path.is_file():
@@ -109,6 +126,9 @@ class ProgressLine:
                 for line in lines[:complete].splitlines():
                     entry = json.loads(line)
                     latest.update(entry["data"])
+                    if not said and (left_out := describe_left_out(latest)):
+                        said = True
+                        tqdm.write(left_out)
                     if entry["step"] == 0:
                         tqdm.write(f"before training  {describe(latest)}")
                         continue

@@ -42,6 +42,29 @@ def test_without_the_file_logger_there_is_no_line():
         pass
 
 
+def test_the_line_outlives_a_number_that_was_not_finite(tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(_line(step, **{"embedrl/reward/mean": value}) for step, value in ((1, 0.3), (2, None), (3, 0.4)))
+    )
+    with ProgressLine(path, interval=0.01):
+        pass  # what is there at the end is read all the same
+    shown = capfd.readouterr()
+    assert "Traceback" not in shown.err and "reward 0.400" in shown.err
+
+
+def test_pairs_that_are_too_long_are_said_once_with_their_sources(tmp_path, capfd):
+    left_out = {"data/left_out/train": 16, "data/pairs/train": 48, "data/left_out/train/a%2Fb": 12}
+    left_out |= {"data/left_out/train/c": 4, "data/left_out/val": 8, "data/pairs/val": 24, "data/left_out/val/c": 8}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(_line(0, **left_out) + _line(1, **left_out))
+    with ProgressLine(path, interval=0.01):
+        pass
+    shown = capfd.readouterr()
+    wanted = "16 of 48 training pairs (a%2Fb 12, c 4); 8 of 24 validation pairs (c 8)"
+    assert (shown.out + shown.err).count(f"left out, longer than data.max_prompt_length: {wanted}") == 1
+
+
 def test_the_line_shows_every_step_that_was_written(tmp_path, capfd):
     path = tmp_path / "metrics.jsonl"
     with ProgressLine(path, interval=0.01):
@@ -59,4 +82,5 @@ def test_the_line_shows_every_step_that_was_written(tmp_path, capfd):
 
 
 def test_unknown_numbers_are_left_out():
+    assert describe({"timing_s/step": 3.25, "embedrl/reward/mean": None}) == "s/step 3.2"
     assert describe({"timing_s/step": 3.25}) == "s/step 3.2"

@@ -256,9 +256,15 @@ class JudgeConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     """`request_seeds`: each training rollout is sampled with a seed of its own, made of data.seed, step, pair, side and
-    rollout, so that a run that is broken off and resumed goes on with the rollouts it would have had."""
+    rollout, so that a run that is broken off and resumed goes on with the rollouts it would have had.
+    `min_probs_correlation`: below it a synchronous run stops (`trainer.same_policy`)."""
 
     request_seeds: bool = False
+    min_probs_correlation: float = 0.9
+
+    def __post_init__(self) -> None:
+        value = self.min_probs_correlation
+        _require(0 <= value < 1, "rollout.min_probs_correlation", "at least 0 and below 1", value)
 
 
 @dataclass(frozen=True)

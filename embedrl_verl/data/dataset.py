@@ -21,8 +21,8 @@ Columns of a row: `raw_prompt`, `index`, `data_source`, `reward_model` and `extr
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -31,7 +31,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from verl.utils.fs import copy_to_local
 
-from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.identity import content_id, records_digest
 from embedrl_verl.data.inspection import LocatedPair, PairFacts, PairInspector, default_threads, locate_pairs
 from embedrl_verl.data.lengths import PromptMeter
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
@@ -54,16 +54,18 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         config: verl's `data` section; used keys are `media_root`, `embedrl`, `max_prompt_length`,
             `filter_overlong_prompts`, `apply_chat_template_kwargs`, `mm_processor_kwargs`, `cache_dir`, `shuffle`,
             `seed`.
-        max_samples: prompts to use (two a pair), drawn by `seed` if `shuffle` is on, else the first; -1 for all.
+        max_samples: prompts to use (two a pair), drawn by `seed` if `shuffle` is on (of `val_files`:
+            `validation_shuffle`), else the first; -1 for all.
 
     Attributes:
         pair_sources, pair_ids, contents: data source, id and content of the target of each pair.
-        overlong: pairs left out, with the tokens of the sides that are too long.
-        fingerprint: hash of the pairs in order.
+        overlong: pairs left out, with the tokens of the sides that are too long; left_out: their number by source.
+        fingerprint: hash of the pairs and their content, in order.
 
     Raises:
         ConfigError: unknown key in `data.embedrl`, no Qwen-VL processor, or a family that is not the processor's.
-        DataError: malformed records, media that cannot be used, or no pair left; the message names them.
+        DataError: malformed records, media that cannot be used, or a source of which no pair is left; the message names
+            them.
     """
 
     def __init__(
@@ -84,22 +86,22 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         _raise_if_any([problem.message for problem in problems], local_files)
         if not pairs:
             raise DataError(f"no pair records in {', '.join(local_files)}")
-        pairs = _select(pairs, max_samples, config)
+        pairs = _select(pairs, max_samples, config, shuffle=_is_shuffled(files, config))
         meter = PromptMeter(tokenizer, processor, self.family, config)
         facts = self._inspect(pairs, meter, config)
         limit = int(config.get("max_prompt_length", 1024))
         self.overlong = {
             str(pair): sides for pair, found in zip(pairs, facts, strict=True) if (sides := found.overlong(limit))
         }
-        self._report_overlong(limit, len(pairs))
+        self.left_out: dict[str, int] = {}
+        self._report_overlong(limit, pairs)
         kept = [(pair, found) for pair, found in zip(pairs, facts, strict=True) if str(pair) not in self.overlong]
         self._pairs = [pair for pair, _ in kept]
         self._file_frames = [found.file_frames for _, found in kept]
         self.contents = [content_id(pair.record, self.media_root) for pair in self._pairs]
         self.pair_sources = [pair.record.data_source for pair in self._pairs]
         self.pair_ids = [pair.record.pair_id for pair in self._pairs]
-        names = "\n".join(f"{pair.record.data_source}\t{pair.record.pair_id}" for pair in self._pairs)
-        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
+        self.fingerprint = records_digest([pair.record for pair in self._pairs], self.media_root)[:16]
 
     def _inspect(self, pairs: list[LocatedPair], meter: PromptMeter, config: Any) -> list[PairFacts]:
         count_all = config.get("filter_overlong_prompts", True)
@@ -110,17 +112,21 @@ class TCoTDataset(Dataset[dict[str, Any]]):
             PairInspector(self.settings, self.family, self.media_root, meter).inspect(pairs[0])
         return [result for result in results if isinstance(result, PairFacts)]
 
-    def _report_overlong(self, limit: int, total: int) -> None:
+    def _report_overlong(self, limit: int, pairs: Sequence[LocatedPair]) -> None:
         if not self.overlong:
             return
+        total = Counter(pair.record.data_source for pair in pairs)
+        self.left_out = dict(Counter(pair.record.data_source for pair in pairs if str(pair) in self.overlong))
         listed = [f"{name} ({_lengths(sides)})" for name, sides in list(self.overlong.items())[:SHOWN]]
         message = (
-            f"{len(self.overlong)} of {total} pairs have a prompt over data.max_prompt_length={limit} tokens and are "
-            f"left out: {'; '.join(listed)}{'; ...' if len(self.overlong) > SHOWN else ''}"
+            f"{len(self.overlong)} of {len(pairs)} pairs have a prompt over data.max_prompt_length={limit} tokens and "
+            f"are left out: {'; '.join(listed)}{'; ...' if len(self.overlong) > SHOWN else ''}"
         )
-        if len(self.overlong) == total:
+        gone = [source for source, count in self.left_out.items() if count == total[source]]
+        if gone:
             raise DataError(
-                f"{message}. Nothing is left: raise data.max_prompt_length or lower data.embedrl.*_max_tokens"
+                f"{message}. Nothing is left of {', '.join(sorted(gone))}: raise data.max_prompt_length, lower "
+                "data.embedrl.*_max_tokens, or leave the source out"
             )
         logger.warning(message)
 
@@ -205,15 +211,23 @@ def _check_token_side(family: Family, processor: Any) -> None:
         )
 
 
-def _select(pairs: list[LocatedPair], max_samples: int, config: Any) -> list[LocatedPair]:
+def _is_shuffled(files: Sequence[str], config: Any) -> bool:
+    """verl gives a data set the whole section `data` and not whether it is for training or validation."""
+    validation = config.get("val_files")
+    named = [validation] if isinstance(validation, str) else list(validation or ())
+    return bool(config.get("validation_shuffle" if files == named else "shuffle"))
+
+
+def _select(pairs: list[LocatedPair], max_samples: int, config: Any, *, shuffle: bool) -> list[LocatedPair]:
+    """The same in every process and at every start, without a `data.seed` too."""
     wanted = max_samples // 2
     if max_samples < 0 or wanted >= len(pairs):
         return pairs
     if wanted == 0:
         raise ConfigError(f"max_samples counts prompts, two a pair, so it must be at least 2 or -1; got {max_samples}")
-    if not config.get("shuffle"):
+    if not shuffle:
         return pairs[:wanted]
-    chosen = np.random.default_rng(config.get("seed")).choice(len(pairs), size=wanted, replace=False)
+    chosen = np.random.default_rng(config.get("seed") or 0).choice(len(pairs), size=wanted, replace=False)
     return [pairs[index] for index in sorted(chosen)]
 
 

@@ -9,9 +9,10 @@ also what `embedrl data content-ids` writes into an empty `target_id`, so that r
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from embedrl_verl.data.media import resolve_media_path
@@ -109,3 +110,26 @@ def _digest(parts: list[bytes]) -> bytes:
 
 def _to_int64(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def records_digest(records: Iterable[PairRecord], media_root: str | Path | None) -> str:
+    """Changes with the order of records and with any of their fields; of a medium in a file, with its path and size."""
+
+    def plain(media: object) -> str:
+        if isinstance(media, bytes):
+            return hashlib.sha256(media).hexdigest()
+        assert isinstance(media, str), type(media)
+        return f"{media}:{resolve_media_path(media, media_root).stat().st_size}"
+
+    def item(one: Item) -> dict[str, object]:
+        clip = one.video
+        video = clip and [plain(part) for part in (clip.frames or (clip.path,))] + [clip.fps]
+        media = {"images": [plain(image) for image in one.images], "video": video}
+        return {"text": one.text, "instruction": one.instruction, "kind": one.kind, "tcot": one.tcot, **media}
+
+    digest = hashlib.sha256()
+    for record in records:
+        ids = [record.pair_id, record.data_source, record.instruction, record.target_id]
+        sides = [item(one) for one in (record.query, record.target, *record.negatives)]
+        digest.update(json.dumps([ids, sides], ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()

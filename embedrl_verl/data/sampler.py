@@ -4,9 +4,11 @@
 The order is a function of (seed, epoch) alone. A source's pairs are shuffled and cut into blocks of one batch, then the
 blocks of all sources are shuffled. With `pairs_together` > 1 runs of that many neighbours are shuffled as one, so that
 pairs that a file puts next to each other because they are easily confused meet in a batch, as hard negatives. What is
-left of a source after its last full block sits out this epoch, and other pairs will the next. The position is (epoch,
-indices yielded), which is all that a checkpoint holds; torchdata's `StatefulDataLoader` takes it from the iterator for
-every batch that it hands out, prefetched ones not included.
+left of a source after its last full block sits out this epoch, and other pairs will the next. With `data.shuffle=False`
+every epoch has the order of the files (a curriculum), and always the same pairs sit out.
+
+The position is (epoch, indices yielded), which is all that a checkpoint holds; torchdata's `StatefulDataLoader` takes
+it from the iterator for every batch that it hands out, prefetched ones not included.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class PairBatchSampler(Sampler[int]):
         dataset: prompts in pairs.
         batch_size: prompts a batch, two a pair.
         seed: of every shuffle.
+        shuffle: False keeps the order of the data set in every epoch: a source's pairs fill batches in their order, and
+            batches come in the order of their last pairs.
         pairs_together: length of the runs of neighbouring pairs of one source that are never separated; counted from
             the source's first pair, what is left over at its end is not used.
 
@@ -50,7 +54,9 @@ class PairBatchSampler(Sampler[int]):
             source cannot fill one batch.
     """
 
-    def __init__(self, dataset: PairedDataset, batch_size: int, seed: int = 0, pairs_together: int = 1) -> None:
+    def __init__(
+        self, dataset: PairedDataset, batch_size: int, seed: int = 0, pairs_together: int = 1, *, shuffle: bool = True
+    ) -> None:
         if batch_size < 2 or batch_size % 2:
             raise ConfigError(
                 f"the batch counts prompts, two a pair, so it must be even and positive; got {batch_size}"
@@ -63,6 +69,7 @@ class PairBatchSampler(Sampler[int]):
             )
         self.batch_size = batch_size
         self.seed = seed
+        self.shuffle = shuffle
         self.pairs_together = pairs_together
         self.epoch = 0
         self.fingerprint = dataset.fingerprint
@@ -95,9 +102,10 @@ class PairBatchSampler(Sampler[int]):
         need = self.batch_size // 2
         blocks = []
         for runs in self._runs_of.values():
-            shuffled = rng.permutation(runs).reshape(-1)
-            blocks.append(shuffled[: len(shuffled) // need * need].reshape(-1, need))
-        pairs_BP = rng.permutation(np.concatenate(blocks))  # B batches, P pairs
+            pairs = (rng.permutation(runs) if self.shuffle else runs).reshape(-1)
+            blocks.append(pairs[: len(pairs) // need * need].reshape(-1, need))
+        pairs_BP = np.concatenate(blocks)  # B batches, P pairs
+        pairs_BP = rng.permutation(pairs_BP) if self.shuffle else pairs_BP[pairs_BP[:, -1].argsort()]
         return np.stack([2 * pairs_BP, 2 * pairs_BP + 1], axis=-1).reshape(-1)
 
 
@@ -133,11 +141,11 @@ class _PairIterator(Iterator[int]):
             ConfigError: seed, batch size or data have changed, so the position means something else.
         """
         for name, value in self._identity().items():
-            if state_dict[name] != value:
+            if state_dict.get(name) != value:
                 raise ConfigError(
-                    f"cannot resume: the checkpoint's {name} is {state_dict[name]!r} and this run's is {value!r}; "
-                    "go on with the same data, data.seed, data.train_batch_size and data.embedrl.pairs_together, or "
-                    "start a new run"
+                    f"cannot resume: the checkpoint's {name} is {state_dict.get(name)!r} and this run's is {value!r}; "
+                    "go on with the same data, data.seed, data.shuffle, data.train_batch_size and "
+                    "data.embedrl.pairs_together, or start a new run"
                 )
         self._start(state_dict["epoch"], state_dict["yielded"])
 
@@ -147,5 +155,6 @@ class _PairIterator(Iterator[int]):
             "seed": sampler.seed,
             "batch_size": sampler.batch_size,
             "pairs_together": sampler.pairs_together,
+            "shuffle": sampler.shuffle,
             "data": sampler.fingerprint,
         }

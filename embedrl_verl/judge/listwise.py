@@ -24,6 +24,7 @@ from embedrl_verl.judge.prompt import JudgePrompt, judge_prompt
 from embedrl_verl.judge.settings import JudgeSettings
 from embedrl_verl.rewards.batch import RewardBatch
 from embedrl_verl.serving import ServerError, ServerPool
+from embedrl_verl.serving.sampling import NEUTRAL_SAMPLING
 
 _LOG = logging.getLogger(__name__)
 _CHAT = "/v1/chat/completions"
@@ -122,7 +123,7 @@ class ListwiseJudge:
                     f"GET /v1/models of {', '.join(self.pool.urls)} must list a model; got {str(answer)[:200]}. "
                     "Name it in embedrl.judge.model"
                 ) from error
-        if self._is_vllm is None and self.settings.constrained:
+        if self._is_vllm is None:
             try:
                 answer = await self.pool.get("/version", deadline=deadline)
                 self._is_vllm = isinstance(answer, dict) and "version" in answer
@@ -133,7 +134,8 @@ class ListwiseJudge:
                     _LOG.warning("judge: /version failed, so this step's answers are not constrained: %s", error)
                     return
                 self._is_vllm = False
-            _LOG.info("judge: %s decoding (%s)", "constrained" if self._is_vllm else "free", self.pool.urls[0])
+            constrained = self._is_vllm and self.settings.constrained
+            _LOG.info("judge: %s decoding (%s)", "constrained" if constrained else "free", self.pool.urls[0])
 
     def _cause(self, error: ServerError, *, hint: bool = False) -> str:
         """The failure's cause, with the key that may mend it."""
@@ -205,6 +207,8 @@ class ListwiseJudge:
             "messages": prompt.messages(batch.tcots[row]),
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
+            "top_p": 1.0,
+            **(NEUTRAL_SAMPLING if self._is_vllm else {}),
             **self.settings.extra_body,
         }
         try:

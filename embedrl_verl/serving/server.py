@@ -15,7 +15,8 @@ import aiohttp
 
 # Longest excerpt of a server's message in an error.
 _EXCERPT = 300
-_RETRIED = (429,)
+_RETRIED = (408, 425, 429)
+"""They say "send it again": time-out, too early, too many."""
 
 
 class TryFailed(Exception):

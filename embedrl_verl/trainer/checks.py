@@ -6,6 +6,7 @@ Called by the trainer, by `python -m embedrl_verl.train` and by dry runs, so tha
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def check_run_config(config: Any) -> None:
     prompts = int(config.data.train_batch_size)
     rollouts = int(config.actor_rollout_ref.rollout.n)
     pieces = config.data.val_batch_size
+    actor = config.actor_rollout_ref.actor
+    longest = int(config.data.max_prompt_length) + int(config.data.max_response_length)
     mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     ranks = embedder.nnodes * embedder.n_gpus_per_node or devices
@@ -60,6 +63,25 @@ def check_run_config(config: Any) -> None:
         (
             prompts >= 2 and prompts % 2 == 0,
             f"data.train_batch_size counts prompts, two for each pair, so it must be even; got {prompts}",
+        ),
+        (
+            batch >= 4,
+            "a batch that is rewarded at once must have two pairs or more (they are each other's negatives); got "
+            f"{batch // 2}: raise data.train_batch_size",
+        ),
+        (
+            str(config.algorithm.adv_estimator) != "grpo" or rollouts >= 2,
+            f"actor_rollout_ref.rollout.n must be at least 2: GRPO compares the rollouts of one prompt; got {rollouts}",
+        ),
+        (
+            not actor.use_dynamic_bsz or int(actor.ppo_max_token_len_per_gpu) >= longest,
+            f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu ({actor.get('ppo_max_token_len_per_gpu')}) must hold "
+            f"the longest row: data.max_prompt_length + data.max_response_length = {longest}",
+        ),
+        (
+            OmegaConf.select(config, "data.sampler.class_path") is None,
+            "data.sampler.class_path must be null: batches are made of whole pairs of one source; "
+            f"got {OmegaConf.select(config, 'data.sampler.class_path')}. data.shuffle=False keeps the files' order",
         ),
         (
             (prompts // 2) % together == 0,
@@ -143,6 +165,12 @@ def _model_rules(config: Any, embedder: EmbedderConfig) -> list[tuple[bool, str]
             f"flash_attention_2 or sdpa; got {attention}",
         ),
         (
+            not lora or _leaves_out_vision(model.get("exclude_modules")),
+            "an adapter must leave out the vision part (vLLM serves adapters of the language part alone): "
+            "actor_rollout_ref.model.exclude_modules must be a pattern that matches its modules, as '.*visual.*'; "
+            f"got {model.get('exclude_modules')}",
+        ),
+        (
             not lora or actor.strategy != "fsdp",
             "adapters need FSDP2: PEFT's do not work under FSDP1. Set actor_rollout_ref.actor.strategy=fsdp2; "
             f"got fsdp with actor_rollout_ref.model.lora_rank={lora}",
@@ -153,6 +181,12 @@ def _model_rules(config: Any, embedder: EmbedderConfig) -> list[tuple[bool, str]
             f"got fsdp with embedrl.embedder.train.lora_rank={trained}",
         ),
     ]
+
+
+def _leaves_out_vision(pattern: object) -> bool:
+    """Whether PEFT leaves out every module of the vision part (it matches the whole name)."""
+    names = ("model.visual.blocks.0.attn.qkv", "model.visual.merger.mlp.0", "model.visual.patch_embed.proj")
+    return isinstance(pattern, str) and all(re.fullmatch(pattern, name) for name in names)
 
 
 def _executor_rules(config: Any) -> list[tuple[bool, str]]:

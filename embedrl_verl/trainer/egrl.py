@@ -8,8 +8,8 @@ What differs from `sync`:
 3. the reward stage scores the whole batch at once (training and validation);
 4. validation adds Hit@1 and NDCG over the whole set;
 5. the Embedder can be co-trained on the batch, right after the rewards (`embedrl.embedder.train`);
-6. checkpoints name the Embedder that gave the rewards (and hold it, if it is trained), and resuming with another one is
-   refused.
+6. checkpoints say what gave the rewards (Embedder, evidence, prompts, reward function) and hold a trained Embedder;
+   resuming with anything else is refused.
 
 Everything else (rollout, log-probs, GRPO, the update) is verl's.
 """
@@ -60,16 +60,17 @@ from embedrl_verl.trainer.batch_reward import (
     write_scores,
 )
 from embedrl_verl.trainer.best import keep_if_best
-from embedrl_verl.trainer.checkpoint import check_embedder_record, write_embedder_record
+from embedrl_verl.trainer.checkpoint import check_run_record, run_record, write_run_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkpoint
 from embedrl_verl.trainer.judging import JudgeStage
 from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
+from embedrl_verl.trainer.same_policy import check_same_policy
 from embedrl_verl.trainer.training_record import (
     sources_of,
     write_embedder_record_for_export,
     write_reasoner_record,
 )
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores, roster
+from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores, left_out_metrics, roster
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class EGRLMixin(WorkerClassesMixin):
             self.embedder, where = streamed.ready([self.train_dataset, self.val_dataset]), streamed.where
         if self.global_steps > 0:
             folder = self._step_folder(self.global_steps)
-            check_embedder_record(folder, self.embedrl.embedder)
+            check_run_record(folder, run_record(self.config, self.embedrl))
             if self.embedder_training is not None:
                 ray.get(self._embedder_loads)
                 self.embedder_training.load(folder)
@@ -239,6 +240,7 @@ class EGRLMixin(WorkerClassesMixin):
             batch_size=self._prompts_a_batch,
             seed=self.config.data.get("seed") or 0,
             pairs_together=DataSettings.from_config(self.config.data).pairs_together,
+            shuffle=bool(self.config.data.shuffle),
         )
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
@@ -285,6 +287,8 @@ class EGRLMixin(WorkerClassesMixin):
             metrics.update(scored.metrics)
             metrics["timing_s/reward_stage"] = time.perf_counter() - start
             metrics["embedrl/total_steps"] = float(self.total_training_steps)
+            metrics.update(left_out_metrics(self.train_dataset, self.val_dataset))
+            metrics.update(left_out_metrics(self.train_dataset, self.val_dataset))
         if training and self.embedder_training is not None:
             trained = self._train_embedder(self.embedder_training, scored)
             if metrics is not None:
@@ -305,6 +309,12 @@ class EGRLMixin(WorkerClassesMixin):
             return self.reward_manager.score_batch(batch)
         with self.judge.awake():
             return self.reward_manager.score_batch(batch)
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, float]) -> KVBatchMeta:
+        batch = super()._compute_old_log_prob(batch, metrics=metrics)  # type: ignore[misc]
+        least = self.embedrl.rollout.min_probs_correlation
+        check_same_policy(metrics, self.global_steps, least=least, synchronous=self.parent_mode == "sync")
+        return batch
 
     def _train_embedder(self, training: EmbedderTraining, scored: ScoredRows) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -351,6 +361,7 @@ class EGRLMixin(WorkerClassesMixin):
             )
         self._last_scores = card_scores(retrieval)
         metrics.update(retrieval)
+        metrics.update(left_out_metrics(self.train_dataset, self.val_dataset))
         if self.embedrl.validation.keep_best and "val-core/all/hit@1" in retrieval:
             folder = self.config.trainer.default_local_dir
             if keep_if_best(folder, self.global_steps, retrieval["val-core/all/hit@1"]):
@@ -406,7 +417,7 @@ class EGRLMixin(WorkerClassesMixin):
     def _save_checkpoint(self) -> None:
         folder = f"{self.config.trainer.default_local_dir}/global_step_{self.global_steps}"
         # Before verl's part, whose tracker file comes last: a checkpoint that the tracker names is complete.
-        write_embedder_record(folder, self.embedrl.embedder)
+        write_run_record(folder, run_record(self.config, self.embedrl))
         data = sources_of(self.train_dataset.pair_sources)
         write_reasoner_record(folder, self.global_steps, self.config, self.embedrl, data, self._last_scores)
         training = self.embedder_training

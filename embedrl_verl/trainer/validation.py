@@ -111,6 +111,22 @@ def roster(dataset: Any, sessions: int) -> list[ValidationRow]:
     ]
 
 
+def left_out_metrics(train: Any, validation: Any) -> dict[str, float]:
+    """Pairs that are too long, of both data sets and of each source that has some; nothing where all pairs fit.
+
+    Args:
+        train, validation: `TCoTDataset`s.
+    """
+    found = {}
+    for name, data in (("train", train), ("val", validation)):
+        if data.left_out:
+            found[f"data/left_out/{name}"] = float(sum(data.left_out.values()))
+            found[f"data/pairs/{name}"] = float(len(data.pair_ids) + sum(data.left_out.values()))
+        for source, count in data.left_out.items():
+            found[f"data/left_out/{name}/{metric_name(source)}"] = float(count)
+    return found
+
+
 def metric_name(source: str) -> str:
     """A data source as a part of a metric's name: `all` is the mean over sources, and a slash ends a part."""
     quoted = source.replace("%", "%25").replace("/", "%2F")

@@ -74,6 +74,20 @@ def test_a_reply_comes_with_its_tokens_and_the_request_with_its_seed():
     }
 
 
+def test_a_served_model_samples_as_one_in_process_whatever_its_generation_config_says():
+    """vLLM takes what a request leaves out from the checkpoint's file; these numbers are a released model's."""
+    vllm = pytest.importorskip("vllm")
+    protocol = pytest.importorskip("vllm.entrypoints.openai.chat_completion.protocol")
+    _, _, (body,) = talk(served(lambda body: completion(), version="1"), ask)
+    file = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature": 0.1, "min_p": 0.2}
+    got = protocol.ChatCompletionRequest(**body).to_sampling_params(16, file)
+    here = vllm.SamplingParams(max_tokens=16, temperature=0.5, top_p=0.9, seed=7)
+    names = ("repetition_penalty", "top_k", "top_p", "min_p", "temperature", "presence_penalty", "frequency_penalty")
+    assert {name: getattr(got, name) for name in names} == {name: getattr(here, name) for name in names}
+    _, _, (body,) = talk(served(lambda body: completion(), version="1"), ask, extra={"repetition_penalty": 1.2})
+    assert body["repetition_penalty"] == 1.2  # what a person asks for is sent
+
+
 def test_only_vllm_is_asked_to_constrain_the_reply():
     facts, _, (body,) = talk(served(lambda body: completion(), version="1"), ask)
     assert body["structured_outputs"] == {"choice": ["yes", "no"]} and facts["videos"] == "video_url"

@@ -143,7 +143,15 @@ def test_the_prompt_that_is_counted_is_the_prompt_that_runs(
     data = make(family=family)
     lengths = [len(rollout_prompt(data, data[index], config_of(root), models[family])) for index in range(len(data))]
     by_pair = [max(lengths[index : index + 2]) for index in range(0, len(data), 2)]
+    shortest: dict[str, int] = {}
+    for source, length in zip(data.pair_sources, by_pair, strict=True):
+        shortest[source] = min(shortest.get(source, length), length)
     for limit in sorted(set(by_pair)):
+        gone = sorted(source for source, least in shortest.items() if least > limit)
+        if gone:
+            with pytest.raises(DataError, match=f"Nothing is left of {', '.join(gone)}:"):
+                make(family=family, max_prompt_length=limit)
+            continue
         if limit == max(by_pair):
             assert make(family=family, max_prompt_length=limit).overlong == {}
             continue
@@ -181,6 +189,7 @@ def test_an_overlong_side_drops_the_pair_and_says_so(
         data = make(records=[pair("a"), long, pair("b")], max_prompt_length=400)
     assert [data[index]["embedrl_pair_id"] for index in range(len(data))] == ["a", "a", "b", "b"]
     (message,) = [record.message for record in caplog.records if "left out" in record.message]
+    assert data.left_out == {long.data_source: 1}
     assert "1 of 3 pairs have a prompt over data.max_prompt_length=400 tokens" in message
     assert "row 1, pair 'long' (target " in message and "query" not in message.split("(")[-1]
     with pytest.raises(DataError, match=r"1 of 1 pairs have a prompt over .*Nothing is left"):
@@ -238,6 +247,23 @@ def test_max_samples_counts_prompts(make: Callable[..., TCoTDataset]) -> None:
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
     with pytest.raises(ConfigError, match="at least 2 or -1; got 1"):
         make(max_samples=1)
+
+
+def test_a_subset_is_the_same_in_every_process_without_a_seed(make: Callable[..., TCoTDataset]) -> None:
+    drawn = {make(max_samples=4, shuffle=True, seed=None).fingerprint for _ in range(3)}
+    assert drawn == {make(max_samples=4, shuffle=True, seed=0).fingerprint}
+
+
+def test_a_validation_subset_heeds_its_own_key(make: Callable[..., TCoTDataset], tmp_path: Path) -> None:
+    files = [str(tmp_path / "pairs.parquet")]
+    first = make(max_samples=4, shuffle=False).fingerprint
+    drawn = make(max_samples=4, shuffle=True, seed=3).fingerprint
+    assert first != drawn
+    keys = {"val_files": files, "seed": 3, "max_samples": 4}
+    assert make(**keys, shuffle=True, validation_shuffle=False).fingerprint == first
+    assert make(**keys, shuffle=False, validation_shuffle=True).fingerprint == drawn
+    keys["val_files"] = ["other.parquet"]
+    assert make(**keys, shuffle=True, validation_shuffle=False).fingerprint == drawn
 
 
 def test_wrong_family_is_refused(

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.identity import content_id, records_digest
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import MediaError
 
@@ -60,3 +61,28 @@ def test_ids_are_stable_int64(pair: MakePair) -> None:
 def test_missing_medium_is_an_error(pair: MakePair, root: Path) -> None:
     with pytest.raises(MediaError, match=r"gone\.png"):
         content_id(pair("p", target=Item(images=("gone.png",))), root)
+
+
+def test_the_digest_of_records_changes_with_any_field_their_order_and_a_files_size(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"picture")
+    first = PairRecord("p", "s", "find", Item(text="q", images=("a.png",)), Item(text="t", images=(b"x",)), "")
+    second = PairRecord(
+        "r", "s", "find", Item(text="q", video=Video(frames=(b"1", b"2"), fps=2.0)), Item(text="t"), "id"
+    )
+    known = records_digest([first, second], tmp_path)
+    assert known == records_digest([first, second], tmp_path)
+    others = [
+        [second, first],
+        [first],
+        [replace(first, instruction="look"), second],
+        [replace(first, target_id="one"), second],
+        [replace(first, query=replace(first.query, text="q ")), second],
+        [replace(first, target=replace(first.target, images=(b"y",))), second],
+        [first, replace(second, query=replace(second.query, video=Video(frames=(b"1", b"2"), fps=1.0)))],
+        [first, replace(second, query=replace(second.query, video=Video(frames=(b"2", b"1"), fps=2.0)))],
+        [first, replace(second, negatives=(Item(text="n"),))],
+    ]
+    digests = [records_digest(records, tmp_path) for records in others]
+    (tmp_path / "a.png").write_bytes(b"another picture")
+    digests.append(records_digest([first, second], tmp_path))
+    assert len({known, *digests}) == len(digests) + 1

@@ -108,7 +108,15 @@ def test_state_is_small_and_plain() -> None:
     first = loader()
     next(iter(first))
     state = first.state_dict()["_sampler_iter_state"]["sampler_iter_state"]
-    assert state == {"epoch": 0, "yielded": 4, "seed": 3, "batch_size": 4, "pairs_together": 1, "data": "f"}
+    assert state == {
+        "epoch": 0,
+        "yielded": 4,
+        "seed": 3,
+        "batch_size": 4,
+        "pairs_together": 1,
+        "shuffle": True,
+        "data": "f",
+    }
 
 
 @pytest.mark.parametrize(
@@ -158,3 +166,22 @@ def test_neighbours_share_a_batch_and_runs_are_shuffled() -> None:
 def test_runs_that_do_not_fill_a_batch_are_refused(together: int) -> None:
     with pytest.raises(ConfigError, match=r"pairs_together must divide the 4 pairs of a batch; got"):
         PairBatchSampler(Prompts(["a"] * 12), batch_size=8, pairs_together=together)
+
+
+def test_without_shuffling_every_epoch_has_the_order_of_the_files() -> None:
+    one = PairBatchSampler(Prompts(["a"] * 7), batch_size=4, shuffle=False)
+    assert list(one) == list(one) == list(range(12))  # the last pair fills no batch
+    mixed = PairBatchSampler(Prompts(["a", "b", "a", "b", "b", "b", "c", "c"]), batch_size=4, shuffle=False)
+    # A source's pairs in their order; batches where their last pair stands.
+    assert [mixed.order(epoch).reshape(-1, 4)[:, ::2].tolist() for epoch in (0, 1)] == [
+        [[0, 4], [2, 6], [8, 10], [12, 14]]
+    ] * 2
+
+
+def test_a_position_of_shuffled_batches_is_none_of_the_files_order() -> None:
+    state = iter(PairBatchSampler(MIXED, 4)).state_dict()
+    with pytest.raises(ConfigError, match="the checkpoint's shuffle is True and this run's is False"):
+        iter(PairBatchSampler(MIXED, 4, shuffle=False)).load_state_dict(state)
+    del state["shuffle"]
+    with pytest.raises(ConfigError, match="shuffle is None"):
+        iter(PairBatchSampler(MIXED, 4)).load_state_dict(state)

@@ -84,7 +84,8 @@ def test_decoding_is_constrained_for_vllm_only_and_only_if_wanted():
         found, server = run(says(reading, vllm=vllm), constrained=constrained, model="mine")
         assert not any("structured_outputs" in body for body in chats(server))
         assert {body["model"] for body in chats(server)} == {"mine"} and found.scores.mean() == 1
-        assert len(server.bodies) == 48 + constrained  # /version alone
+        assert len(server.bodies) == 49  # /version too
+        assert all(("top_k" in body) is vllm for body in chats(server))
 
 
 def test_model_and_software_are_asked_for_once_under_successive_event_loops():

@@ -39,7 +39,6 @@ def test_every_number_of_a_step_follows_from_six() -> None:
     ("changes", "message"),
     [
         ({"prompts": 63}, "must be even; got 63"),
-        ({"rollouts": 1}, "rollout.n must be at least 2"),
         ({"mini_prompts": 48}, "must be divisible by actor_rollout_ref.actor.ppo_mini_batch_size \\(48\\)"),
         ({"devices": 24}, "must be divisible by the 24 data-parallel ranks"),
         ({"devices": 8, "model_parallel": 3}, "model-parallel size \\(3\\)"),

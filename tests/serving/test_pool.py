@@ -31,7 +31,7 @@ def test_a_request_carries_body_and_key_and_gives_the_decoded_answer():
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
 def test_a_busy_or_broken_answer_is_retried(status):
     async def run():
         async with FakeServer(in_turn(web.Response(status=status), "good")) as server, quick_pool(server.url) as pool:

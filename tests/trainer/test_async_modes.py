@@ -159,7 +159,7 @@ def test_prompts_are_fetched_by_groups_in_blocks_of_one_mini_batch(queue, monkey
         {"total_training_steps": None, "total_epochs": 3},
     )
     trainer.config = OmegaConf.merge(trainer.config, {"actor_rollout_ref": {"actor": actor}, "trainer": run})
-    trainer.config.data.update({"gen_batch_size": 1, "dataloader_num_workers": 0, "seed": 0})
+    trainer.config.data.update({"gen_batch_size": 1, "dataloader_num_workers": 0, "seed": 0, "shuffle": True})
     trainer._init_dataloader()
     assert (trainer.steps_per_epoch, trainer.total_training_steps) == (2, 6)
     assert trainer.config.actor_rollout_ref.actor.optim.total_training_steps == 24

@@ -1,43 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A resumed run keeps the Embedder that rewarded it so far."""
+"""A resumed run keeps what rewarded it so far: the Embedder's weights and settings, evidence, prompts, reward."""
 
-import dataclasses
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.trainer.checkpoint import RECORD, check_embedder_record, write_embedder_record
+from embedrl_verl.plan import compose
+from embedrl_verl.tiny.models import build_tiny_model
+from embedrl_verl.trainer.checkpoint import RECORD, check_run_record, model_digest, run_record, write_run_record
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("embedder") / "model")
 
 
 @pytest.fixture
-def embedder(tmp_path):
-    folder = tmp_path / "embedder"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights")
-    (folder / "config.json").write_text("{}")
-    return EmbedderConfig(path=str(folder))
+def reward(tmp_path: Path) -> Path:
+    file = tmp_path / "mine.py"
+    file.write_text("def compute_score(batch, weight=1.0):\n    return {'score': batch.format()}\n")
+    return file
 
 
-def test_the_same_embedder_passes_also_from_another_place(tmp_path, embedder):
+@pytest.fixture
+def record(model: Path, reward: Path):
+    """`record(*overrides)`: of a run with them."""
+
+    def make(*overrides: str) -> dict[str, Any]:
+        base = [f"embedrl.embedder.path={model}", f"reward.custom_reward_function.path={reward}"]
+        config = compose([*base, "data.embedrl.family=qwen2_vl", *overrides])
+        return run_record(config, load_embedrl_config(config))
+
+    return make
+
+
+def test_the_same_run_passes_also_with_its_models_in_another_place(record, model, tmp_path):
     step = tmp_path / "global_step_3"
-    write_embedder_record(str(step), embedder)
-    moved = tmp_path / "moved"
-    (tmp_path / "embedder").rename(moved)
-    check_embedder_record(str(step), dataclasses.replace(embedder, path=str(moved), max_tokens_per_gpu=7))
+    write_run_record(str(step), record())
+    moved = shutil.copytree(model, tmp_path / "moved")
+    more = ["embedrl.embedder.max_tokens_per_gpu=7000", "trainer.total_epochs=9", "embedrl.embedder.offload=False"]
+    check_run_record(str(step), record(f"embedrl.embedder.path={moved}", *more))
     assert [file.name for file in step.iterdir()] == [RECORD]
 
 
-def test_other_weights_or_settings_are_refused(tmp_path, embedder):
-    step = tmp_path / "global_step_3"
-    write_embedder_record(str(step), embedder)
-    with pytest.raises(ConfigError, match="same Embedder"):
-        check_embedder_record(str(step), dataclasses.replace(embedder, image_max_tokens=256))
-    (tmp_path / "embedder" / "model.safetensors").write_bytes(b"changed")
-    with pytest.raises(ConfigError, match="same Embedder"):
-        check_embedder_record(str(step), embedder)
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("embedrl.embedder.image_max_tokens=256", "embedrl.embedder.image_max_tokens was 768 and is 256"),
+        ("embedrl.evidence.max_items=3", "embedrl.evidence.max_items was 8 and is 3"),
+        ("data.embedrl.prompt_style=compact", "data.embedrl.prompt_style was 'paper' and is 'compact'"),
+        ("data.embedrl.image_max_tokens=512", "data.embedrl.image_max_tokens was 768 and is 512"),
+        ("data.max_response_length=1024", "data.embedrl.max_response_length was 2048 and is 1024"),
+        ("+reward.custom_reward_function.reward_kwargs.weight=2.0", "reward_kwargs was {} and is {'weight': 2.0}"),
+        (
+            "reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.no_judge",
+            "function was 'mine.py:compute_score'",
+        ),
+    ],
+)
+def test_a_setting_that_changes_rewards_is_refused_with_both_values(record, tmp_path, override, named):
+    write_run_record(str(tmp_path), record())
+    with pytest.raises(ConfigError, match="cannot be resumed with other rewards") as refused:
+        check_run_record(str(tmp_path), record(override))
+    assert named in str(refused.value)
 
 
-def test_a_checkpoint_without_record_is_refused(tmp_path, embedder):
+def test_another_code_of_the_same_reward_file_is_refused(record, reward, tmp_path):
+    write_run_record(str(tmp_path), record())
+    reward.write_text(reward.read_text().replace("batch.format()", "batch.format() * weight"))
+    with pytest.raises(ConfigError, match=r"reward.custom_reward_function.code was '[0-9a-f]{64}'"):
+        check_run_record(str(tmp_path), record())
+
+
+@pytest.mark.parametrize("which", ["first", "last", "shape of none"])
+def test_one_changed_weight_anywhere_is_another_embedder(model, tmp_path, which):
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    assert model_digest(str(other)) == model_digest(str(model)) is not None
+    file = other / "model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[0 if which == "first" else -1]
+    if which == "shape of none":
+        weights = {key: value.clone() for key, value in reversed(list(weights.items()))}
+        weights[name].view(-1)[-1] = torch.nextafter(weights[name].view(-1)[-1], torch.tensor(9.0))
+    else:
+        weights[name].view(-1)[-1] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    assert model_digest(str(other)) != model_digest(str(model))
+
+
+def test_a_part_far_inside_a_large_file_counts(tmp_path):
+    """A digest of its first megabytes would not see a merged adapter."""
+    for name, place in (("a", None), ("b", 9 << 20)):
+        (tmp_path / name).mkdir()
+        content = bytearray(10 << 20)
+        if place is not None:
+            content[place] = 1
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    assert model_digest(str(tmp_path / "a")) != model_digest(str(tmp_path / "b"))
+
+
+def test_a_hub_id_without_files_here_is_compared_by_name(record, tmp_path):
+    write_run_record(str(tmp_path), record("embedrl.embedder.path=some/embedder"))
+    check_run_record(str(tmp_path), record("embedrl.embedder.path=some/embedder"))
+    with pytest.raises(ConfigError, match="embedder.path was 'some/embedder' and is 'other/embedder'"):
+        check_run_record(str(tmp_path), record("embedrl.embedder.path=other/embedder"))
+
+
+def test_a_checkpoint_without_record_is_refused(record, tmp_path):
     with pytest.raises(ConfigError, match="not written by an EG-RL trainer"):
-        check_embedder_record(str(tmp_path), embedder)
+        check_run_record(str(tmp_path), record())

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan import compose
+from embedrl_verl.plan import compose, make_plan
 from embedrl_verl.trainer.checks import check_run_config, refuse_videos_that_megatron_misplaces
 
-CPU = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl", "platform=cpu"]
+REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
+CPU = [*REQUIRED, "platform=cpu", "data.max_prompt_length=256", "data.max_response_length=96"]
 BACKEND = "engine_kwargs.vllm.distributed_executor_backend"
 JUDGE = [*CPU, "reward.reward_model.enable=True", "reward.reward_model.model_path=/models/judge"]
 
@@ -98,3 +99,22 @@ def test_videos_that_megatron_misplaces_are_refused(family, video, refused):
     data = SimpleNamespace(family=family, first_video=video)
     with pytest.raises(ConfigError, match="p7 has one") if refused else nullcontext():
         refuse_videos_that_megatron_misplaces(config, data)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["actor_rollout_ref.rollout.n=1"], "rollout.n must be at least 2: GRPO compares"),
+        (["data.max_prompt_length=31000"], "must hold the longest row: .* = 33048"),
+        (["data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2"], "must have two pairs or more"),
+        (["+data.sampler.class_path=mine.py"], "data.sampler.class_path must be null"),
+    ],
+)
+def test_a_run_refuses_what_its_dry_run_refuses(overrides, message):
+    config = compose([*REQUIRED, *overrides])
+    for check in (check_run_config, make_plan):
+        with pytest.raises(ConfigError, match=message):
+            check(config)
+    others = [one for one in overrides if "rollout.n" in one]
+    if others:  # an estimator that compares no group
+        check_run_config(compose([*REQUIRED, *others, "algorithm.adv_estimator=reinforce_plus_plus"]))
