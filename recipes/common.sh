@@ -16,6 +16,43 @@ fail() {
     echo "[recipe] ${*:2}" >&2
     exit "$1"
 }
+# -h and --help print the recipe's own header, and nothing is started.
+for argument in "$@"; do
+    if [[ "$argument" == -h || "$argument" == --help ]]; then
+        sed -n '3,${/^#/!q;s/^# \{0,1\}//;p}' "$0"
+        exit 0
+    fi
+done
+
+# One run at a time in OUT: two would write into each other's files. Held until this process and its stages have ended.
+lock_out() {
+    mkdir -p "$OUT"
+    exec {OUT_LOCK}>"$OUT/.lock"
+    local code=0
+    flock -n "$OUT_LOCK" || code=$?
+    case "$code" in
+        0) ;;
+        1) fail 4 "OUT=$OUT is in use by another run; wait for it, or choose another OUT" ;;
+        *) say "OUT=$OUT is on a file system without locks (flock: $code): start no other run there" ;;
+    esac
+}
+
+# set_aside NAME...: moves those that are there in OUT to a folder of their own in it, so that a new run stands alone and
+# nothing is lost.
+set_aside() {
+    local name folder="" number=1
+    for name in "$@"; do
+        [[ -e "$OUT/$name" ]] || continue
+        if [[ -z "$folder" ]]; then
+            while [[ -e "$OUT/old-$number" ]]; do number=$((number + 1)); done
+            folder="$OUT/old-$number"
+            mkdir "$folder"
+        fi
+        mv "$OUT/$name" "$folder/"
+    done
+    [[ -z "$folder" ]] || say "what an earlier run left in OUT is now in $folder"
+}
+
 is_dry_run() { [[ -n "${DRY_RUN:-}" && "$DRY_RUN" != 0 ]]; }
 
 has_verl() {
@@ -321,7 +358,7 @@ train() {
         "$PYTHON" -m embedrl_verl.plan "$@"
     else
         export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl"
-        mkdir -p "$OUT"
+        [[ -n "${OUT_LOCK:-}" ]] || lock_out
         "$PYTHON" -m embedrl_verl.train "$@"
     fi
 }

@@ -10,9 +10,10 @@
 # verl serves it in the RL stage) · rl (EG-RL, the Embedder frozen) · export · evaluate (held-out Hit@1) · then the table, results.json and
 # curves.png in OUT.
 # A finished stage is skipped when the recipe is run again with the same settings; an interrupted RL stage goes on from
-# its last checkpoint.
+# its last checkpoint, and so does a longer one (STEPS). With other settings of the RL stage what the earlier run left is
+# moved to OUT/old-<n>; another SEED or FAMILY needs another OUT.
 #
-# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, REWARD=reward/no_judge.py, JUDGE=1 with
+# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl (no other yet), REWARD=reward/no_judge.py, JUDGE=1 with
 # reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it. DRY_RUN=1 prints the plan of the RL stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -85,9 +86,11 @@ if is_dry_run; then
     exit
 fi
 
+[[ "$FAMILY" == qwen2_vl ]] || fail 2 "FAMILY must be qwen2_vl: the tiny cold start knows no other; got $FAMILY"
 STAGES=" world pretrain judge rl export evaluate "
+[[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
 
-forget_rl() { rm -rf "$OUT/rl" "$OUT"/metrics.jsonl*; }
+RESULTS=(results.json curves.png evaluation.json evaluation_cotrained.json reasoner embedder_cotrained)
 
 # run_stage NAME COMMAND...: once for each command. What later stages made of an older result is void.
 run_stage() {
@@ -100,7 +103,6 @@ run_stage() {
     rm -f "$mark"
     for stage in ${STAGES#*" $name "}; do
         rm -f "$OUT/.stages/$stage"
-        [[ "$stage" != rl ]] || forget_rl
     done
     say "$name"
     "$@"
@@ -111,24 +113,30 @@ run_stage() {
 # The end, if UNTIL names this stage.
 until_stage() { [[ "${UNTIL:-}" != "$1" ]] || exit 0; }
 
+# same_stage NAME COMMAND...: what the stage made in OUT was made with other settings, and others were made of it.
+same_stage() {
+    local mark="$OUT/.stages/$1"
+    [[ ! -f "$mark" || "$(cat "$mark")" == "${*:2}" ]] || fail 2 "OUT=$OUT holds a run whose stage $1 is" \
+        "'$(cat "$mark")', and now it would be '${*:2}' (SEED, FAMILY); choose another OUT"
+}
+
 make_world() {
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/models/reasoner" --family "$1" --seed "$2"
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/models/embedder" --family "$1" --seed "$(($2 + 1000))"
     "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --family "$1" --seed "$2"
 }
 
-# Both at once, on one core each.
+# Both at once, on one core each. They end with this script, whatever ends it.
 pretrain() {
-    local reasoner embedder
     "$PYTHON" -m embedrl_verl.tiny.sft --model "$OUT/models/reasoner" --world "$OUT/world" --out "$OUT/sft" \
         --seed "$1" &
-    reasoner=$!
+    REASONER_PID=$!
     "$PYTHON" -m embedrl_verl.tiny.contrastive --model "$OUT/models/embedder" --world "$OUT/world" \
         --out "$OUT/embedder" --seed "$1" &
-    embedder=$!
-    trap 'kill "$reasoner" "$embedder" 2>/dev/null || true' EXIT
-    wait "$reasoner"
-    wait "$embedder"
+    EMBEDDER_PID=$!
+    trap 'kill "$REASONER_PID" "$EMBEDDER_PID" 2>/dev/null || true; wait' EXIT
+    wait "$REASONER_PID"
+    wait "$EMBEDDER_PID"
     trap - EXIT
 }
 
@@ -136,16 +144,31 @@ make_judge() {
     "$PYTHON" -m embedrl_verl.tiny.judge --world "$OUT/world" --out "$OUT/judge" --seed "$1"
 }
 
-# An interrupted run goes on from its last checkpoint, and so does a longer one; other settings start anew.
-run_rl() {
-    local settings
-    settings=$(printf '%s\n' "$@" | grep -v '^trainer.total_training_steps=')
-    if [[ -d "$OUT/rl" && "$(cat "$OUT/rl/settings")" != "$settings" ]]; then
-        say "rl: other settings than before, starting anew"
-        forget_rl
+rl_settings() { printf '%s\n' "$@" | grep -v '^trainer.total_training_steps='; }
+
+# An interrupted run goes on from its last checkpoint, and so does a longer one. Before anything of an earlier run is
+# moved, the new one's configuration and reward function are checked.
+prepare_rl() {
+    local settings old="$OUT/rl"
+    settings=$(rl_settings "$@")
+    if [[ -f "$OUT/.stages/rl" && "$(cat "$OUT/.stages/rl")" == "run_rl $*" ]]; then
+        return
     fi
+    if [[ -d "$old" && "$(cat "$old/settings" 2>/dev/null)" != "$settings" ]]; then
+        "$PYTHON" -m embedrl_verl.plan "$@" >/dev/null
+        diff <(cat "$old/settings" 2>/dev/null) <(echo "$settings") | sed -n 's/^</[recipe] rl: before /p;s/^>/[recipe] rl: now    /p' || true
+        (
+            cd "$OUT" && shopt -s nullglob && metrics=(metrics.jsonl*)
+            set_aside rl "${metrics[@]}" "${RESULTS[@]}"
+        )
+    else
+        set_aside "${RESULTS[@]}" # of fewer steps
+    fi
+}
+
+run_rl() {
     mkdir -p "$OUT/rl"
-    echo "$settings" >"$OUT/rl/settings"
+    rl_settings "$@" >"$OUT/rl/settings"
     train "$@"
 }
 
@@ -154,7 +177,6 @@ export_models() {
     local step
     step="$OUT/rl/checkpoints/global_step_$(cat "$OUT/rl/checkpoints/latest_checkpointed_iteration.txt")"
     "$PYTHON" -m embedrl_verl.cli export "$step" --kind reasoner --out "$OUT/reasoner" --force
-    rm -rf "$OUT/embedder_cotrained"
     [[ ! -d "$step/embedder" ]] ||
         "$PYTHON" -m embedrl_verl.cli export "$step" --kind embedder --out "$OUT/embedder_cotrained"
 }
@@ -171,14 +193,22 @@ evaluate_by() {
 }
 
 mkdir -p "$OUT/.stages"
+lock_out
+same_stage world make_world "$FAMILY" "$SEED"
+same_stage pretrain pretrain "$SEED"
+((JUDGE == 0)) || same_stage judge make_judge "$SEED"
 start_fork_server
 run_stage world make_world "$FAMILY" "$SEED"
+until_stage world
 run_stage pretrain pretrain "$SEED"
 until_stage pretrain
 ((JUDGE == 0)) || run_stage judge make_judge "$SEED"
 until_stage judge
+prepare_rl "${OVERRIDES[@]}" "$@"
 run_stage rl run_rl "${OVERRIDES[@]}" "$@"
 until_stage rl
 run_stage export export_models
+until_stage export
 run_stage evaluate evaluate
+until_stage evaluate
 "$PYTHON" -m embedrl_verl.tiny.summary --run "$OUT"

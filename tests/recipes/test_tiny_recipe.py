@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from pathlib import Path
@@ -44,7 +45,10 @@ class Recipe:
         (self.out / "calls").unlink(missing_ok=True)
         env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "OUT": str(self.out), "PYTHON": str(self.python)}
         command = ["bash", str(ROOT / "recipes" / "run_egrl_tiny_cpu.sh"), *arguments]
-        result = subprocess.run(command, env={**env, **variables}, capture_output=True, timeout=300, check=False)
+        result = subprocess.run(
+            command, env={**env, **variables}, capture_output=True, text=True, timeout=300, check=False
+        )
+        self.said = result.stdout + result.stderr
         return result.returncode, recorded(self.out / "calls")
 
     def modules(self, *arguments: str, **variables: str) -> list[str]:
@@ -103,17 +107,85 @@ def test_an_interrupted_training_goes_on_and_a_longer_one_too(recipe: Recipe) ->
     assert (kept / "global_step_3").is_dir()
 
 
-def test_other_settings_start_the_training_anew(recipe: Recipe) -> None:
+def test_other_settings_start_anew_and_move_the_earlier_run_aside(recipe: Recipe) -> None:
     recipe.modules()
-    old = recipe.out / "rl" / "checkpoints" / "global_step_3"
-    old.mkdir()
-    assert recipe.modules("actor_rollout_ref.rollout.n=4") == STAGES[STAGES.index("train") :]
-    assert not old.exists()
+    for name in ("metrics.jsonl", "metrics.jsonl.1", "results.json", "curves.png"):
+        (recipe.out / name).write_text("of the first run")
+    assert recipe.modules("actor_rollout_ref.rollout.n=4") == ["plan", *STAGES[STAGES.index("train") :]]
+    assert (recipe.out / "old-1" / "rl" / "checkpoints" / "global_step_7").is_dir()
+    for name in ("metrics.jsonl", "metrics.jsonl.1", "results.json", "curves.png"):
+        assert (recipe.out / "old-1" / name).read_text() == "of the first run"
+        assert not (recipe.out / name).exists()
+    recipe.modules("actor_rollout_ref.rollout.n=6")
+    assert (recipe.out / "old-2" / "rl").is_dir() and (recipe.out / "old-1" / "rl").is_dir()
+
+
+def test_nothing_is_moved_for_settings_that_the_plan_refuses(recipe: Recipe) -> None:
+    recipe.modules()
+    (recipe.out / "results.json").write_text("of the first run")
+    code, calls = recipe.run("actor_rollout_ref.rollout.n=0", FAIL="plan")
+    assert code == 1 and [call[0] for call in calls] == ["plan"]
+    assert (recipe.out / "rl" / "checkpoints" / "global_step_7").is_dir()
+    assert (recipe.out / "results.json").is_file() and not (recipe.out / "old-1").exists()
+    assert recipe.modules() == ["summary"]
+
+
+def test_results_of_fewer_steps_do_not_stand_beside_a_longer_run(recipe: Recipe) -> None:
+    recipe.modules()
+    (recipe.out / "results.json").write_text("of 40 steps")
+    assert recipe.run(STEPS="80", FAIL="train")[0] == 1
+    assert not (recipe.out / "results.json").exists() and (recipe.out / "old-1" / "results.json").is_file()
+    assert (recipe.out / "rl" / "checkpoints" / "global_step_7").is_dir()
+
+
+def test_other_models_in_a_folder_that_holds_a_run_are_refused_with_the_difference(recipe: Recipe) -> None:
+    recipe.modules()
+    before = sorted(recipe.out.rglob("*"))
+    code, calls = recipe.run(SEED="1")
+    assert (code, calls) == (2, [])
+    assert "stage world is 'make_world qwen2_vl 0', and now it would be 'make_world qwen2_vl 1'" in recipe.said
+    assert sorted(recipe.out.rglob("*")) == [path for path in before if path.name != "calls"]
 
 
 @pytest.mark.parametrize("broken", ["sft", "contrastive"])
-def test_what_was_made_of_older_models_is_void_even_after_an_interruption(recipe: Recipe, broken: str) -> None:
+def test_a_training_that_fails_ends_the_other_and_is_done_again(recipe: Recipe, broken: str) -> None:
+    assert recipe.run(FAIL=broken)[0] == 1
+    assert "unbound variable" not in recipe.said
+    assert recipe.modules() == STAGES[STAGES.index("contrastive") :]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "message"),
+    [
+        (["--help"], {}, 0, "Stages: world (models and data)"),
+        (["-h"], {"REWARD": "none.py"}, 0, "UNTIL=<stage>"),
+        ([], {"UNTIL": "pretraining"}, 2, "UNTIL must be a stage"),
+        ([], {"FAMILY": "qwen3_vl"}, 2, "FAMILY must be qwen2_vl"),
+    ],
+)
+def test_help_and_wrong_values_touch_nothing(
+    recipe: Recipe, arguments: list[str], variables: dict[str, str], code: int, message: str
+) -> None:
     recipe.modules()
-    assert recipe.run(SEED="1", FAIL=broken)[0] == 1
-    assert not (recipe.out / "rl").exists()
-    assert recipe.modules(SEED="1") == STAGES[STAGES.index("contrastive") :]
+    before = sorted(recipe.out.rglob("*"))
+    assert recipe.run(*arguments, **variables) == (code, [])
+    assert message in recipe.said
+    assert sorted(recipe.out.rglob("*")) == [path for path in before if path.name != "calls"]
+
+
+@pytest.mark.parametrize("stage", ["world", "pretrain", "rl", "export", "evaluate"])
+def test_until_ends_after_its_stage(recipe: Recipe, stage: str) -> None:
+    recipe.modules(UNTIL=stage)
+    assert (recipe.out / ".stages" / stage).is_file()
+    later = ["world", "pretrain", "rl", "export", "evaluate"]
+    for name in later[later.index(stage) + 1 :]:
+        assert not (recipe.out / ".stages" / name).exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(recipe: Recipe) -> None:
+    (recipe.out / ".lock").touch()
+    with (recipe.out / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert recipe.run() == (4, [])
+    assert f"OUT={recipe.out} is in use by another run" in recipe.said
+    assert len(recipe.modules()) == len(STAGES)
