@@ -6,6 +6,7 @@ Called by the trainer, by `python -m embedrl_verl.train` and by dry runs, so tha
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.trainer.checks_async import async_rules, mini_batches
+
+logger = logging.getLogger(__name__)
 
 
 def check_run_config(config: Any) -> None:
@@ -225,6 +228,24 @@ def refuse_videos_that_megatron_misplaces(config: Any, dataset: Any) -> None:
             "actor_rollout_ref.actor.strategy=megatron places the frames of a Qwen2.5-VL video wrongly, and "
             f"{dataset.first_video} has one. Use the FSDP recipe (run_egrl_qwen2_5vl.sh), or data without videos"
         )
+
+
+def last_step(run: Any, steps_per_epoch: int) -> int:
+    """The step that is a run's last one, for which verl makes a checkpoint and a validation.
+
+    Args:
+        run: section `trainer`.
+    """
+    possible = steps_per_epoch * int(run.total_epochs)
+    if run.total_training_steps is None or int(run.total_training_steps) <= possible:
+        return possible if run.total_training_steps is None else int(run.total_training_steps)
+    logger.warning(
+        "EG-RL: step %d is the last one: trainer.total_epochs=%d has no more (trainer.total_training_steps=%d)",
+        possible,
+        run.total_epochs,
+        run.total_training_steps,
+    )
+    return possible
 
 
 def has_judge(config: Any) -> bool:

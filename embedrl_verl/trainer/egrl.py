@@ -63,6 +63,7 @@ from embedrl_verl.trainer.best import keep_if_best
 from embedrl_verl.trainer.checkpoint import check_run_record, run_record, write_run_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkpoint
 from embedrl_verl.trainer.judging import JudgeStage
+from embedrl_verl.trainer.retention import prune_checkpoints
 from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
 from embedrl_verl.trainer.same_policy import check_same_policy
 from embedrl_verl.trainer.training_record import (
@@ -252,8 +253,9 @@ class EGRLMixin(WorkerClassesMixin):
         )
         # Blocks hold one data source each, so an epoch can be shorter than rows // batch_size.
         self.steps_per_epoch = len(sampler) // batch_size
-        if self.config.trainer.total_training_steps is None:
-            self.total_training_steps = self.steps_per_epoch * self.config.trainer.total_epochs
+        run = self.config.trainer
+        self.total_training_steps = checks.last_step(run, self.steps_per_epoch)
+        if run.total_training_steps is None:
             updates = self.total_training_steps * self.parameter_sync_step
             self.config.actor_rollout_ref.actor.optim.total_training_steps = updates
 
@@ -428,6 +430,8 @@ class EGRLMixin(WorkerClassesMixin):
             scores = {"hit@1 (anchors)": training.last_hit1} if known else {}
             write_embedder_record_for_export(f"{folder}/embedder", self.global_steps, self.embedrl, data, scores)
         super()._save_checkpoint()  # type: ignore[misc]
+        keep = self.config.trainer.get("max_actor_ckpt_to_keep")
+        prune_checkpoints(self.config.trainer.default_local_dir, self.global_steps, keep)
 
 
 @register_trainer("egrl_sync")

@@ -149,8 +149,8 @@ def test_every_key_of_the_projects_own_sections_is_documented() -> None:
         assert key in text, f"docs/configuration.md does not explain {key}"
 
 
-def test_every_equation_leads_to_functions_and_tests_that_exist() -> None:
-    text = (ROOT / "docs" / "paper_map.md").read_text()
+def test_equations_and_rules_lead_to_functions_and_tests_that_exist() -> None:
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("paper_map.md", "silent_faults.md"))
     tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
     functions = re.findall(r"`embedrl_verl\.([\w.]+)`", text)
     assert len(tests) >= 10

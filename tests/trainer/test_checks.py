@@ -8,7 +8,7 @@ import pytest
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan import compose, make_plan
-from embedrl_verl.trainer.checks import check_run_config, refuse_videos_that_megatron_misplaces
+from embedrl_verl.trainer.checks import check_run_config, last_step, refuse_videos_that_megatron_misplaces
 
 REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 CPU = [*REQUIRED, "platform=cpu", "data.max_prompt_length=256", "data.max_response_length=96"]
@@ -118,3 +118,14 @@ def test_a_run_refuses_what_its_dry_run_refuses(overrides, message):
     others = [one for one in overrides if "rollout.n" in one]
     if others:  # an estimator that compares no group
         check_run_config(compose([*REQUIRED, *others, "algorithm.adv_estimator=reinforce_plus_plus"]))
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "last", "said"),
+    [(None, 3, 30, False), (12, 3, 12, False), (30, 3, 30, False), (31, 3, 30, True)],
+)
+def test_a_run_ends_at_the_step_that_its_epochs_allow(steps, epochs, last, said, caplog):
+    """verl makes the last checkpoint and validation at that step alone."""
+    run = SimpleNamespace(total_training_steps=steps, total_epochs=epochs)
+    assert last_step(run, 10) == last
+    assert ("step 30 is the last one" in caplog.text) is said
