@@ -40,7 +40,7 @@ def run(config: Any) -> None:
 
     from embedrl_verl.config import load_embedrl_config
     from embedrl_verl.doctor import check_ray_cpus
-    from embedrl_verl.platforms.cluster import OnThisNode, join_cluster, make_paths_absolute
+    from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
     from embedrl_verl.platforms.needs import check_needs
     from embedrl_verl.progress import ProgressLine, metrics_file
     from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
@@ -65,6 +65,7 @@ def run(config: Any) -> None:
     check_embedder(embedrl.embedder)
     if has_judge(config):
         check_judge(embedrl.judge)
+    check_home()
     check_ray_cpus(config)
     fork_ray_workers(config)
     join_cluster(config)

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import ListConfig, OmegaConf
 
+from embedrl_verl.errors import ResourceError
 from embedrl_verl.platforms.versions import VERL_VERSION, require_version
 from embedrl_verl.progress import metrics_path
 
@@ -88,6 +89,27 @@ def variables_to_hand_on(config: Any) -> dict[str, str]:
     job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
     given = {*OF_A_NODE, *((job.get("runtime_env") or {}).get("env_vars") or {})}
     return {name: os.environ[name] for name in sorted(names - given) if name in os.environ}
+
+
+def check_home() -> None:
+    """Ray 2.60 keeps the token of a cluster in HOME, and ends in a traceback where that cannot be written.
+
+    Raises:
+        ResourceError: it cannot, and no variable says how to do without.
+    """
+    if os.environ.get("RAY_AUTH_MODE") == "disabled" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        return
+    folder = Path.home() / ".ray"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ResourceError(
+            f"{folder} cannot be written, where Ray keeps the token of its cluster. Set HOME to a folder that can, or "
+            "RAY_AUTH_TOKEN to a secret, or RAY_AUTH_MODE=disabled on a machine that you alone use"
+        )
 
 
 def join_cluster(config: Any) -> None:

@@ -272,6 +272,8 @@ def check_files(config: Any) -> None:
         models.append("reward.reward_model.model_path")
     for key in models:
         value = str(OmegaConf.select(config, key))
+        if set("[]*?") & set(value):
+            raise ConfigError(f"{key}: vLLM reads [, ], * and ? in a model's path as a pattern; rename it: {value}")
         looks_like_hub_id = value.count("/") == 1 and not value.startswith((".", "/", "~"))
         if not looks_like_hub_id and "://" not in value and not Path(value).expanduser().is_dir():
             raise ConfigError(f"{key}: no such folder: {value}")

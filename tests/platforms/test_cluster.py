@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
+from embedrl_verl.errors import ResourceError
 from embedrl_verl.plan import compose
-from embedrl_verl.platforms.cluster import OnThisNode, join_cluster, make_paths_absolute
+from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
 
 RUN = ["data.embedrl.family=qwen2_vl", "platform=gpu"]
 JOINED = "+ray_kwargs.ray_init.address=10.0.0.1:6379"
@@ -105,3 +106,17 @@ def test_the_trainer_is_started_on_the_node_of_the_driver(monkeypatch):
     assert OnThisNode(runner).remote() == "actor"
     where = asked["scheduling_strategy"]
     assert (where.node_id, where.soft, where._spill_on_unavailable) == (node, True, True)
+
+
+def test_a_home_that_cannot_be_written_is_one_line_before_ray_starts(folder, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(folder))
+    check_home()
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    with pytest.raises(ResourceError, match=r"/proc/nohome/.ray cannot be written, .* RAY_AUTH_MODE=disabled"):
+        check_home()
+    for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "secret"), ("RAY_AUTH_TOKEN_PATH", "/file")):
+        with monkeypatch.context() as set_here:
+            set_here.setenv(name, value)
+            check_home()

@@ -8,7 +8,7 @@ import pytest
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan import compose, make_plan
-from embedrl_verl.trainer.checks import check_run_config, last_step, refuse_videos_that_megatron_misplaces
+from embedrl_verl.trainer.checks import check_files, check_run_config, last_step, refuse_videos_that_megatron_misplaces
 
 REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 CPU = [*REQUIRED, "platform=cpu", "data.max_prompt_length=256", "data.max_response_length=96"]
@@ -129,3 +129,14 @@ def test_a_run_ends_at_the_step_that_its_epochs_allow(steps, epochs, last, said,
     run = SimpleNamespace(total_training_steps=steps, total_epochs=epochs)
     assert last_step(run, 10) == last
     assert ("step 30 is the last one" in caplog.text) is said
+
+
+@pytest.mark.parametrize("odd", ["[1]", "a*", "b?"])
+def test_a_model_path_that_vllm_reads_as_a_pattern_is_refused(odd, tmp_path):
+    (tmp_path / odd).mkdir()
+    (tmp_path / "pairs.parquet").touch()
+    files = [f"data.{part}_files={tmp_path}/pairs.parquet" for part in ("train", "val")]
+    config = compose([*REQUIRED, *files])
+    config.actor_rollout_ref.model.path = f"{tmp_path}/{odd}"
+    with pytest.raises(ConfigError, match="actor_rollout_ref.model.path: vLLM reads .* as a pattern; rename it"):
+        check_files(config)
