@@ -5,7 +5,8 @@ Two sizes matter. Evidence is cut from the *original* (`load_item`), while a mod
 whose sides are whole visual tokens within `MediaLimits`. The length filter, the rollout and the Embedder all call these
 functions, so what is counted is what runs.
 
-Images keep their stored orientation (EXIF rotation is not applied), transparent pixels become white.
+Media are what a person sees: an image is turned as its EXIF orientation says (boxes are of the turned image, and
+servers are sent it), transparent pixels are white.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from embedrl_verl.data.schema import Item, Media, Video
 from embedrl_verl.data.video import DEFAULT_FPS, even_indices, read_video
@@ -138,8 +139,9 @@ def fit_image(image: Image.Image, limits: MediaLimits, is_frame: bool = False) -
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB copy: transparency over white, 16-bit grey scaled to 8 bits. An RGB image is returned as it is."""
-    if image.mode == "RGB":
+    """RGB copy: transparency over white (also a colour that stands for it), 16-bit grey scaled to 8 bits; an RGB image
+    without any is returned as it is."""
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.int64)
@@ -210,7 +212,7 @@ def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
         if image.mode == "F":
             raise MediaError(f"{name}: floating point pixels have no known range; save with 8 or 16 bits")
         image.load()
-        return to_rgb(image)
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def load_frames(video: Video, media_root: str | Path | None, max_frames: int) -> tuple[tuple[Image.Image, ...], float]:

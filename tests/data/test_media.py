@@ -182,6 +182,65 @@ def test_every_mode_becomes_rgb() -> None:
         load_image(encode(Image.new("F", (4, 4)), "TIFF"), None)
 
 
+def corners(image: Image.Image) -> list[tuple[int, ...]]:
+    """Colours of the quarters, row by row."""
+    places = [(x, y) for y in (1 / 4, 3 / 4) for x in (1 / 4, 3 / 4)]
+    pixels = [image.getpixel((int(x * image.width), int(y * image.height))) for x, y in places]
+    return [tuple(round(value / 255) for value in pixel) for pixel in pixels]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_stands_as_its_exif_orientation_says(kind: str, orientation: int, root: Path) -> None:
+    """Stored as a camera stores it, read as it was seen: 40 wide, 24 high, four colours."""
+    seen = Image.new("RGB", (40, 24))
+    for number, colour in enumerate(((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))):
+        left, top = 20 * (number % 2), 12 * (number // 2)
+        seen.paste(colour, (left, top, left + 20, top + 12))
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = seen.transpose(turn[orientation]) if orientation in turn else seen
+    tags = Image.Exif()
+    tags[274] = orientation
+    buffer = io.BytesIO()
+    stored.save(buffer, kind, exif=tags, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    (root / "turned").write_bytes(buffer.getvalue())
+    for media_of in (buffer.getvalue(), "turned"):
+        found = load_image(media_of, root)
+        assert found.size == (40, 24) and found.getexif().get(274, 1) == 1
+        assert corners(found) == corners(seen)
+
+
+def test_a_damaged_orientation_is_an_error_or_none(root: Path) -> None:
+    for value in (0, 9, 255):
+        tags = Image.Exif()
+        tags[274] = value
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 4), (1, 2, 3)).save(buffer, "PNG", exif=tags)
+        assert load_image(buffer.getvalue(), root).size == (8, 4)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(buffer, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
+    try:
+        assert load_image(buffer.getvalue(), root).size == (8, 4)
+    except MediaError as error:
+        assert "not a readable image" in str(error)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L"])
+def test_a_colour_that_stands_for_transparency_is_white(mode: str, root: Path) -> None:
+    picture = Image.new("RGB", (40, 40))
+    picture.paste((255, 0, 0), (10, 10, 30, 30))
+    image = {"RGB": picture, "P": picture.quantize(4), "L": picture.convert("L")}[mode]
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency={"RGB": (0, 0, 0), "P": image.getpixel((0, 0)), "L": 0}[mode])
+    found = load_image(buffer.getvalue(), root)
+    assert found.getpixel((0, 0)) == (255, 255, 255)
+    assert found.getpixel((20, 20)) == {"RGB": (255, 0, 0), "P": (255, 0, 0), "L": (76, 76, 76)}[mode]
+
+
 def test_originals_keep_their_size_and_order(root: Path) -> None:
     loaded = load_item(Item(text="t", images=("sub/b.png", "a.png"), instruction="i", kind="page"), root)
     assert [image.size for image in loaded.images] == [(84, 56), (56, 56)]
