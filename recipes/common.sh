@@ -27,13 +27,14 @@ done
 # One run at a time in OUT: two would write into each other's files. Held until this process and its stages have ended.
 lock_out() {
     mkdir -p "$OUT"
+    OUT=$(cd "$OUT" && pwd)
     exec {OUT_LOCK}>"$OUT/.lock"
     local code=0
     flock -n "$OUT_LOCK" || code=$?
     case "$code" in
         0) ;;
-        1) fail 4 "OUT=$OUT is in use by another run; wait for it, or choose another OUT" ;;
-        *) say "OUT=$OUT is on a file system without locks (flock: $code): start no other run there" ;;
+        1) fail 4 "OUT=$OUT is in use by another run (or by a process that one has left); wait for it, or choose another OUT" ;;
+        *) say "OUT=$OUT cannot be locked (flock: $code): start no other run there" ;;
     esac
 }
 

@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 read -ra REWARDS <<<"${REWARDS:-no_judge paper outcome_only public_code}"
 read -ra SEEDS <<<"${SEEDS:-0 1 2}"
-OUT=${OUT:-$ROOT/runs/rewards}
+OUT=$(realpath -m "${OUT:-$ROOT/runs/rewards}")
 export STEPS=${STEPS:-40}
 TINY="$RECIPES/run_egrl_tiny_cpu.sh"
 

@@ -18,7 +18,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-40} FAMILY=${FAMILY:-qwen2_vl}
-OUT=${OUT:-$ROOT/runs/tiny_cpu/seed$SEED}
+OUT=$(realpath -m "${OUT:-$ROOT/runs/tiny_cpu/seed$SEED}")
 REWARD=${REWARD:-$ROOT/reward/no_judge.py}
 case "$(basename "$REWARD")" in
     paper.py | public_code.py) JUDGE=${JUDGE:-1} ;;
@@ -156,6 +156,7 @@ prepare_rl() {
     fi
     if [[ -d "$old" && "$(cat "$old/settings" 2>/dev/null)" != "$settings" ]]; then
         "$PYTHON" -m embedrl_verl.plan "$@" >/dev/null
+        rm -f "$OUT"/.stages/{rl,export,evaluate}
         diff <(cat "$old/settings" 2>/dev/null) <(echo "$settings") | sed -n 's/^</[recipe] rl: before /p;s/^>/[recipe] rl: now    /p' || true
         (
             cd "$OUT" && shopt -s nullglob && metrics=(metrics.jsonl*)

@@ -54,7 +54,7 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         config: verl's `data` section; used keys are `media_root`, `embedrl`, `max_prompt_length`,
             `filter_overlong_prompts`, `apply_chat_template_kwargs`, `mm_processor_kwargs`, `cache_dir`, `shuffle`,
             `seed`.
-        max_samples: prompts to use (two a pair), drawn by `seed` if `shuffle` is on (of `val_files`:
+        max_samples: prompts to use (two a pair), drawn by `seed` if `shuffle` is on (of `val_files` also by
             `validation_shuffle`), else the first; -1 for all.
 
     Attributes:
@@ -212,10 +212,11 @@ def _check_token_side(family: Family, processor: Any) -> None:
 
 
 def _is_shuffled(files: Sequence[str], config: Any) -> bool:
-    """verl gives a data set the whole section `data` and not whether it is for training or validation."""
+    """As in verl `data.shuffle` draws both subsets, so that no source is lost; `validation_shuffle` that of `val_files`
+    by itself. (verl gives a data set the section `data` and not what it is for.)"""
     validation = config.get("val_files")
     named = [validation] if isinstance(validation, str) else list(validation or ())
-    return bool(config.get("validation_shuffle" if files == named else "shuffle"))
+    return bool(config.get("shuffle") or (files == named and config.get("validation_shuffle")))
 
 
 def _select(pairs: list[LocatedPair], max_samples: int, config: Any, *, shuffle: bool) -> list[LocatedPair]:

@@ -2,7 +2,7 @@
 """Sampling settings that are sent by name, so that a served model samples as one in process does."""
 
 NEUTRAL_SAMPLING = {
-    "top_k": 0,
+    "top_k": -1,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,

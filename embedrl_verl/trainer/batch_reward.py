@@ -293,13 +293,16 @@ def check_scores(scored: ScoredRows, function: str) -> None:
         )
 
 
-def write_scores(scored: ScoredRows, partition_id: str, *, training: bool) -> None:
+def write_scores(scored: ScoredRows, partition_id: str, *, training: bool, groups: bool = True) -> None:
     """Put `rm_scores` (the reward on the last response token), and take unknown rows out of training.
 
     An unknown row has a zero response mask, so that it has no gradient, and a group of its own, so that the advantages
     of the others are those of the known rows. So has a row that is the only known one of its group: it has nothing to
-    be compared with. As `rm_scores` an unknown row has the mean of the known ones of its group (else of the batch), for
-    verl's own means.
+    be compared with (`groups`: a prompt has several rollouts). As `rm_scores` an unknown row has the mean of the known
+    ones of its group (else of the batch), for verl's own means.
+
+    Raises:
+        EmbedderError: no row of a training batch is left.
     """
     rows, score = scored.rows, scored.parts["score"]
     known = score.isfinite().tolist()
@@ -313,7 +316,14 @@ def write_scores(scored: ScoredRows, partition_id: str, *, training: bool) -> No
     fields: dict[str, Any] = {"rm_scores": torch.nested.as_nested_tensor(values, layout=torch.jagged)}
     if training:
         tq.kv_batch_put(keys=[r.key for r in rows], partition_id=partition_id, fields=tu.get_tensordict(fields))
-        apart = [row for row, is_known in zip(rows, known, strict=True) if not is_known or uids[row.uid] < 2]
+        least = 2 if groups else 1
+        apart = [row for row, is_known in zip(rows, known, strict=True) if not is_known or uids[row.uid] < least]
+        if len(apart) == len(rows):
+            raise EmbedderError(
+                f"no prompt of this batch has {least} rollouts with a known reward, so there is nothing to train on: "
+                f"{sum(known)} of {len(rows)} rows have one. Look at the judge (judge/unknown_rate) and the Embedder "
+                "(embedrl/failed_rows)"
+            )
         scored.metrics["embedrl/rows_without_advantage"] = float(len(apart))
         if apart:
             zeros = [torch.zeros(row.response_tokens, dtype=torch.int64) for row in apart]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What gave the rewards of a run, written into every checkpoint and compared when it is resumed.
 
-The Embedder, the evidence it sees, how prompts are written, and the reward function: none of them has a state that a
-checkpoint would restore, and going on with another one would change the reward in silence. (Which data, in which order,
-is in the data loader's own state.)
+The Embedder, the evidence it sees, how prompts are written, the judge, and the reward function: none of them has a
+state that a checkpoint would restore, and going on with another one would change the reward in silence. (Which data, in
+which order, is in the data loader's own state.) The record is made once, when a run starts, of what it has loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import inspect
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.contrastive.run_folder import write_atomically
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.rewards.contract import load_reward_function
 
 RECORD = "run.json"
 # Keys that change where and how fast the Embedder runs, not its vectors.
@@ -32,7 +32,12 @@ _FREE = (
     *("strategy", "offload", "max_tokens_per_gpu", "attn_implementation", "nnodes", "n_gpus_per_node"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "path", "train", "backend", "server", "sentence"),
 )
-_OF_A_MODEL = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt")
+_OF_THE_JUDGE = ("model", "style", "images", "hard_pairs", "shared_lists", "constrained", "max_tokens", "temperature")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_BESIDE = (
+    *("config.json", "tokenizer*", "*.jinja", "*processor_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "modules.json", "adapter_config.json"),
+)
 
 
 def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]:
@@ -42,7 +47,7 @@ def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]
         config: the whole run's.
 
     Raises:
-        ConfigError: the reward function cannot be loaded.
+        ConfigError: the file of the reward function is not there.
     """
     named, data = config.reward.custom_reward_function, config.data
     prompts = {key: data[key] for key in ("max_prompt_length", "max_response_length", "filter_overlong_prompts")}
@@ -50,9 +55,14 @@ def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]
         "embedrl.embedder": _embedder(embedrl.embedder),
         "embedrl.evidence": dataclasses.asdict(embedrl.evidence),
         "data.embedrl": dataclasses.asdict(DataSettings.from_config(data)) | prompts,
+        "embedrl.judge": _judge(config, embedrl),
+        "actor_rollout_ref.rollout": {
+            key: config.actor_rollout_ref.rollout[key] for key in ("n", "temperature", "top_p")
+        },
         "reward.custom_reward_function": {
-            "function": f"{Path(str(named.path)).name}:{named.name}",
-            "code": _code(f"{named.path}:{named.name}"),
+            "function": named.name,
+            "code": _code(str(named.path)),
+            "package": _package_code(),
             "reward_kwargs": OmegaConf.to_container(named.reward_kwargs, resolve=True) if named.reward_kwargs else {},
         },
     }
@@ -83,15 +93,18 @@ def check_run_record(step_folder: str, record: Mapping[str, Any]) -> None:
     changed = []
     for section in sorted({*saved, *record}):
         before, now = dict(saved.get(section, {})), dict(record.get(section, {}))
-        if section == "embedrl.embedder" and before.get("weights") == now.get("weights") is not None:
-            before.pop("path", None), now.pop("path", None)  # the same files in another place
+        digests = before.get("weights"), now.get("weights")
+        if None in digests:  # not here then or now: the path is all that is known
+            before.pop("weights", None), now.pop("weights", None)
+        elif digests[0] == digests[1]:  # the same files, wherever they are
+            before.pop("path", None), now.pop("path", None)
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 changed.append(f"{section}.{key} was {before.get(key)!r} and is {now.get(key)!r}")
     if changed:
         raise ConfigError(
             f"the run at {step_folder} cannot be resumed with other rewards: {'; '.join(changed)}. Resume with the "
-            "same settings, or start a new run folder (trainer.default_local_dir)"
+            f"same settings, or start a new run folder (trainer.default_local_dir); if you mean it, edit {file}"
         )
 
 
@@ -99,26 +112,41 @@ def _embedder(config: EmbedderConfig) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     if config.backend == "sentence_transformers":  # its own prompts; the other backends give the same vectors
         settings["prompts"] = [config.sentence.query_prompt, config.sentence.target_prompt]
+    if config.backend == "server":  # text of longer rows is cut
+        settings["server.max_model_len"] = config.server.max_model_len
     train = config.train
     trained = {"average": train.ema_decay > 0, "lora": [train.lora_rank, train.lora_alpha]} if train.enable else None
     return {"path": config.path, "weights": model_digest(str(config.path)), "trained": trained, **settings}
 
 
+def _judge(config: Any, embedrl: EmbedRLConfig) -> dict[str, Any]:
+    """Empty without a judge."""
+    served = config.reward.reward_model
+    if not served.enable and not embedrl.judge.urls:
+        return {}
+    settings = {name: getattr(embedrl.judge, name) for name in _OF_THE_JUDGE}
+    path = str(served.model_path) if served.enable else None
+    return {"path": path, "weights": path and model_digest(path), **settings}
+
+
 def model_digest(path: str) -> str | None:
-    """sha256 over every file of a model, whole; of a hub id those in the local cache, None where it has none."""
+    """Of every file of a model that its answers depend on, each read whole: sha256 (of a hub id in the local cache: its
+    commit). None where there is nothing here.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(path).expanduser()
     if not folder.is_dir():
         known = try_to_load_from_cache(path, "config.json") if path.count("/") == 1 else None
-        if not isinstance(known, str):
-            return None
-        folder = Path(known).parent
-    files = sorted({file for pattern in _OF_A_MODEL for file in folder.glob(pattern)})
+        return f"commit {Path(known).parent.name}" if isinstance(known, str) else None
+    # sentence-transformers keeps a folder for each of its modules.
+    pattern = "**/" if (folder / "modules.json").is_file() else ""
+    files = {file for name in (*_WEIGHTS, *_BESIDE) for file in folder.glob(pattern + name) if file.is_file()}
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(files):
         state = file.stat()
-        digest.update(f"{file.name}:{_file_digest(file.resolve(), state.st_size, state.st_mtime_ns)}\n".encode())
+        one = _file_digest(file.resolve(), state.st_size, state.st_mtime_ns)
+        digest.update(f"{file.relative_to(folder)}:{one}\n".encode())
     return digest.hexdigest()
 
 
@@ -132,8 +160,21 @@ def _file_digest(file: Path, size: int, modified: int) -> str:
     return digest.hexdigest()
 
 
-def _code(spec: str) -> str:
-    """sha256 of the file that the reward function is in."""
-    function, _ = load_reward_function(spec)
-    file = inspect.getsourcefile(inspect.unwrap(function))
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+def _code(path: str) -> str:
+    """sha256 of the file that a reward function is in (a file, file://FILE or pkg://module)."""
+    if path.startswith("pkg://"):
+        found = importlib.util.find_spec(path.removeprefix("pkg://").strip("/").replace("/", "."))
+        file = Path(found.origin) if found is not None and found.origin else None
+    else:
+        file = Path(path.removeprefix("file://")).expanduser()
+    if file is None or not file.is_file():
+        raise ConfigError(f"reward.custom_reward_function.path: no such file or module: {path}")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _package_code() -> str:
+    """sha256 of this package's reward maths, which ready-made functions and many own ones call."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(rewards.__file__).parent.rglob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -129,6 +129,7 @@ class EGRLMixin(WorkerClassesMixin):
     # ------------------------------------------------------------------ set-up
 
     def _setup(self) -> None:
+        self._run_record = run_record(self.config, self.embedrl)  # whatever is edited later
         streamed = start_streamed_embedder(self.config, self.embedrl.embedder)
         super()._setup()  # type: ignore[misc]
         self.judge = self._judge_stage() if checks.has_judge(self.config) else None
@@ -155,7 +156,7 @@ class EGRLMixin(WorkerClassesMixin):
             self.embedder, where = streamed.ready([self.train_dataset, self.val_dataset]), streamed.where
         if self.global_steps > 0:
             folder = self._step_folder(self.global_steps)
-            check_run_record(folder, run_record(self.config, self.embedrl))
+            check_run_record(folder, self._run_record)
             if self.embedder_training is not None:
                 ray.get(self._embedder_loads)
                 self.embedder_training.load(folder)
@@ -284,12 +285,12 @@ class EGRLMixin(WorkerClassesMixin):
         function = self.config.reward.custom_reward_function
         if training:
             check_scores(scored, f"{function.path}:{function.name}")
-        write_scores(scored, batch.partition_id, training=training)
+        rollouts = int(self.config.actor_rollout_ref.rollout.n)
+        write_scores(scored, batch.partition_id, training=training, groups=rollouts > 1)
         if metrics is not None:
             metrics.update(scored.metrics)
             metrics["timing_s/reward_stage"] = time.perf_counter() - start
             metrics["embedrl/total_steps"] = float(self.total_training_steps)
-            metrics.update(left_out_metrics(self.train_dataset, self.val_dataset))
             metrics.update(left_out_metrics(self.train_dataset, self.val_dataset))
         if training and self.embedder_training is not None:
             trained = self._train_embedder(self.embedder_training, scored)
@@ -381,10 +382,11 @@ class EGRLMixin(WorkerClassesMixin):
         **kwargs: Any,
     ) -> dict[str, float]:
         """verl's means over the rows that have a reward: an unknown one is no reward of 0."""
-        known = reward_extra_infos_dict.get("score")
-        if known is not None:
-            rewards = zip(reward_extra_infos_dict["reward"], known, strict=True)
-            reward_extra_infos_dict["reward"] = [None if score is None else reward for reward, score in rewards]
+        rewards = reward_extra_infos_dict["reward"]
+        known = reward_extra_infos_dict.get("score", [None] * len(rewards))  # absent where no row has one
+        reward_extra_infos_dict["reward"] = [
+            None if score is None else reward for reward, score in zip(rewards, known, strict=True)
+        ]
         metrics: dict[str, float] = super()._val_metrics_update(  # type: ignore[misc]
             data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs
         )
@@ -419,7 +421,7 @@ class EGRLMixin(WorkerClassesMixin):
     def _save_checkpoint(self) -> None:
         folder = f"{self.config.trainer.default_local_dir}/global_step_{self.global_steps}"
         # Before verl's part, whose tracker file comes last: a checkpoint that the tracker names is complete.
-        write_run_record(folder, run_record(self.config, self.embedrl))
+        write_run_record(folder, self._run_record)
         data = sources_of(self.train_dataset.pair_sources)
         write_reasoner_record(folder, self.global_steps, self.config, self.embedrl, data, self._last_scores)
         training = self.embedder_training
@@ -430,8 +432,11 @@ class EGRLMixin(WorkerClassesMixin):
             scores = {"hit@1 (anchors)": training.last_hit1} if known else {}
             write_embedder_record_for_export(f"{folder}/embedder", self.global_steps, self.embedrl, data, scores)
         super()._save_checkpoint()  # type: ignore[misc]
-        keep = self.config.trainer.get("max_actor_ckpt_to_keep")
-        prune_checkpoints(self.config.trainer.default_local_dir, self.global_steps, keep)
+        root = Path(self.config.trainer.default_local_dir)
+        tracker = root / "latest_checkpointed_iteration.txt"
+        if tracker.is_file():
+            keep = self.config.trainer.get("max_actor_ckpt_to_keep")
+            prune_checkpoints(root, int(tracker.read_text()), None if keep is None else int(keep))
 
 
 @register_trainer("egrl_sync")

@@ -19,21 +19,31 @@ def prune_checkpoints(folder: str | Path, newest: int, keep: int | None) -> list
 
     Args:
         folder: the run's checkpoints; only steps with this package's record in them are looked at.
-        newest: the step that has just been saved; later ones belong to a run that was gone back behind, and stay.
-        keep: None or 0 = all.
+        newest: the last step that is complete (verl's tracker names it); later ones are still being written, or belong
+            to a run that was gone back behind, and stay.
+        keep: None, 0 or less = all.
 
     Returns:
         What was removed.
     """
-    if not keep:
+    if keep is None or keep < 1:
         return []
     found = {int(match[1]): one for one in Path(folder).glob("global_step_*") if (match := _STEP.fullmatch(one.name))}
     mine = sorted(
         step
         for step, one in found.items()
-        if step <= newest and (one / RECORD).is_file() and any((one / part).is_dir() for part in WEIGHTS)
+        if step <= newest and not one.is_symlink() and (one / RECORD).is_file() and any(map(_is_own, _parts(one)))
     )
-    removed = [found[step] / part for step in mine[:-keep] for part in WEIGHTS if (found[step] / part).is_dir()]
+    removed = [part for step in mine[:-keep] for part in _parts(found[step]) if _is_own(part)]
     for part in removed:
         shutil.rmtree(part)
     return removed
+
+
+def _parts(step: Path) -> list[Path]:
+    return [step / part for part in WEIGHTS]
+
+
+def _is_own(part: Path) -> bool:
+    """A folder, and no link to somebody else's."""
+    return part.is_dir() and not part.is_symlink()

@@ -260,10 +260,11 @@ def test_a_validation_subset_heeds_its_own_key(make: Callable[..., TCoTDataset],
     drawn = make(max_samples=4, shuffle=True, seed=3).fingerprint
     assert first != drawn
     keys = {"val_files": files, "seed": 3, "max_samples": 4}
-    assert make(**keys, shuffle=True, validation_shuffle=False).fingerprint == first
+    assert make(**keys, shuffle=True, validation_shuffle=False).fingerprint == drawn
+    assert make(**keys, shuffle=False, validation_shuffle=False).fingerprint == first
     assert make(**keys, shuffle=False, validation_shuffle=True).fingerprint == drawn
     keys["val_files"] = ["other.parquet"]
-    assert make(**keys, shuffle=True, validation_shuffle=False).fingerprint == drawn
+    assert make(**keys, shuffle=False, validation_shuffle=True).fingerprint == first
 
 
 def test_wrong_family_is_refused(

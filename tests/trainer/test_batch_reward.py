@@ -12,7 +12,7 @@ from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import read_reward_dump
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer import batch_reward
-from embedrl_verl.trainer.batch_reward import Row, check_scores, score_rows
+from embedrl_verl.trainer.batch_reward import Row, check_scores, score_rows, write_scores
 from embedrl_verl.trainer.rows import raw_key
 
 WELL_FORMED = '<thinking>It is {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
@@ -175,3 +175,21 @@ def test_a_batch_without_any_score_is_refused_and_one_score_is_enough():
         EmbedderError, match=r"mine.py:compute_score gives none of 8 rows .* \(1 have no .* 2 different"
     ):
         check_scores(scored, "mine.py:compute_score")
+
+
+@pytest.mark.parametrize(
+    ("known", "groups", "left_out"), [(2, True, 2), (1, True, None), (1, False, 3), (0, False, None)]
+)
+def test_a_batch_with_nothing_to_compare_is_refused(known, groups, left_out, monkeypatch):
+    """`known` rows of one prompt have a score; with one rollout a prompt nothing is compared."""
+    written = []
+    monkeypatch.setattr(batch_reward.tq, "kv_batch_put", lambda **given: written.append(given))
+    rows = _rows(pairs=1, rollouts=2)
+    scored = score_rows(rows, _FakeEmbedder(), _margin, max_failed_share=0.0, expected_rows=4)
+    scored.parts["score"] = torch.tensor([float(i) if i < known else float("nan") for i in range(4)])
+    if left_out is None:
+        with pytest.raises(EmbedderError, match=f"{known} of 4 rows have one"):
+            write_scores(scored, "train", training=True, groups=groups)
+        return
+    write_scores(scored, "train", training=True, groups=groups)
+    assert scored.metrics["embedrl/rows_without_advantage"] == left_out == len(written[-1]["keys"])

@@ -60,10 +60,10 @@ def test_the_same_run_passes_also_with_its_models_in_another_place(record, model
         ("data.embedrl.image_max_tokens=512", "data.embedrl.image_max_tokens was 768 and is 512"),
         ("data.max_response_length=1024", "data.embedrl.max_response_length was 2048 and is 1024"),
         ("+reward.custom_reward_function.reward_kwargs.weight=2.0", "reward_kwargs was {} and is {'weight': 2.0}"),
-        (
-            "reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.no_judge",
-            "function was 'mine.py:compute_score'",
-        ),
+        ("actor_rollout_ref.rollout.n=4", "actor_rollout_ref.rollout.n was 8 and is 4"),
+        ("reward.custom_reward_function.name=other", "function was 'compute_score' and is 'other'"),
+        ("reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.no_judge", "function.code was"),
+        ("embedrl.judge.urls=[http://judge:8000]", "embedrl.judge.style was None and is 'paper'"),
     ],
 )
 def test_a_setting_that_changes_rewards_is_refused_with_both_values(record, tmp_path, override, named):
@@ -71,6 +71,28 @@ def test_a_setting_that_changes_rewards_is_refused_with_both_values(record, tmp_
     with pytest.raises(ConfigError, match="cannot be resumed with other rewards") as refused:
         check_run_record(str(tmp_path), record(override))
     assert named in str(refused.value)
+
+
+def test_the_judge_counts_where_there_is_one(record, tmp_path):
+    judged = ["reward.reward_model.enable=True", "reward.reward_model.model_path=/models/judge"]
+    write_run_record(str(tmp_path), record(*judged))
+    check_run_record(str(tmp_path), record(*judged, "embedrl.judge.limit=8"))
+    for override, named in (
+        ("embedrl.judge.hard_pairs=2", "embedrl.judge.hard_pairs was 4 and is 2"),
+        ("reward.reward_model.model_path=/models/other", "embedrl.judge.path was '/models/judge'"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            check_run_record(str(tmp_path), record(*judged, override))
+
+
+def test_a_reward_function_of_any_kind_and_place_has_a_record(record, tmp_path):
+    file = tmp_path / "partial.py"
+    file.write_text("import functools\ndef f(batch, a): return {}\ncompute_score = functools.partial(f, a=1)\n")
+    own = record(f"reward.custom_reward_function.path={file}")
+    moved = tmp_path / "elsewhere.py"
+    moved.write_text(file.read_text())
+    write_run_record(str(tmp_path / "step"), own)
+    check_run_record(str(tmp_path / "step"), record(f"reward.custom_reward_function.path=file://{moved}"))
 
 
 def test_another_code_of_the_same_reward_file_is_refused(record, reward, tmp_path):
@@ -105,6 +127,28 @@ def test_a_part_far_inside_a_large_file_counts(tmp_path):
             content[place] = 1
         (tmp_path / name / "model.safetensors").write_bytes(content)
     assert model_digest(str(tmp_path / "a")) != model_digest(str(tmp_path / "b"))
+
+
+def test_files_of_no_account_do_not_count_and_those_of_modules_do(model, tmp_path):
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    (other / "notes.txt").write_text("mine")
+    (other / "gone.json").symlink_to(tmp_path / "nowhere")
+    assert model_digest(str(other)) == model_digest(str(model))
+    (other / "modules.json").write_text("[]")
+    before = model_digest(str(other))
+    (other / "2_Dense").mkdir()
+    (other / "2_Dense" / "model.safetensors").write_bytes(b"weights")
+    assert model_digest(str(other)) != before
+
+
+def test_a_model_that_is_here_at_one_start_only_is_compared_by_its_path(record, model, tmp_path):
+    saved = record()
+    saved["embedrl.embedder"]["weights"] = None
+    write_run_record(str(tmp_path), saved)
+    check_run_record(str(tmp_path), record())
+    moved = shutil.copytree(model, tmp_path / "moved")
+    with pytest.raises(ConfigError, match="embedrl.embedder.path was"):
+        check_run_record(str(tmp_path), record(f"embedrl.embedder.path={moved}"))
 
 
 def test_a_hub_id_without_files_here_is_compared_by_name(record, tmp_path):

@@ -25,7 +25,10 @@ def with_weights(root: Path) -> list[str]:
     return sorted(path.parent.name for path in root.glob("global_step_*/actor"))
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [12]), (2, [8, 12]), (3, [2, 8, 12]), (9, [2, 8, 12]), (0, [2, 8, 12])])
+ALL = [2, 8, 12]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [12]), (2, [8, 12]), (3, ALL), (9, ALL), (0, ALL), (-1, ALL)])
 def test_the_newest_weights_are_kept_in_the_order_of_steps(tmp_path, keep, left):
     for number in (2, 8, 12):
         step(tmp_path, number, "actor", "embedder")
@@ -52,3 +55,16 @@ def test_all_are_kept_without_a_number(tmp_path):
     step(tmp_path, 1, "actor")
     step(tmp_path, 2, "actor")
     assert prune_checkpoints(tmp_path, 2, None) == [] and len(with_weights(tmp_path)) == 2
+
+
+def test_links_are_neither_followed_nor_removed(tmp_path):
+    other = step(tmp_path / "other", 5, "actor")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "global_step_5").symlink_to(other)
+    step(run, 6, "other")
+    (run / "global_step_6" / "actor").symlink_to(other / "actor")
+    step(run, 7, "actor")
+    step(run, 8, "actor")
+    assert prune_checkpoints(run, 8, 1) == [run / "global_step_7" / "actor"]
+    assert (other / "actor").is_dir() and (run / "global_step_6" / "actor").is_symlink()
