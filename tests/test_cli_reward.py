@@ -82,9 +82,9 @@ def test_numbers_by_hand(run, capsys):
     assert step["unknown"] == [1, 1]
     # Known in both: rows 0 1 2 3 5 7, old 1 0 .5 .5 0 1, new 0 1 0 1 1 1.
     assert step["correlation"] == pytest.approx(-0.5 / (4 / 3) ** 0.5)
-    # Advantages over 0.7071: old 1 -1 0 0 -1 0, new -1 1 -1 1 0 1.
-    assert step["advantage_correlation"] == pytest.approx(-(11 / 6) / (17 / 6 * 29 / 6) ** 0.5, abs=1e-5)
-    assert step["sign_flips"] == pytest.approx(2 / 6)
+    # Advantages over 0.7071, of rows 0 1 2 3 (5 and 7 are alone in a group): old 1 -1 0 0, new -1 1 -1 1.
+    assert step["advantage_correlation"] == pytest.approx(-(2**-0.5), abs=1e-5)
+    assert step["sign_flips"] == pytest.approx(2 / 4)
     assert step["no_signal"] == [0.5, 0.25]  # old: q1 and t1 do not vary; new: t0, of which one row is left
     assert step["parts"] == {"length": 3.5}
     assert report["all"] == {**step, "step": "all"}
@@ -94,7 +94,7 @@ def test_numbers_by_hand(run, capsys):
         "bird-0",
         "birds",
         [1, 0],
-        5,
+        4,
     )
     assert first["advantage"] == pytest.approx([2**-0.5, -(2**-0.5)], abs=1e-5)
     assert first["text"] == "words " * 200

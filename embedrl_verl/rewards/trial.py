@@ -65,8 +65,8 @@ class Summary:
 
     mean: of the scores by side ("query", "target", "mean"), (old, new).
     unknown: rows without score. identical: every score is the same, bit for bit.
-    correlation, advantage_correlation: of old and new, over rows known in both (Pearson).
-    sign_flips: share of the rows known in both whose advantage has the opposite sign.
+    correlation, advantage_correlation: of old and new, over rows with a score, or an advantage, in both (Pearson).
+    sign_flips: share of the rows with an advantage in both whose sign is the opposite.
     no_signal: share of the groups whose rows all have advantage 0 or unknown.
     parts: mean of every part of the tried function.
     """
@@ -121,7 +121,8 @@ def summarise(scored: Sequence[ScoredStep], step: str) -> Summary:
     before, after = (torch.cat([getattr(one, which).advantage for one in scored]) for which in _BOTH)
     selections: dict[str, Tensor] = {name: side == number for number, name in enumerate(SIDES)}
     selections["mean"] = torch.ones_like(side, dtype=torch.bool)
-    both = ~before.isnan() & ~after.isnan()
+    scored_both = ~old.isnan() & ~new.isnan()
+    both = ~before.isnan() & ~after.isnan()  # not those that are alone in their group
     groups = sum(_distinct(one.group) for one in scored)
     flat = [sum(_groups_without_signal(getattr(one, which).advantage, one.group) for one in scored) for which in _BOTH]
     names = [name for name in scored[0].parts if name != "score" and all(name in one.parts for one in scored)]
@@ -132,7 +133,7 @@ def summarise(scored: Sequence[ScoredStep], step: str) -> Summary:
         mean={name: (_mean(old[rows]), _mean(new[rows])) for name, rows in selections.items()},
         unknown=(int(old.isnan().sum()), int(new.isnan().sum())),
         identical=_same_bits(old, new),
-        correlation=_correlation(old[both], new[both]),
+        correlation=_correlation(old[scored_both], new[scored_both]),
         advantage_correlation=_correlation(before[both], after[both]),
         sign_flips=_mean((before[both] * after[both] < 0).double()),
         no_signal=(flat[0] / groups, flat[1] / groups),

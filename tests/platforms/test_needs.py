@@ -124,6 +124,7 @@ def test_gpus_that_torch_cannot_use_have_a_reason(driver, cuda, message, monkeyp
 def test_train_refuses_before_ray_starts(tmp_path):
     """Really: this machine has no flash-attn."""
     overrides = ["platform=cpu", "embedrl.embedder.path=x", "attention=flash_attention_2"]
+    overrides += ["data.max_prompt_length=256", "data.max_response_length=96"]
     code, text = processes.run(["-m", "embedrl_verl.train", *overrides], tmp_path / "log.txt")
     assert code == 4 and "flash_attn (flash-attn) is not installed" in text
     assert "Traceback" not in text and "Started a local Ray instance" not in text
