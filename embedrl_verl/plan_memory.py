@@ -25,13 +25,13 @@ from embedrl_verl.plan_roles import (
     embeds_here,
     has_reference,
     known_shape,
-    longest_row,
     megatron_of,
     number,
     reference_pass,
     trained_parameters,
 )
 from embedrl_verl.platforms.footprint import BF16, FP32, shape_of
+from embedrl_verl.trainer.checks import longest_row
 from embedrl_verl.trainer.checks_async import SEPARATE
 
 if TYPE_CHECKING:

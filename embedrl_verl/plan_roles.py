@@ -20,6 +20,7 @@ from embedrl_verl.platforms.footprint import (
     Shape,
     shape_of,
 )
+from embedrl_verl.trainer.checks import longest_row
 
 if TYPE_CHECKING:
     from embedrl_verl.plan import BatchPlan
@@ -69,10 +70,6 @@ def known_shape(path: object) -> Shape:
     shape = shape_of(str(path))
     assert shape is not None  # the caller has looked
     return shape
-
-
-def longest_row(config: Any) -> int:
-    return int(config.data.max_prompt_length) + int(config.data.max_response_length)
 
 
 def number(section: Any, key: str, name: str) -> float:

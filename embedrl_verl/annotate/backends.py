@@ -27,6 +27,7 @@ from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.serving import ServerError, ServerPool
 from embedrl_verl.serving.sampling import NEUTRAL_SAMPLING
+from embedrl_verl.serving.server import RETRIED
 from embedrl_verl.tcot import Family
 
 CHAT = "/v1/chat/completions"
@@ -191,7 +192,7 @@ class ServerBackend:
                     raise ServersLost(self._why_lost()) from error
                 if error.status in _SETTINGS_WRONG:
                     raise ConfigError(f"{error}. Check --url, --model and the key") from error
-                if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 425, 429):
+                if error.status is not None and 400 <= error.status < 500 and error.status not in RETRIED:
                     return Refused(error.cause, str(error))
                 tries += 1
                 if tries >= _TRIES_BESIDE_OTHERS and self._answered > answered:

@@ -15,7 +15,7 @@ import aiohttp
 
 # Longest excerpt of a server's message in an error.
 _EXCERPT = 300
-_RETRIED = (408, 425, 429)
+RETRIED = (408, 425, 429)
 """They say "send it again": time-out, too early, too many."""
 
 
@@ -68,7 +68,7 @@ class Server:
         if status >= 400:
             if retry_after is not None:
                 self.ready_at = max(self.ready_at, time.monotonic() + seconds_to_wait(retry_after, timeout_s))
-            retry = status >= 500 or status in _RETRIED
+            retry = status >= 500 or status in RETRIED
             raise TryFailed(f"HTTP {status}", _message(raw), retry=retry, status=status)
         if not raw:
             return None

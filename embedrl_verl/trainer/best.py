@@ -14,9 +14,10 @@ import os
 import shutil
 from pathlib import Path
 
+from embedrl_verl.contrastive.run_folder import TRACKER
+
 BEST, SCORE, METRIC = "best", "score.json", "hit@1"
 _NEW, _OLD = ".best.new", ".best.old"
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def keep_if_best(checkpoints: str | Path, step: int, hit1: float) -> bool:
@@ -35,7 +36,7 @@ def keep_if_best(checkpoints: str | Path, step: int, hit1: float) -> bool:
     best, new, old, folder = root / BEST, root / _NEW, root / _OLD, root / f"global_step_{step}"
     if old.is_dir() and not best.exists():  # killed between the two renames
         old.rename(best)
-    tracker = root / _TRACKER
+    tracker = root / TRACKER
     if not tracker.is_file() or tracker.read_text().strip() != str(step) or hit1 <= best_score(root):
         return False
     for left in (new, old):

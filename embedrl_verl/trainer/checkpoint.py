@@ -9,7 +9,6 @@ which order, is in the data loader's own state.) The record is made once, when a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.contrastive.run_folder import write_atomically
+from embedrl_verl.data.disk import sha256_of
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
 
@@ -144,19 +144,7 @@ def model_digest(path: str) -> str | None:
     files = {file for name in (*_WEIGHTS, *_BESIDE) for file in folder.glob(pattern + name) if file.is_file()}
     digest = hashlib.sha256()
     for file in sorted(files):
-        state = file.stat()
-        one = _file_digest(file.resolve(), state.st_size, state.st_mtime_ns)
-        digest.update(f"{file.relative_to(folder)}:{one}\n".encode())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _file_digest(file: Path, size: int, modified: int) -> str:
-    """Read once in a process while size and time stay the same: a model may have tens of gigabytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(1 << 24):
-            digest.update(chunk)
+        digest.update(f"{file.relative_to(folder)}:{sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -35,7 +35,7 @@ def check_run_config(config: Any) -> None:
     rollouts = int(config.actor_rollout_ref.rollout.n)
     pieces = config.data.val_batch_size
     actor = config.actor_rollout_ref.actor
-    longest = int(config.data.max_prompt_length) + int(config.data.max_response_length)
+    longest = longest_row(config)
     mini = int(config.actor_rollout_ref.actor.ppo_mini_batch_size)
     devices = int(config.trainer.n_gpus_per_node) * int(config.trainer.nnodes)
     ranks = embedder.nnodes * embedder.n_gpus_per_node or devices
@@ -230,22 +230,28 @@ def refuse_videos_that_megatron_misplaces(config: Any, dataset: Any) -> None:
         )
 
 
+def longest_row(config: Any) -> int:
+    """Tokens of the longest prompt with the longest response."""
+    return int(config.data.max_prompt_length) + int(config.data.max_response_length)
+
+
 def last_step(run: Any, steps_per_epoch: int) -> int:
     """The step that is a run's last one, for which verl makes a checkpoint and a validation.
 
     Args:
         run: section `trainer`.
     """
-    possible = steps_per_epoch * int(run.total_epochs)
-    if run.total_training_steps is None or int(run.total_training_steps) <= possible:
-        return possible if run.total_training_steps is None else int(run.total_training_steps)
-    logger.warning(
-        "EG-RL: step %d is the last one: trainer.total_epochs=%d has no more (trainer.total_training_steps=%d)",
-        possible,
-        run.total_epochs,
-        run.total_training_steps,
-    )
-    return possible
+    possible, wanted = steps_per_epoch * int(run.total_epochs), run.total_training_steps
+    if wanted is None:
+        return possible
+    if wanted > possible:
+        logger.warning(
+            "EG-RL: step %d is the last one: trainer.total_epochs=%d has no more (trainer.total_training_steps=%d)",
+            possible,
+            run.total_epochs,
+            wanted,
+        )
+    return min(int(wanted), possible)
 
 
 def has_judge(config: Any) -> bool:

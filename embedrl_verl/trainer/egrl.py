@@ -36,6 +36,7 @@ import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.config.served_length import bound_served_lengths
 from embedrl_verl.contrastive.rows import PairRows, read_training_pairs
+from embedrl_verl.contrastive.run_folder import TRACKER
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.data.settings import DataSettings, resolve_family
@@ -129,7 +130,6 @@ class EGRLMixin(WorkerClassesMixin):
     # ------------------------------------------------------------------ set-up
 
     def _setup(self) -> None:
-        self._run_record = run_record(self.config, self.embedrl)  # whatever is edited later
         streamed = start_streamed_embedder(self.config, self.embedrl.embedder)
         super()._setup()  # type: ignore[misc]
         self.judge = self._judge_stage() if checks.has_judge(self.config) else None
@@ -154,6 +154,8 @@ class EGRLMixin(WorkerClassesMixin):
             where = f"{group.world_size} device(s)"
         else:
             self.embedder, where = streamed.ready([self.train_dataset, self.val_dataset]), streamed.where
+        # Made once, whatever is edited later; it reads every weight of the Embedder, while its workers load it.
+        self._run_record = run_record(self.config, self.embedrl)
         if self.global_steps > 0:
             folder = self._step_folder(self.global_steps)
             check_run_record(folder, self._run_record)
@@ -433,7 +435,7 @@ class EGRLMixin(WorkerClassesMixin):
             write_embedder_record_for_export(f"{folder}/embedder", self.global_steps, self.embedrl, data, scores)
         super()._save_checkpoint()  # type: ignore[misc]
         root = Path(self.config.trainer.default_local_dir)
-        tracker = root / "latest_checkpointed_iteration.txt"
+        tracker = root / TRACKER
         if tracker.is_file():
             keep = self.config.trainer.get("max_actor_ckpt_to_keep")
             prune_checkpoints(root, int(tracker.read_text()), None if keep is None else int(keep))
