@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`embedrl data content-ids FILE... --out DIR`: pairs whose targets are the same thing get the same target_id.
+"""`embedrl data content-ids FILE... --out DIR`: equal queries get the same query_id, equal targets the same target_id.
 
 Exit code 0, or 3 if rows cannot be used (they are in rejected.jsonl). Killed and started again, the same command goes
 on where it was.
@@ -14,7 +14,7 @@ from embedrl_verl.cli_data_split import add_job_options, command_line
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `content-ids` to `embedrl data`; `run` carries it out."""
-    parser = commands.add_parser("content-ids", help="fill target_id: same content, same id; resumable")
+    parser = commands.add_parser("content-ids", help="fill query_id and target_id: same content, same id; resumable")
     parser.add_argument("files", nargs="+", metavar="FILE", help="parquet file of pair records, or data set folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="data set folder to write")
     parser.add_argument("--overwrite", action="store_true", help="also replace ids that are there")

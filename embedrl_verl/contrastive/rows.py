@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch.utils.data import Dataset
 
 from embedrl_verl.config.schema import EvidenceConfig
-from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.identity import NO_QUERY, ContentId, content_id, target_content
 from embedrl_verl.data.inspection import LocatedPair, locate_pairs
 from embedrl_verl.data.media import LoadedItem, fit_image, load_item
-from embedrl_verl.data.schema import SIDES, Item, PairRecord
+from embedrl_verl.data.schema import SIDES, Item
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout
@@ -28,16 +28,16 @@ class EncodedPair:
     """One pair ready for the model.
 
     Attributes:
-        contents: ids (int64) of the target's content and of each hard negative's.
+        contents: ids of the pair's contents, and of each hard negative's, which has `NO_QUERY`.
         bare_content: the target's content without regard to its `target_id`, by which a hard negative that is some
-            pair's target is found; None = the same as `contents[0]`.
+            pair's target is found; None = the same as `contents[0].target`.
     """
 
     index: int
     query: Encoded
     target: Encoded
     negatives: tuple[Encoded, ...]
-    contents: tuple[int, ...]
+    contents: tuple[ContentId, ...]
     bare_content: int | None = None
 
 
@@ -115,12 +115,15 @@ class PairRows(Dataset[EncodedPair]):
         tcot = self._tcot and not raw
         query = self._encode(pair, "query", record.item("query"), tcot)
         target = self._encode(pair, "target", record.target, tcot)
-        contents = [self._content(pair, record)]
-        if not self._negatives:
-            return EncodedPair(index, query, target, (), tuple(contents))
+        try:
+            contents = [content_id(record, self._media_root)]
+            if not self._negatives:
+                return EncodedPair(index, query, target, (), tuple(contents))
+            contents += [ContentId(NO_QUERY, target_content(item, self._media_root)) for item in record.negatives]
+            bare = target_content(record.target, self._media_root)
+        except MediaError as error:
+            raise MediaError(f"{pair}: {error}") from error
         negatives = tuple(self._encode(pair, f"negatives[{i}]", item, tcot) for i, item in enumerate(record.negatives))
-        contents += [self._content(pair, replace(record, target=item, target_id="")) for item in record.negatives]
-        bare = self._content(pair, replace(record, target_id=""))
         return EncodedPair(index, query, target, negatives, tuple(contents), bare)
 
     def source(self, index: int) -> str:
@@ -157,12 +160,6 @@ class PairRows(Dataset[EncodedPair]):
         except (MediaError, EmbedderError) as error:
             raise type(error)(f"{pair}, {side}: {error}") from error
 
-    def _content(self, pair: LocatedPair, record: PairRecord) -> int:
-        try:
-            return content_id(record, self._media_root)
-        except MediaError as error:
-            raise MediaError(f"{pair}: {error}") from error
-
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -170,7 +167,8 @@ class Rows:
 
     Attributes:
         rows: what to embed, in that order.
-        layout: pairs are numbered by their place in the batch, so that a pair drawn twice is two pairs of one content.
+        layout: pairs are numbered by their place in the batch, so that a pair drawn twice is two pairs of one query and
+            one target.
         bare: int64 (T,), `bare_content` of the targets, content of the hard negatives.
     """
 
@@ -189,11 +187,11 @@ def rows_of_pairs(pairs: Sequence[EncodedPair], places: Sequence[int]) -> Rows:
         query_pair=number,
         target_pair=torch.cat([number, torch.full((len(negatives),), HARD_NEGATIVE)]),
         query_content=content,
-        target_content=torch.cat([content, torch.tensor([c for _, c in negatives], dtype=torch.int64)]),
+        target_content=torch.cat([content, torch.tensor([c for _, c in negatives], dtype=torch.int64).reshape(-1, 2)]),
     )
     encoded = [pair.query for pair in pairs] + [pair.target for pair in pairs] + [one for one, _ in negatives]
-    bare = [pair.contents[0] if pair.bare_content is None else pair.bare_content for pair in pairs]
-    return Rows(encoded, layout, torch.tensor(bare + [c for _, c in negatives], dtype=torch.int64))
+    bare = [pair.contents[0].target if pair.bare_content is None else pair.bare_content for pair in pairs]
+    return Rows(encoded, layout, torch.tensor(bare + [c.target for _, c in negatives], dtype=torch.int64))
 
 
 def unmask_ids(layout: ContrastiveLayout, bare: torch.Tensor) -> ContrastiveLayout:
@@ -204,9 +202,9 @@ def unmask_ids(layout: ContrastiveLayout, bare: torch.Tensor) -> ContrastiveLayo
     """
     content = layout.target_content.clone()
     own = layout.target_pair >= 0
-    known = dict(zip(bare[own].tolist(), content[own].tolist(), strict=True))
+    known = dict(zip(bare[own].tolist(), content[own, 1].tolist(), strict=True))
     for place in (~own).nonzero().flatten().tolist():
-        content[place] = known.get(int(bare[place]), int(content[place]))
+        content[place, 1] = known.get(int(bare[place]), int(content[place, 1]))
     return ContrastiveLayout(layout.query_pair, layout.target_pair, layout.query_content, content)
 
 

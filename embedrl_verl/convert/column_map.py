@@ -33,7 +33,7 @@ from embedrl_verl.convert.converter import RowError, as_media, as_text, show
 from embedrl_verl.data.schema import Item, Media, Video
 from embedrl_verl.errors import ConfigError, DataError
 
-RECORD_KEYS = ("pair_id", "data_source", "instruction", "target_id")
+RECORD_KEYS = ("pair_id", "data_source", "instruction", "query_id", "target_id")
 ITEM_KEYS = ("text", "images", "video", "fps", "kind", "instruction", "tcot")
 STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]|\.")
 

@@ -2,8 +2,8 @@
 """Pairs from a user's own files: parquet, JSON lines, or a folder written by `datasets` (`save_to_disk`).
 
 Without a column map a row has the fields of a pair record itself: `query` and `target`, each a text or an object with
-text, images, video, kind, instruction, tcot; optional pair_id, data_source, instruction, target_id, negatives. So our
-own parquet files can be read.
+text, images, video, kind, instruction, tcot; optional pair_id, data_source, instruction, query_id, target_id,
+negatives. So our own parquet files can be read.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class GenericConverter:
             instruction=texts.get("instruction", ""),
             query=query,
             target=target,
+            query_id=texts.get("query_id", ""),
             target_id=texts.get("target_id", ""),
             negatives=tuple(
                 item
@@ -107,6 +108,7 @@ class GenericConverter:
             instruction=_own_text(values, "instruction"),
             query=_own_item(row.value("query"), "query"),
             target=_own_item(row.value("target"), "target"),
+            query_id=_own_text(values, "query_id"),
             target_id=_own_text(values, "target_id"),
             negatives=tuple(_own_item(item, f"negatives[{index}]") for index, item in enumerate(negatives)),
         )

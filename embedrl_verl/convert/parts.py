@@ -186,7 +186,7 @@ def check_record(record: PairRecord, source: str) -> None:
     Raises:
         RowError: naming the field.
     """
-    for name in ("pair_id", "data_source", "instruction", "target_id"):
+    for name in ("pair_id", "data_source", "instruction", "query_id", "target_id"):
         _check_text(getattr(record, name), name)
     if source and record.data_source != source:
         raise RowError("data_source", f"must be {source!r}, the source of the shard; got {record.data_source!r}")

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill empty `target_id`s, so that pairs whose targets are the same thing are never negatives of each other.
+"""Fill empty `query_id`s and `target_id`s, so that equal queries or targets are never negatives of each other.
 
-The id names the content as `embedrl_verl.data.identity` sees it: the normalised text and the bytes of every image or
-frame. So masks are the same before and after; what changes is that no medium is hashed again when training starts, that
-splits can be kept apart by content, and that near-duplicate images (an option, `near_duplicates`) can share an id.
+An id names the content as `embedrl_verl.data.identity` sees it: the normalised text (of a query: instruction and text)
+and the bytes of every image or frame. So masks are the same before and after; what changes is that no medium is hashed
+again when training starts, that splits can be kept apart by content, and that near-duplicate target images (an option,
+`near_duplicates`) can share an id.
 Ids of the source are kept.
 
 What is one content and what is not:
 - The same text without media is one content, however many pairs have it: "yes" as the answer to two questions is one
   candidate, and embeds to one vector. A set with few classes so has many false negatives; the report shows their share.
 - The same text with other media is another content: "Represent the given image." says nothing of the image.
-- The target's instruction does not count.
+- The target's instruction does not count, the query's does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,8 @@ from embedrl_verl.curate.media_paths import with_prefix
 from embedrl_verl.curate.near_duplicates import Representatives
 from embedrl_verl.curate.records import PartWriter, Span, set_field, span_batches
 from embedrl_verl.curate.validity import Mask, bad_rows, has_media, is_empty
-from embedrl_verl.data.identity import media_digest, normalise_text, target_content_id
-from embedrl_verl.data.schema import Media
+from embedrl_verl.data.identity import media_digest, normalise_text, stated_content_id
+from embedrl_verl.data.schema import SIDES, Media, Side
 from embedrl_verl.errors import DataError, MediaError
 
 CACHED_FILES = 1 << 16
@@ -64,8 +66,8 @@ class IdTask:
 
 @dataclass
 class SourceIds:
-    """How the ids of one data source's pairs came about: given by the source, or made of a text, of media, or of media
-    of which one stands in for a near duplicate."""
+    """How the target ids of one data source's pairs came about: given by the source, or made of a text, of media, or of
+    media of which one stands in for a near duplicate."""
 
     given: int = 0
     text: int = 0
@@ -96,7 +98,7 @@ class _Notes:
 
 
 def write_part(task: IdTask) -> Entry:
-    """Write one part with its ids. Rows that are no pairs, or whose target media cannot be read, are left out.
+    """Write one part with its ids. Rows that are no pairs, or whose media cannot be read for an id, are left out.
 
     Returns:
         rows (read), written, sources (counts by data source, see `SourceIds`), rejected (lines of `rejected.jsonl`) and
@@ -112,7 +114,9 @@ def write_part(task: IdTask) -> Entry:
             errors = bad_rows(batch, task.span.file, first_row)
             ids = namer.name(batch, first_row, errors, notes)
             notes.rows += batch.num_rows
-            batch = with_prefix(set_field(batch, "target_id", ids), task.prefix)
+            for name, values in ids.items():
+                batch = set_field(batch, name, values)
+            batch = with_prefix(batch, task.prefix)
             if errors:
                 pair_ids = batch["pair_id"]
                 for index in sorted(errors):
@@ -135,13 +139,13 @@ def rejection(file: Path, row: int, error: DataError, pair_id: str | None) -> di
     return {**line, "pair_id": pair_id} if pair_id else line
 
 
-def is_wanted(batch: pa.RecordBatch, overwrite: bool) -> Mask:
-    """Rows that get an id made of their content."""
-    return np.ones(batch.num_rows, np.bool_) if overwrite else is_empty(batch["target_id"])
+def is_wanted(batch: pa.RecordBatch, overwrite: bool, side: Side) -> Mask:
+    """Rows whose id of this side is made of its content."""
+    return np.ones(batch.num_rows, np.bool_) if overwrite else is_empty(batch[f"{side}_id"])
 
 
 class _Namer:
-    """Ids of the targets of a batch."""
+    """Ids of the queries and targets of a batch."""
 
     def __init__(self, task: IdTask) -> None:
         self._file = task.span.file
@@ -151,39 +155,48 @@ class _Namer:
         self._representatives = Representatives.load(task.representatives) if task.representatives else None
         self._digest_of_file = functools.lru_cache(CACHED_FILES)(self._digest)
 
-    def name(self, batch: pa.RecordBatch, first_row: int, errors: dict[int, DataError], notes: _Notes) -> pa.Array:
-        """The column target_id; rows whose media cannot be read join `errors`."""
+    def name(
+        self, batch: pa.RecordBatch, first_row: int, errors: dict[int, DataError], notes: _Notes
+    ) -> dict[str, pa.Array]:
+        """The columns query_id and target_id; rows whose media cannot be read join `errors`."""
         for row, name, reason in self._unreadable:
             if first_row <= row < first_row + batch.num_rows:
                 errors.setdefault(row - first_row, DataError(f"{self._file}, row {row}: field {name}: {reason}"))
-        good = np.ones(batch.num_rows, np.bool_)
-        good[list(errors)] = False
-        wanted = good & is_wanted(batch, self._overwrite)
-        media = wanted & has_media(batch["target"])
-        near = np.zeros(batch.num_rows, np.bool_)
-        ids = batch["target_id"].to_pylist()
-        texts = batch["target"].flatten()[0].to_pylist()
-        for index in np.flatnonzero(wanted & ~media).tolist():
-            ids[index] = target_content_id(normalise_text(texts[index] or ""))
-        rows = np.flatnonzero(media)
-        for index, found in zip(rows.tolist(), target_media(batch["target"].take(pa.array(rows))), strict=True):
-            try:
-                digests = self._digests(found)
-            except MediaError as error:
-                errors[index] = DataError(f"{self._file}, row {first_row + index}: {error}")
-                continue
-            grouped = self._group(digests)
-            if grouped:
-                near[index] = True
-                pair_id = batch["pair_id"][index].as_py()
-                notes.near += [{"pair_id": pair_id, **medium} for medium in grouped]
-            images = [digest for name, digest in digests.items() if name.startswith("target.images")]
-            frames = [digest for name, digest in digests.items() if name.startswith("target.video")]
-            ids[index] = target_content_id(normalise_text(texts[index] or ""), images, frames)
-        good[list(errors)] = False
-        kinds = {"given": good & ~wanted, "text": wanted & ~media, "media": good & media & ~near, "near": good & near}
+        near: list[int] = []
+        columns = {}
+        for side in SIDES:  # the target last: its groups are noted of rows that are written
+            wanted = _but(is_wanted(batch, self._overwrite, side), errors)
+            ids = batch[f"{side}_id"].to_pylist()
+            texts = _texts(batch, side)
+            media = wanted & has_media(batch[side])
+            for index in np.flatnonzero(wanted & ~media).tolist():
+                ids[index] = stated_content_id(texts(index))
+            rows = np.flatnonzero(media)
+            for index, found in zip(rows.tolist(), side_media(batch[side].take(pa.array(rows)), side), strict=True):
+                try:
+                    digests = self._digests(found)
+                except MediaError as error:
+                    errors[index] = DataError(f"{self._file}, row {first_row + index}: {error}")
+                    continue
+                if side == "target" and (grouped := self._group(digests)):
+                    near.append(index)
+                    pair_id = batch["pair_id"][index].as_py()
+                    notes.near += [{"pair_id": pair_id, **medium} for medium in grouped]
+                images = [digest for name, digest in digests.items() if name.startswith(f"{side}.images")]
+                frames = [digest for name, digest in digests.items() if name.startswith(f"{side}.video")]
+                ids[index] = stated_content_id(texts(index), images, frames)
+            columns[f"{side}_id"] = pa.array(ids, pa.string())
+        good = _but(np.ones(batch.num_rows, np.bool_), errors)
+        is_near = np.zeros(batch.num_rows, np.bool_)
+        is_near[near] = True
+        kinds = {
+            "given": good & ~wanted,
+            "text": good & wanted & ~media,
+            "media": good & media & ~is_near,
+            "near": good & is_near,
+        }
         notes.count(batch["data_source"], kinds)
-        return pa.array(ids, pa.string())
+        return columns
 
     def _digests(self, media: list[tuple[str, Media]]) -> dict[str, bytes]:
         """Name of a medium → SHA-256 of its bytes, in order."""
@@ -209,16 +222,33 @@ class _Namer:
         return grouped
 
 
-def target_media(targets: pa.StructArray) -> list[list[tuple[str, Media]]]:
-    """The media of each target with the names of their fields ("target.images[0]"), images before frames.
+def _but(rows: Mask, errors: Iterable[int]) -> Mask:
+    """The rows without those of `errors`."""
+    rows = rows.copy()
+    rows[list(errors)] = False
+    return rows
+
+
+def _texts(batch: pa.RecordBatch, side: Side) -> Callable[[int], list[str]]:
+    """The normalised texts of a row that its id is made of."""
+    text, *_, instruction, _ = batch[side].flatten()
+    columns = [text]
+    if side == "query":
+        columns = [pc.if_else(is_empty(instruction), batch["instruction"], instruction), text]
+    values = [column.to_pylist() for column in columns]
+    return lambda row: [normalise_text(column[row] or "") for column in values]
+
+
+def side_media(items: pa.StructArray, side: Side) -> list[list[tuple[str, Media]]]:
+    """The media of each item with the names of their fields ("target.images[0]"), images before frames.
 
     Args:
-        targets: good rows of the column `target`.
+        items: good rows of the column `side`.
     """
-    found: list[list[tuple[str, Media]]] = [[] for _ in range(len(targets))]
-    _, images, video, *_ = targets.flatten()
+    found: list[list[tuple[str, Media]]] = [[] for _ in range(len(items))]
+    _, images, video, *_ = items.flatten()
     frames, path, _ = video.flatten()
-    for field_name, lists in (("target.images", images), ("target.video.frames", frames)):
+    for field_name, lists in ((f"{side}.images", images), (f"{side}.video.frames", frames)):
         paths, contents = pc.list_flatten(lists).flatten()
         last, number = -1, 0
         parents = pc.list_parent_indices(lists).to_pylist()
@@ -227,5 +257,5 @@ def target_media(targets: pa.StructArray) -> list[list[tuple[str, Media]]]:
             found[row].append((f"{field_name}[{number}]", content or medium_path))
             last = row
     for row in np.flatnonzero(~is_empty(path)).tolist():
-        found[row].append(("target.video.path", path[row].as_py()))
+        found[row].append((f"{side}.video.path", path[row].as_py()))
     return found

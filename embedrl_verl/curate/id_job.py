@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedrl_verl.curate.content_ids import IdTask, is_wanted, target_media, write_part
+from embedrl_verl.curate.content_ids import IdTask, is_wanted, side_media, write_part
 from embedrl_verl.curate.folders import build_facts, finish, stop_if_bad, work_in, write_lines
 from embedrl_verl.curate.id_report import IdReport, make_report, write_near_duplicates
 from embedrl_verl.curate.jobs import Entry, default_workers, read_entry, run_tasks
@@ -41,8 +41,8 @@ class IdSettings:
 
     Attributes:
         media_root: of all files; None = as their data cards say.
-        overwrite: also replace ids that are there.
-        near: how alike images must be to count as one; None = only equal bytes do.
+        overwrite: also replace ids that are there, of queries and targets.
+        near: how alike target images must be to count as one; None = only equal bytes do.
     """
 
     media_root: str | None = None
@@ -68,7 +68,7 @@ def fill_content_ids(
     max_bad_share: float = 0.01,
     command: Sequence[str] = ("embedrl", "data", "content-ids"),
 ) -> IdReport:
-    """Write the pairs of files and data set folders to a new folder, with `target_id` filled where it is empty.
+    """Write the pairs of files and data set folders to a new folder, with empty `query_id`s and `target_id`s filled.
 
     Args:
         paths: parquet files and data set folders.
@@ -90,6 +90,7 @@ def fill_content_ids(
     total = sum(span.stop - span.start for span in pieces)
     near = asdict(settings.near) if settings.near else None
     facts = {
+        "columns": ["query_id", "target_id"],
         "overwrite": settings.overwrite,
         "near_duplicates": near,
         "media_root": root,
@@ -153,10 +154,10 @@ def scan_looks(task: LookTask) -> Entry:
     unreadable: list[tuple[int, str, str]] = []
     with LookWriter(task.looks) as writer:
         for first_row, batch in span_batches(task.ids.span):
-            good = is_wanted(batch, task.ids.overwrite)
+            good = is_wanted(batch, task.ids.overwrite, "target")
             good[list(bad_rows(batch, task.ids.span.file, first_row))] = False
             rows = np.flatnonzero(good)
-            found = target_media(batch["target"].take(pa.array(rows)))
+            found = side_media(batch["target"].take(pa.array(rows)), "target")
             for row, media in zip((rows + first_row).tolist(), found, strict=True):
                 for name, medium in media:
                     if name == "target.video.path":

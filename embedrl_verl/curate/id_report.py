@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What content ids say of a data set: how many distinct targets each source has, and which images were put together.
+"""What content ids say of a data set: how many distinct queries and targets each source has, and which images were put
+together.
 
-`false_negatives` is the probability that the target of another pair of the same source, drawn at random, has the same
-content: the share of in-batch negatives that would be false without the masks. It is high where answers are few classes
-("yes"); the paper leaves such sets (HatefulMemes, N24News, VOC2007) out of contrastive training.
+`false_negatives` is the probability that another pair of the same source, drawn at random, has the same query or the
+same target: the share of in-batch negatives that would be false without the masks. It is high where answers are few
+classes ("yes"); the paper leaves such sets (HatefulMemes, N24News, VOC2007) out of contrastive training.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from embedrl_verl.curate.folders import write_lines
 from embedrl_verl.curate.jobs import read_entry
 from embedrl_verl.curate.records import PartWriter, batches, rows_at
+from embedrl_verl.data.identity import false_negative_share
 from embedrl_verl.errors import DataError
 
 LARGEST_SHOWN = 3
@@ -37,10 +39,11 @@ class SourceReport:
 
     Attributes:
         pairs: written.
-        given, text, media, near: pairs whose id is the source's own; a text's; of media; of near-duplicate media.
-        contents: distinct ids.
+        given, text, media, near: pairs whose target id is the source's own; a text's; of media; of near-duplicate
+            media.
+        contents, queries: distinct ids of targets and of queries.
         false_negatives: probability in [0, 1], see the module.
-        largest: the commonest contents: pairs, share, target_id, text (shortened).
+        largest: the commonest targets: pairs, share, target_id, text (shortened).
     """
 
     pairs: int = 0
@@ -49,6 +52,7 @@ class SourceReport:
     media: int = 0
     near: int = 0
     contents: int = 0
+    queries: int = 0
     false_negatives: float = 0.0
     largest: list[dict[str, Any]] = field(default_factory=list)
 
@@ -91,7 +95,7 @@ class IdReport:
         """A table for people."""
         width = max([len("data source"), *map(len, self.sources)])
         head = f"{'data source':{width}}  {'pairs':>9}  {'own id':>8}  {'text':>9}  {'media':>9}  {'near':>7}"
-        lines = [head + f"  {'contents':>9}  {'same':>6}  commonest"]
+        lines = [head + f"  {'targets':>9}  {'queries':>9}  {'same':>6}  commonest target"]
         for name, source in self.sources.items():
             first = source.largest[0] if source.largest else None
             common = (
@@ -99,9 +103,12 @@ class IdReport:
             )
             lines.append(
                 f"{name:{width}}  {source.pairs:>9}  {source.given:>8}  {source.text:>9}  {source.media:>9}  "
-                f"{source.near:>7}  {source.contents:>9}  {source.false_negatives:>6.2%}  {common}"
+                f"{source.near:>7}  {source.contents:>9}  {source.queries:>9}  {source.false_negatives:>6.2%}  {common}"
             )
-        lines.append("same: probability that another pair of the source has the same target (a false negative)")
+        lines.append(
+            "own id, text, media, near: where target ids come from. same: probability that another pair of the source "
+            "has the same query or target (a false negative)"
+        )
         if self.near_groups:
             lines.append(
                 f"{self.near_groups} groups of near-duplicate images with {self.near_media} target media; look at "
@@ -114,7 +121,7 @@ class IdReport:
 def make_report(parts: Sequence[Path], entries: Sequence[Path]) -> IdReport:
     """The report of written parts (in order) and the journal's entries of their tasks.
 
-    Memory: 18 bytes a pair while it counts.
+    Memory: 26 bytes a pair while it counts.
     """
     report = IdReport()
     for file in entries:
@@ -130,20 +137,21 @@ def make_report(parts: Sequence[Path], entries: Sequence[Path]) -> IdReport:
     report.near_groups = len({line["group"] for file in entries for line in read_entry(file)["near"]})
     report.sources = dict(sorted(report.sources.items()))
     codes = {name: code for code, name in enumerate(report.sources)}
-    source_parts, content_parts = [np.zeros(0, np.int16)], [np.zeros(0, np.int64)]
+    source_parts, content_parts = [np.zeros(0, np.int16)], [np.zeros((2, 0), np.int64)]
     for part in parts:
-        for _, batch in batches(part, ["data_source", "target_id"]):
+        for _, batch in batches(part, ["data_source", "query_id", "target_id"]):
             source_parts.append(np.fromiter((codes[name] for name in batch[0].to_pylist()), np.int16, batch.num_rows))
-            content_parts.append(np.fromiter(map(hash, batch[1].to_pylist()), np.int64, batch.num_rows))
-    sources, contents = np.concatenate(source_parts), np.concatenate(content_parts)
+            ids = [np.fromiter(map(hash, names.to_pylist()), np.int64, batch.num_rows) for names in batch.columns[1:]]
+            content_parts.append(np.stack(ids))
+    sources, (queries, contents) = np.concatenate(source_parts), np.concatenate(content_parts, axis=1)
     wanted: dict[int, list[dict[str, Any]]] = {}
     for name, code in codes.items():
         rows = np.flatnonzero(sources == code)
         _, first, counts = np.unique(contents[rows], return_index=True, return_counts=True)
         source, number = report.sources[name], len(rows)
         source.contents = len(counts)
-        if number > 1:
-            source.false_negatives = float((counts * (counts - 1.0)).sum() / (number * (number - 1.0)))
+        source.queries = len(np.unique(queries[rows]))
+        source.false_negatives = false_negative_share(queries[rows], contents[rows])
         for place in np.lexsort((first, -counts))[:LARGEST_SHOWN].tolist():
             line = {"pairs": int(counts[place]), "share": float(counts[place] / number), "target_id": "", "text": ""}
             source.largest.append(line)

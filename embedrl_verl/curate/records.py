@@ -33,6 +33,7 @@ READ_BUFFER = 1 << 20
 REPEATING = (
     "data_source",
     "instruction",
+    "query_id",
     "target_id",
     *(f"{side}.{name}" for side in ("query", "target") for name in ("text", "kind", "instruction")),
 )

@@ -11,7 +11,7 @@ Columns of a row: `raw_prompt`, `index`, `data_source`, `reward_model` and `extr
 |---|---|
 | embedrl_pair_id | str, links the two sides |
 | embedrl_side | "query" or "target" |
-| embedrl_content | int in int64: equal for pairs whose targets have the same content |
+| embedrl_query_content, embedrl_target_content | int in int64 each, the pair's `ContentId` |
 | embedrl_kind | `InputKind`, as "query_image" |
 | embedrl_required | evidence key that the T-CoT must hold |
 | embedrl_row | "FILE:ROW", where the pair was read |
@@ -58,7 +58,7 @@ class TCoTDataset(Dataset[dict[str, Any]]):
             `validation_shuffle`), else the first; -1 for all.
 
     Attributes:
-        pair_sources, pair_ids, contents: data source, id and content of the target of each pair.
+        pair_sources, pair_ids, contents: data source, id and `ContentId` of each pair.
         overlong: pairs left out, with the tokens of the sides that are too long; left_out: their number by source.
         fingerprint: hash of the pairs and their content, in order.
 
@@ -164,7 +164,8 @@ class TCoTDataset(Dataset[dict[str, Any]]):
             "extra_info": {"index": index, "pair_id": record.pair_id, "side": side},
             "embedrl_pair_id": record.pair_id,
             "embedrl_side": side,
-            "embedrl_content": self.contents[index // 2],
+            "embedrl_query_content": self.contents[index // 2].query,
+            "embedrl_target_content": self.contents[index // 2].target,
             "embedrl_kind": kind,
             "embedrl_required": EVIDENCE_KEY_OF_KIND[kind],
             "embedrl_row": f"{pair.file}:{pair.row}",

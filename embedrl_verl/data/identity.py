@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which targets are the same thing: the id behind the false-negative masks.
+"""Which queries and which targets are the same thing: the ids behind the false-negative masks.
 
-Two pairs of a batch whose targets have the same content must not be negatives of each other. The same `target_id` means
-the same content; without one, the content is the normalised text together with a hash of every medium's bytes. That is
-also what `embedrl data content-ids` writes into an empty `target_id`, so that records with and without such an id mix.
+Two pairs with an equal query or an equal target must not be negatives of each other (`shares_content`): the target of
+the one is a right answer of the other. The same `query_id` or `target_id` means the same content; without one, the
+content is the normalised text (of a query: instruction and text) together with a hash of every medium's bytes. That is
+also what `embedrl data content-ids` writes where an id is empty, so that records with and without such ids mix.
+
+Equality goes by id, never on from pair to pair: of q1-t1, q1-t2 and q2-t2 the first and the last are negatives of each
+other.
 """
 
 from __future__ import annotations
@@ -14,10 +18,17 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from embedrl_verl.data.media import resolve_media_path
 from embedrl_verl.data.schema import Item, Media, PairRecord
 from embedrl_verl.errors import MediaError
+
+if TYPE_CHECKING:  # commands that only hash need not wait for torch
+    from torch import Tensor
 
 CHUNK = 1 << 20
 ANSWER_ID = "answer:"
@@ -26,36 +37,77 @@ TEXT_ID = "content-text:"
 MEDIA_ID = "content-media:"
 _CONTENT = hashlib.sha256(b"content").digest()
 STATED_CONTENT = re.compile(rf"(?:{TEXT_ID}|{MEDIA_ID})([0-9a-f]{{32}})")
+NO_QUERY = -1
+"""`ContentId.query` of what answers no query, a hard negative."""
 
 
-def content_id(record: PairRecord, media_root: str | Path | None) -> int:
-    """Stable id of the target's content in the range of int64: the same on every machine and in every run.
+class ContentId(NamedTuple):
+    """What a pair is of: ids of its query's and of its target's content, in the range of int64."""
 
-    Ids of a source and contents live in separate spaces: a record with a source's `target_id` never equals one without.
-    A `target_id` made by `target_content_id` stands for the content.
+    query: int
+    target: int
+
+
+def shares_content(rows: Tensor, cols: Tensor) -> Tensor:
+    """(R, C) bool: the two pairs have an equal query or an equal target, so neither is the other's negative.
+
+    Args:
+        rows, cols: int64 (R, K) and (C, K) ids of a pair's contents (K = 2: `ContentId`), or (R,) and (C,).
+    """
+    if rows.dim() == 1:
+        return rows[:, None] == cols[None, :]
+    found = rows[:, None, 0] == cols[None, :, 0]
+    for left, right in zip(rows.T[1:], cols.T[1:], strict=True):
+        found |= left[:, None] == right[None, :]
+    return found
+
+
+def false_negative_share(query: npt.NDArray[Any], target: npt.NDArray[Any]) -> float:
+    """Probability that another one of these pairs, drawn at random, shares the query or the target.
+
+    Args:
+        query, target: ids (N,) of the pairs' contents, of any one dtype.
+    """
+    if len(query) < 2:
+        return 0.0
+    (_, q), (_, t) = (np.unique(ids, return_inverse=True) for ids in (query, target))
+    repeats = [np.unique(ids, return_counts=True)[1] for ids in (q, t, q * len(t) + t)]
+    of_query, of_target, of_both = (float((count * (count - 1.0)).sum()) for count in repeats)
+    return (of_query + of_target - of_both) / (len(q) * (len(q) - 1.0))
+
+
+def content_id(record: PairRecord, media_root: str | Path | None) -> ContentId:
+    """Stable ids of the contents of a pair: the same on every machine and in every run.
+
+    Ids of a source and contents live in separate spaces: a target with a source's `target_id` never equals one without,
+    and so with `query_id`. An id made by `stated_content_id` stands for the content.
 
     Raises:
         MediaError: a medium that has to be hashed is missing or refused.
     """
-    stated = STATED_CONTENT.fullmatch(record.target_id)
-    if stated:
-        return _to_int64(bytes.fromhex(stated[1]))
-    if record.target_id:
-        return _to_int64(_digest([b"id", record.target_id.encode()]))
-    return _to_int64(_item_digest(record.target, media_root))
+    query = _stated(record.query_id)
+    if query is None:
+        item = record.item("query")
+        query = _to_int64(_item_digest(item, media_root, normalise_text(item.instruction)))
+    target = _stated(record.target_id)
+    return ContentId(query, target_content(record.target, media_root) if target is None else target)
 
 
-def target_content_id(text: str, images: Sequence[bytes] = (), frames: Sequence[bytes] = ()) -> str:
-    """The `target_id` of a content: "content-text:<hex>", or "content-media:<hex>" if it has images or a video.
+def target_content(item: Item, media_root: str | Path | None) -> int:
+    """Id of a target's or hard negative's own content, whatever ids its record states; errors as `content_id`."""
+    return _to_int64(_item_digest(item, media_root))
+
+
+def stated_content_id(texts: Sequence[str], images: Sequence[bytes] = (), frames: Sequence[bytes] = ()) -> str:
+    """The `target_id` or `query_id` of a content: "content-text:<hex>", with images or a video "content-media:<hex>".
 
     Args:
-        text: the target's text, as `normalise_text` returns it.
+        texts: of a target its text, of a query its instruction and its text, as `normalise_text` returns them.
         images: SHA-256 of each image's bytes, in order.
         frames: SHA-256 of each frame's bytes, or the one of the video file.
     """
-    if not images and not frames:
-        return TEXT_ID + _content_digest(text, []).hex()[:32]
-    return MEDIA_ID + _content_digest(text, _media_parts(images, frames)).hex()[:32]
+    kind = MEDIA_ID if images or frames else TEXT_ID
+    return kind + _content_digest(texts, _media_parts(images, frames)).hex()[:32]
 
 
 def normalise_text(text: str) -> str:
@@ -82,18 +134,29 @@ def media_digest(media: Media, media_root: str | Path | None) -> bytes:
     return digest.digest()
 
 
-def _item_digest(item: Item, media_root: str | Path | None) -> bytes:
+def _stated(name: str) -> int | None:
+    """The id that a `query_id` or `target_id` stands for; None if it is empty."""
+    if not name:
+        return None
+    stated = STATED_CONTENT.fullmatch(name)
+    return _to_int64(bytes.fromhex(stated[1]) if stated else _digest([b"id", name.encode()]))
+
+
+def _item_digest(item: Item, media_root: str | Path | None, *before: str) -> bytes:
+    """Of an item's text, after the texts `before`, and media."""
     video: tuple[Media, ...] = ()
     if item.video is not None:
         video = item.video.frames if item.video.path is None else (item.video.path,)
     images = [media_digest(media, media_root) for media in item.images]
     frames = [media_digest(media, media_root) for media in video]
-    return _content_digest(normalise_text(item.text), _media_parts(images, frames))
+    return _content_digest((*before, normalise_text(item.text)), _media_parts(images, frames))
 
 
-def _content_digest(text: str, media: list[bytes]) -> bytes:
-    """`_digest` of b"content", the text and the media, without the list: it runs once for every pair of a data set."""
-    digests = _CONTENT + hashlib.sha256(text.encode()).digest()
+def _content_digest(texts: Sequence[str], media: list[bytes]) -> bytes:
+    """`_digest` of b"content", texts and media, without the list: it runs twice for every pair of a data set."""
+    digests = _CONTENT
+    for text in texts:
+        digests += hashlib.sha256(text.encode()).digest()
     for part in media:
         digests += hashlib.sha256(part).digest()
     return hashlib.sha256(digests).digest()
@@ -129,7 +192,7 @@ def records_digest(records: Iterable[PairRecord], media_root: str | Path | None)
 
     digest = hashlib.sha256()
     for record in records:
-        ids = [record.pair_id, record.data_source, record.instruction, record.target_id]
+        ids = [record.pair_id, record.data_source, record.instruction, record.query_id, record.target_id]
         sides = [item(one) for one in (record.query, record.target, *record.negatives)]
         digest.update(json.dumps([ids, sides], ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()

@@ -4,6 +4,7 @@
 | column | type |
 |---|---|
 | pair_id, data_source, instruction, target_id | string |
+| query_id (optional) | string |
 | query, target | struct {text, kind, instruction, tcot: string, images: list<media>, video: video} |
 | negatives (optional) | list of the same struct |
 
@@ -46,11 +47,12 @@ SCHEMA = pa.schema(
         ("instruction", pa.string()),
         ("query", ITEM),
         ("target", ITEM),
+        ("query_id", pa.string()),
         ("target_id", pa.string()),
         ("negatives", pa.list_(ITEM)),
     ]
 )
-OPTIONAL_COLUMNS = ("negatives",)
+OPTIONAL_COLUMNS = ("query_id", "negatives")
 ROWS_PER_BATCH = 256
 ROWS_PER_GROUP = 1024
 BYTES_PER_GROUP = 16 << 20
@@ -191,6 +193,7 @@ def _record(values: dict[str, Any]) -> PairRecord:
         target=_item(values["target"], "target"),
         target_id=values["target_id"] or "",
         negatives=tuple(_item(item, f"negatives[{i}]") for i, item in enumerate(values.get("negatives") or ())),
+        query_id=values.get("query_id") or "",
     )
 
 
@@ -249,6 +252,7 @@ def _row_from_record(record: PairRecord) -> dict[str, Any]:
         "instruction": record.instruction,
         "query": _row_from_item(record.query),
         "target": _row_from_item(record.target),
+        "query_id": record.query_id,
         "target_id": record.target_id,
         "negatives": [_row_from_item(item) for item in record.negatives],
     }

@@ -90,8 +90,10 @@ class PairRecord:
         data_source: name of the source; a batch holds one source, metrics are reported by source.
         instruction: the task, said to the query side.
         query, target: the two sides.
-        target_id: targets of the same id have the same content and are never negatives of each other; "" = unknown.
+        target_id: targets of the same id have the same content; "" = told by text and media.
         negatives: hard negatives of the query, for contrastive training.
+        query_id: queries of the same id ask for the same; "" = told by instruction, text and media. Pairs with an equal
+            query or an equal target are never negatives of each other.
 
     Raises:
         DataError: an id or source is empty, or a side or negative has no content.
@@ -102,8 +104,9 @@ class PairRecord:
     instruction: str
     query: Item
     target: Item
-    target_id: str
+    target_id: str = ""
     negatives: tuple[Item, ...] = ()
+    query_id: str = ""
 
     def __post_init__(self) -> None:
         for name, value in (("pair_id", self.pair_id), ("data_source", self.data_source)):

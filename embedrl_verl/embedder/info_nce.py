@@ -2,9 +2,9 @@
 """InfoNCE: the contrastive loss that Embedders are trained with (method section 5).
 
 Every row has one or more partners on the other side (same pair); the rows of other pairs are its negatives, except
-rows whose target is the same content: pushing those away would teach that an answer is wrong because it was drawn
-twice. `info_nce` is the plain case, row i beside row i; `contrastive_loss` takes any layout: several rollouts of a
-pair, hard negatives, Matryoshka dimensions.
+those of pairs with the same target or the same query: pushing those away would teach that an answer is wrong because it
+was drawn twice, or because the question has another one too. `info_nce` is the plain case, row i beside row i;
+`contrastive_loss` takes any layout: several rollouts of a pair, hard negatives, Matryoshka dimensions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from embedrl_verl.data.identity import shares_content
 from embedrl_verl.errors import EmbedderError
 
 HARD_NEGATIVE = -1
@@ -30,8 +31,9 @@ class ContrastiveLayout:
         query_pair: int64 (Q,), pair of each query row, 0 or more.
         target_pair: int64 (T,), pair of each target row; `HARD_NEGATIVE` for hard negatives, which are negatives of
             every query and take no part in the direction from target to query.
-        query_content: int64 (Q,), content of the target of the row's pair.
-        target_content: int64 (T,), content of the row.
+        query_content: int64 (Q, 2), contents of the row's pair (`ContentId`: query, target); or (Q,), the target alone.
+        target_content: int64 (T, 2) or (T,), the same of the target rows; a hard negative has `NO_QUERY` and its own
+            content.
 
     Raises:
         EmbedderError: shapes or dtypes other than these, or a query without a pair.
@@ -45,7 +47,13 @@ class ContrastiveLayout:
     def __post_init__(self) -> None:
         for side in ("query", "target"):
             pair, content = getattr(self, f"{side}_pair"), getattr(self, f"{side}_content")
-            if pair.dim() != 1 or content.shape != pair.shape or {pair.dtype, content.dtype} != {torch.int64}:
+            kinds = self.query_content.shape[1:]  # (2,) or ()
+            if (
+                pair.dim() != 1
+                or len(kinds) > 1
+                or content.shape != (*pair.shape, *kinds)
+                or {pair.dtype, content.dtype} != {torch.int64}
+            ):
                 raise EmbedderError(
                     f"{side}_pair and {side}_content must be int64 of one length; got {pair.dtype} "
                     f"{tuple(pair.shape)} and {content.dtype} {tuple(content.shape)}"
@@ -58,8 +66,17 @@ class ContrastiveLayout:
         return self.query_pair[:, None] == self.target_pair[None, :]
 
     def negatives(self) -> torch.Tensor:
-        """bool (Q, T): another pair and another content."""
-        return ~self.positives() & (self.query_content[:, None] != self.target_content[None, :])
+        """bool (Q, T): another pair, of another query and another target.
+
+        A hard negative that shows some pair's target is none of the queries that this target is right for.
+        """
+        right = self.positives() | shares_content(self.query_content, self.target_content)
+        hard = self.target_pair == HARD_NEGATIVE
+        if hard.any():
+            shown = self.target_content if self.target_content.dim() == 1 else self.target_content[:, -1]
+            same = shown[~hard, None] == shown[None, hard]
+            right[:, hard] |= right[:, ~hard].float() @ same.float() > 0
+        return ~right
 
     def select(self, queries: torch.Tensor, targets: torch.Tensor) -> ContrastiveLayout:
         """The layout of some rows: bool masks (Q,) and (T,)."""
@@ -87,7 +104,7 @@ class Contrast(NamedTuple):
         loss: scalar, differentiable.
         hit1: share of the queries that rank a partner strictly above all their negatives.
         negatives: negatives of a query, mean.
-        masked: pairs of rows that were kept from being negatives because their content is the same.
+        masked: pairs of rows that were kept from being negatives because their query or target is the same.
     """
 
     loss: torch.Tensor
@@ -180,6 +197,7 @@ def info_nce(
     *,
     temperature: float = 0.02,
     target_content: torch.Tensor | None = None,
+    query_content: torch.Tensor | None = None,
     symmetric: bool = True,
 ) -> torch.Tensor:
     """Mean cross-entropy of finding the own partner among the batch; row i matches row i.
@@ -187,7 +205,8 @@ def info_nce(
     Args:
         query, target: (N, D) vectors of length 1, float.
         temperature: of the softmax over cosines; positive.
-        target_content: (N,) int64; equal numbers mark equal content, which is never a negative.
+        target_content, query_content: (N,) int64; equal numbers mark pairs with the same target, or the same query,
+            which are never each other's negatives. Default: all differ.
         symmetric: average over both directions; else only query to target.
 
     Returns:
@@ -202,8 +221,11 @@ def info_nce(
             f"got {tuple(query.shape)} and {tuple(target.shape)}"
         )
     pair = torch.arange(len(query))
-    content = pair if target_content is None else target_content
-    if content.shape != pair.shape:
-        raise EmbedderError(f"target_content must be ({len(query)},); got {tuple(content.shape)}")
-    layout = ContrastiveLayout(pair, pair, content.cpu(), content.cpu())
+    contents = []
+    for name, given in (("query_content", query_content), ("target_content", target_content)):
+        contents.append(pair if given is None else given.cpu())
+        if contents[-1].shape != pair.shape:
+            raise EmbedderError(f"{name} must be ({len(query)},); got {tuple(contents[-1].shape)}")
+    content = torch.stack(contents, dim=1)
+    layout = ContrastiveLayout(pair, pair, content, content)
     return contrastive_loss(query, target, layout, temperature=temperature, symmetric=symmetric).loss

@@ -79,10 +79,11 @@ def contrastive_gradients(
             f"{int((~have_target).sum())} of {len(target)} targets are not finite"
         )
     if not kept.negatives().any():
-        pairs, contents = len(kept.query_pair.unique()), len(kept.target_content.unique())
+        pairs, contents = len(kept.query_pair.unique()), len(kept.target_content.unique(dim=0))
         raise NoNegativesError(
-            f"a contrastive batch needs at least two pairs with different targets; got {pairs} pair(s) with {contents} "
-            "different content(s). Use larger batches, or leave out data whose targets are all the same"
+            "a contrastive batch needs at least two pairs with different queries and different targets; got "
+            f"{pairs} pair(s) with {contents} different content(s). Use larger batches, or leave out data whose "
+            "queries or targets are all the same"
         )
     with torch.enable_grad():
         leaf_query = query[have_query].detach().float().requires_grad_()

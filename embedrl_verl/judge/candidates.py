@@ -2,7 +2,7 @@
 """Whom the judge chooses from: the lists of method section 4, eq. 4.
 
 A list holds every rollout of the own pair on the other side, and of each of the k hardest other pairs its best row.
-Pairs that show the same content are false negatives and never listed, nor are rows without embedding.
+Pairs with the same query or the same target are false negatives and never listed, nor are rows without embedding.
 
 Lists depend on embeddings, pair identities, side, step and seed alone, never on where a row stands in the batch.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embedrl_verl.data.identity import shares_content
 from embedrl_verl.rewards.batch import SIDES, Direction, RewardBatch, Side
 
 # Cells of S looked at in one go: 64 MiB as float32.
@@ -77,7 +78,8 @@ def judge_lists(
     if not len(batch):
         return []
     names, rank = _rank_pairs(batch, identity)
-    content = torch.zeros(len(names), dtype=torch.int64).scatter_(0, rank, batch.content)
+    content = batch.content.new_zeros(len(names), batch.content.shape[1])
+    content[rank] = batch.content
     rollouts = batch.rollout.tolist()
     result = []
     for side in SIDES:
@@ -114,7 +116,7 @@ def _find(
 
     Args:
         rank: (N,) int64, pair of every row of the batch, in 0..P-1.
-        content: (P,) int64, content of every pair.
+        content: (P, K) int64, contents of every pair.
     """
     columns = _members(rank[way.cols], way.col_valid, len(content))
     prompts = _members(rank[way.rows], way.row_valid, len(content))
@@ -131,7 +133,7 @@ def _find(
     for start in range(0, len(units), height):
         block = slice(start, start + height)
         best = _best_over(way.similarity, units[block])
-        hard = _hardest(best, columns, content[pair[block], None] == content, hard_pairs)
+        hard = _hardest(best, columns, shares_content(content[pair[block]], content), hard_pairs)
         for p, unit, others in zip(pair[block].tolist(), units[block].tolist(), hard.tolist(), strict=True):
             listed = [cols[j] for j in others if j >= 0]
             if listed:

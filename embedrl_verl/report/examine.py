@@ -65,7 +65,8 @@ class Examiner:
         )
 
     def _facts(self, record: PairRecord) -> tuple[tuple[str, str], ...]:
-        facts = (("target id", record.target_id),) if record.target_id else ()
+        ids = (("query id", record.query_id), ("target id", record.target_id))
+        facts = tuple(fact for fact in ids if fact[1])
         if self.verdicts is None:
             return facts
         return (*facts, ("relevance", self.verdicts.get(record.pair_id, "not judged")))

@@ -35,7 +35,7 @@ class Direction:
     """One direction of the retrieval: rows of one side over columns of the other.
 
     `similarity`: (R, C) float32 cosines, NaN where a row or column is invalid. `rows` (R,), `cols` (C,): int64 indices
-    into the batch. `row_pair` (R,), `col_pair` (C,), `col_content` (C,): int64. `row_valid` (R,), `col_valid` (C,):
+    into the batch. `row_pair` (R,), `col_pair` (C,), `col_content` (C, K): int64. `row_valid` (R,), `col_valid` (C,):
     bool.
     """
 
@@ -54,7 +54,8 @@ class RewardBatch:
     """All rollouts of a step. N rows, of which N_q are query rows and N_t target rows. Make one with `build`.
 
     side: (N,) int64, 0 = query, 1 = target.
-    pair: (N,) int64. content: (N,) int64, id of the pair's target content (same id = false negatives of each other).
+    pair: (N,) int64. content: (N, K) int64, ids of the contents of the row's pair; pairs with an equal id in one column
+        are false negatives of each other. K = 2: `ContentId`, query and target.
     rollout: (N,) int64, index among the rollouts of the same side of the same pair.
     tcots: N parsed T-CoTs. required: N evidence keys that the rows' inputs call for.
     valid: (N,) bool, the row has an embedding.
@@ -82,11 +83,14 @@ class RewardBatch:
 
     def __post_init__(self) -> None:
         rows = self.side.numel()
-        for name in ("side", "pair", "rollout", "valid", "content"):
+        for name in ("side", "pair", "rollout", "valid"):
             value: Tensor = getattr(self, name)
             dtype = torch.bool if name == "valid" else torch.int64
             if value.shape != (rows,) or value.dtype != dtype:
                 raise ValueError(f"{name} must be ({rows},) {dtype}; got {tuple(value.shape)} {value.dtype}")
+        if self.content.dim() != 2 or len(self.content) != rows or self.content.dtype != torch.int64:
+            got = f"{tuple(self.content.shape)} {self.content.dtype}"
+            raise ValueError(f"content must be ({rows}, K) torch.int64; got {got}")
         for name, size in (("tcots", len(self.tcots)), ("required", len(self.required))):
             if size != rows:
                 raise ValueError(f"{name} must have one entry for each of {rows} rows; got {size}")
@@ -124,6 +128,7 @@ class RewardBatch:
 
         Args:
             side, pair, rollout, content, tcots, required, lengths, judge: see the class; integer tensors of any width.
+                A content of (N,) is one kind of id.
             embeddings: (N, D) float, each of length 1. A row with NaN or infinity has no embedding: it is not valid.
             valid: (N,) bool, False where the embedding failed. Default: every row with a finite embedding.
             raw_embeddings: (N, D) float, each row's input embedded without T-CoT, NaN where there is none.
@@ -135,12 +140,14 @@ class RewardBatch:
         side, pair, rollout, content = (t.to(torch.int64).cpu() for t in (side, pair, rollout, content))
         embeddings = embeddings.detach().cpu()
         valid = torch.ones_like(side, dtype=torch.bool) if valid is None else valid.to(torch.bool).cpu()
+        content = content[:, None] if content.dim() == 1 else content
         shapes = {"pair": pair, "rollout": rollout, "content": content, "valid": valid, "embeddings": embeddings}
         if raw_embeddings is not None:
             shapes["raw_embeddings"] = raw_embeddings
         for name, value in shapes.items():
-            if value.dim() != (2 if name.endswith("embeddings") else 1) or len(value) != len(side):
-                kind = "(N, D)" if name.endswith("embeddings") else "(N,)"
+            wide = {"content": "(N,) or (N, K)", "embeddings": "(N, D)", "raw_embeddings": "(N, D)"}
+            if value.dim() != (2 if name in wide else 1) or len(value) != len(side):
+                kind = wide.get(name, "(N,)")
                 raise ValueError(f"{name} must be {kind} with N = {len(side)} as side has; got {tuple(value.shape)}")
         valid = valid & embeddings.isfinite().all(dim=1)
         _check_rows(side, pair, rollout, content)
@@ -327,10 +334,12 @@ def _check_rows(side: Tensor, pair: Tensor, rollout: Tensor, content: Tensor) ->
             f"each rollout may occur once; pair {p}, {SIDES[s]}, rollout {r} occurs {int(counts[twice[0, 0]])} times. "
             "Drop padding rows before building the batch"
         )
-    contents = torch.unique(torch.stack((pair, content), dim=1), dim=0)[:, 0]
+    contents = torch.unique(torch.cat((pair[:, None], content), dim=1), dim=0)[:, 0]
     values, kinds = torch.unique(contents, return_counts=True)
     if (kinds > 1).any():
-        raise ValueError(f"all rows of a pair must have one content id; pair {int(values[kinds > 1][0])} has several")
+        raise ValueError(
+            f"all rows of a pair must have the same content ids; pair {int(values[kinds > 1][0])} has several"
+        )
 
 
 def _check_norms(embeddings: Tensor, valid: Tensor) -> None:

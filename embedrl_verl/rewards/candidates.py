@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is a positive and who is a negative of a row: the masks of method section 4.
 
-For row i of pair g: Pos(i) = the columns of pair g. Neg(i) = all other columns except false negatives, which show the
-same content as a positive. Columns whose embedding failed, and cells that are NaN, are in neither.
+For row i of pair g: Pos(i) = the columns of pair g. Neg(i) = all other columns except false negatives, whose pair has
+the same query or the same target (`embedrl_verl.data.identity.shares_content`). Columns whose embedding failed, and
+cells that are NaN, are in neither.
 
 The masks are never built as a matrix: columns are sorted by pair and by content once, so that a row's own columns, and
 those that show its contents, are a few ranges of a sorted list.
@@ -43,11 +44,6 @@ class ColumnLists:
         slot = torch.arange(max(1, int(count.max())), device=start.device).minimum((count - 1).clamp_(min=0))
         return self.order[(start + slot).clamp_(max=len(self.order) - 1)]
 
-    def marked(self, mask: Tensor) -> Tensor:
-        """(R,) int64: how many of a row's columns are True in `mask` (C,)."""
-        before = torch.nn.functional.pad(mask[self.order].cumsum(0), (1, 0))
-        return before[self.start + self.count] - before[self.start]
-
 
 def own_columns(row_pair: Tensor, col_pair: Tensor) -> tuple[Tensor, Tensor]:
     """(R, P) columns of each row's pair, P at least 1, and (R, P) bool: which entries are real."""
@@ -57,11 +53,14 @@ def own_columns(row_pair: Tensor, col_pair: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def columns_with_own_content(row_pair: Tensor, col_pair: Tensor, col_content: Tensor) -> list[ColumnLists]:
-    """Per row every column that shows the content of one of its own pair's columns, itself included.
+    """Per row every column that shares an id with one of its own pair's columns, itself included.
 
-    One list a row for its pair's first content, one for the second and so on (a pair normally has one). A row with
-    fewer contents has empty lists; so has a row whose pair has no column.
+    For each of the K kinds of ids (`col_content` is (C,) or (C, K)) one list a row for its pair's first id, one for the
+    second and so on (a pair normally has one). A row with fewer ids has empty lists; so has a row whose pair has no
+    column. A column may stand in several lists.
     """
+    if col_content.dim() == 2:
+        return [one for ids in col_content.T for one in columns_with_own_content(row_pair, col_pair, ids.contiguous())]
     pairs, pair = torch.unique(col_pair, return_inverse=True)
     contents, content = torch.unique(col_content, return_inverse=True)
     entries = torch.unique(pair * len(contents) + content)  # each pair with each of its contents, sorted by pair
@@ -79,14 +78,14 @@ class Candidates:
     """What `find_candidates` says of R rows.
 
     `positives`: (R, P) float64, a row's valid positives in falling order, then -inf; P at least 1. `count`: (R,) int64
-    number of them, 0 for an invalid row. `hidden`: columns that are no negatives of a row. `false_negatives`: (R,)
-    int64, valid columns of other pairs that show one of the row's contents; 0 for an invalid row.
+    number of them, 0 for an invalid row. `own`: (R,) int64 valid columns of the row's pair, NaN cells too. `hidden`:
+    columns that are no negatives of a row.
     """
 
     positives: Tensor
     count: Tensor
+    own: Tensor
     hidden: list[ColumnLists]
-    false_negatives: Tensor
 
 
 def find_candidates(
@@ -104,14 +103,13 @@ def find_candidates(
     valid = torch.ones_like(col_pair, dtype=torch.bool) if col_valid is None else col_valid
     listed &= valid[columns]
     hidden = columns_with_own_content(row_pair, col_pair, col_pair if col_content is None else col_content)
-    false_negatives = sum((lists.marked(valid) for lists in hidden), start=-listed.sum(dim=1))
+    own = listed.sum(dim=1)
     positives = similarity.gather(1, columns).double()
     listed &= ~positives.isnan()
     if row_valid is not None:
         listed &= row_valid[:, None]
-        false_negatives = false_negatives * row_valid
     positives = positives.masked_fill_(~listed, -torch.inf).sort(dim=1, descending=True).values
-    return Candidates(positives, listed.sum(dim=1), hidden, false_negatives)
+    return Candidates(positives, listed.sum(dim=1), own, hidden)
 
 
 def iter_negatives(
@@ -188,9 +186,9 @@ def check_direction(
     ):
         if value is None:
             continue
-        if value.shape != (size,):
-            raise ValueError(
-                f"{name} must have shape ({size},) for similarity {(rows, cols)}; got {tuple(value.shape)}"
-            )
+        kinds_of_ids = name == "col_content" and value.dim() == 2 and value.shape[1] > 0
+        if value.shape[:1] != (size,) or not (value.dim() == 1 or kinds_of_ids):
+            shape = f"({size},) or ({size}, K)" if name == "col_content" else f"({size},)"
+            raise ValueError(f"{name} must have shape {shape} for similarity {(rows, cols)}; got {tuple(value.shape)}")
         if (value.dtype == torch.bool) != boolean or value.is_floating_point():
             raise ValueError(f"{name} must be {'bool' if boolean else 'an integer tensor'}; got {value.dtype}")

@@ -26,7 +26,9 @@ from embedrl_verl.rewards.batch import Judge, RewardBatch
 from embedrl_verl.tcot import TCoT, parse_tcot
 
 FORMAT = "embedrl-reward-dump"
-VERSION = "1"
+VERSION = "2"
+READABLE = ("1", VERSION)
+"""Version 1: `content` is (N,), the target's alone."""
 _NAME = re.compile(r"(\d+)(?:\.(\d+))?\.rewards\.safetensors")
 _ALWAYS = ("side", "pair", "rollout", "valid", "content", "similarity", "query_rows", "target_rows")
 _MAYBE = ("lengths", "raw_similarity")
@@ -138,6 +140,8 @@ def read_reward_dump(path: str | Path) -> RewardDump:
         if not (kwargs is None or isinstance(kwargs, dict)):
             raise ValueError(f"reward_kwargs must be a mapping; got {kwargs!r}")
         parts = {name.removeprefix(_PART): tensors.pop(name) for name in list(tensors) if name.startswith(_PART)}
+        if tensors["content"].dim() == 1:
+            tensors["content"] = tensors["content"][:, None]
         batch = RewardBatch(
             **{name: tensors[name] for name in _ALWAYS},
             lengths=tensors.get("lengths"),
@@ -205,9 +209,10 @@ def _again(process: Tensor) -> Judge:
 def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise DataError(f"{path}: not a reward dump; its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in READABLE:
         raise DataError(
-            f"{path}: a reward dump of version {metadata.get('version')}; this embedrl reads version {VERSION}. "
+            f"{path}: a reward dump of version {metadata.get('version')}; this embedrl reads versions "
+            f"{' and '.join(READABLE)}. "
             "Use the embedrl that wrote it"
         )
 

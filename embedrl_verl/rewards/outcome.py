@@ -34,7 +34,7 @@ class Retrieval(NamedTuple):
     """One direction's reward, and per row (R,) what only metrics need.
 
     `hit`: 1.0 if the best positive is above every negative, else 0.0 (NaN where unknown). `false_negatives`: int64
-    count.
+    number of valid columns of other pairs that share a content with the row's pair, 0 for an invalid row.
     """
 
     reward: OutcomeReward
@@ -60,9 +60,9 @@ def outcome_reward(
             row.
         row_pair: (R,) int, pair of each row.
         col_pair: (C,) int, pair of each column.
-        col_content: (C,) int, same id = same content. A column of another pair that shows the content of one of the
-            row's own columns (valid or not) is a false negative and left out. Without it every other pair is a
-            negative.
+        col_content: (C, 2) int, ids of the query's and the target's content of each column's pair (`content_id`); or
+            (C, K) or (C,) for other kinds of ids. A column of another pair that shares an id with one of the row's own
+            columns (valid or not) is a false negative and left out. Without it every other pair is a negative.
         col_valid: (C,) bool, False where the embedding failed: nobody's candidate.
         row_valid: (R,) bool, False where the embedding failed: the row is unknown.
         temperature: tau of the softmax weights of the negatives.
@@ -116,7 +116,9 @@ def retrieval(
     positives, count = found.positives, found.count
     top_negatives = torch.full_like(positives, NO_CANDIDATE)
     hard = torch.empty_like(positives[:, 0])
+    false_negatives = torch.zeros_like(count)
     for block, scores, scratch in iter_negatives(similarity, found.hidden, col_valid):
+        false_negatives[block] = torch.eq(scores, NO_CANDIDATE, out=scratch).sum(dim=1).to(torch.int64)
         width = max(1, int(count[block].max()))
         top = scores.topk(width, dim=1).values
         if top[:, 0].isnan().any():  # NaN sorts first: masking it is paid only where there is one
@@ -134,9 +136,12 @@ def retrieval(
             f"similarities of valid rows and columns must be finite, or NaN for unknown; row {int(overflow[0])} of "
             f"{rows} has an infinite one. Mark failed embeddings in row_valid and col_valid"
         )
+    false_negatives -= found.own if col_valid is None else found.own + (~col_valid).sum()
+    if row_valid is not None:
+        false_negatives *= row_valid
     hit = (positives[:, 0] > top_negatives[:, 0]).to(dtype).masked_fill_(count == 0, torch.nan)
     reward = OutcomeReward(acc.to(dtype), margin.to(dtype), (acc * margin).to(dtype))
-    return Retrieval(reward, hit, found.false_negatives)
+    return Retrieval(reward, hit, false_negatives)
 
 
 def _share_on_top(positives: Tensor, count: Tensor, top_negatives: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoProcessor
 
+from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import SIDES, Item, Side
 from embedrl_verl.embedder import Embedder, EmbedInput, info_nce
@@ -136,10 +137,9 @@ def _batch_loss(
     inputs = [embed_input(s, side, _tcot(s, side, view, config, rng)) for side in SIDES for s in batch]
     rows = [embedder.processor.encode(one) for one in inputs]
     vectors = embed_packed(embedder.model.model, pack_rows(rows))
-    contents = [s.record.target_id for s in batch]
-    content = torch.tensor([contents.index(one) for one in contents])
+    same_query, same_target = torch.tensor([content_id(s.record, None) for s in batch]).T
     query, target = vectors.split(len(batch))
-    return info_nce(query, target, temperature=config.temperature, target_content=content)
+    return info_nce(query, target, temperature=config.temperature, query_content=same_query, target_content=same_target)
 
 
 def _tcot(sample: Sample, side: Side, view: View, config: ContrastiveConfig, rng: np.random.Generator) -> str | None:

@@ -2,9 +2,10 @@
 """Held-out retrieval: raw input, T-CoT before RL, T-CoT after RL, and the true T-CoT as the ceiling.
 
 Queries and candidates are the held-out pairs, whose scans no stage trained on. Every query is ranked against all
-targets of its data source, among them three near copies of its own; ties count against the model; targets of the same
-content are all relevant; an input that cannot be embedded is not retrieved, and is counted. The Embedder is the same
-throughout, only what it reads differs: T-CoTs are greedy, evidence is cut from the originals.
+targets of its data source, among them three near copies of its own; ties count against the model; the targets of all
+pairs with an equal query or an equal target are relevant; an input that cannot be embedded is not retrieved, and is
+counted. The Embedder is the same throughout, only what it reads differs: T-CoTs are greedy, evidence is cut from the
+originals.
 
 Command: `python -m embedrl_verl.tiny.evaluate --embedder DIR --world DIR --before DIR --after DIR --out FILE.json`.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.identity import content_id, shares_content
 from embedrl_verl.data.schema import SIDES, Side, input_kind
 from embedrl_verl.embedder import Embedder, EmbedInput, Encoded
 from embedrl_verl.errors import DataError, EmbedderError, MediaError
@@ -104,7 +105,7 @@ def score_view(embedder: Embedder, samples: Sequence[Sample], tcots: Tcots | Non
         rows = [i for i, sample in enumerate(samples) if sample.record.data_source == source]
         scores = embedded["query"][0][rows] @ embedded["target"][0][rows].T
         contents = torch.tensor([content_id(samples[i].record, None) for i in rows])
-        relevant = contents[:, None] == contents[None, :]
+        relevant = shares_content(contents, contents)
         found = hit_at_k(scores, relevant, 1, per_query=True)
         hits[source] = [int(hit) for hit in found]
         hit1[source] = float(found.mean())

@@ -19,6 +19,7 @@ import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
 from verl.utils import tensordict_utils as tu
 
+from embedrl_verl.data.identity import ContentId
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import Judge, RewardBatch, batch_metrics
 from embedrl_verl.rewards.dump import write_reward_dump
@@ -32,7 +33,8 @@ _FIELDS = [
     "extra_fields",
     "embedrl_pair_id",
     "embedrl_side",
-    "embedrl_content",
+    "embedrl_query_content",
+    "embedrl_target_content",
     "embedrl_required",
     "data_source",
 ]
@@ -52,7 +54,7 @@ class Row:
     pair_id: str
     side: int
     session: int
-    content: int
+    content: ContentId
     required: str
     source: str
     tcot: TCoT
@@ -153,7 +155,7 @@ def read_rows(keys: Sequence[str], partition_id: str) -> list[Row]:
                 pair_id=str(columns["embedrl_pair_id"][i]),
                 side=SIDES.index(str(columns["embedrl_side"][i])),
                 session=int(key.split("_")[1]),
-                content=int(columns["embedrl_content"][i]),
+                content=ContentId(*(int(columns[f"embedrl_{side}_content"][i]) for side in SIDES)),
                 required=str(columns["embedrl_required"][i]),
                 source=str(columns["data_source"][i]),
                 tcot=tcot,
@@ -285,11 +287,12 @@ def check_scores(scored: ScoredRows, function: str) -> None:
         EmbedderError: no row has a score.
     """
     if scored.parts["score"].isnan().all():
-        contents = len({row.content for row in scored.rows})
+        queries, targets = (len(set(ids)) for ids in zip(*(row.content for row in scored.rows), strict=True))
         raise EmbedderError(
             f"the reward function {function} gives none of {len(scored.rows)} rows a score, so there is nothing to "
-            f"train on ({len(scored.failures)} have no embedding, the batch has {contents} different contents). A "
-            "reward of retrieval needs two contents in a batch (the same target_id is the same content)"
+            f"train on ({len(scored.failures)} have no embedding, the batch has {queries} different queries and "
+            f"{targets} different targets). A reward of retrieval needs two pairs that differ in both (the same "
+            "query_id or target_id is the same content)"
         )
 
 

@@ -2,9 +2,9 @@
 """Retrieval metrics of one validation pass: every query against every target of its data source.
 
 verl validates in batches and averages per-row numbers; retrieval is a property of the whole set. The reward stage adds
-its rows here, and after verl's own pass the trainer asks for Hit@1 and NDCG@k. Targets with the same content are
-all relevant. A row without a vector (its rollout or its embedding has failed) counts as not retrieved, and such rows
-are reported beside.
+its rows here, and after verl's own pass the trainer asks for Hit@1 and NDCG@k. The targets of all pairs with an equal
+query or an equal target are relevant. A row without a vector (its rollout or its embedding has failed) counts as not
+retrieved, and such rows are reported beside.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 import torch
 
+from embedrl_verl.data.identity import ContentId, shares_content
 from embedrl_verl.evaluation.metrics import hit_at_k, ndcg_at_k
 
 
@@ -29,7 +30,7 @@ class ValidationRow:
     source: str
     side: int
     session: int
-    content: int
+    content: ContentId
     embedding: torch.Tensor | None
     pair: str = ""
 
@@ -84,7 +85,7 @@ class RetrievalValidation:
             return dict.fromkeys(names, 0.0)
         width = next((row.embedding.numel() for row in rows if row.embedding is not None), 1)
         similarity = _stack(queries, width) @ _stack(targets, width).T
-        relevant = _contents(queries)[:, None] == _contents(targets)[None, :]
+        relevant = shares_content(_contents(queries), _contents(targets))
         return {
             names[0]: float(hit_at_k(similarity, relevant, 1)),
             names[1]: float(ndcg_at_k(similarity, relevant, self._ndcg_k)),

@@ -18,11 +18,18 @@ ReadAll = Callable[[Path], list[PairRecord]]
 
 @pytest.fixture
 def pair() -> MakePair:
-    """`pair("p1", source="s", target=Item(...), target_id="")`."""
+    """`pair("p1", source="s", target=Item(...), target_id="", query=Item(...), query_id="")`."""
 
-    def make(pair_id: str, source: str = "s", target: Item | None = None, target_id: str = "") -> PairRecord:
-        target = target or Item(text=f"answer {pair_id}")
-        return PairRecord(pair_id, source, "Find it.", Item(text=f"question {pair_id}"), target, target_id)
+    def make(
+        pair_id: str,
+        source: str = "s",
+        target: Item | None = None,
+        target_id: str = "",
+        query: Item | None = None,
+        query_id: str = "",
+    ) -> PairRecord:
+        target, query = target or Item(text=f"answer {pair_id}"), query or Item(text=f"question {pair_id}")
+        return PairRecord(pair_id, source, "Find it.", query, target, target_id, query_id=query_id)
 
     return make
 

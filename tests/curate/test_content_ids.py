@@ -18,7 +18,7 @@ from embedrl_verl.curate.id_job import IdSettings, fill_content_ids
 from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, media_root_of, pair_files
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.parquet import SCHEMA, write_pairs
-from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.schema import SIDES, Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError, DataError
 
 MakePair = Callable[..., PairRecord]
@@ -26,6 +26,7 @@ WriteParts = Callable[..., list[Path]]
 ReadAll = Callable[[Path], list[PairRecord]]
 
 TEXTS = ("yes", " Yes\n", "ＹＥＳ", "no", "Represent the given image.", "ß", "SS", "")
+OWN_IDS = ("", "", "", "own-1", "own-2")
 FILES = ("a.png", "b.png", "copy_of_a.png")
 
 
@@ -39,7 +40,7 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def _target(choose: random.Random) -> Item:
+def _item(choose: random.Random) -> Item:
     media = [*FILES, b"first", b"second", b"third"]
     text = choose.choice(TEXTS)
     kind = choose.randrange(4)
@@ -66,19 +67,29 @@ def test_filled_ids_group_as_the_masks_of_training_do(
 ) -> None:
     choose = random.Random(seed)
     records = [
-        pair(f"p{i}", target=_target(choose), target_id=choose.choice(["", "", "", "own-1", "own-2"]))
+        pair(
+            f"p{i}",
+            target=_item(choose),
+            target_id=choose.choice(OWN_IDS),
+            query=replace(_item(choose), instruction=choose.choice(["", "Find it.", "Answer."])),
+            query_id=choose.choice(OWN_IDS),
+        )
         for i in range(300)
     ]
     fill_content_ids(write_parts("in", records, [120]), tmp_path / "out", IdSettings(str(root)), workers=1)
     filled = read_all(tmp_path / "out")
     before = [content_id(record, root) for record in records]
-    assert len(set(before)) < 200
-    assert _groups([record.target_id for record in filled]) == _groups(before)
+    for side in SIDES:
+        ids = [getattr(one, side) for one in before]
+        assert len(set(ids)) < 200
+        assert _groups([getattr(record, f"{side}_id") for record in filled]) == _groups(ids)
+        own = [
+            (getattr(new, f"{side}_id"), getattr(old, f"{side}_id")) for new, old in zip(filled, records, strict=True)
+        ]
+        assert all(new == old for new, old in own if old) and all(new for new, _ in own)
     assert [content_id(record, None) for record in filled] == before  # and no medium is needed any more
-    assert [replace(record, target_id="") for record in filled] == [replace(record, target_id="") for record in records]
-    assert [new.target_id for new, old in zip(filled, records, strict=True) if old.target_id] == [
-        old.target_id for old in records if old.target_id
-    ]
+    bare = {"target_id": "", "query_id": ""}
+    assert [replace(record, **bare) for record in filled] == [replace(record, **bare) for record in records]
 
 
 def test_equal_answers_are_one_content_and_equal_words_with_other_media_are_not(

@@ -14,14 +14,14 @@ NAN = math.nan
 
 def _outcome_of_row(scores, row_pair, col_pair, content, valid, temperature=0.5, accuracy="share"):
     """(accuracy, margin, outcome) of one valid row; lists over the columns."""
-    own_content = {content[j] for j in range(len(scores)) if col_pair[j] == row_pair}
+    own_content = {key for j in range(len(scores)) if col_pair[j] == row_pair for key in enumerate(content[j])}
     positives, negatives = [], []
     for j, score in enumerate(scores):
         if not valid[j] or math.isnan(score):
             continue
         if col_pair[j] == row_pair:
             positives.append(score)
-        elif content[j] not in own_content:
+        elif own_content.isdisjoint(enumerate(content[j])):
             negatives.append(score)
     if not positives:
         return NAN, NAN, NAN
@@ -40,7 +40,8 @@ def _outcome_of_row(scores, row_pair, col_pair, content, valid, temperature=0.5,
 def _outcome(similarity, row_pair, col_pair, col_content=None, col_valid=None, row_valid=None, **choices):
     """(3, R) float64: accuracy, margin and outcome of every row, by a double loop."""
     rows, cols = similarity.shape
-    content = list(range(cols)) if col_content is None else col_content.tolist()
+    content = torch.arange(cols) if col_content is None else col_content
+    content = (content[:, None] if content.dim() == 1 else content).tolist()
     col_valid = [True] * cols if col_valid is None else col_valid.tolist()
     row_valid = [True] * rows if row_valid is None else row_valid.tolist()
     result = []

@@ -164,7 +164,7 @@ def test_a_judge_of_another_shape_and_no_judge_are_refused(make_batch):
         ({"pair": torch.zeros(3)}, r"pair must be \(N,\) with N = 40 as side has; got \(3,\)"),
         ({"side": torch.full((40,), 2)}, "side must be 0 .query. or 1 .target.; row 0 has 2"),
         ({"rollout": torch.zeros(40)}, r"each rollout may occur once; pair 0, query, rollout 0 occurs 4 times"),
-        ({"content": torch.arange(40)}, "one content id; pair 0 has several"),
+        ({"content": torch.arange(40)}, "the same content ids; pair 0 has several"),
         ({"tcots": [parse_tcot("")]}, "tcots must have one entry for each of 40 rows; got 1"),
         ({"required": []}, "required must have one entry for each of 40 rows; got 0"),
         ({"valid": torch.ones(3, dtype=torch.bool)}, r"valid must be \(N,\) with N = 40 .* got \(3,\)"),

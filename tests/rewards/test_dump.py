@@ -159,7 +159,7 @@ def _header(path, change):
         (lambda path: path.write_bytes(b""), "not a readable reward dump"),
         (lambda path: path.write_bytes(b"\x80\x04pickle" * 50), "not a readable reward dump"),
         (lambda path: path.unlink(), "not a readable reward dump"),
-        (lambda path: _header(path, lambda h: h["__metadata__"].update(version="9")), "version 9; .* version 1"),
+        (lambda path: _header(path, lambda h: h["__metadata__"].update(version="9")), "version 9; .* versions 1 and 2"),
         (lambda path: _header(path, lambda h: h.pop("__metadata__")), "not a reward dump; its format is None"),
         (lambda path: _header(path, lambda h: h.update(sid=h.pop("side"))), "a damaged reward dump .KeyError: 'side'"),
         (lambda path: _header(path, lambda h: h.update({"part:x": h.pop("part:score")})), "a damaged reward dump"),
