@@ -2,20 +2,25 @@
 """`embedrl data check FILE...`: is this file of pair records fit for training?
 
 Reads every row, loads every medium as a rollout would, and with --tokenizer counts every prompt. Prints a table by data
-source and one line for each row that cannot be used; the exit code is 3 if there is any, else 0.
+source, with the number of different queries and targets, and one line for each row that cannot be used; the exit code
+is 3 if there is any, else 0. Ids that contradict the contents are noted.
 """
 
 from __future__ import annotations
 
 import argparse
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from embedrl_verl.data.files import media_root_of, pair_files
-from embedrl_verl.data.schema import input_kind
+from embedrl_verl.data.identity import content_id, false_negative_share
+from embedrl_verl.data.schema import SIDES, PairRecord, input_kind
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError, DataError, MediaError
 from embedrl_verl.tcot import family_of
@@ -29,11 +34,12 @@ UNKNOWN_SOURCE = "(unreadable)"
 
 @dataclass
 class _SourceCounts:
-    """What the table says of one data source."""
+    """What the table says of one data source. `contents`: int64, four a pair, see `_contents`."""
 
     pairs: int = 0
     bad: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
+    contents: array[int] = field(default_factory=lambda: array("q"))
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -73,12 +79,13 @@ def run(args: argparse.Namespace) -> int:
     inspector = _inspector(args)
     roots: dict[str, str | None] = {}
 
-    def problems_of(found: LocatedPair | Problem) -> tuple[tuple[str, str] | None, list[Problem]]:
-        """Source and kinds of a well-formed pair, and what is wrong."""
+    def problems_of(found: LocatedPair | Problem) -> tuple[tuple[str, str, tuple[int, ...]] | None, list[Problem]]:
+        """Source, kinds and contents of a well-formed pair, and what is wrong."""
         if isinstance(found, Problem):
             return None, [found]
         here = replace(inspector, media_root=roots[found.file])
-        return _seen(found), _problems(found, here, args.max_prompt_length)
+        problems = _problems(found, here, args.max_prompt_length)
+        return (*_seen(found), _contents(found.record, here.media_root)), problems
 
     def located() -> Iterator[LocatedPair | Problem]:
         for found in scan_located(_files(args.files)):
@@ -95,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         if seen is not None:
             counts[seen[0]].pairs += 1
             counts[seen[0]].kinds[seen[1]] += 1
+            counts[seen[0]].contents.extend(seen[2])
     _print_report(counts, problems)
     return DataError.exit_code if problems else 0
 
@@ -102,6 +110,16 @@ def run(args: argparse.Namespace) -> int:
 def _seen(pair: LocatedPair) -> tuple[str, str]:
     kinds = f"{input_kind(pair.record, 'query')} > {input_kind(pair.record, 'target')}"
     return pair.record.data_source, kinds
+
+
+def _contents(record: PairRecord, media_root: str | None) -> tuple[int, ...]:
+    """The pair's `ContentId`, and what it would be without the record's ids; empty if a medium cannot be read."""
+    try:
+        stated = content_id(record, media_root)
+        without = replace(record, query_id="", target_id="")
+        return (*stated, *(stated if without == record else content_id(without, media_root)))
+    except MediaError:  # told by `_problems`
+        return ()
 
 
 def _problems(pair: LocatedPair, inspector: PairInspector, max_prompt_length: int | None) -> list[Problem]:
@@ -155,10 +173,26 @@ def _print_report(counts: dict[str, _SourceCounts], problems: list[Problem]) -> 
     for name, rows in _bad_rows(problems).items():
         counts[name].bad = rows
     width = max([len("data source"), *map(len, counts)])
-    print(f"{'data source':{width}}  {'pairs':>8}  {'bad rows':>8}  kinds")
+    head = f"{'data source':{width}}  {'pairs':>8}  {'bad rows':>8}  {'queries':>8}  {'targets':>8}  {'same':>6}  kinds"
+    print(head)
+    notes = []
     for name, source in sorted(counts.items()):
         kinds = ", ".join(f"{kind} ({count})" for kind, count in source.kinds.most_common())
-        print(f"{name:{width}}  {source.pairs:>8}  {source.bad:>8}  {kinds}")
+        query, target, *own = np.array(source.contents, np.int64).reshape(-1, 4).T
+        distinct = f"{len(np.unique(query)):>8}  {len(np.unique(target)):>8}"
+        same = f"{false_negative_share(query, target):>6.1%}"
+        print(f"{name:{width}}  {source.pairs:>8}  {source.bad:>8}  {distinct}  {same}  {kinds}")
+        for side, stated, content in zip(SIDES, (query, target), own, strict=True):
+            several = len(np.unique(np.stack((content, stated)), axis=1).T) - len(np.unique(content))
+            if several:
+                notes.append(
+                    f"NOTE {name}: equal content of the {side} stands under different {side}_ids ({several} ids too "
+                    f"many), so such pairs are negatives of each other. Leave {side}_id empty, or fill it with embedrl "
+                    "data content-ids --overwrite"
+                )
+    print("same: probability that another pair of the source has the same query or target (never a negative)")
+    for note in notes:
+        print(note)
     for problem in problems:
         print(f"BAD {problem.message}")
     print(f"{sum(source.pairs for source in counts.values())} pairs, {len(problems)} problem(s)")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roster of a data set: source, target content and verdict of every pair as small integers, in order.
+"""The roster of a data set: source, contents and verdict of every pair as small integers, in order.
 
-It takes 28 bytes a pair, whatever the pairs hold, and everything that is decided over a whole data set (who is drawn,
+It takes 36 bytes a pair, whatever the pairs hold, and everything that is decided over a whole data set (who is drawn,
 which ids come twice) is decided on it.
 """
 
@@ -40,7 +40,7 @@ class Roster:
         names: data sources, by code.
         pair: int64 (rows,), hash of the pair_id; comparable within this process only.
         source: int16 (rows,), code of the data source; -1 where the row is rejected.
-        content: int64 (rows,), hash of the target_id; 0 where it is empty.
+        content, query: int64 (rows,), hash of the target_id, and of the query_id; 0 where it is empty.
         is_text: bool (rows,), the target_id stands for a text without media.
         verdict: int8 (rows,), index in `VERDICTS`, or -1.
         rejected: lines of `rejected.jsonl`, of rows without an id or source and of second pairs of an id.
@@ -52,6 +52,7 @@ class Roster:
     pair: Index
     source: npt.NDArray[np.int16]
     content: Index
+    query: Index
     is_text: npt.NDArray[np.bool_]
     verdict: npt.NDArray[np.int8]
     rejected: list[dict[str, Any]] = field(default_factory=list)
@@ -91,20 +92,21 @@ class Roster:
 
 
 def read_roster(files: Sequence[Path]) -> Roster:
-    """Read the roster of files: three columns of them.
+    """Read the roster of files: four columns of them.
 
     Raises:
         DataError: a file cannot be read.
     """
     codes: dict[str, int] = {}
-    starts, pairs, sources, contents, texts = [0], [], [], [], []
+    starts, pairs, sources, contents, queries, texts = [0], [], [], [], [], []
     for file in files:
         rows = 0
-        for _, batch in batches(file, ["pair_id", "data_source", "target_id"]):
+        for _, batch in batches(file, ["pair_id", "data_source", "target_id", "query_id"]):
             rows += batch.num_rows
             pairs.append(_hashes(batch["pair_id"]))
             sources.append(_codes(batch["data_source"], codes))
             contents.append(_hashes(batch["target_id"]))
+            queries.append(_hashes(batch["query_id"]))
             names = batch["target_id"]
             is_text = pc.or_(pc.starts_with(names, TEXT_ID), pc.starts_with(names, ANSWER_ID))
             texts.append(pc.fill_null(is_text, False).to_numpy(zero_copy_only=False))
@@ -116,6 +118,7 @@ def read_roster(files: Sequence[Path]) -> Roster:
         pair=np.concatenate([np.zeros(0, np.int64), *pairs]),
         source=np.concatenate([np.zeros(0, np.int16), *sources]),
         content=np.concatenate([np.zeros(0, np.int64), *contents]),
+        query=np.concatenate([np.zeros(0, np.int64), *queries]),
         is_text=np.concatenate([np.zeros(0, np.bool_), *texts]),
         verdict=np.full(starts[-1], NO_VERDICT, np.int8),
     )

@@ -59,17 +59,19 @@ class SourceSplit:
 
 @dataclass
 class SharedTargets:
-    """Contrastive pairs whose target content is that of an RL pair too.
+    """Contrastive pairs whose target content, or query, is that of an RL pair too.
 
     Attributes:
         media, text: such pairs, by whether the content has media (or an id of the source) or is a text alone.
         contents: distinct contents of them.
+        queries: contrastive pairs whose query_id an RL pair has.
         without_id: pairs of both sets that have no target_id, and are not counted here.
     """
 
     media: int = 0
     text: int = 0
     contents: int = 0
+    queries: int = 0
     without_id: int = 0
 
 
@@ -116,6 +118,8 @@ class SplitReport:
                 f"{shared.media + shared.text} contrastive pairs have a target content that RL has too ({shared.media} "
                 f"with media, {shared.text} of text alone; {shared.contents} contents); see --disjoint-targets"
             )
+        if shared.queries:
+            lines.append(f"{shared.queries} contrastive pairs have a query that RL has too")
         if shared.without_id:
             lines.append(f"{shared.without_id} pairs without target_id were not compared; see embedrl data content-ids")
         if self.rejected:
@@ -225,13 +229,19 @@ def _report(
             wanted=draw.cap(name) if gives else 0,
             fates={fate: count for fate, count in zip(FATES, of_source, strict=True) if count},
         )
-    rl = roster.content[(fates == RL) | (fates == BOTH)]
-    shared = (fates == CONTRASTIVE) & (roster.content != 0) & np.isin(roster.content, rl[rl != 0])
+
+    def also_in_rl(ids: Index) -> npt.NDArray[np.bool_]:
+        rl = ids[(fates == RL) | (fates == BOTH)]
+        found: npt.NDArray[np.bool_] = (fates == CONTRASTIVE) & (ids != 0) & np.isin(ids, rl[rl != 0])
+        return found
+
+    shared = also_in_rl(roster.content)
     trained = (fates == RL) | (fates == BOTH) | (fates == CONTRASTIVE)
     report.shared = SharedTargets(
         media=int((shared & ~roster.is_text).sum()),
         text=int((shared & roster.is_text).sum()),
         contents=len(np.unique(roster.content[shared])),
+        queries=int(also_in_rl(roster.query).sum()),
         without_id=int((trained & (roster.content == 0)).sum()),
     )
     return report

@@ -37,11 +37,35 @@ def test_sound_file_gives_a_table_and_zero(
     assert check(tmp_path / "f.parquet", "--media-root", root) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
-        ["data", "source", "pairs", "bad", "rows", "kinds"],
-        ["text", "1", "0", "query_text", ">", "target_text", "(1)"],
-        ["vqa", "2", "0", "query_image", ">", "target_text", "(1),", "query_text", ">", "target_text", "(1)"],
+        ["data", "source", "pairs", "bad", "rows", "queries", "targets", "same", "kinds"],
+        ["text", "1", "0", "1", "1", "0.0%", "query_text", ">", "target_text", "(1)"],
+        [
+            *("vqa", "2", "0", "2", "2", "0.0%"),
+            *("query_image", ">", "target_text", "(1),", "query_text", ">", "target_text", "(1)"),
+        ],
     ]
     assert lines[-1] == "3 pairs, 0 problem(s)"
+
+
+def test_the_table_counts_queries_and_targets_and_ids_that_contradict_them_are_noted(
+    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, dog = Item(images=("a.png",)), Item(text="a dog")
+    captions = [
+        pair("0", "captions", query=photo, target=dog),
+        pair("1", "captions", query=photo, target=Item(text="a brown dog")),
+        pair("2", "captions", target=Item(text="a car")),
+    ]
+    numbered = [pair(f"n{i}", "numbered", query=Item(text=f"q{i}"), target=dog, target_id=f"row-{i}") for i in range(3)]
+    write_pairs(captions + numbered, tmp_path / "f.parquet")
+    assert check(tmp_path / "f.parquet", "--media-root", root) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: line.split()[1:6] for line in lines[1:3]}
+    assert table == {"captions": ["3", "0", "2", "3", "33.3%"], "numbered": ["3", "0", "3", "3", "0.0%"]}
+    (note,) = [line for line in lines if line.startswith("NOTE")]
+    assert note.startswith(
+        "NOTE numbered: equal content of the target stands under different target_ids (2 ids too many)"
+    )
 
 
 def test_every_bad_row_is_listed_and_the_exit_code_is_three(

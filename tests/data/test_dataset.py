@@ -118,11 +118,13 @@ def test_two_prompts_a_pair_query_first(make: Callable[..., TCoTDataset], record
         data[10]
 
 
-def test_content_tells_which_targets_are_the_same(make: Callable[..., TCoTDataset]) -> None:
-    contents = [make()[index]["embedrl_content"] for index in range(10)]
-    assert contents[::2] == contents[1::2]
-    assert contents[0] == contents[2]
-    assert len(set(contents)) == 4
+def test_content_tells_which_queries_and_which_targets_are_the_same(make: Callable[..., TCoTDataset]) -> None:
+    data = make()
+    for side, known in (("query", 5), ("target", 4)):
+        contents = [data[index][f"embedrl_{side}_content"] for index in range(10)]
+        assert contents[::2] == contents[1::2] == [getattr(one, side) for one in data.contents]
+        assert (contents[0] == contents[2]) == (side == "target")
+        assert len(set(contents)) == known
 
 
 def test_original_media_can_be_loaded_from_a_row(

@@ -32,7 +32,7 @@ def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
 def test_records_survive_the_round_trip(tmp_path: Path) -> None:
     clip = Video(frames=("0.png", b"\x89PNG", "2.png"), fps=2.0)
     records = [
-        PairRecord("p0", "s", "Find it.", Item(text="q", instruction="own"), Item(text="t"), "id"),
+        PairRecord("p0", "s", "Find it.", Item(text="q", instruction="own"), Item(text="t"), "id", query_id="photo 1"),
         PairRecord("p1", "s", "", Item(images=("a.png", b"xyz"), kind="page"), Item(video=clip), ""),
         PairRecord(
             "p2", "s", "", Item(text="q"), Item(video=Video(path="c.mp4")), "", (Item(text="n"), Item(text="m"))
@@ -54,7 +54,7 @@ def test_bytes_win_over_the_name_beside_them(tmp_path: Path) -> None:
     assert record.query.images == (b"png",)
 
 
-@pytest.mark.parametrize("column", [name for name in SCHEMA.names if name != "negatives"])
+@pytest.mark.parametrize("column", [name for name in SCHEMA.names if name not in ("negatives", "query_id")])
 def test_missing_column_is_named(tmp_path: Path, column: str) -> None:
     path = write_rows(tmp_path / "f.parquet", {name: value for name, value in ROW.items() if name != column})
     with pytest.raises(DataError, match=rf"f\.parquet: column '{column}' is missing; the file has "):
@@ -65,6 +65,7 @@ def test_missing_column_is_named(tmp_path: Path, column: str) -> None:
     ("change", "message"),
     [
         ({"pair_id": 3}, "field pair_id: must be string; got int64"),
+        ({"query_id": 3}, "field query_id: must be string; got int64"),
         ({"query": "q"}, "field query: must be a struct; got string"),
         ({"query": {"text": 1.5}}, "field query.text: must be string; got double"),
         ({"query": {"text": "q", "image": "a.png"}}, "field query.image: unknown field; known are text, images"),
@@ -125,3 +126,11 @@ def test_truncated_file_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="not a readable parquet file"):
         list(read_pairs(path))
+
+
+@pytest.mark.parametrize("ids", [{}, {"query_id": None}, {"query_id": "photo"}])
+def test_a_file_without_query_ids_is_read_as_it_was(tmp_path: Path, ids: dict[str, Any]) -> None:
+    (record,) = read_pairs(write_rows(tmp_path / "f.parquet", {**ROW, **ids}))
+    assert record.query_id == (ids.get("query_id") or "")
+    write_pairs([record], tmp_path / "again.parquet")
+    assert list(read_pairs(tmp_path / "again.parquet")) == [record]

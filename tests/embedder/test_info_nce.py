@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from embedrl_verl.data.identity import NO_QUERY
 from embedrl_verl.embedder import info_nce
 from embedrl_verl.embedder.info_nce import ContrastiveLayout, contrastive_loss
 from embedrl_verl.errors import EmbedderError
@@ -62,7 +63,8 @@ def test_a_row_of_the_same_content_gets_no_gradient_from_its_twin():
     [
         ({"target": vectors(2, rows=5)}, "same shape"),
         ({"temperature": 0.0}, "temperature must be positive; got 0.0"),
-        ({"target_content": torch.zeros(3)}, r"must be \(6,\)"),
+        ({"target_content": torch.zeros(3)}, r"target_content must be \(6,\)"),
+        ({"query_content": torch.zeros(6, 2)}, r"query_content must be \(6,\); got \(6, 2\)"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
@@ -75,7 +77,9 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 
 def layout(query_pair, target_pair, query_content=None, target_content=None) -> ContrastiveLayout:
     content = {"q": query_content or query_pair, "t": target_content or target_pair}
-    return ContrastiveLayout(*map(torch.tensor, (query_pair, target_pair, content["q"], content["t"])))
+    return ContrastiveLayout(
+        *(torch.tensor(list(ids)) for ids in (query_pair, target_pair, content["q"], content["t"]))
+    )
 
 
 def written_out(query, target, given: ContrastiveLayout, temperature: float) -> float:
@@ -85,7 +89,9 @@ def written_out(query, target, given: ContrastiveLayout, temperature: float) -> 
         score = [float(query[i] @ t) / temperature for t in target]
         partners = [j for j in range(len(target)) if given.target_pair[j] == given.query_pair[i]]
         negatives = [
-            j for j in range(len(target)) if j not in partners and given.target_content[j] != given.query_content[i]
+            j
+            for j in range(len(target))
+            if j not in partners and (given.target_content[j] != given.query_content[i]).all()
         ]
         if partners:
             own = [
@@ -158,3 +164,74 @@ def test_hit1_counts_ties_against_the_model():
 def test_what_does_not_fit_together_is_named(build, message):
     with pytest.raises(EmbedderError, match=message):
         build()
+
+
+# Contents (query, target) of pairs: captions of one photo; a photo with a caption that another photo has too; both.
+SAME_QUERY = [[1, 10], [1, 20], [2, 30], [3, 40]]
+CHAIN = [[1, 10], [1, 20], [2, 20], [3, 40]]
+CROSSED = [[1, 10], [1, 20], [2, 10], [2, 20]]
+
+
+@pytest.mark.parametrize("contents", [SAME_QUERY, CHAIN, CROSSED])
+def test_pairs_of_an_equal_query_are_no_negatives_in_either_direction(contents):
+    query, target = vectors(1, 4), vectors(2, 4)
+    given = layout(range(4), range(4), contents, contents)
+    expected = (written_out(query, target, given, 0.1) + written_out(target, query, given, 0.1)) / 2
+    assert float(contrastive_loss(query, target, given, temperature=0.1).loss) == pytest.approx(expected, rel=1e-9)
+    columns = torch.tensor(contents).T
+    ids = {"query_content": columns[0], "target_content": columns[1]}
+    assert float(info_nce(query, target, temperature=0.1, **ids)) == pytest.approx(expected, rel=1e-9)
+    assert float(info_nce(query, target, temperature=0.1, target_content=columns[1])) != pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_perfect_vectors_of_one_photo_with_two_captions_have_no_loss(rollouts):
+    pair = torch.arange(3).repeat_interleave(rollouts)
+    perfect, contents = torch.eye(8)[[0, 0, 1]][pair], torch.tensor(SAME_QUERY)[:3][pair]
+    contrast = contrastive_loss(perfect, perfect, ContrastiveLayout(pair, pair, contents, contents))
+    assert float(contrast.loss) < 1e-3 and contrast.hit1 == 1.0
+    assert contrast.masked == 2 * rollouts**2
+
+
+def test_pairs_of_an_equal_query_get_no_gradient_from_each_other():
+    given = layout(range(4), range(4), CHAIN, CHAIN)
+
+    def gradient(row: int, of: str) -> torch.Tensor:
+        """Of one row's loss alone, in all vectors of the other side."""
+        query, target = vectors(1, 4).requires_grad_(), vectors(2, 4).requires_grad_()
+        only = torch.arange(4) == row
+        every = torch.ones(4, dtype=torch.bool)
+        if of == "query":
+            contrastive_loss(
+                query[only], target, given.select(only, every), temperature=0.1, symmetric=False
+            ).loss.backward()
+            return target.grad
+        contrastive_loss(
+            target[only], query, given.select(only, every), temperature=0.1, symmetric=False
+        ).loss.backward()
+        return query.grad
+
+    for of in ("query", "target"):
+        moved = [gradient(row, of).abs().sum(dim=1).gt(0).tolist() for row in range(4)]
+        assert moved == [
+            [True, False, True, True],
+            [False, True, False, True],
+            [True, False, True, True],
+            [True, True, True, True],
+        ]
+
+
+def test_a_hard_negative_that_is_a_caption_of_the_same_photo_is_none_of_that_photo():
+    contents = [[1, 10], [1, 20], [2, 30]]
+    mined = [[NO_QUERY, 20], [NO_QUERY, 99]]  # pair 1's caption, mined for pair 0; and a wrong one
+    given = layout([0, 1, 2], [0, 1, 2, -1, -1], contents, contents + mined)
+    assert given.negatives().tolist() == [
+        [False, False, True, False, True],
+        [False, False, True, False, True],
+        [True, True, False, True, True],
+    ]
+
+
+def test_contents_of_different_kinds_are_refused():
+    with pytest.raises(EmbedderError, match="target_pair and target_content must be int64 of one length"):
+        layout([0, 1], [0, 1], [[0, 0], [1, 1]], [0, 1])

@@ -19,7 +19,8 @@ def plain_lists(batch, side, hard_pairs, shared):
     """(rows, own candidates, hard candidates) of every list, in plain loops over rows and columns."""
     way, found = batch.direction(side), []
     scores, rows, cols = way.similarity.tolist(), way.rows.tolist(), way.cols.tolist()
-    content = dict(zip(way.col_pair.tolist(), way.col_content.tolist(), strict=True))
+    contents = zip(way.col_pair.tolist(), way.col_content.tolist(), strict=True)
+    content = {pair: set(enumerate(ids)) for pair, ids in contents}
     for pair in sorted(set(way.row_pair.tolist())):
         members = [i for i in range(len(rows)) if way.row_pair[i] == pair and way.row_valid[i]]
         own = [cols[j] for j in range(len(cols)) if way.col_pair[j] == pair and way.col_valid[j]]
@@ -28,7 +29,7 @@ def plain_lists(batch, side, hard_pairs, shared):
             for i in unit:
                 for j in range(len(cols)):
                     other = int(way.col_pair[j])
-                    if other != pair and content[other] != content.get(pair) and way.col_valid[j]:
+                    if other != pair and not content[other] & content.get(pair, set()) and way.col_valid[j]:
                         best[other] = max(best.get(other, (-9.0, 0, 0)), (scores[i][j], -j, cols[j]))
             hard = [best[p][2] for p in sorted(best, key=lambda p: (-best[p][0], p))[:hard_pairs]]
             if unit and own and hard:
@@ -37,13 +38,17 @@ def plain_lists(batch, side, hard_pairs, shared):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("case", ["whole", "failed", "same content", "uneven"])
+@pytest.mark.parametrize("case", ["whole", "failed", "same target", "same query", "uneven"])
 def test_lists_hold_the_own_rollouts_and_the_best_row_of_each_hardest_pair(shared, case):
     change, order = {}, torch.randperm(72, generator=torch.Generator().manual_seed(1))
     if case == "failed":
         change["valid"] = torch.rand(72, generator=torch.Generator().manual_seed(2)) > 0.4
-    elif case == "same content":
+    elif case == "same target":
         change["content"] = torch.tensor([0, 0, 2, 3, 3, 3, 6, 7, 8]).repeat_interleave(4).repeat(2)
+    elif case == "same query":  # 0-1-2 is a chain: 0 and 2 share nothing
+        targets = torch.tensor([0, 1, 1, 3, 4, 5, 6, 7, 8])
+        content = torch.stack((torch.tensor([0, 0, 2, 3, 3, 3, 6, 7, 8]), targets), dim=1)
+        change["content"] = content.repeat_interleave(4, dim=0).repeat(2, 1)
     elif case == "uneven":
         order = order[:40]
     batch = make_batch(pairs=9, order=order, **change)
@@ -191,3 +196,12 @@ def test_4096_rows_a_side_take_seconds(shared):
     start = time.perf_counter()
     assert len(judge_lists(batch, seed=0, step=0, shared=shared)) == (1024 if shared else 8192)
     assert time.perf_counter() - start < 30  # a loop over the cells in Python takes minutes
+
+
+def test_another_caption_of_the_photo_is_never_listed_and_the_photo_of_another_caption_neither():
+    content = torch.tensor([[0, 0], [0, 1], [2, 2]]).repeat_interleave(2, dim=0).repeat(2, 1)
+    near = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=1)
+    batch = make_batch(pairs=3, rollouts=2, content=content, embeddings=near.repeat_interleave(2, dim=0).repeat(2, 1))
+    for x in judge_lists(batch, seed=0, step=0, hard_pairs=4):
+        pairs = {int(batch.pair[row]) for row in x.rows}, {int(batch.pair[row]) for row in x.candidates}
+        assert pairs in [({0}, {0, 2}), ({1}, {1, 2}), ({2}, {0, 1, 2})]

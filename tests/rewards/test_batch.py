@@ -75,7 +75,7 @@ def test_swapping_the_sides_transposes(make_batch):
 def test_both_directions_are_the_double_loop(make_batch, plain_outcome):
     embeddings = _embeddings(48)
     valid = torch.rand(48, generator=torch.Generator().manual_seed(1)) < 0.8
-    content = torch.tensor([0, 0, 1, 2, 3, 3])
+    content = torch.tensor([[0, 0], [9, 0], [1, 1], [1, 2], [2, 3], [2, 3]])
     batch = make_batch(6, 4, embeddings=embeddings, valid=valid)
     batch = _build(batch, torch.arange(48), embeddings, content=content[batch.pair])
     got = batch.retrieval().reward
@@ -164,6 +164,8 @@ def test_a_judge_of_another_shape_and_no_judge_are_refused(make_batch):
         ({"pair": torch.zeros(3)}, r"pair must be \(N,\) with N = 40 as side has; got \(3,\)"),
         ({"side": torch.full((40,), 2)}, "side must be 0 .query. or 1 .target.; row 0 has 2"),
         ({"rollout": torch.zeros(40)}, r"each rollout may occur once; pair 0, query, rollout 0 occurs 4 times"),
+        ({"content": torch.zeros(3, 2)}, r"content must be \(N,\) or \(N, K\) with N = 40 .* got \(3, 2\)"),
+        ({"content": torch.arange(80).view(40, 2)}, "the same content ids; pair 0 has several"),
         ({"content": torch.arange(40)}, "the same content ids; pair 0 has several"),
         ({"tcots": [parse_tcot("")]}, "tcots must have one entry for each of 40 rows; got 1"),
         ({"required": []}, "required must have one entry for each of 40 rows; got 0"),

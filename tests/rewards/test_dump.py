@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from embedrl_verl.errors import DataError, EmbedRLError
+from embedrl_verl.rewards import outcome_reward
 from embedrl_verl.rewards.contract import call_reward_function, load_reward_function
 from embedrl_verl.rewards.dump import dump_name, find_dumps, read_reward_dump, write_reward_dump
 from embedrl_verl.tcot import parse_tcot
@@ -78,6 +79,30 @@ def test_the_functions_kwargs_are_there_again_and_older_dumps_have_none(tmp_path
     assert read_reward_dump(_dump(tmp_path, batch, kwargs={})).kwargs == {}
     path = _dump(tmp_path, batch)
     assert b"reward_kwargs" not in path.read_bytes() and read_reward_dump(path).kwargs is None
+
+
+def test_a_dump_of_version_1_knows_targets_alone_and_gives_its_scores_again(tmp_path, make_batch):
+    pair = make_batch().pair
+    batch = make_batch(content=(pair // 2)[:, None].expand(-1, 1))
+    path = _dump(tmp_path, batch, "no_judge")
+    tensors, metadata = {}, {}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"version": "1"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors | {"content": tensors["content"][:, 0].clone()}, path, metadata=metadata)
+    old = read_reward_dump(path)
+    assert old.batch().content.equal(batch.content)
+    assert _bits(_scores(old.batch(), "no_judge")["score"]).equal(_bits(old.parts["score"]))
+
+
+def test_both_ids_are_there_again(tmp_path, make_batch):
+    pair = make_batch().pair
+    batch = make_batch(content=torch.stack((pair // 3, pair), dim=1))
+    again = read_reward_dump(_dump(tmp_path, batch, "no_judge")).batch()
+    assert again.content.equal(batch.content)
+    way = again.direction("query")
+    plain = outcome_reward(way.similarity, way.row_pair, way.col_pair).outcome
+    assert not again.retrieval().reward.outcome[way.rows].equal(plain)
 
 
 def test_what_a_run_did_not_have_is_not_there(tmp_path, make_batch):

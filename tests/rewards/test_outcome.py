@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
+from embedrl_verl.data.identity import shares_content
 from embedrl_verl.rewards import candidates, outcome_reward
+from embedrl_verl.rewards.outcome import retrieval
 
 NAN = math.nan
 
@@ -24,7 +26,7 @@ def _random(seed, row_sizes, col_sizes, ties=False, dtype=torch.float32):
     if ties:
         similarity = (similarity * 3).round() / 3
     masks = {
-        "col_content": torch.randint(0, max(2, len(col_sizes) // 2), (40,), generator=generator)[(col_pair + 3) // 7],
+        "col_content": torch.randint(0, max(3, len(col_sizes)), (40, 2), generator=generator)[(col_pair + 3) // 7],
         "col_valid": torch.rand(len(col_pair), generator=generator) < 0.85,
         "row_valid": torch.rand(len(row_pair), generator=generator) < 0.85,
     }
@@ -258,3 +260,56 @@ def test_wrong_input_is_refused(change, message):
     arguments = {"similarity": torch.zeros(2, 2), "row_pair": ids, "col_pair": ids, **change}
     with pytest.raises(ValueError, match=message):
         outcome_reward(**arguments)
+
+
+CAPTIONS = [[1, 10], [1, 20], [2, 30]]  # query and target of three pairs: two captions of photo 1, one of photo 2
+AXES = torch.eye(4)
+
+
+@pytest.mark.parametrize("rollouts", [1, 3])
+def test_two_captions_of_one_photo_are_rewarded_as_one_in_both_directions(rollouts):
+    pair = torch.arange(3).repeat_interleave(rollouts)
+    similarity = AXES[[0, 0, 1]][pair] @ AXES[[0, 0, 1]][pair].T
+    content = torch.tensor(CAPTIONS)[pair]
+    for scores in (similarity, similarity.T):
+        assert outcome_reward(scores, pair, pair, col_content=content).outcome.tolist() == [1.0] * len(pair)
+        assert outcome_reward(scores, pair, pair, col_content=content[:, 1]).outcome.tolist()[0] == 0.0
+
+
+def test_an_equal_query_hides_the_target_whatever_its_similarity_and_the_query_in_return():
+    pair, content = torch.arange(3), torch.tensor(CAPTIONS)
+    similarity = torch.tensor([[0.2, 0.9, 0.1], [0.8, 0.3, 0.1], [0.7, 0.6, 0.5]])
+    for scores in (similarity, similarity.T):
+        alone = [outcome_reward(scores[[i, 2]][:, [i, 2]], pair[[i, 2]], pair[[i, 2]]).margin[0] for i in (0, 1)]
+        got = outcome_reward(scores, pair, pair, col_content=content)
+        assert got.margin[:2].tolist() == torch.stack(alone).tolist()
+    assert outcome_reward(similarity, pair, pair, col_content=content).outcome[2] == 0.0  # both captions are ahead
+
+
+def test_equality_does_not_go_on_from_pair_to_pair():
+    """q1-t1, q1-t2, q2-t2: the first and the last are negatives of each other."""
+    pair, content = torch.arange(3), torch.tensor([[1, 10], [1, 20], [2, 20]])
+    similarity = torch.full((3, 3), 0.5)
+    similarity[0, 2] = similarity[2, 0] = 0.9
+    for scores in (similarity, similarity.T):
+        found = retrieval(scores, pair, pair, col_content=content)
+        assert found.hit.tolist() == [0.0, 1.0, 0.0] and found.false_negatives.tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_false_negatives_are_those_of_the_one_relation(seed):
+    similarity, row_pair, col_pair, masks = _random(seed, [3] * 9, [2] * 9)
+    similarity[:, ::5] = NAN
+    pairs, content = col_pair.unique(), masks["col_content"]
+    of_pair = torch.stack([content[col_pair == pair][0] for pair in pairs])
+    same = shares_content(of_pair[torch.searchsorted(pairs, row_pair)], content)
+    wanted = same & (row_pair[:, None] != col_pair) & masks["col_valid"] & masks["row_valid"][:, None]
+    found = retrieval(similarity, row_pair, col_pair, **masks)
+    assert found.false_negatives.tolist() == wanted.sum(dim=1).tolist() and wanted.any()
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3, 2, 2), torch.zeros(2, 3), torch.zeros(3, 0), torch.zeros(())])
+def test_contents_of_another_shape_are_refused(content):
+    pair = torch.arange(3)
+    with pytest.raises(ValueError, match=r"col_content must have shape \(3,\) or \(3, K\) .* got"):
+        outcome_reward(torch.eye(3), pair, pair, col_content=content.to(torch.int64))

@@ -26,10 +26,10 @@ def _ahead(own, score, temperature):
 
 def _row(scores, row_pair, col_pair, content, valid, temperature, by_pair, positives):
     """(rank, reciprocal, beaten) of one valid row; lists over the columns."""
-    own_content = {content[j] for j in range(len(scores)) if col_pair[j] == row_pair}
+    own_content = {key for j in range(len(scores)) if col_pair[j] == row_pair for key in enumerate(content[j])}
     known = [j for j in range(len(scores)) if valid[j] and not math.isnan(scores[j])]
     own = sorted((scores[j] for j in known if col_pair[j] == row_pair), reverse=True)
-    negatives = [j for j in known if col_pair[j] != row_pair and content[j] not in own_content]
+    negatives = [j for j in known if col_pair[j] != row_pair and own_content.isdisjoint(enumerate(content[j]))]
     size = {pair: sum(p == pair and v for p, v in zip(col_pair, valid, strict=True)) for pair in col_pair}
     weight = {j: 1 / size[col_pair[j]] if by_pair else 1.0 for j in negatives}
     if not own or not negatives:
@@ -45,7 +45,7 @@ def _row(scores, row_pair, col_pair, content, valid, temperature, by_pair, posit
 def _loop(similarity, row_pair, col_pair, col_content=None, col_valid=None, row_valid=None, **choices):
     """(3, R) float64."""
     rows, cols = similarity.shape
-    content = col_pair.tolist() if col_content is None else col_content.tolist()
+    content = (col_pair[:, None] if col_content is None else col_content).tolist()
     col_valid = [True] * cols if col_valid is None else col_valid.tolist()
     row_valid = [True] * rows if row_valid is None else row_valid.tolist()
     result = []
@@ -64,7 +64,7 @@ def _random(seed, row_sizes, col_sizes, ties=False):
     similarity = torch.rand(len(row_pair), len(col_pair), generator=generator) * 2 - 1
     if ties:
         similarity = (similarity * 3).round() / 3
-    contents = torch.randint(0, max(2, len(col_sizes) // 2), (40,), generator=generator)
+    contents = torch.randint(0, max(3, len(col_sizes)), (40, 2), generator=generator)
     masks = {
         "col_content": contents[(col_pair + 3) // 7],
         "col_valid": torch.rand(len(col_pair), generator=generator) < 0.85,
