@@ -10,16 +10,19 @@ import torch
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.contrastive.rows import (
+    EncodedPair,
     PairRows,
     read_training_pairs,
     rows_of_pairs,
     unmask_ids,
     video_sources,
 )
+from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.settings import DataSettings
-from embedrl_verl.embedder import EmbedProcessor
+from embedrl_verl.embedder import EmbedProcessor, Encoded
+from embedrl_verl.embedder.info_nce import contrastive_loss
 from embedrl_verl.errors import DataError, MediaError
 from embedrl_verl.tiny.digits import SOURCES, annotated, make_samples
 from embedrl_verl.tiny.models import build_tiny_model
@@ -78,16 +81,44 @@ def test_hard_negatives_follow_the_targets_and_keep_their_content(records, proce
     batch = rows_of_pairs([data[i, False] for i in range(3)], [4, 7, 9])
     assert batch.layout.target_pair.tolist() == [4, 7, 9, -1, -1] and batch.layout.query_pair.tolist() == [4, 7, 9]
     assert len(batch.rows) == 8
-    assert len(set(batch.layout.target_content.tolist())) == 5
+    assert len(batch.layout.target_content.unique(dim=0)) == 5
     # The second negative is pair 1's target, which is known by its target_id: it must not be pair 1's negative.
     masked = unmask_ids(batch.layout, batch.bare)
-    assert masked.target_content.tolist()[4] == masked.query_content.tolist()[1] == masked.target_content.tolist()[1]
+    shown = masked.target_content[:, 1].tolist()
+    assert shown[4] == masked.query_content[1, 1] == shown[1]
     assert masked.negatives()[:, 4].tolist() == [True, False, True]
     bare = rows(some, processor, tmp_path)[0, False]
-    assert bare.bare_content != bare.contents[0], "ids and contents live in spaces of their own"
+    assert bare.bare_content != bare.contents[0].target, "ids and contents live in spaces of their own"
     twins = [replace(records[0], target_id="same"), replace(records[1], target_id="same")]
     data = rows(twins, processor, tmp_path)
-    assert data[0, False].contents == data[1, False].contents
+    assert data[0, False].contents[0].target == data[1, False].contents[0].target
+
+
+def test_captions_of_one_photo_are_no_negatives_and_have_no_loss():
+    photos, captions = [b"photo A", b"photo A", b"photo B"], ["a dog runs", "a brown dog on grass", "a red car"]
+    pairs = [
+        PairRecord(str(i), "s", "Find the caption.", Item(images=(photo,)), Item(text=caption))
+        for i, (photo, caption) in enumerate(zip(photos, captions, strict=True))
+    ]
+    empty = Encoded(torch.tensor([1]), torch.zeros(4, 1, dtype=torch.int64))
+    encoded = [EncodedPair(i, empty, empty, (), (content_id(pair, None),)) for i, pair in enumerate(pairs)]
+    batch = rows_of_pairs(encoded, [0, 1, 2])
+    perfect = torch.eye(8)[[0, 0, 1]]
+    assert float(contrastive_loss(perfect, perfect, batch.layout).loss) < 1e-3
+    assert batch.layout.negatives().tolist() == [[False, False, True], [False, False, True], [True, True, False]]
+    # On another rank's half of the batch too: numbers are places, ids are contents.
+    assert rows_of_pairs(encoded[1:], [5, 6]).layout.query_content.equal(batch.layout.query_content[1:])
+
+
+def test_a_hard_negative_that_is_a_caption_of_the_same_photo_is_masked_for_both_captions(records, processor, tmp_path):
+    first, second, other = records[0], replace(records[1], query=records[0].query, instruction=""), records[2]
+    first = replace(first, instruction="", negatives=(second.target,))
+    for ids in ({}, {"target_id": ""}, {"query_id": "photo"}):
+        some = [replace(one, **ids) for one in (first, second)]
+        data = rows([*some, other], processor, tmp_path)
+        batch = rows_of_pairs([data[i, False] for i in range(3)], range(3))
+        mined = unmask_ids(batch.layout, batch.bare).negatives()[:, 3]
+        assert mined.tolist() == [False, False, True], ids
 
 
 def test_video_sources_are_found_by_their_records(records, processor, tmp_path):

@@ -47,6 +47,7 @@ def test_a_map_reaches_into_lists_and_structs_and_joins_columns() -> None:
         "instruction": "say",
         "pair_id": "id",
         "target_id": "meta.group",
+        "query_id": "shot",
         "query": {
             "text": {"template": "{title}: {turns[0].value} ({year})"},
             "images": "photos",
@@ -59,6 +60,7 @@ def test_a_map_reaches_into_lists_and_structs_and_joins_columns() -> None:
         "say": "Find it.",
         "id": 12,
         "meta": {"group": "g1"},
+        "shot": 7,
         "title": "Heron",
         "turns": [{"value": "where?"}],
         "year": 1999,
@@ -75,6 +77,7 @@ def test_a_map_reaches_into_lists_and_structs_and_joins_columns() -> None:
         query=Item(text="Heron: where? (1999)", images=("a.png", b"png"), kind="page"),
         target=Item(video=Video(frames=("0.jpg", "1.jpg"), fps=2.0), instruction="Describe."),
         target_id="g1",
+        query_id="7",
         negatives=(Item(text="x"), Item(text="y"), Item(images=("c.png",))),
     )
 

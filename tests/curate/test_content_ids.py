@@ -228,3 +228,33 @@ def test_a_finished_folder_is_not_made_again_and_not_overwritten(
         fill_content_ids(files, tmp_path / "out", IdSettings(overwrite=True), workers=1)
     with pytest.raises(ConfigError, match="did not write"):
         fill_content_ids(files, tmp_path / "in", workers=1)
+
+
+def test_queries_and_targets_are_counted_and_either_makes_a_false_negative(
+    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
+) -> None:
+    photo, dog = Item(images=(b"1",)), Item(text="a dog")
+    records = [
+        pair("p0", query=photo, target=dog),
+        pair("p1", query=photo, target=Item(text="a brown dog")),
+        pair("p2", query=Item(images=(b"2",)), target=dog),
+        pair("p3", query=replace(photo, instruction="Name it."), target=Item(text="Rex")),
+    ]
+    report = fill_content_ids(write_parts("in", records), tmp_path / "out", workers=1)
+    filled = read_all(tmp_path / "out")
+    assert _groups([record.query_id for record in filled]) == [0, 0, 2, 3]
+    assert _groups([record.target_id for record in filled]) == [0, 1, 0, 3]
+    source = report.sources["s"]
+    assert (source.queries, source.contents, source.false_negatives) == (3, 3, pytest.approx(4 / 12))
+    assert report.lines()[1].split()[6:9] == ["3", "3", "33.33%"]
+
+
+def test_a_query_whose_media_cannot_be_read_is_named_unless_it_has_an_id(
+    tmp_path: Path, root: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
+) -> None:
+    gone = Item(images=("gone.png",))
+    files = write_parts("in", [pair("p0", query=gone), pair("p1", query=gone, query_id="x"), pair("p2")])
+    fill_content_ids(files, tmp_path / "out", IdSettings(str(root)), workers=1, max_bad_share=0.5)
+    assert [record.pair_id for record in read_all(tmp_path / "out")] == ["p1", "p2"]
+    (line,) = map(json.loads, (tmp_path / "out" / REJECTED_FILE).read_text().splitlines())
+    assert (line["row"], line["field"]) == (0, "query.images[0]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,8 @@ def test_targets_in_both_sets_are_counted_and_can_be_kept_apart(
     names = ["content-text:" + "0" * 32, "content-media:" + "1" * 32, "own", "answer:yes", "content-media:" + "2" * 32]
     records = [pair(f"{kind}{i}", target_id=name) for kind in ("match", "mismatch") for i, name in enumerate(names[:4])]
     records.append(pair("match4", target_id=names[4]))
+    queries = {"match0": "a", "match3": "a", "match4": "b", "mismatch1": "a"}
+    records = [replace(record, query_id=queries.get(record.pair_id, "")) for record in records]
     verdicts = judge(tmp_path, records, ["match"] * 4 + ["mismatch"] * 4 + ["match"])
     files = write_parts("in", records)
     left = {}
@@ -180,7 +183,9 @@ def test_targets_in_both_sets_are_counted_and_can_be_kept_apart(
         left[disjoint] = ids(read_all(out / "contrastive"))
         assert len(read_all(out / "rl")) == 4
         if disjoint == "off":
-            assert (report.shared.media, report.shared.text, report.shared.contents) == (2, 2, 4)
+            shared = report.shared
+            assert (shared.media, shared.text, shared.contents, shared.queries) == (2, 2, 4, 2)
+            assert "2 contrastive pairs have a query that RL has too" in report.lines()
     assert left == {
         "off": ["match0", "match1", "match2", "match3", "match4"],
         "media": ["match0", "match3", "match4"],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from embedrl_verl.data.identity import NO_QUERY, ContentId
 from embedrl_verl.data.media import LoadedItem, MediaLimits
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.tcot import parse_tcot
@@ -56,13 +57,13 @@ def mixed_inputs(count: int) -> list[EmbedInput]:
     return result
 
 
-Pair = tuple[EmbedInput, EmbedInput, tuple[EmbedInput, ...], tuple[int, ...]]
-"""Query, target, hard negatives, and contents of the target and of each negative."""
+Pair = tuple[EmbedInput, EmbedInput, tuple[EmbedInput, ...], tuple[ContentId, ...]]
+"""Query, target, hard negatives, and contents of the pair and of each negative."""
 
 
 def contrastive_cases(pairs: int = 6) -> dict[str, list[Pair]]:
     """Batches for a contrastive step: no image, one, three, a video, and all of them with two targets of one content,
-    hard negatives, T-CoTs and evidence."""
+    two of one query, hard negatives, T-CoTs and evidence."""
 
     def text(i: int, k: int) -> EmbedInput:
         return EmbedInput(item(f"number {i} {k} " + "here " * (i % 4), instruction="Find it."))
@@ -74,11 +75,15 @@ def contrastive_cases(pairs: int = 6) -> dict[str, list[Pair]]:
         return EmbedInput(item(f"look {k} " + "at it " * (i % 3), images.get(kind, ()), frames, "Find it."))
 
     numbers = range(pairs)
-    cases: dict[str, list[Pair]] = {"none": [(text(i, 0), text(i, 1), (), (i,)) for i in numbers]}
+    cases: dict[str, list[Pair]] = {"none": [(text(i, 0), text(i, 1), (), (ContentId(i, i),)) for i in numbers]}
     for kind in ("one", "three", "video"):
-        cases[kind] = [(media(i, 0, kind), text(i, 1), (), (i,)) for i in numbers]
+        cases[kind] = [(media(i, 0, kind), text(i, 1), (), (ContentId(i, i),)) for i in numbers]
     both = mixed_inputs(2 * pairs)
     cases["mixed"] = [
-        (both[2 * i], both[2 * i + 1], (text(i, 5),) * (i % 3), (i // 2 * 2, *[100 + i] * (i % 3))) for i in numbers
+        (
+            *(both[2 * i], both[2 * i + 1], (text(i, 5),) * (i % 3)),
+            (ContentId((i + 1) // 2, i // 2 * 2), *[ContentId(NO_QUERY, 100 + i)] * (i % 3)),
+        )
+        for i in numbers
     ]
     return cases

@@ -68,7 +68,7 @@ def plain(embedder: Embedder, pairs: list[Pair]) -> tuple[float, dict[str, torch
         number,
         torch.cat([number, torch.full((len(negatives),), HARD_NEGATIVE)]),
         content,
-        torch.cat([content, torch.tensor([c for _, c in negatives], dtype=torch.int64)]),
+        torch.cat([content, torch.tensor([c for _, c in negatives], dtype=torch.int64).reshape(-1, 2)]),
     )
     embedder.model.zero_grad()
     rows = pack_rows([embedder.processor.encode(one) for one in inputs])
@@ -159,7 +159,7 @@ def vectors(rows: int, seed: int = 0) -> torch.Tensor:
 
 def layout(pairs: int, contents: list[int] | None = None) -> ContrastiveLayout:
     number = torch.arange(pairs)
-    content = number if contents is None else torch.tensor(contents)
+    content = torch.tensor(contents) if contents else torch.stack((number, number), dim=1)
     return ContrastiveLayout(number, number, content, content)
 
 
@@ -171,14 +171,15 @@ def test_a_row_without_a_vector_has_no_part_and_no_gradient():
     assert found.query[2].abs().max() == 0 and found.query.isfinite().all()
     # Its target stays a negative of the others; the pair's own rows are no longer scored.
     kept = [0, 1, 3, 4]
-    some = ContrastiveLayout(torch.tensor(kept), torch.arange(5), torch.tensor(kept), torch.arange(5))
+    some = layout(5).select(torch.isin(torch.arange(5), torch.tensor(kept)), torch.ones(5, dtype=torch.bool))
     assert found.loss == pytest.approx(float(contrastive_loss(query[kept], target, some).loss), rel=1e-6)
     assert found.metrics["failed_rows"] == 1
 
 
-@pytest.mark.parametrize(("pairs", "contents"), [(1, [0]), (4, [7, 7, 7, 7])])
-def test_a_batch_without_negatives_is_named(pairs, contents):
-    with pytest.raises(NoNegativesError, match="at least two pairs with different targets; got"):
+@pytest.mark.parametrize("contents", [[[0, 0]], [[1, 7], [2, 7]], [[7, 1], [7, 2], [7, 3]]])
+def test_a_batch_without_negatives_is_named(contents):
+    pairs = len(contents)
+    with pytest.raises(NoNegativesError, match=rf"different queries and different targets; got {pairs} pair.s. with"):
         contrastive_gradients(vectors(pairs, 1), vectors(pairs, 2), layout(pairs, contents))
 
 

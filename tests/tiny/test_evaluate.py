@@ -133,3 +133,11 @@ def test_command_writes_every_view_with_counts(folder: Path, tmp_path: Path, mon
         assert view["failed_rows"] == 0
         assert (view["quality"] is None) == (name == "raw")
         assert all(sum(view["hits"][source]) / 4 == view["hit1"][source] for source in result["queries"])
+
+
+def test_targets_of_an_equal_query_are_all_relevant(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = samples_of("digits_i2t")
+    shared = [replace(s, record=replace(s.record, query_id="photo")) for s in samples[:2]] + samples[2:]
+    vectors = {"query": torch.eye(4).tolist(), "target": torch.eye(4)[[1, 0, 3, 2]].tolist()}
+    monkeypatch.setattr(module, "embed_rows", vectors_by_item(shared, vectors))
+    assert score_view(embedder, shared).hits == {"digits_i2t": [1, 1, 0, 0]}

@@ -37,7 +37,8 @@ def prompt(pair: int, side: str) -> dict[str, Any]:
         "data_source": "s",
         "embedrl_pair_id": f"p{pair}",
         "embedrl_side": side,
-        "embedrl_content": 2**60 + pair,
+        "embedrl_query_content": 2**60 + pair,
+        "embedrl_target_content": -(2**62) - pair,
         "embedrl_item": {"text": None, "images": media, "video": None},
     }
 
@@ -63,7 +64,8 @@ def write_rows(uid: str, sessions: int) -> None:
 
 
 def columns(batch: Any) -> list[Any]:
-    names = ("uid", "embedrl_pair_id", "embedrl_side", "embedrl_content", "raw_prompt", "embedrl_item")
+    contents = [f"embedrl_{side}_content" for side in ("query", "target")]
+    names = ("uid", "embedrl_pair_id", "embedrl_side", *contents, "raw_prompt", "embedrl_item")
     return [list(row) for row in zip(*(list(batch[name]) for name in names), strict=True)]
 
 

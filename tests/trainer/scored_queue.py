@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
+from embedrl_verl.data.identity import ContentId
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.tcot import parse_tcot
@@ -29,9 +30,10 @@ from embedrl_verl.trainer.batch_reward import Row, ScoredRows, write_scores
 def rows_of(case: str, lengths: list[int]) -> list[Row]:
     """Three prompts of four rollouts."""
     tcot = parse_tcot("a")
+    pair = [i // 4 for i in range(12)]
     return [
-        Row(f"{case}{i // 4}_{i % 4}_0", f"p{i // 4}", 0, i % 4, i // 4, "x", "s", tcot, 0, 0, 0, None, lengths[i])
-        for i in range(12)
+        Row(f"{case}{p}_{i % 4}_0", f"p{p}", 0, i % 4, ContentId(p, p), "x", "s", tcot, 0, 0, 0, None, lengths[i])
+        for i, p in enumerate(pair)
     ]
 
 

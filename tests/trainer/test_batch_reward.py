@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from embedrl_verl.data.identity import ContentId
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import read_reward_dump
@@ -26,7 +27,8 @@ def _rows(pairs=2, rollouts=2, failures=()):
                 key = f"uid{pair}{side}_{session}_0"
                 failure = "image missing" if key in failures else None
                 tcot = parse_tcot(WELL_FORMED.replace("Yes", f"Yes {session}"))
-                rows.append(Row(key, f"p{pair}", side, session, pair, "text_keywords", "s", tcot, 0, 0, 0, failure, 5))
+                ids = ContentId(pair, pair)
+                rows.append(Row(key, f"p{pair}", side, session, ids, "text_keywords", "s", tcot, 0, 0, 0, failure, 5))
     return rows
 
 
@@ -172,7 +174,7 @@ def test_a_batch_without_any_score_is_refused_and_one_score_is_enough():
     check_scores(scored, "mine.py:compute_score")
     scored.parts["score"][:] = float("nan")
     with pytest.raises(
-        EmbedderError, match=r"mine.py:compute_score gives none of 8 rows .* \(1 have no .* 2 different"
+        EmbedderError, match=r"none of 8 rows .* \(1 have no .* 2 different queries and 2 different targets\)"
     ):
         check_scores(scored, "mine.py:compute_score")
 
@@ -193,3 +195,11 @@ def test_a_batch_with_nothing_to_compare_is_refused(known, groups, left_out, mon
         return
     write_scores(scored, "train", training=True, groups=groups)
     assert scored.metrics["embedrl/rows_without_advantage"] == left_out == len(written[-1]["keys"])
+
+
+def test_rows_carry_both_ids_into_the_batch_and_equal_queries_are_no_negatives():
+    ids = {"p0": ContentId(1, 10), "p1": ContentId(1, 20), "p2": ContentId(2, 30)}
+    rows = [replace(row, content=ids[row.pair_id]) for row in _rows(pairs=3)]
+    scored = score_rows(rows, _FakeEmbedder(), _margin, max_failed_share=0.0, expected_rows=len(rows))
+    assert scored.batch.content.tolist() == [list(ids[row.pair_id]) for row in rows]
+    assert scored.metrics["embedrl/false_negatives/mean"] == pytest.approx(2 * 2 / 3)

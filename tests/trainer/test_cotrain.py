@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from embedrl_verl.config.schema import EmbedderTrainConfig
+from embedrl_verl.data.identity import ContentId
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer.batch_reward import Row, ScoredRows
@@ -24,9 +25,10 @@ TCOT = parse_tcot("<thinking>a</thinking>")
 D = 6
 
 
-def row(pair: int, side: int, session: int, content: int | None = None) -> Row:
+def row(pair: int, side: int, session: int, content: tuple[int, int] | None = None) -> Row:
     key = f"u{pair}{side}_{session}_0"
-    return Row(key, f"p{pair}", side, session, pair if content is None else content, "", "s", TCOT, 0, 0, 0, None, 4)
+    ids = ContentId(*(content or (pair, pair)))
+    return Row(key, f"p{pair}", side, session, ids, "", "s", TCOT, 0, 0, 0, None, 4)
 
 
 ROWS = [row(pair, side, session) for pair in (0, 1, 2) for side in (0, 1) for session in (0, 1)]
@@ -103,6 +105,21 @@ def test_the_layout_links_rows_by_pair_not_by_position():
     assert layout.positives().tolist() == [[False, True], [False, False], [True, False]]
 
 
+@pytest.mark.parametrize("sessions", [1, 2])
+def test_rows_of_an_equal_query_are_no_negatives_and_give_no_gradient(sessions):
+    contents = [(1, 10), (1, 20), (2, 30)]  # two captions of one photo
+    rows = [row(pair, side, s, contents[pair]) for pair in (0, 1, 2) for side in (0, 1) for s in range(sessions)]
+    query, target, layout = layout_of(rows)
+    of_query, of_target = ([int(rows[i].pair_id[1]) for i in places] for places in (query, target))
+    wanted = [[2 in (a, b) and a != b for b in of_target] for a in of_query]
+    assert layout.negatives().tolist() == wanted
+    one = training(rollouts="all", temperature=0.1)
+    batch = scored(rows)
+    batch.embeddings = torch.eye(D)[[int(r.pair_id == "p2") for r in rows]]
+    metrics = one.step(batch, 1)
+    assert metrics["embedder/loss"] < 1e-3 and one._client.trained[0][1].abs().max() < 1e-2
+
+
 @pytest.mark.parametrize("how", ["best", "all"])
 def test_a_step_trains_the_chosen_rows_with_the_gradients_of_their_own_vectors(how):
     one = training(rollouts=how, temperature=0.1)
@@ -147,8 +164,9 @@ def test_rows_that_only_the_trained_weights_cannot_embed_are_left_out():
     assert len(keys) == 5 and gradients.isfinite().all() and metrics["embedder/loss"] > 0
 
 
-def test_a_batch_of_one_content_is_skipped_and_counted(caplog):
-    rows = [row(pair, side, 0, content=5) for pair in (0, 1) for side in (0, 1)]
+@pytest.mark.parametrize("contents", [[(5, 5), (5, 5)], [(5, 1), (5, 2)], [(1, 5), (2, 5)]])
+def test_a_batch_of_one_query_or_one_target_is_skipped_and_counted(caplog, contents):
+    rows = [row(pair, side, 0, contents[pair]) for pair in (0, 1) for side in (0, 1)]
     one = training()
     with caplog.at_level(logging.WARNING):
         metrics = one.step(scored(rows), 3)

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from embedrl_verl.data.identity import ContentId
 from embedrl_verl.trainer.egrl import EGRLTrainerSync
 from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores, metric_name, roster
 
 
 def _row(source, side, content, vector, session=0):
     embedding = None if vector is None else torch.nn.functional.normalize(torch.tensor(vector), dim=0)
-    return ValidationRow(source, side, session, content, embedding)
+    ids = ContentId(content, content) if isinstance(content, int) else ContentId(*content)
+    return ValidationRow(source, side, session, ids, embedding)
 
 
 def test_hits_do_not_depend_on_how_the_set_was_cut_into_batches():
@@ -39,6 +41,33 @@ def test_targets_of_the_same_content_are_all_relevant():
     assert validation.metrics()["val-core/a/hit@1"] == 1.0
 
 
+def _scores(contents, queries, targets):
+    validation = RetrievalValidation(5)
+    validation.add([_row("a", 0, ids, queries[i]) for i, ids in enumerate(contents)])
+    validation.add([_row("a", 1, ids, targets[i]) for i, ids in enumerate(contents)])
+    metrics = validation.metrics()
+    return metrics["val-core/a/hit@1"], metrics["val-core/a/ndcg@5"]
+
+
+def test_all_targets_of_an_equal_query_are_relevant():
+    photo, other = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
+    captions = [(1, 10), (1, 20), (2, 30)]
+    assert _scores(captions, [photo, photo, other], [photo, photo, other]) == (1.0, 1.0)
+    # Each query is nearest to the other caption of its photo: right for the photo, and the third is missed.
+    near = [[1.0, 0.0, 0.1], [1.0, 0.1, 0.0], [1.0, 0.0, 0.0]]
+    hit, ndcg = _scores(captions, [near[1], near[0], near[0]], near)
+    assert hit == pytest.approx(2 / 3) and ndcg < 1
+    # NDCG asks for all of them: one of the photo's captions behind the car's costs.
+    assert _scores(captions, [photo, photo, other], [photo, [0.0, 0.0, 1.0], [0.1, 1.0, 0.0]])[1] < 1
+
+
+def test_relevance_does_not_go_on_from_pair_to_pair():
+    """q1-t1, q1-t2, q2-t2: the first query does not look for the third pair's row, nor the third for the first's."""
+    chain, axes = [(1, 10), (1, 20), (2, 20)], torch.eye(3).tolist()
+    assert _scores(chain, [axes[2], axes[0], axes[0]], axes)[0] == pytest.approx(1 / 3)
+    assert _scores(chain, [axes[1], axes[2], axes[1]], axes)[0] == 1.0
+
+
 def test_a_failed_embedding_is_a_miss_and_is_reported():
     validation = RetrievalValidation(5)
     validation.add(
@@ -63,10 +92,12 @@ def _complete(queries, sessions=1):
     unit, rows = torch.eye(4), []
     for i in range(4):
         for session in range(sessions):
-            rows.append(ValidationRow("a", 0, session, i, unit[i] if i < 2 else unit[(i + 1) % 4], f"p{i}"))
-            rows.append(ValidationRow("a", 1, session, i, unit[i], f"p{i}"))
-    data = SimpleNamespace(pair_sources=["a"] * 4, pair_ids=[f"p{i}" for i in range(4)], contents=list(range(4)))
-    return [row for row in rows if row.side == 1 or row.content in queries], roster(data, sessions)
+            ids = ContentId(i, i)
+            rows.append(ValidationRow("a", 0, session, ids, unit[i] if i < 2 else unit[(i + 1) % 4], f"p{i}"))
+            rows.append(ValidationRow("a", 1, session, ids, unit[i], f"p{i}"))
+    contents = [ContentId(i, i) for i in range(4)]
+    data = SimpleNamespace(pair_sources=["a"] * 4, pair_ids=[f"p{i}" for i in range(4)], contents=contents)
+    return [row for row in rows if row.side == 1 or row.content.target in queries], roster(data, sessions)
 
 
 @pytest.mark.parametrize(("there", "hit1"), [((0, 1, 2, 3), 0.5), ((0, 1), 0.5), ((2, 3), 0.0), ((), 0.0)])
@@ -83,12 +114,12 @@ def test_a_query_whose_rollout_was_lost_is_a_miss_and_is_counted(there, hit1):
 def test_a_lost_target_is_a_miss_of_its_query_alone_and_a_source_may_be_lost_whole():
     rows, expected = _complete((0, 1, 2, 3))
     validation = RetrievalValidation(5)
-    validation.add([row for row in rows if not (row.side == 1 and row.content == 0)])
+    validation.add([row for row in rows if not (row.side == 1 and row.content.target == 0)])
     metrics = validation.metrics(expected)
     assert (metrics["val-core/a/hit@1"], metrics["val-aux/a/failed_rows"]) == (0.25, 1.0)
     validation.add(rows)
     metrics = validation.metrics(
-        [*expected, ValidationRow("b", 0, 0, 9, None, "q"), ValidationRow("b", 1, 0, 9, None, "q")]
+        [*expected, *(ValidationRow("b", side, 0, ContentId(9, 9), None, "q") for side in (0, 1))]
     )
     assert (metrics["val-core/b/hit@1"], metrics["val-aux/b/failed_rows"]) == (0.0, 2.0)
     assert metrics["val-core/all/hit@1"] == 0.25
@@ -97,7 +128,7 @@ def test_a_lost_target_is_a_miss_of_its_query_alone_and_a_source_may_be_lost_who
 def test_one_lost_rollout_of_several_counts_in_its_own_pass():
     rows, expected = _complete((0, 1, 2, 3), sessions=2)
     validation = RetrievalValidation(5)
-    validation.add([row for row in rows if (row.side, row.session, row.content) != (0, 1, 0)])
+    validation.add([row for row in rows if (row.side, row.session, row.content.target) != (0, 1, 0)])
     metrics = validation.metrics(expected)
     assert (metrics["val-core/a/hit@1"], metrics["val-aux/a/failed_rows"]) == ((0.5 + 0.25) / 2, 1.0)
 
