@@ -76,6 +76,7 @@ def two_passes(checkpoint: str, pairs: int, budget: int, *, alike: bool = False)
     from embedrl_verl.contrastive.__main__ import _alone
     from embedrl_verl.contrastive.rows import EncodedPair, rows_of_pairs
     from embedrl_verl.contrastive.step import two_pass_step
+    from embedrl_verl.data.identity import ContentId
     from embedrl_verl.embedder.settings import processor_for
     from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
 
@@ -101,7 +102,7 @@ def two_passes(checkpoint: str, pairs: int, budget: int, *, alike: bool = False)
     processor = processor_for(config)
     encode = processor.encode
     encoded = [
-        EncodedPair(i, encode(q), encode(t), (), (i,))
+        EncodedPair(i, encode(q), encode(t), (), (ContentId(i, i),))
         for i, (q, t) in enumerate(zip(*inputs_of(pairs, alike=alike), strict=True))
     ]
     rows = rows_of_pairs(encoded, range(pairs))

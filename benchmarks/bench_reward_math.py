@@ -49,7 +49,13 @@ def both_directions(similarity: Tensor, pair: Tensor, valid: Tensor, form: Tenso
     result = []
     for scores in (similarity, similarity.T):
         outcome = outcome_reward(
-            scores, pair, pair, col_content=pair, col_valid=valid, row_valid=valid, temperature=TEMPERATURE
+            scores,
+            pair,
+            pair,
+            col_content=torch.stack((pair, pair), dim=1),
+            col_valid=valid,
+            row_valid=valid,
+            temperature=TEMPERATURE,
         )
         total_reward(form, torch.full_like(form, torch.nan), outcome.outcome, beta=0.0, gamma=0.8)
         result.append(outcome)
@@ -171,7 +177,7 @@ def measure_functions(rows: int, dim: int, rollouts: int) -> dict[str, float]:
         side=side,
         pair=pair,
         rollout=torch.arange(2 * rows) % rollouts,
-        content=pair,
+        content=torch.stack((pair, pair), dim=1),
         tcots=[tcot] * (2 * rows),
         required=["text_keywords"] * (2 * rows),
         embeddings=torch.nn.functional.normalize(vectors, dim=1),

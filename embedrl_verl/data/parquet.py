@@ -3,8 +3,8 @@
 
 | column | type |
 |---|---|
-| pair_id, data_source, instruction, target_id | string |
-| query_id (optional) | string |
+| pair_id, data_source, instruction | string |
+| query_id, target_id (optional) | string |
 | query, target | struct {text, kind, instruction, tcot: string, images: list<media>, video: video} |
 | negatives (optional) | list of the same struct |
 
@@ -52,7 +52,7 @@ SCHEMA = pa.schema(
         ("negatives", pa.list_(ITEM)),
     ]
 )
-OPTIONAL_COLUMNS = ("query_id", "negatives")
+OPTIONAL_COLUMNS = ("query_id", "target_id", "negatives")
 ROWS_PER_BATCH = 256
 ROWS_PER_GROUP = 1024
 BYTES_PER_GROUP = 16 << 20
@@ -191,7 +191,7 @@ def _record(values: dict[str, Any]) -> PairRecord:
         instruction=values["instruction"] or "",
         query=_item(values["query"], "query"),
         target=_item(values["target"], "target"),
-        target_id=values["target_id"] or "",
+        target_id=values.get("target_id") or "",
         negatives=tuple(_item(item, f"negatives[{i}]") for i, item in enumerate(values.get("negatives") or ())),
         query_id=values.get("query_id") or "",
     )

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl.data.parquet import SCHEMA, read_pairs, scan_pairs, write_pairs
+from embedrl_verl.data.parquet import OPTIONAL_COLUMNS, SCHEMA, read_pairs, scan_pairs, write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import DataError
 
@@ -54,7 +54,7 @@ def test_bytes_win_over_the_name_beside_them(tmp_path: Path) -> None:
     assert record.query.images == (b"png",)
 
 
-@pytest.mark.parametrize("column", [name for name in SCHEMA.names if name not in ("negatives", "query_id")])
+@pytest.mark.parametrize("column", [name for name in SCHEMA.names if name not in OPTIONAL_COLUMNS])
 def test_missing_column_is_named(tmp_path: Path, column: str) -> None:
     path = write_rows(tmp_path / "f.parquet", {name: value for name, value in ROW.items() if name != column})
     with pytest.raises(DataError, match=rf"f\.parquet: column '{column}' is missing; the file has "):
@@ -128,9 +128,10 @@ def test_truncated_file_is_an_error(tmp_path: Path) -> None:
         list(read_pairs(path))
 
 
-@pytest.mark.parametrize("ids", [{}, {"query_id": None}, {"query_id": "photo"}])
-def test_a_file_without_query_ids_is_read_as_it_was(tmp_path: Path, ids: dict[str, Any]) -> None:
-    (record,) = read_pairs(write_rows(tmp_path / "f.parquet", {**ROW, **ids}))
-    assert record.query_id == (ids.get("query_id") or "")
+@pytest.mark.parametrize("ids", [{}, {"target_id": "t"}, {"query_id": None}, {"query_id": "photo", "target_id": "t"}])
+def test_a_file_needs_no_column_of_ids(tmp_path: Path, ids: dict[str, Any]) -> None:
+    bare = {name: value for name, value in ROW.items() if name != "target_id"}
+    (record,) = read_pairs(write_rows(tmp_path / "f.parquet", {**bare, **ids}))
+    assert (record.query_id, record.target_id) == (ids.get("query_id") or "", ids.get("target_id") or "")
     write_pairs([record], tmp_path / "again.parquet")
     assert list(read_pairs(tmp_path / "again.parquet")) == [record]

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,9 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
+from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.schema import Item
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.tcot import parse_tcot
 
@@ -66,7 +70,11 @@ def test_the_readmes_python_examples_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     data, reward = blocks("python")
     exec(data, {})
-    assert (tmp_path / "train.parquet").is_file()
+    (pair,) = read_pairs(tmp_path / "train.parquet")
+    # Written the same way, another row of the photo and the caption has equal contents.
+    photo = Item(images=(b"photo 0",))
+    rows = [replace(pair, pair_id=str(i), query=photo, target=Item(text=pair.target.text)) for i in range(2)]
+    assert content_id(rows[0], None) == content_id(rows[1], None) and not pair.query_id and not pair.target_id
     names: dict[str, object] = {}
     exec(reward, names)
     tcot = parse_tcot(
