@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.data.identity import ContentId
 from embedrl_verl.errors import EmbedderError
@@ -13,8 +14,8 @@ from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import read_reward_dump
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer import batch_reward
-from embedrl_verl.trainer.batch_reward import Row, check_scores, score_rows, write_scores
-from embedrl_verl.trainer.rows import raw_key
+from embedrl_verl.trainer.batch_reward import Row, check_scores, read_rows, score_rows, write_scores
+from embedrl_verl.trainer.rows import ROW_INFO, raw_key
 
 WELL_FORMED = '<thinking>It is {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
 
@@ -203,3 +204,24 @@ def test_rows_carry_both_ids_into_the_batch_and_equal_queries_are_no_negatives()
     scored = score_rows(rows, _FakeEmbedder(), _margin, max_failed_share=0.0, expected_rows=len(rows))
     assert scored.batch.content.tolist() == [list(ids[row.pair_id]) for row in rows]
     assert scored.metrics["embedrl/false_negatives/mean"] == pytest.approx(2 * 2 / 3)
+
+
+def test_the_two_ids_of_a_row_are_read_from_their_own_columns(monkeypatch):
+    fields = {
+        "responses": torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged),
+        "extra_fields": [
+            {ROW_INFO: {"text": WELL_FORMED, "num_images": 0, "num_frames": 0, "evidence": 0, "failure": None}}
+        ]
+        * 2,
+        "embedrl_pair_id": ["p0", "p0"],
+        "embedrl_side": ["target", "query"],
+        "embedrl_query_content": [2**62, 2**62],
+        "embedrl_target_content": [-7, -7],
+        "embedrl_required": ["text_keywords"] * 2,
+        "data_source": ["s", "s"],
+    }
+    stored = tu.get_tensordict(fields)
+    monkeypatch.setattr(batch_reward.tq, "kv_batch_get", lambda keys, partition_id, select_fields: stored)
+    rows = read_rows(["b_0_0", "a_0_0"], "train")
+    assert [(row.key, row.side, row.response_tokens) for row in rows] == [("a_0_0", 0, 2), ("b_0_0", 1, 3)]
+    assert {row.content for row in rows} == {ContentId(query=2**62, target=-7)}
