@@ -222,7 +222,9 @@ def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
-def load_frames(video: Video, media_root: str | Path | None, max_frames: int) -> tuple[tuple[Image.Image, ...], FrameTimes]:
+def load_frames(
+    video: Video, media_root: str | Path | None, max_frames: int
+) -> tuple[tuple[Image.Image, ...], FrameTimes]:
     """At most `max_frames` frames, evenly spaced from first to last, and when they stand in the clip.
 
     A file is sampled at `video.fps` (2.0 if unset) as `embedrl_verl.data.video.read_video` describes; of a list of
@@ -251,7 +253,7 @@ def load_item(item: Item, media_root: str | Path | None, *, max_frames: int = 8)
     if item.video is not None:
         frames, times = load_frames(item.video, media_root, max_frames)
     images = tuple(load_image(media, media_root) for media in item.images)
-    return LoadedItem(item.text, item.instruction, images, frames, times and times.fps, item.kind, times)
+    return LoadedItem(item.text, item.instruction, images, frames, times.fps if times else None, item.kind, times)
 
 
 def describe(media: Media) -> str:

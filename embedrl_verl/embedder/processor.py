@@ -8,6 +8,7 @@ T-CoT, suffix and last token stay whole, or the row is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from transformers import AutoProcessor
 
 from embedrl_verl.data.media import MediaLimits, fit_image
+from embedrl_verl.data.video import FrameTimes
 from embedrl_verl.embedder.loading import check_profile, family_of_config, load_config
 from embedrl_verl.embedder.messages import (
     IMAGE_PAD,
@@ -94,13 +96,13 @@ class Prepared:
 
     Attributes:
         images: at the size at which the model reads them.
-        videos: per video uint8 (T, height, width, 3) and its frames per second.
+        videos: per video uint8 (T, height, width, 3) and when its T frames stand in the clip.
         messages: what the prompt was rendered from; media parts hold the same fitted images and frames.
     """
 
     prompt: str
     images: tuple[Image.Image, ...]
-    videos: tuple[tuple[np.ndarray, float], ...]
+    videos: tuple[tuple[np.ndarray, FrameTimes], ...]
     messages: tuple[dict[str, Any], ...]
 
 
@@ -247,14 +249,14 @@ class EmbedProcessor:
         item = replace(inputs.item, text=cut_text(self.tokenizer, inputs.item.text, text_tokens))
         messages = build_messages(item, inputs.tcot, inputs.evidence, profile=self.profile)
         images: list[Image.Image] = []
-        videos: list[tuple[np.ndarray, float]] = []
+        videos: list[tuple[np.ndarray, FrameTimes]] = []
         for part in (part for message in messages for part in message["content"]):
             if part["type"] == "image":
                 part["image"] = fit_image(part["image"], self.limits)
                 images.append(part["image"])
             elif part["type"] == "video":
                 part["video"] = self._fit_frames(part["video"])
-                videos.append((part["video"], part["fps"]))
+                videos.append((part["video"], part["times"].padded(len(part["video"]))))
         prompt = render_prompt(messages, chat=self.profile.chat)
         return Prepared(prompt, tuple(images), tuple(videos), tuple(messages))
 
@@ -277,19 +279,16 @@ class EmbedProcessor:
             (len(frames) // patch_frames, *_merged(frames.shape[1], frames.shape[2], self._video_spec))
             for frames, _ in prepared.videos
         ]
-        rates = [fps for _, fps in prepared.videos]
+        times = [clip for _, clip in prepared.videos]
         slots: dict[int, list[tuple[Grid, float]]] = {self._image_id: [(grid, 1.0) for grid in images]}
         if self.family == "qwen3_vl":
             first, *others = prompt.split(f"{VISION_START}{VIDEO_PAD}{VISION_END}")
-            stamps = [_time_stamps(t, fps, patch_frames) for (t, _, _), fps in zip(videos, rates, strict=True)]
+            stamps = [_time_stamps(clip.seconds, patch_frames) for clip in times]
             prompt = first + "".join(stamp + text for stamp, text in zip(stamps, others, strict=True))
             slots[self._video_id] = [((1, h, w), 1.0) for t, h, w in videos for _ in range(t)]
         else:
-            # Qwen2-VL counts temporal patches; Qwen2.5-VL counts tokens_per_second (1.0 stands for "just count").
-            seconds = [patch_frames / fps if self.family == "qwen2_5_vl" else 1.0 for fps in rates]
-            slots[self._video_id] = [
-                (grid, self._tokens_per_second * s) for grid, s in zip(videos, seconds, strict=True)
-            ]
+            steps = [self._tokens_per_second * self._seconds(clip, patch_frames) for clip in times]
+            slots[self._video_id] = list(zip(videos, steps, strict=True))
         queues = {pad: iter(media) for pad, media in slots.items()}
         tokens: list[int] = []
         media: list[tuple[int, Grid, float]] = []
@@ -301,6 +300,13 @@ class EmbedProcessor:
             media.append((len(tokens), grid, step))
             tokens += [token] * (grid[0] * grid[1] * grid[2])
         return torch.tensor(tokens), mrope_positions(len(tokens), media)
+
+    def _seconds(self, clip: FrameTimes, patch_frames: int) -> float:
+        """Between temporal patches of a clip. Qwen2-VL counts patches: 1.0 stands for that."""
+        if self.family != "qwen2_5_vl":
+            return 1.0
+        # transformers and vLLM keep it in float32, and positions are cut to integers after that
+        return float(np.float32(patch_frames / clip.fps))
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -314,10 +320,11 @@ def cut_text(tokenizer: Any, text: str, limit: int) -> str:
     return text if len(offsets) <= limit else text[: offsets[limit][0]]
 
 
-def _time_stamps(patches: int, fps: float, patch_frames: int) -> str:
+def _time_stamps(seconds: Sequence[float], patch_frames: int) -> str:
     """Qwen3-VL's text of a video: before each temporal patch the mean time of its first and last frame."""
-    seconds = [(patch_frames * i + (patch_frames - 1) / 2) / fps for i in range(patches)]
-    return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for second in seconds)
+    firsts, lasts = seconds[::patch_frames], seconds[patch_frames - 1 :: patch_frames]
+    means = [(first + last) / 2 for first, last in zip(firsts, lasts, strict=True)]
+    return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for second in means)
 
 
 def _merged(height: int, width: int, spec: PatchSpec) -> tuple[int, int]:

@@ -24,10 +24,7 @@ def reference(embedder, prepared):
         media["images"] = list(prepared.images)
     if prepared.videos:
         media["videos"] = [frames for frames, _ in prepared.videos]
-        media["video_metadata"] = [
-            {"total_num_frames": len(frames), "fps": fps, "frames_indices": list(range(len(frames)))}
-            for frames, fps in prepared.videos
-        ]
+        media["video_metadata"] = [times.metadata() for _, times in prepared.videos]
     return processor(text=[prepared.prompt], do_resize=False, do_sample_frames=False, return_tensors="pt", **media)
 
 
