@@ -13,8 +13,9 @@
 # its last checkpoint, and so does a longer one (STEPS). With other settings of the RL stage what the earlier run left is
 # moved to OUT/old-<n>; another SEED or FAMILY needs another OUT.
 #
-# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl (no other yet), REWARD=reward/no_judge.py, JUDGE=1 with
-# reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it. DRY_RUN=1 prints the plan of the RL stage only.
+# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl, REWARD=reward/no_judge.py,
+# JUDGE=1 with reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it. DRY_RUN=1 prints the plan
+# of the RL stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-40} FAMILY=${FAMILY:-qwen2_vl}
@@ -86,7 +87,8 @@ if is_dry_run; then
     exit
 fi
 
-[[ "$FAMILY" == qwen2_vl ]] || fail 2 "FAMILY must be qwen2_vl: the tiny cold start knows no other; got $FAMILY"
+FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl "
+[[ "$FAMILIES" == *" $FAMILY "* ]] || fail 2 "FAMILY must be one of$FAMILIES; got $FAMILY"
 STAGES=" world pretrain judge rl export evaluate "
 [[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
 

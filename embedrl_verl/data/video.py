@@ -7,7 +7,7 @@ the frames once and refer to them as a list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,11 @@ class FrameTimes:
     rate: float
     indices: tuple[int, ...]
     total: int
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> FrameTimes:
+        """Of what `metadata` gives."""
+        return cls(metadata["fps"], tuple(metadata["frames_indices"]), metadata["total_num_frames"])
 
     @property
     def fps(self) -> float:

@@ -160,7 +160,7 @@ def test_a_training_that_fails_ends_the_other_and_is_done_again(recipe: Recipe, 
         (["--help"], {}, 0, "Stages: world (models and data)"),
         (["-h"], {"REWARD": "none.py"}, 0, "UNTIL=<stage>"),
         ([], {"UNTIL": "pretraining"}, 2, "UNTIL must be a stage"),
-        ([], {"FAMILY": "qwen3_vl"}, 2, "FAMILY must be qwen2_vl"),
+        ([], {"FAMILY": "qwen4_vl"}, 2, "FAMILY must be one of qwen2_vl qwen2_5_vl qwen3_vl ; got qwen4_vl"),
     ],
 )
 def test_help_and_wrong_values_touch_nothing(
