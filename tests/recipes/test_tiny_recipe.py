@@ -120,6 +120,13 @@ def test_other_settings_start_anew_and_move_the_earlier_run_aside(recipe: Recipe
     assert (recipe.out / "old-2" / "rl").is_dir() and (recipe.out / "old-1" / "rl").is_dir()
 
 
+def test_a_run_of_fewer_steps_than_are_done_is_another_run(recipe: Recipe) -> None:
+    recipe.modules()
+    assert recipe.modules(STEPS="6") == ["plan", *STAGES[STAGES.index("train") :]]
+    assert (recipe.out / "old-1" / "rl" / "checkpoints" / "global_step_7").is_dir()
+    assert "rl: before 7 steps, now STEPS=6" in recipe.said
+
+
 def test_nothing_is_moved_for_settings_that_the_plan_refuses(recipe: Recipe) -> None:
     recipe.modules()
     (recipe.out / "results.json").write_text("of the first run")
