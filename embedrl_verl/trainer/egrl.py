@@ -160,7 +160,7 @@ class EGRLMixin(WorkerClassesMixin):
         self._run_record = run_record(self.config, self.embedrl)
         if self.global_steps > 0:
             folder = self._step_folder(self.global_steps)
-            checks.check_resumed_step(folder, self.global_steps, self.total_training_steps)
+            checks.check_resumed_step(Path(folder), self.global_steps, self.total_training_steps)
             check_run_record(folder, self._run_record)
             if self.embedder_training is not None:
                 ray.get(self._embedder_loads)
