@@ -83,7 +83,10 @@ choose_python() {
 # Lets the stages of a CPU recipe be forked from one interpreter that has their imports, until this script ends.
 start_fork_server() {
     local python from
-    exec {from}< <(exec "$PYTHON" -m embedrl_verl.platforms.forkserver $$ matplotlib.pyplot peft sklearn.datasets)
+    exec {from}< <(
+        [[ -z "${OUT_LOCK:-}" ]] || exec {OUT_LOCK}>&- # it ends a moment after this script; its stages have the lock
+        exec "$PYTHON" -m embedrl_verl.platforms.forkserver $$ matplotlib.pyplot peft sklearn.datasets
+    )
     read -r python <&"$from" || true
     exec {from}<&-
     [[ -z "$python" ]] || export EMBEDRL_FORK_PYTHON=$python PYTHON=$python
