@@ -45,7 +45,7 @@ from embedrl_verl.progress import read_metrics
 from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.serving import PoolSettings, ServerPool
 from embedrl_verl.tiny.environment import CPU_ENV
-from embedrl_verl.tiny.reasoner import TINY_LIMITS
+from embedrl_verl.tiny.reasoner import tiny_limits
 
 BAR = 0.30
 WARM_UP = 1
@@ -171,7 +171,7 @@ def _sent_by(steps: list[list[Sent]], share: float) -> float:
 
 async def measure(args: argparse.Namespace, folder: Path) -> None:
     """Record, play back, print."""
-    limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
+    limits = {name: value for name, value in asdict(tiny_limits("qwen2_vl")).items() if name.endswith("_tokens")}
     config = EmbedderConfig(
         path=str(args.inputs.resolve() / "embedder"),
         backend="server",

@@ -6,12 +6,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from embedrl_verl.tiny.reasoner import TINY_LIMITS
+from embedrl_verl.tiny.reasoner import tiny_limits
 
 
 def overrides(inputs: Path, steps: int, pairs: int, rollouts: int) -> list[str]:
     """`steps` steps of `pairs` pairs on the models and data of a finished run of the recipe, without validation."""
-    limits = {name: value for name, value in asdict(TINY_LIMITS).items() if name.endswith("_tokens")}
+    limits = {name: value for name, value in asdict(tiny_limits("qwen2_vl")).items() if name.endswith("_tokens")}
     return [
         "platform=cpu",
         f"data.train_files={inputs / 'world' / 'train.parquet'}",

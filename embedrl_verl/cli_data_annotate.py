@@ -217,7 +217,7 @@ def backend_of(args: argparse.Namespace, family: Family = "qwen3_vl", videos: st
     if args.engine:
         from embedrl_verl.annotate.engine import EngineBackend
 
-        return EngineBackend(args.engine, args.engine_args)
+        return EngineBackend(args.engine, family, args.engine_args)
     from embedrl_verl.annotate.backends import ServerBackend
     from embedrl_verl.serving import PoolSettings, ServerPool
 

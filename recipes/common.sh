@@ -83,7 +83,10 @@ choose_python() {
 # Lets the stages of a CPU recipe be forked from one interpreter that has their imports, until this script ends.
 start_fork_server() {
     local python from
-    exec {from}< <(exec "$PYTHON" -m embedrl_verl.platforms.forkserver $$ matplotlib.pyplot peft sklearn.datasets)
+    exec {from}< <(
+        [[ -z "${OUT_LOCK:-}" ]] || exec {OUT_LOCK}>&- # it ends a moment after this script; its stages have the lock
+        exec "$PYTHON" -m embedrl_verl.platforms.forkserver $$ matplotlib.pyplot peft sklearn.datasets
+    )
     read -r python <&"$from" || true
     exec {from}<&-
     [[ -z "$python" ]] || export EMBEDRL_FORK_PYTHON=$python PYTHON=$python
@@ -364,6 +367,24 @@ train() {
     fi
 }
 
+# A run that has no checkpoint to go on from, or is told not to, does not mix its files with an earlier one's.
+# Arguments as for `train`: they are checked before anything is moved.
+keep_earlier_run() {
+    local left=()
+    if is_dry_run || [[ " $*" == *" trainer.resume_mode=resume_path"* ]]; then
+        return
+    fi
+    lock_out
+    if [[ -f "$OUT/checkpoints/latest_checkpointed_iteration.txt" && " $*" != *" trainer.resume_mode=disable"* ]]; then
+        return
+    fi
+    mapfile -t left < <(cd "$OUT" && find . -maxdepth 1 \( -name checkpoints -o -name rollouts -o -name validation \
+        -o -name 'metrics.jsonl*' \) -printf '%P\n')
+    ((${#left[@]})) || return 0
+    "$PYTHON" -m embedrl_verl.plan "$@" >/dev/null
+    set_aside "${left[@]}"
+}
+
 # A whole GPU recipe: run_gpu_recipe FAMILY ENGINE "$@", with MODEL_PATH set.
 run_gpu_recipe() {
     local family=$1 engine=$2
@@ -375,5 +396,6 @@ run_gpu_recipe() {
     choose_offload "$engine"
     gpu_overrides "$family"
     "${engine}_overrides"
+    keep_earlier_run "${OVERRIDES[@]}" "$@"
     train "${OVERRIDES[@]}" "$@"
 }

@@ -10,11 +10,12 @@
 # verl serves it in the RL stage) · rl (EG-RL, the Embedder frozen) · export · evaluate (held-out Hit@1) · then the table, results.json and
 # curves.png in OUT.
 # A finished stage is skipped when the recipe is run again with the same settings; an interrupted RL stage goes on from
-# its last checkpoint, and so does a longer one (STEPS). With other settings of the RL stage what the earlier run left is
-# moved to OUT/old-<n>; another SEED or FAMILY needs another OUT.
+# its last checkpoint, and so does a longer one (STEPS). With other settings of the RL stage, or fewer steps than are done,
+# what the earlier run left is moved to OUT/old-<n>; another SEED or FAMILY needs another OUT.
 #
-# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl (no other yet), REWARD=reward/no_judge.py, JUDGE=1 with
-# reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it. DRY_RUN=1 prints the plan of the RL stage only.
+# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl, REWARD=reward/no_judge.py,
+# JUDGE=1 with reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it. DRY_RUN=1 prints the plan
+# of the RL stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-40} FAMILY=${FAMILY:-qwen2_vl}
@@ -86,7 +87,8 @@ if is_dry_run; then
     exit
 fi
 
-[[ "$FAMILY" == qwen2_vl ]] || fail 2 "FAMILY must be qwen2_vl: the tiny cold start knows no other; got $FAMILY"
+FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl "
+[[ "$FAMILIES" == *" $FAMILY "* ]] || fail 2 "FAMILY must be one of$FAMILIES; got $FAMILY"
 STAGES=" world pretrain judge rl export evaluate "
 [[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
 
@@ -149,13 +151,15 @@ rl_settings() { printf '%s\n' "$@" | grep -v '^trainer.total_training_steps='; }
 # An interrupted run goes on from its last checkpoint, and so does a longer one. Before anything of an earlier run is
 # moved, the new one's configuration and reward function are checked.
 prepare_rl() {
-    local settings old="$OUT/rl"
+    local settings old="$OUT/rl" done=0 tracker="$OUT/rl/checkpoints/latest_checkpointed_iteration.txt"
     settings=$(rl_settings "$@")
     if [[ -f "$OUT/.stages/rl" && "$(cat "$OUT/.stages/rl")" == "run_rl $*" ]]; then
         return
     fi
-    if [[ -d "$old" && "$(cat "$old/settings" 2>/dev/null)" != "$settings" ]]; then
+    [[ ! -f "$tracker" ]] || done=$(cat "$tracker")
+    if [[ -d "$old" && ("$(cat "$old/settings" 2>/dev/null)" != "$settings" || "$done" -gt "$STEPS") ]]; then
         "$PYTHON" -m embedrl_verl.plan "$@" >/dev/null
+        ((done <= STEPS)) || say "rl: before $done steps, now STEPS=$STEPS"
         rm -f "$OUT"/.stages/{rl,export,evaluate}
         diff <(cat "$old/settings" 2>/dev/null) <(echo "$settings") | sed -n 's/^</[recipe] rl: before /p;s/^>/[recipe] rl: now    /p' || true
         (

@@ -47,6 +47,7 @@ if is_dry_run; then
     exit
 fi
 
+((${NODE_RANK:-0})) || lock_out
 # A copy with <emb> if the tokenizer has none, made by the first node; it appears as a whole.
 if "$PYTHON" - "$MODEL_PATH" <<'PY'
 import sys

@@ -23,6 +23,7 @@ if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
 fi
 choose_python
 
+is_dry_run || lock_out
 if [[ ! -f "$OUT/model/config.json" ]]; then
     "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --family "$FAMILY" --seed "$SEED"
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/model" --family "$FAMILY" --seed "$((SEED + 1000))"

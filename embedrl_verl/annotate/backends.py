@@ -26,6 +26,7 @@ from PIL import Image
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.serving import ServerError, ServerPool
+from embedrl_verl.serving.clips import request_arguments
 from embedrl_verl.serving.sampling import NEUTRAL_SAMPLING
 from embedrl_verl.serving.server import RETRIED
 from embedrl_verl.tcot import Family
@@ -172,12 +173,7 @@ class ServerBackend:
         if clips and self.videos == "video_url":
             if len(clips) > 1:
                 raise ConfigError(f"a request can hold one video; got {len(clips)}")
-            fps, total = clips[0]["fps"], len(clips[0]["video"])
-            # vLLM would keep 32 frames; -1 keeps all.
-            payload["media_io_kwargs"] = {"video": {"fps": fps, "num_frames": -1}}
-            if self.family == "qwen2_5_vl":  # vLLM does not tell this family's processor the frame rate
-                metadata = {"fps": fps, "total_num_frames": total, "frames_indices": list(range(total))}
-                payload["mm_processor_kwargs"] = {"video_metadata": metadata}
+            payload |= request_arguments(self.family, clips[0]["times"])
         body = json.dumps(payload).encode()  # here, in a thread: with images it is large
         return body, len(body) + 4096
 

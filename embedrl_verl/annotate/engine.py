@@ -18,6 +18,8 @@ import numpy as np
 from embedrl_verl.annotate.backends import Refused, Reply, Request, Sampling, ServersLost
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.serving.clips import processor_arguments
+from embedrl_verl.tcot import Family
 
 _GATHER_S = 0.05
 
@@ -28,10 +30,12 @@ class EngineBackend:
 
     Attributes:
         path: the model's folder or hub id.
+        family: of the model.
         options: more arguments of `vllm.LLM`.
     """
 
     path: str
+    family: Family
     options: Mapping[str, Any] = field(default_factory=dict)
     _waiting: list[tuple[Request, asyncio.Future[Reply | Refused]]] = field(default_factory=list)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "engine"))
@@ -58,6 +62,7 @@ class EngineBackend:
     def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Request, int]:
         """See `Backend`."""
         media: dict[str, list[Any]] = {}
+        clips: list[dict[str, Any]] = []
         size = 4096
         for message in prompt.messages:
             for part in () if isinstance(message["content"], str) else message["content"]:
@@ -66,11 +71,12 @@ class EngineBackend:
                     size += 3 * part["image"].width * part["image"].height
                 elif part["type"] == "video":
                     frames_THWC = np.stack([np.asarray(frame) for frame in part["video"]])
-                    total = len(frames_THWC)
-                    metadata = {"fps": part["fps"], "frames_indices": list(range(total)), "total_num_frames": total}
-                    media.setdefault("video", []).append((frames_THWC, {**metadata, "do_sample_frames": False}))
+                    clips.append(part["times"].metadata())
+                    media.setdefault("video", []).append((frames_THWC, {**clips[-1], "do_sample_frames": False}))
                     size += frames_THWC.nbytes
-        return (prompt.messages, media, sampling), size
+        processor = processor_arguments(self.family, clips)
+        data = {"multi_modal_data": media} if media else {}
+        return (prompt.messages, data | ({"mm_processor_kwargs": processor} if processor else {}), sampling), size
 
     async def complete(self, request: Request) -> Reply | Refused:
         """See `Backend`."""
@@ -127,7 +133,7 @@ class EngineBackend:
         prompts, params = [], []
         for messages, media, sampling in requests:
             text = self._tokenizer.apply_chat_template(plain(messages), tokenize=False, add_generation_prompt=True)
-            prompts.append({"prompt": text, **({"multi_modal_data": media} if media else {})})
+            prompts.append({"prompt": text, **media})
             choice = StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None
             params.append(
                 SamplingParams(

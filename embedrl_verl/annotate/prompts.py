@@ -39,7 +39,7 @@ class Prompt:
 
     Attributes:
         messages: chat messages; content is a string or parts {"type": "text", "text"}, {"type": "image", "image": RGB
-            image} and {"type": "video", "video": [RGB images of one size, even in number], "fps"}.
+            image} and {"type": "video", "video": [RGB images of one size, even in number], "times": FrameTimes}.
         original_sizes: (width, height) in pixels of each image of the item as stored.
         seen_sizes: the same, as the model sees it.
         num_frames: frames of the clip that can be named (an odd clip repeats its last one for the model).
@@ -134,7 +134,8 @@ def fit_parts(content: Any, limits: MediaLimits) -> Any:
         if part["type"] == "image":
             parts.append({"type": "image", "image": fit_image(part["image"], limits)})
         elif part["type"] == "video":
-            parts.append({**part, "video": fit_clip(part["video"], limits)})
+            clip = fit_clip(part["video"], limits)
+            parts.append({**part, "video": clip, "times": part["times"].padded(len(clip))})
         else:
             parts.append(part)
     return parts

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from embedrl_verl.data.schema import Item, Media, Video
-from embedrl_verl.data.video import DEFAULT_FPS, even_indices, read_video
+from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, even_indices, list_times, read_video
 from embedrl_verl.errors import ConfigError, MediaError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -47,6 +47,7 @@ class LoadedItem:
         images: the images in order.
         frames: the sampled frames of the video in order; key frame k (from 1) is `frames[k - 1]`.
         fps: frames per second of `frames`; None without a video.
+        times: when `frames` stand in their clip; None: evenly from 0, `fps` a second.
     """
 
     text: str
@@ -55,6 +56,12 @@ class LoadedItem:
     frames: tuple[Image.Image, ...]
     fps: float | None
     kind: str | None
+    times: FrameTimes | None = None
+
+    @property
+    def frame_times(self) -> FrameTimes:
+        """When the frames stand in their clip."""
+        return self.times or list_times(self.fps or DEFAULT_FPS, len(self.frames))
 
 
 @dataclass(frozen=True)
@@ -215,8 +222,10 @@ def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
-def load_frames(video: Video, media_root: str | Path | None, max_frames: int) -> tuple[tuple[Image.Image, ...], float]:
-    """At most `max_frames` frames, evenly spaced from first to last, and their frames per second.
+def load_frames(
+    video: Video, media_root: str | Path | None, max_frames: int
+) -> tuple[tuple[Image.Image, ...], FrameTimes]:
+    """At most `max_frames` frames, evenly spaced from first to last, and when they stand in the clip.
 
     A file is sampled at `video.fps` (2.0 if unset) as `embedrl_verl.data.video.read_video` describes; of a list of
     frames all are kept, or `max_frames` of them.
@@ -229,8 +238,8 @@ def load_frames(video: Video, media_root: str | Path | None, max_frames: int) ->
         return read_video(full, video.path, video.fps or DEFAULT_FPS, max_frames, MAX_PIXELS)
     total = len(video.frames)
     keep = even_indices(total, min(total, max_frames))
-    fps = (video.fps or DEFAULT_FPS) * len(keep) / total
-    return tuple(load_image(video.frames[index], media_root) for index in keep), fps
+    times = list_times(video.fps or DEFAULT_FPS, total, keep)
+    return tuple(load_image(video.frames[index], media_root) for index in keep), times
 
 
 def load_item(item: Item, media_root: str | Path | None, *, max_frames: int = 8) -> LoadedItem:
@@ -240,11 +249,11 @@ def load_item(item: Item, media_root: str | Path | None, *, max_frames: int = 8)
         MediaError: naming the path (or the bytes) and the reason.
     """
     frames: tuple[Image.Image, ...] = ()
-    fps: float | None = None
+    times: FrameTimes | None = None
     if item.video is not None:
-        frames, fps = load_frames(item.video, media_root, max_frames)
+        frames, times = load_frames(item.video, media_root, max_frames)
     images = tuple(load_image(media, media_root) for media in item.images)
-    return LoadedItem(item.text, item.instruction, images, frames, fps, item.kind)
+    return LoadedItem(item.text, item.instruction, images, frames, times.fps if times else None, item.kind, times)
 
 
 def describe(media: Media) -> str:

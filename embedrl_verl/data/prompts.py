@@ -19,7 +19,7 @@ from PIL import Image
 
 from embedrl_verl.data.media import LoadedItem, MediaLimits, describe, fit_image, load_frames, load_image, to_rgb
 from embedrl_verl.data.schema import Media, PairRecord, Side, Video, input_kind
-from embedrl_verl.data.video import DEFAULT_FPS, even_indices
+from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, even_indices, list_times
 from embedrl_verl.errors import ConfigError, MediaError
 from embedrl_verl.tcot import Family, build_prompt
 
@@ -40,41 +40,42 @@ def prompt_messages(
         file_frames: frames that a video *file* yields (it has to be decoded to know).
 
     Returns:
-        Messages whose image parts hold {"image": path or bytes} and whose video part holds {"video": list of these or
-        the path of a file, "fps": float}; both as `load_prompt_media` reads them.
+        Messages whose image parts hold {"image": path or bytes} and whose video part holds {"video": list of these,
+        "times": FrameTimes} or {"video": path of a file, "fps": float}; both as `load_prompt_media` reads them.
 
     Raises:
         ConfigError: the template adds media of its own.
     """
     item = record.item(side)
-    video = item.video and _sampled(item.video, max_frames)
-    num_frames = 0 if video is None else len(video.frames) or file_frames
+    part = _video_part(item.video, max_frames) if item.video else None
+    num_frames = 0 if not part else file_frames if isinstance(part["video"], str) else len(part["video"])
     stand_ins = LoadedItem(
         text=item.text,
         instruction=item.instruction,
         images=tuple(Image.new("RGB", (1, 1)) for _ in item.images),
         frames=tuple(Image.new("RGB", (1, 1)) for _ in range(num_frames)),
-        fps=video.fps if video else None,
+        fps=item.video.fps if item.video else None,
         kind=item.kind,
     )
     messages = build_prompt(
         input_kind(record, side), stand_ins, family=family, style=style, few_shot=few_shot, gold_answer=None
     )
     reference_of = {id(image): media for image, media in zip(stand_ins.images, item.images, strict=True)}
-    return [{**message, "content": _with_references(message["content"], reference_of, video)} for message in messages]
+    return [{**message, "content": _with_references(message["content"], reference_of, part)} for message in messages]
 
 
-def _sampled(video: Video, max_frames: int) -> Video:
+def _video_part(video: Video, max_frames: int) -> dict[str, Any]:
     """The clip with the frames that `load_frames` would keep; a file stays a file."""
     fps = video.fps or DEFAULT_FPS
     if video.path is not None:
-        return Video(path=video.path, fps=fps)
+        return {"type": "video", "video": video.path, "fps": fps}
     total = len(video.frames)
     keep = even_indices(total, min(total, max_frames))
-    return Video(frames=tuple(video.frames[index] for index in keep), fps=fps * len(keep) / total)
+    frames = [video.frames[index] for index in keep]
+    return {"type": "video", "video": frames, "times": list_times(fps, total, keep)}
 
 
-def _with_references(content: Any, reference_of: dict[int, Media], video: Video | None) -> Any:
+def _with_references(content: Any, reference_of: dict[int, Media], video: dict[str, Any] | None) -> Any:
     if isinstance(content, str):
         return content
     parts: list[dict[str, Any]] = []
@@ -86,7 +87,7 @@ def _with_references(content: Any, reference_of: dict[int, Media], video: Video 
         elif part["type"] == "video":
             if video is None:
                 raise ConfigError("a prompt template must not hold a video of its own")
-            parts.append({"type": "video", "video": video.path or list(video.frames), "fps": video.fps})
+            parts.append(dict(video))
         else:
             parts.append(part)
     return parts
@@ -118,11 +119,12 @@ def load_prompt_media(
 
 
 def _clip(part: dict[str, Any], limits: MediaLimits, media_root: str | None) -> VideoInput:
-    clip, fps = part["video"], float(part["fps"])
-    if not isinstance(clip, str) and isinstance(clip[0], Image.Image):
-        return _video_input(tuple(clip), fps, "video", limits)
-    video = Video(path=clip, fps=fps) if isinstance(clip, str) else Video(frames=tuple(clip), fps=fps)
-    return _fitted_video(video, limits, media_root)
+    clip = part["video"]
+    if isinstance(clip, str):
+        return _fitted_file(Video(path=clip, fps=float(part["fps"])), limits, media_root)
+    if isinstance(clip[0], Image.Image):
+        return _video_input(tuple(clip), part["times"], "video", limits)
+    return _fitted_frames(tuple(clip), part["times"], limits, media_root)
 
 
 @lru_cache(maxsize=CACHED_PROMPTS)
@@ -131,9 +133,17 @@ def _fitted_image(media: Media, limits: MediaLimits, media_root: str | None) -> 
 
 
 @lru_cache(maxsize=CACHED_PROMPTS)
-def _fitted_video(video: Video, limits: MediaLimits, media_root: str | None) -> VideoInput:
-    frames, fps = load_frames(video, media_root, limits.max_frames)
-    return _video_input(frames, fps, f"video {video.path!r}" if video.path else "video frame", limits)
+def _fitted_file(video: Video, limits: MediaLimits, media_root: str | None) -> VideoInput:
+    frames, times = load_frames(video, media_root, limits.max_frames)
+    return _video_input(frames, times, f"video {video.path!r}", limits)
+
+
+@lru_cache(maxsize=CACHED_PROMPTS)
+def _fitted_frames(
+    frames: tuple[Media, ...], times: FrameTimes, limits: MediaLimits, media_root: str | None
+) -> VideoInput:
+    images = tuple(load_image(frame, media_root) for frame in frames)
+    return _video_input(images, times, "video frame", limits)
 
 
 def _fit(image: Image.Image, name: str, limits: MediaLimits, is_frame: bool = False) -> Image.Image:
@@ -143,12 +153,11 @@ def _fit(image: Image.Image, name: str, limits: MediaLimits, is_frame: bool = Fa
         raise MediaError(f"{name}: {error}") from error
 
 
-def _video_input(frames: tuple[Image.Image, ...], fps: float, name: str, limits: MediaLimits) -> VideoInput:
+def _video_input(frames: tuple[Image.Image, ...], times: FrameTimes, name: str, limits: MediaLimits) -> VideoInput:
     """Frames at the size that the first one calls for, and metadata with which no processor samples them again."""
     first = _fit(frames[0], name, limits, is_frame=True)
     fitted = [first] + [to_rgb(frame).resize(first.size, Image.Resampling.BICUBIC) for frame in frames[1:]]
     fitted += fitted[-1:] * (len(fitted) % 2)
     frames_THWC = np.stack([np.asarray(frame) for frame in fitted])
     video_TCHW = torch.from_numpy(frames_THWC).permute(0, 3, 1, 2).contiguous()
-    metadata = {"fps": fps, "frames_indices": list(range(len(fitted))), "total_num_frames": len(fitted)}
-    return video_TCHW, metadata
+    return video_TCHW, times.padded(len(fitted)).metadata()

@@ -7,7 +7,10 @@ the frames once and refer to them as a list.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -17,6 +20,53 @@ DEFAULT_FPS = 2.0
 MIN_FRAMES = 4
 TRUNCATED_BELOW = 0.9
 """Share of the frames that the header promises; less is a truncated file, a little less is a careless header."""
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """When the frames of a sample stand in their clip, as video metadata of transformers and vLLM say it.
+
+    Attributes:
+        rate: units a second; of a clip with a constant rate its frames a second.
+        indices: of each frame, in units from the first frame that is shown.
+        total: units of the whole clip.
+    """
+
+    rate: float
+    indices: tuple[int, ...]
+    total: int
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> FrameTimes:
+        """Of what `metadata` gives."""
+        return cls(metadata["fps"], tuple(metadata["frames_indices"]), metadata["total_num_frames"])
+
+    @property
+    def fps(self) -> float:
+        """Frames of the sample a second (`sampled_fps` of transformers)."""
+        return len(self.indices) / self.total * self.rate
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Time of each frame in seconds."""
+        return tuple(index / self.rate for index in self.indices)
+
+    def padded(self, count: int) -> FrameTimes:
+        """Of the frames with the last one repeated until there are `count`; `fps` stays."""
+        more = count - len(self.indices)
+        if more <= 0:
+            return self
+        total = round(self.total * count / len(self.indices))
+        return FrameTimes(self.rate, self.indices + self.indices[-1:] * more, max(total, count))
+
+    def metadata(self) -> dict[str, Any]:
+        """The keys that the processors of transformers and vLLM read; none samples the frames again."""
+        return {"fps": self.rate, "frames_indices": list(self.indices), "total_num_frames": self.total}
+
+
+def list_times(fps: float, total: int, kept: Sequence[int] | None = None) -> FrameTimes:
+    """Of a clip given as a list of `total` frames, `fps` a second, of which `kept` (from 0; None: all) are drawn."""
+    return FrameTimes(fps, tuple(range(total) if kept is None else kept), total)
 
 
 def even_indices(total: int, count: int) -> list[int]:
@@ -35,8 +85,8 @@ def sample_count(total: int, native_fps: float, fps: float, max_frames: int) -> 
 
 def read_video(
     path: Path, name: str, fps: float, max_frames: int, max_pixels: int
-) -> tuple[tuple[Image.Image, ...], float]:
-    """Decode the sampled frames (RGB, full resolution) and tell their frames per second.
+) -> tuple[tuple[Image.Image, ...], FrameTimes]:
+    """Decode the sampled frames (RGB, full resolution) and tell when they stand in the clip.
 
     Args:
         path: an existing file.
@@ -74,4 +124,4 @@ def read_video(
         raise MediaError(f"media path {name!r}: not a readable video ({type(error).__name__}: {error})") from error
     if len(picked) < len(wanted):
         raise MediaError(f"media path {name!r}: only {len(picked)} of {len(wanted)} sampled frames can be decoded")
-    return tuple(picked[index] for index in wanted), len(wanted) / total * native_fps
+    return tuple(picked[index] for index in wanted), FrameTimes(native_fps, tuple(wanted), total)

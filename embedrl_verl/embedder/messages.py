@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-DEFAULT_FPS = 2.0
 _CONTROL = re.compile(r"<(\|\w+\||" + EMB_TOKEN.strip("<>") + ")>")
 
 
@@ -48,8 +47,9 @@ def build_messages(
 ) -> list[dict[str, Any]]:
     """Chat messages whose content parts are {"type": "image" | "video" | "text", ...} in reading order.
 
-    A video part holds its frames as a list of images and their "fps". With a tail in the profile the last message is
-    the assistant's, and the embedding is read at its end; without one, at the end of the opened assistant turn.
+    A video part holds its frames as a list of images and their "times" (`FrameTimes`). With a tail in the profile the
+    last message is the assistant's, and the embedding is read at its end; without one, at the end of the opened
+    assistant turn.
     """
     messages: list[dict[str, Any]] = []
     instruction = item.instruction.strip()
@@ -62,7 +62,7 @@ def build_messages(
 
     content: list[dict[str, Any]] = []
     if item.frames and not profile.frames_as_images:
-        content.append({"type": "video", "video": list(item.frames), "fps": item.fps or DEFAULT_FPS})
+        content.append({"type": "video", "video": list(item.frames), "times": item.frame_times})
     images = [*item.images, *(item.frames if profile.frames_as_images else ())]
     content += [{"type": "image", "image": image} for image in images]
     text = " ".join(part for part in (instruction, item.text) if part)

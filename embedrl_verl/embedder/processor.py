@@ -19,18 +19,13 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from transformers import AutoProcessor
 
 from embedrl_verl.data.media import MediaLimits, fit_image
+from embedrl_verl.embedder.expand import Clip, PromptExpander
 from embedrl_verl.embedder.loading import check_profile, family_of_config, load_config
 from embedrl_verl.embedder.messages import (
-    IMAGE_PAD,
-    VIDEO_PAD,
-    VISION_END,
-    VISION_START,
     EmbedInput,
     build_messages,
     render_prompt,
 )
-from embedrl_verl.embedder.patches import PatchSpec, patchify
-from embedrl_verl.embedder.positions import Grid, mrope_positions
 from embedrl_verl.embedder.profiles import EmbedderProfile, resolve_profile
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.tcot import Family, token_side
@@ -94,13 +89,13 @@ class Prepared:
 
     Attributes:
         images: at the size at which the model reads them.
-        videos: per video uint8 (T, height, width, 3) and its frames per second.
+        videos: per video uint8 (T, height, width, 3) and when its T frames stand in the clip.
         messages: what the prompt was rendered from; media parts hold the same fitted images and frames.
     """
 
     prompt: str
     images: tuple[Image.Image, ...]
-    videos: tuple[tuple[np.ndarray, float], ...]
+    videos: tuple[Clip, ...]
     messages: tuple[dict[str, Any], ...]
 
 
@@ -133,14 +128,9 @@ class EmbedProcessor:
         self.max_length = max_length
         self.max_text_tokens = max_text_tokens
         self.tokenizer = processor.tokenizer
-        self._image_spec, self._video_spec = (
-            PatchSpec.of(processor.image_processor),
-            PatchSpec.of(processor.video_processor),
-        )
         self.family = family
-        self._tokens_per_second, self._pixel_dtype = tokens_per_second, pixel_dtype
-        self._image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        self._video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_PAD)
+        self._expander = PromptExpander(processor, family, tokens_per_second)
+        self._pixel_dtype = pixel_dtype
 
     @classmethod
     def from_pretrained(
@@ -204,17 +194,7 @@ class EmbedProcessor:
             EmbedderError: too long even without any item text.
         """
         prepared, tokens, positions = self.fit(inputs)
-        pixels: dict[str, torch.Tensor] = {}
-        images = [np.asarray(image)[None] for image in prepared.images]
-        videos = [frames for frames, _ in prepared.videos]
-        for media, spec, name, grid in (
-            (images, self._image_spec, "pixel_values", "image_grid_thw"),
-            (videos, self._video_spec, "pixel_values_videos", "video_grid_thw"),
-        ):
-            if media:
-                patches = [patchify(frames, spec) for frames in media]
-                pixels[name] = torch.cat([values for values, _ in patches]).to(self._pixel_dtype)
-                pixels[grid] = torch.tensor([shape for _, shape in patches])
+        pixels = self._expander.pixels(prepared.images, prepared.videos, self._pixel_dtype)
         return Encoded(tokens, positions, pixels)
 
     def fit(self, inputs: EmbedInput) -> tuple[Prepared, torch.Tensor, torch.Tensor]:
@@ -247,14 +227,14 @@ class EmbedProcessor:
         item = replace(inputs.item, text=cut_text(self.tokenizer, inputs.item.text, text_tokens))
         messages = build_messages(item, inputs.tcot, inputs.evidence, profile=self.profile)
         images: list[Image.Image] = []
-        videos: list[tuple[np.ndarray, float]] = []
+        videos: list[Clip] = []
         for part in (part for message in messages for part in message["content"]):
             if part["type"] == "image":
                 part["image"] = fit_image(part["image"], self.limits)
                 images.append(part["image"])
             elif part["type"] == "video":
                 part["video"] = self._fit_frames(part["video"])
-                videos.append((part["video"], part["fps"]))
+                videos.append((part["video"], part["times"].padded(len(part["video"]))))
         prompt = render_prompt(messages, chat=self.profile.chat)
         return Prepared(prompt, tuple(images), tuple(videos), tuple(messages))
 
@@ -270,37 +250,7 @@ class EmbedProcessor:
         return np.stack([np.asarray(frame) for frame in fitted])
 
     def _expand(self, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (L,) and positions (4, L), each placeholder repeated as often as its medium has merged tokens."""
-        prompt, patch_frames = prepared.prompt, self._video_spec.frames
-        images: list[Grid] = [(1, *_merged(image.height, image.width, self._image_spec)) for image in prepared.images]
-        videos: list[Grid] = [
-            (len(frames) // patch_frames, *_merged(frames.shape[1], frames.shape[2], self._video_spec))
-            for frames, _ in prepared.videos
-        ]
-        rates = [fps for _, fps in prepared.videos]
-        slots: dict[int, list[tuple[Grid, float]]] = {self._image_id: [(grid, 1.0) for grid in images]}
-        if self.family == "qwen3_vl":
-            first, *others = prompt.split(f"{VISION_START}{VIDEO_PAD}{VISION_END}")
-            stamps = [_time_stamps(t, fps, patch_frames) for (t, _, _), fps in zip(videos, rates, strict=True)]
-            prompt = first + "".join(stamp + text for stamp, text in zip(stamps, others, strict=True))
-            slots[self._video_id] = [((1, h, w), 1.0) for t, h, w in videos for _ in range(t)]
-        else:
-            # Qwen2-VL counts temporal patches; Qwen2.5-VL counts tokens_per_second (1.0 stands for "just count").
-            seconds = [patch_frames / fps if self.family == "qwen2_5_vl" else 1.0 for fps in rates]
-            slots[self._video_id] = [
-                (grid, self._tokens_per_second * s) for grid, s in zip(videos, seconds, strict=True)
-            ]
-        queues = {pad: iter(media) for pad, media in slots.items()}
-        tokens: list[int] = []
-        media: list[tuple[int, Grid, float]] = []
-        for token in self.tokenizer(prompt, add_special_tokens=False)["input_ids"]:
-            if token not in queues:
-                tokens.append(token)
-                continue
-            grid, step = next(queues[token])
-            media.append((len(tokens), grid, step))
-            tokens += [token] * (grid[0] * grid[1] * grid[2])
-        return torch.tensor(tokens), mrope_positions(len(tokens), media)
+        return self._expander.tokens(prepared.prompt, prepared.images, prepared.videos)
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -312,15 +262,3 @@ def cut_text(tokenizer: Any, text: str, limit: int) -> str:
         return text
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return text if len(offsets) <= limit else text[: offsets[limit][0]]
-
-
-def _time_stamps(patches: int, fps: float, patch_frames: int) -> str:
-    """Qwen3-VL's text of a video: before each temporal patch the mean time of its first and last frame."""
-    seconds = [(patch_frames * i + (patch_frames - 1) / 2) / fps for i in range(patches)]
-    return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for second in seconds)
-
-
-def _merged(height: int, width: int, spec: PatchSpec) -> tuple[int, int]:
-    """Rows and columns of merged tokens of an image of that size in pixels."""
-    side = spec.patch * spec.merge
-    return height // side, width // side

@@ -174,9 +174,8 @@ class SentenceModel:
         inputs = self._cut(row.inputs)
         messages = build_messages(inputs.item, inputs.tcot, inputs.evidence, profile=PLAIN)
         if kinds:
-            return [
-                dict(messages[0], content=[{k: v for k, v in p.items() if k != "fps"} for p in messages[0]["content"]])
-            ]
+            content = [{k: v for k, v in part.items() if k != "times"} for part in messages[0]["content"]]
+            return [dict(messages[0], content=content)]
         # A bare string could be taken for the address of a picture.
         return {"text": _text_of(messages)}
 

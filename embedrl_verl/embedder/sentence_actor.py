@@ -64,10 +64,7 @@ class SentenceClient:
         size = {"size": media_size(self._processor)}
         video = dict(size, do_sample_frames=False)
         if prepared.videos:
-            video["video_metadata"] = [
-                {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
-                for frames, fps in prepared.videos
-            ]
+            video["video_metadata"] = [times.metadata() for _, times in prepared.videos]
         return SentenceRow(side, messages=messages, processing={"image": size, "video": video})
 
     async def embed(self, row: SentenceRow) -> torch.Tensor:

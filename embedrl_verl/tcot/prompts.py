@@ -17,9 +17,6 @@ from embedrl_verl.tcot.styles import load_style
 if TYPE_CHECKING:
     from embedrl_verl.data.media import LoadedItem
 
-DEFAULT_FPS = 2.0
-"""Frames per second of a clip that does not tell (method section 3)."""
-
 _CONTROL = re.compile(r"<(\|\w+\|)>")
 
 
@@ -44,7 +41,7 @@ def build_prompt(
         style: "paper", for instruct models; "compact", one line for models of a few million parameters.
 
     Returns:
-        [{"role": "user", "content": parts}], parts {"type": "video", "video": [images], "fps": float}, then
+        [{"role": "user", "content": parts}], parts {"type": "video", "video": [images], "times": FrameTimes}, then
         {"type": "image", "image": image} for each image, then one {"type": "text", "text": str}.
 
     Raises:
@@ -76,7 +73,7 @@ def build_prompt(
     )
     parts: list[dict[str, Any]] = []
     if item.frames:
-        parts.append({"type": "video", "video": list(item.frames), "fps": item.fps or DEFAULT_FPS})
+        parts.append({"type": "video", "video": list(item.frames), "times": item.frame_times})
     parts += [{"type": "image", "image": image} for image in item.images]
     parts.append({"type": "text", "text": text})
     return [{"role": "user", "content": parts}]

@@ -35,10 +35,10 @@ from embedrl_verl.embedder import Embedder, EmbedInput, info_nce
 from embedrl_verl.embedder.batching import pack_rows
 from embedrl_verl.embedder.forward import embed_packed
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import cut_evidence, parse_tcot
+from embedrl_verl.tcot import Family, cut_evidence, parse_tcot
 from embedrl_verl.tiny.digits import FAMILY_SIZE, Sample, cut_short, read_samples
 from embedrl_verl.tiny.optim import MuonAdamW
-from embedrl_verl.tiny.reasoner import TINY_LIMITS
+from embedrl_verl.tiny.reasoner import family_of_folder, tiny_limits
 
 View = Literal["raw", "tcot"]
 
@@ -84,13 +84,16 @@ def _loaded(item: Item) -> LoadedItem:
     return load_item(item, None)
 
 
-def embed_input(sample: Sample, side: Side, tcot: str | None) -> EmbedInput:
-    """What the Embedder reads of one side: the input alone, or with a T-CoT and the evidence that it points at."""
+def embed_input(sample: Sample, side: Side, tcot: str | None, family: Family) -> EmbedInput:
+    """What the Embedder reads of one side: the input alone, or with a T-CoT and the evidence that it points at.
+
+    `family`: of the Reasoner, which the Embedder's is too.
+    """
     item = _loaded(sample.record.item(side))
     if tcot is None:
         return EmbedInput(item)
     parsed = parse_tcot(tcot, num_frames=len(item.frames) or None, num_images=len(item.images) or None)
-    evidence = cut_evidence(parsed, images=item.images, frames=item.frames, family="qwen2_vl")
+    evidence = cut_evidence(parsed, images=item.images, frames=item.frames, family=family)
     return EmbedInput(item, parsed, evidence.images)
 
 
@@ -134,7 +137,8 @@ def train_contrastive(embedder: Embedder, samples: Sequence[Sample], config: Con
 def _batch_loss(
     embedder: Embedder, batch: Sequence[Sample], view: View, config: ContrastiveConfig, rng: np.random.Generator
 ) -> torch.Tensor:
-    inputs = [embed_input(s, side, _tcot(s, side, view, config, rng)) for side in SIDES for s in batch]
+    family = embedder.processor.family
+    inputs = [embed_input(s, side, _tcot(s, side, view, config, rng), family) for side in SIDES for s in batch]
     rows = [embedder.processor.encode(one) for one in inputs]
     vectors = embed_packed(embedder.model.model, pack_rows(rows))
     same_query, same_target = torch.tensor([content_id(s.record, None) for s in batch]).T
@@ -160,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=ContrastiveConfig.steps)
     args = parser.parse_args(argv)
-    embedder = Embedder.from_pretrained(args.model, limits=TINY_LIMITS)
+    embedder = Embedder.from_pretrained(args.model, limits=tiny_limits(family_of_folder(args.model)))
     samples = read_samples(args.world / "train.parquet")
     train_contrastive(embedder, samples, ContrastiveConfig(steps=args.steps, seed=args.seed))
     embedder.model.save_pretrained(args.out)

@@ -30,7 +30,7 @@ from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
 from embedrl_verl.tcot import format_reward
 from embedrl_verl.tiny.contrastive import embed_input
 from embedrl_verl.tiny.digits import Sample, read_samples
-from embedrl_verl.tiny.reasoner import TINY_LIMITS, Prompt, Reasoner
+from embedrl_verl.tiny.reasoner import Prompt, Reasoner, family_of_folder, tiny_limits
 from embedrl_verl.tiny.sft import read_accuracy
 
 NDCG_K = 5
@@ -95,7 +95,10 @@ def true_tcots(samples: Sequence[Sample]) -> dict[Side, list[str]]:
 def score_view(embedder: Embedder, samples: Sequence[Sample], tcots: Tcots | None = None) -> View:
     """Embed both sides with these T-CoTs (None = raw input) and rank."""
     inputs = {
-        side: [embed_input(s, side, None if tcots is None else tcots[side][i]) for i, s in enumerate(samples)]
+        side: [
+            embed_input(s, side, tcots[side][i] if tcots else None, embedder.processor.family)
+            for i, s in enumerate(samples)
+        ]
         for side in SIDES
     }
     embedded = {side: embed_rows(embedder, inputs[side]) for side in SIDES}
@@ -188,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     started = time.monotonic()
     folders = {"before": args.before} | ({"after": args.after} if args.after else {})
-    embedder = Embedder.from_pretrained(args.embedder, limits=TINY_LIMITS)
+    limits = tiny_limits(family_of_folder(args.embedder))
+    embedder = Embedder.from_pretrained(args.embedder, limits=limits)
     samples = read_samples(args.world / "heldout.parquet")
     reasoners = {name: Reasoner.from_pretrained(folder) for name, folder in folders.items()}
     views = evaluate(embedder, samples, reasoners)
@@ -198,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "queries": {source: len(hits) for source, hits in views["raw"].hits.items()},
         "ndcg_k": NDCG_K,
         "max_new_tokens": MAX_NEW_TOKENS,
-        "media_limits": asdict(TINY_LIMITS),
+        "media_limits": asdict(limits),
         "views": {name: asdict(view) for name, view in views.items()},
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -12,23 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import PairRecord, Side
-from embedrl_verl.embedder.patches import PatchSpec, patchify
-from embedrl_verl.embedder.positions import mrope_positions
+from embedrl_verl.data.video import FrameTimes
+from embedrl_verl.embedder.expand import PromptExpander
+from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import token_side
+from embedrl_verl.tcot import Family, family_of, token_side
 
 END = "<|im_end|>"
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-# A cell is one visual token. The same limits hold for Reasoner and Embedder, here and in the recipe.
-TINY_LIMITS = MediaLimits(token_side=token_side("qwen2_vl"), image_min_tokens=4, frame_min_tokens=4, max_frames=8)
+
+
+def tiny_limits(family: Family) -> MediaLimits:
+    """A cell of the digits world is one visual token. The same limits hold for Reasoner and Embedder, here and in the
+    recipe."""
+    return MediaLimits(token_side=token_side(family), image_min_tokens=4, frame_min_tokens=4, max_frames=8)
+
+
+def family_of_folder(path: str | Path) -> Family:
+    """Of a model's folder. Raises EmbedderError for one that is not supported."""
+    return family_of_config(load_config(path))
 
 
 @dataclass(frozen=True)
@@ -40,30 +48,30 @@ class Prompt:
 
 
 class Reasoner:
-    """A tiny Qwen2-VL with its processor. Use `from_pretrained`."""
+    """A tiny Qwen-VL model with its processor. Use `from_pretrained`."""
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.model = model
         self.processor = processor
-        self._image_spec = PatchSpec.of(processor.image_processor)
-        self._video_spec = PatchSpec.of(processor.video_processor)
+        self.family = family_of(model.config.model_type)
+        self.limits = tiny_limits(self.family)
+        per_second = model.config.vision_config.tokens_per_second if self.family == "qwen2_5_vl" else 1.0
+        self._expander = PromptExpander(processor, self.family, per_second)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Reasoner:
-        """Load a Qwen2-VL folder in float32.
+        """Load a folder of any of the families in float32.
 
         Raises:
-            ConfigError: weights are missing in the folder.
+            ConfigError: weights are missing in the folder, or another kind of model.
         """
-        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         if report["missing_keys"]:
             raise ConfigError(
-                f"{path} must hold a complete Qwen2-VL checkpoint; {len(report['missing_keys'])} weights are missing: "
+                f"{path} must hold a complete checkpoint; {len(report['missing_keys'])} weights are missing: "
                 "build it with embedrl_verl.tiny.models"
             )
-        return cls(model.eval(), Qwen2VLProcessor.from_pretrained(path))
+        return cls(model.eval(), AutoProcessor.from_pretrained(path))
 
     def save(self, path: str | Path) -> None:
         """Write model and processor as one folder."""
@@ -71,40 +79,18 @@ class Reasoner:
         self.processor.save_pretrained(path)
 
     def encode(self, prompt: Prompt, response: str = "") -> Encoded:
-        """Token row of a prompt, followed by `response`.
-
-        Raises:
-            ConfigError: a prompt with more than one medium; the digits world has none.
-        """
+        """Token row of a prompt, followed by `response`."""
         messages = prompt_messages(
-            prompt.record, prompt.side, family="qwen2_vl", style="compact", few_shot=False, max_frames=8
+            prompt.record, prompt.side, family=self.family, style="compact", few_shot=False, max_frames=8
         )
-        images, videos = load_prompt_media(messages, TINY_LIMITS, None)
+        images, videos = load_prompt_media(messages, self.limits, None)
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + response
-        media: dict[str, torch.Tensor] = {}
-        spans: list[tuple[int, tuple[int, int, int], float]] = []
-        if images or videos:
-            if len(images or ()) + len(videos or ()) != 1:
-                raise ConfigError(f"a prompt of the digits world must have at most one medium; got {prompt.record}")
-            pad, pixels, (t, h, w) = self._patches(images, videos)
-            name = "_videos" if videos else ""
-            grid_key = "video_grid_thw" if videos else "image_grid_thw"
-            media = {f"pixel_values{name}": pixels, grid_key: torch.tensor([[t, h, w]])}
-            merge = self._image_spec.merge
-            grid = (t, h // merge, w // merge)
-            spans = [(len(self._ids(text[: text.index(pad)])), grid, 1.0)]
-            text = text.replace(pad, pad * (grid[0] * grid[1] * grid[2]), 1)
-        ids = self._ids(text)
-        return Encoded(torch.tensor(ids), mrope_positions(len(ids), spans), media)
-
-    def _patches(self, images: Any, videos: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
-        if images:
-            return IMAGE_PAD, *patchify(np.array(images[0])[None], self._image_spec)
-        frames_TCHW, _ = videos[0]
-        return VIDEO_PAD, *patchify(frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy(), self._video_spec)
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        clips = [
+            (frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy(), FrameTimes.of(metadata))
+            for frames_TCHW, metadata in videos or ()
+        ]
+        tokens, positions = self._expander.tokens(text, images or (), clips)
+        return Encoded(tokens, positions, self._expander.pixels(images or (), clips))
 
     @torch.no_grad()
     def generate(
@@ -118,6 +104,10 @@ class Reasoner:
             ids = torch.full((len(rows), longest), self.processor.tokenizer.pad_token_id)
             for i, row in enumerate(rows):
                 ids[i, longest - len(row) :] = row.input_ids
+            # transformers' own positions of clips are others than the rollout's
+            positions = torch.zeros(4, len(rows), longest, dtype=torch.int64)
+            for i, row in enumerate(rows):
+                positions[:, i, longest - len(row) :] = row.position_ids
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
             kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
             media = join_media(rows)
@@ -125,6 +115,7 @@ class Reasoner:
             tokens = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
+                position_ids=positions,
                 mm_token_type_ids=kinds,
                 max_new_tokens=max_new_tokens,
                 do_sample=temperature > 0,

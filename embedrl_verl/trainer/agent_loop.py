@@ -30,6 +30,8 @@ from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
+from embedrl_verl.platforms.mrope import bind_positions
+from embedrl_verl.serving.clips import processor_arguments
 from embedrl_verl.tcot import Evidence, Family, TCoT, cut_evidence, parse_tcot
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO, raw_key
 
@@ -86,19 +88,23 @@ def _originals(item: Item, media_root: str | None, max_frames: int) -> LoadedIte
     return load_item(item, media_root, max_frames=max_frames)
 
 
-class _FixedPrompt:
-    """verl's server client that sends the prompt ids given here; `served_prompt_ids` says which case needs it.
+class _ClipClient:
+    """verl's server client for prompts with a clip, which vLLM then reads as the actor does.
 
-    An agent loop lives for one rollout, so the wrapper never meets another prompt.
+    It sends the ids that vLLM can expand itself (`served_prompt_ids` says which case needs it) and the clips' times
+    (`processor_arguments`). An agent loop lives for one rollout, so the wrapper never meets another prompt.
     """
 
-    def __init__(self, client: Any, prompt_ids: list[int]) -> None:
-        self._client = client
+    def __init__(self, client: Any, family: Family, prompt_ids: list[int] | None) -> None:
+        self._client, self._family = client, family
         self._prompt_ids = prompt_ids
 
     async def generate(self, *, prompt_ids: list[int], **kwargs: Any) -> Any:
-        """As the client's own, with the ids that vLLM can expand itself."""
-        return await self._client.generate(prompt_ids=self._prompt_ids, **kwargs)
+        """As the client's own."""
+        if clips := [metadata for _, metadata in kwargs.get("video_data") or ()]:
+            arguments = kwargs.get("mm_processor_kwargs") or {}
+            kwargs["mm_processor_kwargs"] = {**arguments, **processor_arguments(self._family, clips)}
+        return await self._client.generate(prompt_ids=self._prompt_ids or prompt_ids, **kwargs)
 
 
 class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
@@ -109,12 +115,16 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = _settings(self.config, self.processor)
+        bind_positions(self.processor, self._settings.family)  # the worker's, which computes the actor's positions
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Generate one T-CoT. `extra_fields["embedrl"]` tells its text, media counts, evidence and failure."""
-        if self._settings.family == "qwen3_vl" and row_item(row).video is not None:
-            ids = served_prompt_ids(list(row["raw_prompt"]), self.processor, self.apply_chat_template_kwargs)
-            self.server_manager = _FixedPrompt(self.server_manager, ids)
+        family = self._settings.family
+        if row_item(row).video is not None:
+            ids = None
+            if family == "qwen3_vl":
+                ids = served_prompt_ids(list(row["raw_prompt"]), self.processor, self.apply_chat_template_kwargs)
+            self.server_manager = _ClipClient(self.server_manager, family, ids)
         if self._settings.embedrl.rollout.request_seeds:
             sampling_params = {**sampling_params, "seed": request_seed(self._settings.seed, row)}
         # One of a prompt's rollouts brings its raw input, while vLLM works.

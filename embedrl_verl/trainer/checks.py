@@ -254,6 +254,19 @@ def last_step(run: Any, steps_per_epoch: int) -> int:
     return min(int(wanted), possible)
 
 
+def check_resumed_step(folder: Path, step: int, last: int) -> None:
+    """A resumed run has steps to do, or has just done its last.
+
+    Raises:
+        ConfigError: the checkpoint is of a later step than the run's last one.
+    """
+    if step > last:
+        raise ConfigError(
+            f"{folder} is of step {step}, and this run ends at step {last}: raise trainer.total_training_steps (or "
+            "trainer.total_epochs), or start a shorter run in another trainer.default_local_dir"
+        )
+
+
 def has_judge(config: Any) -> bool:
     """Whether a run configuration names a judge."""
     return bool(config.reward.reward_model.enable or config.embedrl.judge.urls)

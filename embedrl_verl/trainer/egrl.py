@@ -66,7 +66,7 @@ from embedrl_verl.trainer.cotrain import EmbedderTraining, refuse_trained_checkp
 from embedrl_verl.trainer.judging import JudgeStage
 from embedrl_verl.trainer.retention import prune_checkpoints
 from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
-from embedrl_verl.trainer.same_policy import check_same_policy
+from embedrl_verl.trainer.same_policy import PolicyWatch
 from embedrl_verl.trainer.training_record import (
     sources_of,
     write_embedder_record_for_export,
@@ -124,6 +124,8 @@ class EGRLMixin(WorkerClassesMixin):
         if agent.agent_loop_config_path is None:
             agent.agent_loop_config_path = str(AGENT_LOOPS)
         self._validation = RetrievalValidation(self.embedrl.validation.ndcg_k)
+        least = self.embedrl.rollout.min_probs_correlation
+        self._policy_watch = PolicyWatch(least, synchronous=self.parent_mode == "sync")
         self._dump_parts: dict[str, dict[str, Any]] = {}
         self._last_scores: dict[str, float] = {}
 
@@ -158,6 +160,7 @@ class EGRLMixin(WorkerClassesMixin):
         self._run_record = run_record(self.config, self.embedrl)
         if self.global_steps > 0:
             folder = self._step_folder(self.global_steps)
+            checks.check_resumed_step(Path(folder), self.global_steps, self.total_training_steps)
             check_run_record(folder, self._run_record)
             if self.embedder_training is not None:
                 ray.get(self._embedder_loads)
@@ -293,7 +296,8 @@ class EGRLMixin(WorkerClassesMixin):
             metrics.update(scored.metrics)
             metrics["timing_s/reward_stage"] = time.perf_counter() - start
             metrics["embedrl/total_steps"] = float(self.total_training_steps)
-            metrics.update(left_out_metrics(self.train_dataset, self.val_dataset))
+            by_source = self.parent_mode != "separate_async"
+            metrics.update(left_out_metrics(self.train_dataset, self.val_dataset, by_source=by_source))
         if training and self.embedder_training is not None:
             trained = self._train_embedder(self.embedder_training, scored)
             if metrics is not None:
@@ -317,8 +321,7 @@ class EGRLMixin(WorkerClassesMixin):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, float]) -> KVBatchMeta:
         batch = super()._compute_old_log_prob(batch, metrics=metrics)  # type: ignore[misc]
-        least = self.embedrl.rollout.min_probs_correlation
-        check_same_policy(metrics, self.global_steps, least=least, synchronous=self.parent_mode == "sync")
+        self._policy_watch.check(metrics, self.global_steps)
         return batch
 
     def _train_embedder(self, training: EmbedderTraining, scored: ScoredRows) -> dict[str, float]:
@@ -366,7 +369,7 @@ class EGRLMixin(WorkerClassesMixin):
             )
         self._last_scores = card_scores(retrieval)
         metrics.update(retrieval)
-        metrics.update(left_out_metrics(self.train_dataset, self.val_dataset))
+        metrics.update(left_out_metrics(self.train_dataset, self.val_dataset, by_source=True))
         if self.embedrl.validation.keep_best and "val-core/all/hit@1" in retrieval:
             folder = self.config.trainer.default_local_dir
             if keep_if_best(folder, self.global_steps, retrieval["val-core/all/hit@1"]):

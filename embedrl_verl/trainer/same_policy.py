@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 from embedrl_verl.errors import EmbedRLError
@@ -15,29 +16,51 @@ CORRELATION = "training/rollout_actor_probs_pearson_corr"
 WARN_BELOW = 0.99
 
 
-def check_same_policy(metrics: Mapping[str, float], step: int, *, least: float, synchronous: bool) -> None:
-    """Warn, or stop the run, when rollouts and actor have come apart.
+class PolicyWatch:
+    """Warns, and stops a synchronous run, when rollouts and actor have come apart.
 
-    Args:
-        metrics: of the step; without the metric (log-probs of the rollout are off), or with one that is not a number
-            (no spread in the probabilities), nothing is checked.
-        least: correlation below which a synchronous run stops.
-        synchronous: rollouts are the actor's own; else they may be some updates old, which is only warned of.
-
-    Raises:
-        EmbedRLError: the correlation is below `least`.
+    One low step is warned of, since a batch of few or nearly certain tokens has a low correlation by chance; two in a
+    row are no chance.
     """
-    value = float(metrics.get(CORRELATION, float("nan")))
-    if not value < WARN_BELOW:
-        return
-    message = (
-        f"step {step}: the probabilities of the rollout and of the actor correlate by {value:.3f} ({CORRELATION}); 1 "
-        "is the same policy"
-    )
-    if synchronous and value < least:
-        raise EmbedRLError(
-            f"{message}, and below embedrl.rollout.min_probs_correlation={least:g} the run stops: it would train on "
-            "the rollouts of another policy. Look for weights that do not reach vLLM (adapters of the vision part, "
-            "quantisation), other prompts or positions, or another temperature"
+
+    def __init__(self, least: float, *, synchronous: bool) -> None:
+        """
+        Args:
+            least: correlation below which a synchronous run stops.
+            synchronous: rollouts are the actor's own; else they may be some updates old, which is only warned of.
+        """
+        self.least, self.synchronous = least, synchronous
+        self._low_before = self._said_unwatched = False
+
+    def check(self, metrics: Mapping[str, float], step: int) -> None:
+        """Look at the metrics of a step.
+
+        Raises:
+            EmbedRLError: the correlation is below `least` for the second step in a row.
+        """
+        value = float(metrics.get(CORRELATION, float("nan")))
+        if math.isnan(value):
+            if not self._said_unwatched:
+                logger.warning(
+                    "EG-RL: step %d has no %s (log-probs of the rollout are off, or all probabilities are equal); "
+                    "whether rollouts are the actor's own is not watched there",
+                    step,
+                    CORRELATION,
+                )
+            self._said_unwatched = True
+            return
+        low_before, self._low_before = self._low_before, value < self.least
+        if value >= WARN_BELOW:
+            return
+        message = (
+            f"step {step}: the probabilities of the rollout and of the actor correlate by {value:.3f} ({CORRELATION}); "
+            "1 is the same policy"
         )
-    logger.warning("EG-RL: %s", message)
+        if self.synchronous and self._low_before and low_before:
+            raise EmbedRLError(
+                f"{message}, and below embedrl.rollout.min_probs_correlation={self.least:g} for two steps in a row the "
+                "run stops: it would train on the rollouts of another policy. Look for weights that do not reach vLLM "
+                "(adapters of the vision part, quantisation), other prompts or positions, another temperature, or "
+                "sampling that cuts probabilities (rollout.top_k, rollout.top_p)"
+            )
+        logger.warning("EG-RL: %s", message)

@@ -112,18 +112,20 @@ def roster(dataset: Any, sessions: int) -> list[ValidationRow]:
     ]
 
 
-def left_out_metrics(train: Any, validation: Any) -> dict[str, float]:
+def left_out_metrics(train: Any, validation: Any, *, by_source: bool) -> dict[str, float]:
     """Pairs that are too long, of both data sets and of each source that has some; nothing where all pairs fit.
 
     Args:
         train, validation: `TCoTDataset`s.
+        by_source: False where verl puts the metrics of several steps together, which adds up whatever has "sum" or
+            "total" in its name, as a source may.
     """
     found = {}
     for name, data in (("train", train), ("val", validation)):
         if data.left_out:
             found[f"data/left_out/{name}"] = float(sum(data.left_out.values()))
             found[f"data/pairs/{name}"] = float(len(data.pair_ids) + sum(data.left_out.values()))
-        for source, count in data.left_out.items():
+        for source, count in data.left_out.items() if by_source else ():
             found[f"data/left_out/{name}/{metric_name(source)}"] = float(count)
     return found
 

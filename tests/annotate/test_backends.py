@@ -106,8 +106,10 @@ def test_clips_travel_as_vllms_list_of_frames_without_loss(family):
     assert len(sent) == 4  # an odd clip repeats its last frame
     frames = prompt.messages[0]["content"][0]["video"]
     assert all((mine == np.asarray(frame)).all() for mine, frame in zip(sent, frames, strict=True))
-    assert body["media_io_kwargs"] == {"video": {"fps": 1.0, "num_frames": -1}}
-    assert ("mm_processor_kwargs" in body) == (family == "qwen2_5_vl")
+    times = {"fps": 1.0, "frames_indices": [0, 1, 2, 2], "total_num_frames": 4}
+    assert body["media_io_kwargs"] == {"video": {**times, "num_frames": -1}}
+    asked = {"video_metadata": [times], "do_sample_frames": False} if family == "qwen2_5_vl" else None
+    assert body.get("mm_processor_kwargs") == asked
 
 
 async def _ask_as(backend, server, prompt, family):

@@ -47,7 +47,7 @@ def ask(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", params)
 
     async def run(texts, path="m"):
-        backend = EngineBackend(path)
+        backend = EngineBackend(path, "qwen2_5_vl")
         try:
             facts = await backend.meet()
             prompts = [Prompt([{"role": "user", "content": text}]) for text in texts]

@@ -47,7 +47,7 @@ def test_words_and_pixels_are_those_of_the_rollout(family, style):
             clips = [part for part in parts if part["type"] == "video"]
             for clip, (video, metadata) in zip(clips, videos or [], strict=True):
                 mine = np.stack([np.asarray(frame) for frame in clip["video"]]).transpose(0, 3, 1, 2)
-                assert (mine == video.numpy()).all() and clip["fps"] == metadata["fps"] and len(mine) == 8
+                assert (mine == video.numpy()).all() and clip["times"].metadata() == metadata and len(mine) == 8
                 compared += 1
     assert compared == 5
 

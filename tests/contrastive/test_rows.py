@@ -26,12 +26,14 @@ from embedrl_verl.embedder.info_nce import contrastive_loss
 from embedrl_verl.errors import DataError, MediaError
 from embedrl_verl.tiny.digits import SOURCES, annotated, make_samples
 from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.reasoner import TINY_LIMITS
+from embedrl_verl.tiny.reasoner import tiny_limits
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory) -> EmbedProcessor:
-    return EmbedProcessor.from_pretrained(build_tiny_model(tmp_path_factory.mktemp("m") / "model"), limits=TINY_LIMITS)
+    return EmbedProcessor.from_pretrained(
+        build_tiny_model(tmp_path_factory.mktemp("m") / "model"), limits=tiny_limits("qwen2_vl")
+    )
 
 
 @pytest.fixture(scope="module")

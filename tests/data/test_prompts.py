@@ -12,6 +12,7 @@ from PIL import Image
 from embedrl_verl.data.media import MediaLimits, fit_image, load_image, load_item
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import Item, PairRecord, Video, input_kind
+from embedrl_verl.data.video import FrameTimes
 from embedrl_verl.errors import MediaError
 from embedrl_verl.tcot import build_prompt
 
@@ -73,7 +74,7 @@ def test_references_change_nothing_but_the_media(
     assert [part["image"] for part in parts_of(by_reference, "image")] == list(query.images)
     for part in parts_of(by_reference, "video"):
         assert part["video"] == [FRAMES[index] for index in (0, 1, 2, 3, 5, 6, 7, 8)]
-        assert part["fps"] == pytest.approx(3.0 * 8 / 9)
+        assert part["times"] == FrameTimes(3.0, (0, 1, 2, 3, 5, 6, 7, 8), 9)
     of_references = load_prompt_media(by_reference, LIMITS, str(clip_root))
     of_pixels = load_prompt_media(direct, LIMITS, None)
     assert [image.tobytes() for image in of_references[0] or ()] == [image.tobytes() for image in of_pixels[0] or ()]
@@ -110,7 +111,7 @@ def test_odd_clip_is_padded_and_metadata_forbid_resampling(pair: MakePair, clip_
     ((frames, metadata),) = videos
     assert tuple(frames.shape) == (4, 3, 84, 56)
     assert (frames[3] == frames[2]).all() and not (frames[2] == frames[1]).all()
-    assert metadata == {"fps": 1.0, "frames_indices": [0, 1, 2, 3], "total_num_frames": 4}
+    assert metadata == {"fps": 1.0, "frames_indices": [0, 1, 2, 2], "total_num_frames": 4}
 
 
 def test_frames_of_other_sizes_follow_the_first(pair: MakePair, clip_root: Path) -> None:
@@ -138,7 +139,8 @@ def test_video_file_is_sampled_as_for_evidence(pair: MakePair, tmp_path: Path) -
     _, videos = load_prompt_media(messages, LIMITS, str(tmp_path))
     assert videos is not None
     assert videos[0][0].shape[0] == len(loaded.frames) == 6
-    assert videos[0][1]["fps"] == loaded.fps == pytest.approx(2.0)
+    assert loaded.fps == pytest.approx(2.0)
+    assert loaded.times is not None and videos[0][1] == loaded.times.metadata()
 
 
 def test_error_names_the_medium(pair: MakePair, root: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoProcessor
 
+from embedrl_verl.data.video import list_times
 from embedrl_verl.embedder import PROFILES, build_messages, render_prompt
 from embedrl_verl.tcot import parse_tcot
 from tests.embedder.inputs import TCOT, item, picture
@@ -47,10 +48,10 @@ def test_without_tcot_the_same_builder_gives_the_plain_prompt():
     )
 
 
-def test_frames_are_one_video_part_with_their_rate():
+def test_frames_are_one_video_part_with_their_times():
     frames = (picture(0), picture(1))
     video = build_messages(item("a", frames=frames, fps=4.0))[0]["content"][0]
-    assert video == {"type": "video", "video": list(frames), "fps": 4.0}
+    assert video == {"type": "video", "video": list(frames), "times": list_times(4.0, 2)}
 
 
 @pytest.mark.parametrize("text", ["<emb>", "x<|image_pad|>y", "<|im_end|>\n<|im_start|>assistant\n", "<|video_pad|>"])

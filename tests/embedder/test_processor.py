@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoProcessor
 
 from embedrl_verl.data.media import MediaLimits, smart_resize
+from embedrl_verl.data.video import FrameTimes, list_times
 from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.tcot import parse_tcot
@@ -24,10 +27,7 @@ def reference(embedder, prepared):
         media["images"] = list(prepared.images)
     if prepared.videos:
         media["videos"] = [frames for frames, _ in prepared.videos]
-        media["video_metadata"] = [
-            {"total_num_frames": len(frames), "fps": fps, "frames_indices": list(range(len(frames)))}
-            for frames, fps in prepared.videos
-        ]
+        media["video_metadata"] = [times.metadata() for _, times in prepared.videos]
     return processor(text=[prepared.prompt], do_resize=False, do_sample_frames=False, return_tensors="pt", **media)
 
 
@@ -72,6 +72,40 @@ def test_a_video_advances_time_by_patch_and_the_text_goes_on_behind_its_largest_
     assert encoded.position_ids[2:, pads].tolist() == [[start, start]] * 2
     behind = start + times[-1] + 1
     assert encoded.position_ids[1:, pads[-1] + 1].tolist() == [behind] * 3
+
+
+@pytest.mark.parametrize(
+    ("times", "written"),
+    [
+        (FrameTimes(30.0, (0, 43, 85, 128, 171, 214, 256, 299), 300), ["0.7", "3.5", "6.4", "9.2"]),
+        (FrameTimes(1000.0, (0, 400, 9000), 9900), ["0.2", "9.0"]),  # the last frame is repeated
+        (list_times(2.0, 4), ["0.2", "1.2"]),
+        (list_times(1.0, 9, (0, 3, 5, 8)), ["1.5", "6.5"]),
+    ],
+    ids=["ten seconds, first to last", "uneven and odd", "a list", "drawn from a list"],
+)
+def test_qwen3_vl_is_told_the_true_times_of_frames(embedder, times, written):
+    processor = embedder("qwen3_vl").processor
+    clip = item("a", frames=tuple(picture(k, 64, 64) for k in range(len(times.indices))))
+    ids = processor.encode(EmbedInput(replace(clip, times=times))).input_ids
+    assert re.findall(r"<([\d.]+) seconds>", processor.tokenizer.decode(ids)) == written
+
+
+@pytest.mark.parametrize(
+    ("times", "steps"),
+    [
+        (list_times(0.5, 8), [0, 16, 32, 48]),
+        (FrameTimes(30.0, (0, 43, 85, 128, 171, 214, 256, 299), 300), [0, 10, 20, 30]),
+        (list_times(3.0, 8, range(8)), [0, 2, 5, 8]),
+    ],
+    ids=["16 s", "10 s of 30 a second", "three a second"],
+)
+def test_qwen2_5_vl_reads_a_clip_at_its_own_rate(embedder, times, steps):
+    processor = embedder("qwen2_5_vl").processor
+    clip = item("a", frames=tuple(picture(k, 56, 28) for k in range(8)))
+    encoded = processor.encode(EmbedInput(replace(clip, times=times)))
+    pads = (encoded.input_ids == processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")).nonzero().flatten()
+    assert sorted(set((encoded.position_ids[1, pads] - int(pads[0])).tolist())) == steps
 
 
 def test_media_are_fitted_once_and_never_resized_again(each_embedder):

@@ -16,6 +16,7 @@ import pytest
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan import Plan, compose, make_plan
+from tests.recipes.calls import recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 FSDP = ("run_egrl_qwen2vl.sh", "run_egrl_qwen2_5vl.sh", "run_egrl_qwen3vl.sh")
@@ -224,3 +225,54 @@ def test_a_knob_with_another_value_is_refused_with_the_choices(tmp_path: Path, v
 def test_a_plan_counts_the_gpus_of_separate_rollouts(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, FSDP[0], MODE="separate_async", GPUS_PER_NODE="4")
     assert "for training, 4 for rollouts: 8 in all" in str(plan)
+
+
+def started(tmp_path: Path, *arguments: str, fail: str = "-") -> tuple[list[str], str]:
+    """Modules that a run (not a dry one) calls, and what it says; calls of the module `fail` fail."""
+    stand_in, calls = tmp_path / "python", tmp_path / "calls"
+    stand_in.write_text(f'{recording(str(calls))}\n[[ "$2" != embedrl_verl.{fail} ]]\n')
+    stand_in.chmod(0o755)
+    calls.unlink(missing_ok=True)
+    variables = {"RAY_ADDRESS": "none", "PYTHON": str(stand_in), "OUT": str(tmp_path / "out")}
+    done = run_recipe("run_egrl_qwen2vl.sh", *arguments, **variables)
+    return [call[1].removeprefix("embedrl_verl.") for call in recorded(calls)], done.stdout + done.stderr
+
+
+def earlier_run(tmp_path: Path, *, checkpoint: bool) -> Path:
+    out = tmp_path / "out"
+    (out / "rollouts").mkdir(parents=True)
+    (out / "metrics.jsonl").write_text("of the first run")
+    (out / "checkpoints").mkdir()
+    if checkpoint:
+        (out / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("50")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "arguments", "moved"),
+    [
+        (False, [], True),
+        (True, [], False),
+        (True, ["trainer.resume_mode=disable"], True),
+        (False, ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/c/global_step_5"], False),
+    ],
+)
+def test_a_run_that_starts_anew_moves_an_earlier_ones_files_aside(tmp_path, checkpoint, arguments, moved):
+    out = earlier_run(tmp_path, checkpoint=checkpoint)
+    modules, said = started(tmp_path, *arguments)
+    assert modules == (["plan", "train"] if moved else ["train"]), said
+    assert (out / "old-1" / "metrics.jsonl").is_file() is moved
+    assert (out / "metrics.jsonl").is_file() is not moved
+    assert {path.name for path in (out / "old-1").glob("*")} == (
+        {"metrics.jsonl", "rollouts", "checkpoints"} if moved else set()
+    )
+
+
+def test_nothing_of_an_earlier_run_is_moved_for_settings_that_are_refused(tmp_path):
+    out = earlier_run(tmp_path, checkpoint=False)
+    assert started(tmp_path, fail="plan")[0] == ["plan"]
+    assert (out / "metrics.jsonl").is_file() and not (out / "old-1").exists()
+
+
+def test_a_first_run_moves_nothing(tmp_path):
+    assert started(tmp_path)[0] == ["train"]

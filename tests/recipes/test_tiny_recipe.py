@@ -120,6 +120,13 @@ def test_other_settings_start_anew_and_move_the_earlier_run_aside(recipe: Recipe
     assert (recipe.out / "old-2" / "rl").is_dir() and (recipe.out / "old-1" / "rl").is_dir()
 
 
+def test_a_run_of_fewer_steps_than_are_done_is_another_run(recipe: Recipe) -> None:
+    recipe.modules()
+    assert recipe.modules(STEPS="6") == ["plan", *STAGES[STAGES.index("train") :]]
+    assert (recipe.out / "old-1" / "rl" / "checkpoints" / "global_step_7").is_dir()
+    assert "rl: before 7 steps, now STEPS=6" in recipe.said
+
+
 def test_nothing_is_moved_for_settings_that_the_plan_refuses(recipe: Recipe) -> None:
     recipe.modules()
     (recipe.out / "results.json").write_text("of the first run")
@@ -160,7 +167,7 @@ def test_a_training_that_fails_ends_the_other_and_is_done_again(recipe: Recipe, 
         (["--help"], {}, 0, "Stages: world (models and data)"),
         (["-h"], {"REWARD": "none.py"}, 0, "UNTIL=<stage>"),
         ([], {"UNTIL": "pretraining"}, 2, "UNTIL must be a stage"),
-        ([], {"FAMILY": "qwen3_vl"}, 2, "FAMILY must be qwen2_vl"),
+        ([], {"FAMILY": "qwen4_vl"}, 2, "FAMILY must be one of qwen2_vl qwen2_5_vl qwen3_vl ; got qwen4_vl"),
     ],
 )
 def test_help_and_wrong_values_touch_nothing(

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from embedrl_verl.data.media import LoadedItem
+from embedrl_verl.data.video import list_times
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, INPUT_KINDS
 from embedrl_verl.tcot import FAMILIES, box_convention, build_prompt
@@ -50,7 +51,7 @@ def test_media_come_before_the_text_in_one_user_turn(kind: str, style: str) -> N
     (message,) = build_prompt(kind, item, family="qwen2_vl", style=style)
     assert message["role"] == "user"
     video, first, second, text = message["content"]
-    assert video == {"type": "video", "video": list(FRAMES), "fps": 1.5}
+    assert video == {"type": "video", "video": list(FRAMES), "times": list_times(1.5, len(FRAMES))}
     assert (first["image"], second["image"]) == IMAGES and text["type"] == "text"
 
 

@@ -12,7 +12,7 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.tiny.contrastive import ContrastiveConfig, corrupt, embed_input, train_contrastive
 from embedrl_verl.tiny.digits import SFT_SCANS, make_samples
 from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.reasoner import TINY_LIMITS
+from embedrl_verl.tiny.reasoner import tiny_limits
 
 
 def test_corruption_changes_digits_of_the_answer_alone() -> None:
@@ -24,12 +24,12 @@ def test_corruption_changes_digits_of_the_answer_alone() -> None:
 
 
 def test_training_brings_partners_together(tmp_path: Path) -> None:
-    embedder = Embedder.from_pretrained(build_tiny_model(tmp_path), limits=TINY_LIMITS)
+    embedder = Embedder.from_pretrained(build_tiny_model(tmp_path), limits=tiny_limits("qwen2_vl"))
     samples = make_samples("digits_i2t", 4, scans=SFT_SCANS, seed=1)
 
     def margin() -> float:
-        query = embedder.embed([embed_input(s, "query", s.query.tcot) for s in samples])
-        target = embedder.embed([embed_input(s, "target", s.target.tcot) for s in samples])
+        query = embedder.embed([embed_input(s, "query", s.query.tcot, "qwen2_vl") for s in samples])
+        target = embedder.embed([embed_input(s, "target", s.target.tcot, "qwen2_vl") for s in samples])
         similarity = query @ target.T
         others = similarity[~torch.eye(len(samples), dtype=torch.bool)]
         return float(similarity.diagonal().mean() - others.mean())

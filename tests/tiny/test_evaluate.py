@@ -16,7 +16,7 @@ from embedrl_verl.tiny.canvas import HELD_OUT_SCANS
 from embedrl_verl.tiny.digits import Sample, WorldSize, make_samples, write_world
 from embedrl_verl.tiny.evaluate import evaluate, main, score_view, true_tcots
 from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.reasoner import TINY_LIMITS
+from embedrl_verl.tiny.reasoner import tiny_limits
 
 WRONG = "<thinking>{}</thinking> no"
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def embedder(folder: Path) -> Embedder:
-    return Embedder.from_pretrained(folder, limits=TINY_LIMITS)
+    return Embedder.from_pretrained(folder, limits=tiny_limits("qwen2_vl"))
 
 
 def samples_of(*sources: str, count: int = 4) -> list[Sample]:
@@ -107,7 +107,7 @@ def test_an_input_that_cannot_be_embedded_is_a_counted_miss(
             raise EmbedderError("too long")
         return encode(one)
 
-    first = module.embed_input(samples[0], "query", None)
+    first = module.embed_input(samples[0], "query", None, "qwen2_vl")
     monkeypatch.setattr(embedder.processor, "encode", refuse_first_query)
     view = score_view(embedder, samples)
     assert view.failed_rows == 1

@@ -2,6 +2,7 @@
 """The cold start trains on the data set's own prompts, labels what it should, and stops where it is told."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,31 +12,32 @@ from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tiny.digits import SFT_SCANS, SOURCES, Sample, Truth, cut_short, make_samples
-from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.reasoner import END, TINY_LIMITS, Prompt, Reasoner
+from embedrl_verl.tiny.models import TinyFamily, build_tiny_model
+from embedrl_verl.tiny.reasoner import END, Prompt, Reasoner
 from embedrl_verl.tiny.sft import IGNORED, SftConfig, digit_accuracy, make_lesson, read_accuracy, train_sft
 
 
-@pytest.fixture(scope="module")
-def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
-    return Reasoner.from_pretrained(build_tiny_model(tmp_path_factory.mktemp("reasoner")))
+@pytest.fixture(scope="module", params=get_args(TinyFamily))
+def reasoner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
+    return Reasoner.from_pretrained(build_tiny_model(tmp_path_factory.mktemp("reasoner"), family=request.param))
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    return [sample for source in SOURCES for sample in make_samples(source, 4, scans=SFT_SCANS, seed=1)]
+def samples(reasoner: Reasoner) -> list[Sample]:
+    family = reasoner.family
+    return [one for source in SOURCES for one in make_samples(source, 4, scans=SFT_SCANS, seed=1, family=family)]
 
 
 def test_prompts_are_token_by_token_those_of_the_rollout(reasoner: Reasoner, samples: list[Sample]) -> None:
     """verl's agent loop builds its prompts with this builder from the data set's messages and fitted media."""
     processor = reasoner.processor
-    builder = PromptMeter(processor.tokenizer, processor, "qwen2_vl", {})._builder
+    builder = PromptMeter(processor.tokenizer, processor, reasoner.family, {})._builder
     for sample in samples:
         for side in SIDES:
             messages = prompt_messages(
-                sample.record, side, family="qwen2_vl", style="compact", few_shot=False, max_frames=8
+                sample.record, side, family=reasoner.family, style="compact", few_shot=False, max_frames=8
             )
-            images, videos = load_prompt_media(messages, TINY_LIMITS, None)
+            images, videos = load_prompt_media(messages, reasoner.limits, None)
             features: dict[str, torch.Tensor] = {}
             ids = builder.build_initial_tokens(messages, images=images, videos=videos, mm_inputs_out=features)
             row = reasoner.encode(Prompt(sample.record, side))
@@ -74,9 +76,13 @@ def test_a_terse_lesson_is_the_true_one_with_a_short_answer(reasoner: Reasoner, 
         )
 
 
-def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path: Path, samples: list[Sample]) -> None:
+def a_text_and_a_picture() -> list[Sample]:
+    return make_samples("digits_t2i", 4, scans=SFT_SCANS, seed=1)[:2]
+
+
+def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path: Path) -> None:
     reasoner = Reasoner.from_pretrained(build_tiny_model(tmp_path / "model", seed=1))
-    lessons = samples[8:10]  # digits_t2i: a text and a picture
+    lessons = a_text_and_a_picture()
     config = SftConfig(max_steps=200, batch_size=4, warmup=5, check_every=20, stop_accuracy=0.9, habit_steps=0)
     accuracy = train_sft(reasoner, lessons, lessons, config)
     assert accuracy >= 0.9
@@ -88,10 +94,10 @@ def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path: P
 
 
 @pytest.mark.nightly
-def test_a_terse_habit_is_learnt_and_does_not_hide_the_digits(tmp_path: Path, samples: list[Sample]) -> None:
+def test_a_terse_habit_is_learnt_and_does_not_hide_the_digits(tmp_path: Path) -> None:
     """Greedy answers are short, and still the reader is known to read the digits that it leaves out."""
     reasoner = Reasoner.from_pretrained(build_tiny_model(tmp_path, seed=1))
-    lessons = samples[8:10]
+    lessons = a_text_and_a_picture()
     config = SftConfig(max_steps=250, batch_size=4, warmup=5, check_every=250, habit_steps=60, terse_share=0.8)
     assert train_sft(reasoner, lessons, lessons, config) >= 0.8
     pictures = reasoner.generate([Prompt(s.record, "target") for s in lessons])

@@ -10,7 +10,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.trainer.agent_loop import TCoTAgentLoop, _FixedPrompt
+from embedrl_verl.trainer.agent_loop import TCoTAgentLoop, _ClipClient
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
 
 TEXT = '<thinking>two {"text_keywords": ["a"]}</thinking><rethink>yes</rethink><answer>a</answer>'
@@ -27,10 +27,17 @@ class _FakeClient:
         return prompt_ids, kwargs
 
 
-def test_a_fixed_prompt_replaces_the_ids_and_nothing_else():
-    client = _FixedPrompt(_FakeClient(), [1, 2])
-    answer = asyncio.run(client.generate(prompt_ids=[1, 9, 9, 2], request_id="r", video_data=["clip"]))
-    assert answer == ([1, 2], {"request_id": "r", "video_data": ["clip"]})
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_vllm_is_asked_for_a_clip_at_its_times_and_with_ids_that_it_can_expand(family):
+    metadata = {"fps": 30.0, "frames_indices": [0, 30], "total_num_frames": 60}
+    given = {"request_id": "r", "video_data": [("clip", metadata)], "mm_processor_kwargs": {"min_pixels": 4}}
+    times = {"video_metadata": [metadata], "do_sample_frames": False} if family == "qwen2_5_vl" else {}
+    expected = {**given, "mm_processor_kwargs": {"min_pixels": 4, **times}}
+    for own, sent in (([1, 2], [1, 2]), (None, [1, 9, 9, 2])):
+        client = _ClipClient(_FakeClient(), family, own)
+        assert asyncio.run(client.generate(prompt_ids=[1, 9, 9, 2], **given)) == (sent, expected)
+    without = {"request_id": "r", "video_data": None, "mm_processor_kwargs": {}}
+    assert asyncio.run(_ClipClient(_FakeClient(), family, None).generate(prompt_ids=[1], **without)) == ([1], without)
 
 
 class _FakeBackend:

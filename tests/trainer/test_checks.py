@@ -8,7 +8,13 @@ import pytest
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan import compose, make_plan
-from embedrl_verl.trainer.checks import check_files, check_run_config, last_step, refuse_videos_that_megatron_misplaces
+from embedrl_verl.trainer.checks import (
+    check_files,
+    check_resumed_step,
+    check_run_config,
+    last_step,
+    refuse_videos_that_megatron_misplaces,
+)
 
 REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 CPU = [*REQUIRED, "platform=cpu", "data.max_prompt_length=256", "data.max_response_length=96"]
@@ -129,6 +135,12 @@ def test_a_run_ends_at_the_step_that_its_epochs_allow(steps, epochs, last, said,
     run = SimpleNamespace(total_training_steps=steps, total_epochs=epochs)
     assert last_step(run, 10) == last
     assert ("step 30 is the last one" in caplog.text) is said
+
+
+def test_a_checkpoint_of_a_later_step_than_the_last_is_refused(tmp_path):
+    check_resumed_step(tmp_path, 30, 30)
+    with pytest.raises(ConfigError, match=r"is of step 40, and this run ends at step 30: raise trainer\.total"):
+        check_resumed_step(tmp_path, 40, 30)
 
 
 @pytest.mark.parametrize("odd", ["[1]", "a*", "b?"])

@@ -12,35 +12,48 @@ from embedrl_verl.plan import compose
 from embedrl_verl.trainer.checks import check_run_config
 from embedrl_verl.trainer.egrl import EGRLTrainerSync
 from embedrl_verl.trainer.modes_async import EGRLTrainerColocateAsync
-from embedrl_verl.trainer.same_policy import CORRELATION, check_same_policy
+from embedrl_verl.trainer.same_policy import CORRELATION, PolicyWatch
 
 REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 LORA = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16"]
 
 
 @pytest.mark.parametrize(
-    ("value", "synchronous", "warned", "stopped"),
+    ("values", "synchronous", "warned", "stopped"),
     [
-        (1.0, True, False, False),
-        (0.99, True, False, False),
-        (0.98, True, True, False),
-        (0.9, True, True, False),
-        (0.745, True, False, True),
-        (-0.2, True, False, True),
-        (0.745, False, True, False),
-        (float("nan"), True, False, False),
-        (None, True, False, False),
+        ([1.0, 1.0], True, [], False),
+        ([0.99], True, [], False),
+        ([0.98, 0.9, 0.9], True, [0, 1, 2], False),
+        ([0.745], True, [0], False),
+        ([0.745, 0.95, 0.745], True, [0, 1, 2], False),
+        ([1.0, 0.745, 0.44], True, [1], True),
+        ([-0.2, -0.2], True, [0], True),
+        ([0.745, 0.745], False, [0, 1], False),
+        ([float("nan"), 0.5, float("nan"), 0.5], True, [1], True),
+        ([None, None, 0.5], True, [2], False),
     ],
 )
-def test_a_correlation_is_warned_of_or_stops_the_run(value, synchronous, warned, stopped, caplog):
-    metrics = {} if value is None else {CORRELATION: value}
+def test_a_low_correlation_is_warned_of_and_two_in_a_row_stop_the_run(values, synchronous, warned, stopped, caplog):
     caplog.set_level(logging.WARNING)
-    if stopped:
-        with pytest.raises(EmbedRLError, match="min_probs_correlation=0.9 the run stops"):
-            check_same_policy(metrics, 7, least=0.9, synchronous=synchronous)
-    else:
-        check_same_policy(metrics, 7, least=0.9, synchronous=synchronous)
-    assert ("step 7" in caplog.text) is warned
+    watch, ended = PolicyWatch(0.9, synchronous=synchronous), False
+    for step, value in enumerate(values):
+        metrics = {} if value is None else {CORRELATION: value}
+        if stopped and step == len(values) - 1:
+            with pytest.raises(EmbedRLError, match=r"min_probs_correlation=0.9 for two steps.*rollout.top_k"):
+                watch.check(metrics, step)
+            ended = True
+        else:
+            watch.check(metrics, step)
+    assert ended is stopped
+    assert [step for step in range(len(values)) if f"step {step}: the prob" in caplog.text] == warned
+
+
+def test_steps_that_cannot_be_watched_are_said_once(caplog):
+    caplog.set_level(logging.WARNING)
+    watch = PolicyWatch(0.9, synchronous=True)
+    for step in range(3):
+        watch.check({CORRELATION: float("nan")} if step else {}, step)
+    assert caplog.text.count("is not watched") == 1 and "step 0 has no" in caplog.text
 
 
 @pytest.mark.parametrize(("trainer", "stops"), [(EGRLTrainerSync, True), (EGRLTrainerColocateAsync, False)])
@@ -56,7 +69,11 @@ def test_the_trainer_looks_after_verls_log_probs(trainer, stops, monkeypatch):
     made = object.__new__(trainer)
     from embedrl_verl.config import load_embedrl_config
 
-    made.embedrl, made.global_steps = load_embedrl_config(config), 3
+    made.global_steps = 3
+    made._policy_watch = PolicyWatch(
+        load_embedrl_config(config).rollout.min_probs_correlation, synchronous=made.parent_mode == "sync"
+    )
+    made._compute_old_log_prob("batch", metrics={})
     if stops:
         with pytest.raises(EmbedRLError, match="step 3"):
             made._compute_old_log_prob("batch", metrics={})

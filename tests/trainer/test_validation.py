@@ -8,7 +8,14 @@ import torch
 
 from embedrl_verl.data.identity import ContentId
 from embedrl_verl.trainer.egrl import EGRLTrainerSync
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores, metric_name, roster
+from embedrl_verl.trainer.validation import (
+    RetrievalValidation,
+    ValidationRow,
+    card_scores,
+    left_out_metrics,
+    metric_name,
+    roster,
+)
 
 
 def _row(source, side, content, vector, session=0):
@@ -172,3 +179,12 @@ def test_several_rollouts_of_a_prompt_are_averaged():
 def test_card_scores_keep_the_core_scores_under_readable_names():
     metrics = {"val-core/birds/hit@1": 0.5, "raw/val-core/all/ndcg@5": 0.25, "val-aux/birds/failed_rows": 3.0}
     assert card_scores(metrics) == {"hit@1 (birds)": 0.5, "ndcg@5 (all, raw input)": 0.25}
+
+
+def test_pairs_that_are_too_long_are_counted_by_source_where_steps_are_not_put_together():
+    train = SimpleNamespace(left_out={"xsum": 3, "a/b": 1}, pair_ids=list("abcdef"))
+    validation = SimpleNamespace(left_out={}, pair_ids=list("ab"))
+    totals = {"data/left_out/train": 4.0, "data/pairs/train": 10.0}
+    assert left_out_metrics(train, validation, by_source=False) == totals
+    by_source = {"data/left_out/train/xsum": 3.0, "data/left_out/train/a%2Fb": 1.0}
+    assert left_out_metrics(train, validation, by_source=True) == totals | by_source

@@ -20,6 +20,7 @@ from PIL import Image
 from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.serving.clips import request_arguments
 
 PATH = "/v1/embeddings"
 NOT_FINITE = "the embedding server gave a vector that is not finite or has no direction"
@@ -58,12 +59,8 @@ def embed_request(processor: EmbedProcessor, inputs: EmbedInput) -> EmbedRequest
     if prepared.videos:
         if len(prepared.videos) > 1:
             raise EmbedderError(f"a request can hold one video; the row has {len(prepared.videos)}")
-        ((frames, fps),) = prepared.videos
-        # vLLM would keep 32 frames; -1 keeps all.
-        payload["media_io_kwargs"] = {"video": {"fps": fps, "num_frames": -1}}
-        if processor.family == "qwen2_5_vl":  # vLLM does not tell this family's processor the frame rate
-            metadata = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
-            payload["mm_processor_kwargs"] = {"video_metadata": metadata}
+        ((_, times),) = prepared.videos
+        payload |= request_arguments(processor.family, times)
     return EmbedRequest(payload, input_ids)
 
 

@@ -67,9 +67,9 @@ def test_pixels_arrive_as_the_model_reads_them(each_embedder):
         images = [pixels(part["image_url"]["url"])[0] for part in parts(request, "image_url")]
         assert len(images) == len(prepared.images)
         assert all(np.array_equal(sent, np.asarray(kept)) for sent, kept in zip(images, prepared.images, strict=True))
-        for part, (frames, fps) in zip(parts(request, "video_url"), prepared.videos, strict=True):
+        for part, (frames, times) in zip(parts(request, "video_url"), prepared.videos, strict=True):
             assert np.array_equal(np.stack(pixels(part["video_url"]["url"])), frames)
-            assert request.payload["media_io_kwargs"] == {"video": {"fps": fps, "num_frames": -1}}
+            assert request.payload["media_io_kwargs"] == {"video": {**times.metadata(), "num_frames": -1}}
         seen["image"] += len(images)
         seen["video"] += len(prepared.videos)
         json.dumps(request.payload)
