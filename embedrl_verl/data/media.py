@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 
+from embedrl_verl.data.pixels import to_rgb
 from embedrl_verl.data.schema import Item, Media, Video
 from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, even_indices, list_times, read_video
 from embedrl_verl.errors import ConfigError, MediaError
@@ -143,21 +143,6 @@ def fit_image(image: Image.Image, limits: MediaLimits, is_frame: bool = False) -
     )
     rgb = to_rgb(image)
     return rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB copy: transparency over white (also a colour that stands for it), 16-bit grey scaled to 8 bits; an RGB image
-    without any is returned as it is."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.int64)
-        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
