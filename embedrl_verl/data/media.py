@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from embedrl_verl.data.pixels import to_rgb
+from embedrl_verl.data.pixels import decode_rgb, to_rgb
 from embedrl_verl.data.schema import Item, Media, Video
 from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, even_indices, list_times, read_video
 from embedrl_verl.errors import ConfigError, MediaError
@@ -185,6 +185,8 @@ def image_errors(name: str, source: Path | io.BytesIO) -> Iterator[None]:
         yield
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: over the limit of {MAX_PIXELS} pixels ({error})") from error
+    except MediaError as error:
+        raise MediaError(f"{name}: {error}") from error
     except DECODE_ERRORS as error:
         why = str(error).replace(repr(source), "these bytes")  # Pillow names a buffer by its address in memory
         raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {why})") from error
@@ -200,11 +202,8 @@ def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
     source = resolve_media_path(media, media_root) if isinstance(media, str) else io.BytesIO(media)
     with image_errors(name, source), Image.open(source, formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise MediaError(f"{name}: {image.width}x{image.height} is over the limit of {MAX_PIXELS} pixels")
-        if image.mode == "F":
-            raise MediaError(f"{name}: floating point pixels have no known range; save with 8 or 16 bits")
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+            raise MediaError(f"{image.width}x{image.height} is over the limit of {MAX_PIXELS} pixels")
+        return decode_rgb(image)
 
 
 def load_frames(

@@ -184,7 +184,7 @@ class _Clip:
             is_vp8 = stream.codec_context.name == "vp8"  # its hidden pictures are packets of their own
             found, end = 0, Fraction(0)
             stamps = []
-            for packet in container.demux():
+            for packet in _packets(container):
                 duration = packet.duration or 0
                 if packet.pts is not None:
                     end = max(end, (packet.pts + duration) * packet.time_base)
@@ -212,7 +212,7 @@ class _Clip:
         packets_a_frame = 1
         with self._opened() as (container, stream):
             aspect = stream.sample_aspect_ratio or Fraction(1)
-            for frame in container.decode(stream):
+            for frame in (frame for packet in _packets(container, stream) for frame in packet.decode()):
                 if _is_hidden(container, frame.pts):
                     continue
                 if len(stamps) in chosen:
@@ -272,6 +272,16 @@ class _Clip:
         for turn in _turns(frame):
             image = image.transpose(turn)
         return image
+
+
+def _packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """All packets of the streams (none: of all), and at the end an empty one of each, which ends its decoding."""
+    try:
+        for packet in container.demux(*streams):
+            if packet.size or packet.dts is None:  # one that is empty before would end it too early
+                yield packet
+    except IndexError:  # PyAV, after all others, looks for the last packet of a stream that appeared on the way
+        return
 
 
 def _is_hidden(container: Any, pts: int | None) -> bool:
