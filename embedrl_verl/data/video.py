@@ -260,7 +260,6 @@ class _Clip:
 
     def _picture(self, frame: Any, aspect: Fraction) -> Image.Image:
         """The frame with square pixels, upright, in RGB. `aspect`: width by height of a stored pixel."""
-        self._check_size(frame.width, frame.height)
         width = max(round(frame.width * aspect), 1)
         self._check_size(width, frame.height)
         if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
@@ -294,8 +293,9 @@ def _turns(frame: Any) -> list[Image.Transpose]:
     try:
         found = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV knows no name for another kind of side data, such as EXIF
-        quarters = {90: Image.Transpose.ROTATE_90, -90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180}
-        return [quarters[abs(turn) if abs(turn) == 180 else turn] for turn in [frame.rotation] if turn]
+        turns = [Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270]
+        quarters = round(frame.rotation / 90) % 4  # counterclockwise
+        return turns[quarters - 1 : quarters] if quarters else []
     if found is None:
         return []
     # Column x, row y of what is stored go to column a x + c y, row b x + d y of what is shown.

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from embedrl_verl.data.video import even_indices, read_video
+from embedrl_verl.data import video
+from embedrl_verl.data.video import FrameTimes, even_indices, read_video
 from embedrl_verl.errors import MediaError
 from tests.data.clips import box, boxes, change_box, numbers, read, remux, shift, write_clip
 
@@ -115,24 +117,73 @@ def test_edits_are_shown_one_after_the_other(tmp_path: Path, edits: list[tuple[i
     assert numbers(frames) == shown
 
 
-@pytest.mark.parametrize(
-    ("codec", "show", "hidden"), [("libvpx", 0x10, 1), ("libvpx-vp9", 0x02, 1), ("libvpx", 0x10, 9)]
-)
-def test_pictures_that_are_never_shown_do_not_count(tmp_path: Path, codec: str, show: int, hidden: int) -> None:
-    """Both codecs have hidden reference pictures; a bit of the first byte says so."""
+def hide(show: int, hidden: int) -> Callable[[int, bytearray], None]:
+    """A bit of the first byte says that a picture of VP8 or VP9 is shown."""
 
-    def hide(index: int, content: bytearray) -> None:
+    def change(index: int, content: bytearray) -> None:
         if index and index % 5 == 0 and index <= 5 * hidden:
             content[0] ^= show
 
-    clip = remux(write_clip(tmp_path / "all.webm", codec), tmp_path / "hidden.webm", hide)
+    return change
+
+
+@pytest.mark.parametrize(
+    ("codec", "kind", "show", "hidden", "decoded"),
+    [
+        ("libvpx", "webm", 0x10, 1, 1),
+        ("libvpx", "webm", 0x10, 9, 1),
+        ("libvpx-vp9", "avi", 0x02, 1, 2),  # packets do not tell; WebM has them in one packet with the next picture
+    ],
+)
+def test_pictures_that_are_never_shown_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, kind: str, show: int, hidden: int, decoded: int
+) -> None:
+    whole = write_clip(tmp_path / "all.webm", codec)
+    clip = remux(whole, tmp_path / f"hidden.{kind}", hide(show, hidden))
     with av.open(str(clip)) as container:
-        shown = [frame.pts for frame in container.decode(video=0)]
-    assert len(shown) == 48 - hidden
+        stamps = [frame.pts * frame.time_base * 1000 for frame in container.decode(video=0)]
+    assert len(stamps) == 48 - hidden
+    decode = Mock(side_effect=video._Clip.decode)
+    monkeypatch.setattr(video._Clip, "decode", lambda *arguments: decode(*arguments))
     frames, times = read(clip)
-    expected = even_indices(len(shown), 4)
-    assert times.rate == 1000.0 and times.indices == tuple(shown[index] for index in expected)
+    expected = even_indices(len(stamps), 4)
+    assert times.rate == 1000.0 and times.indices == tuple(round(stamps[index] - stamps[0]) for index in expected)
     assert times.total == pytest.approx(2000, abs=2) and len(frames) == 4
+    assert decode.call_count == decoded
+
+
+def test_a_clip_whose_frames_come_out_of_order_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = write_clip(
+        tmp_path / "a.mp4", pts=[20 * index + index**2 // 20 for index in range(48)], tick=Fraction(1, 1000)
+    )
+    decode = Mock(side_effect=video._Clip.decode)
+    monkeypatch.setattr(video._Clip, "decode", lambda *arguments: decode(*arguments))
+    assert read(clip)[1].rate == 1000.0 and decode.call_count == 1
+
+
+def test_a_clip_of_which_far_fewer_frames_come_than_packets_is_refused(tmp_path: Path) -> None:
+    clip = remux(write_clip(tmp_path / "all.webm", "libvpx-vp9"), tmp_path / "a.avi", hide(0x02, 9))
+    with pytest.raises(MediaError, match=r"'a\.avi': only 39 of 48 frames can be decoded"):
+        read(clip)
+
+
+@pytest.mark.parametrize("interlaced", [True, False])
+def test_two_packets_may_make_one_interlaced_frame(tmp_path: Path, interlaced: bool) -> None:
+    """Broadcasts have a packet a field. Here every other one has no picture."""
+
+    def setup(stream: Any) -> None:
+        stream.options = {"g": "1", **({"flags": "+ildct+ilme"} if interlaced else {})}
+
+    def empty(index: int, content: bytearray) -> None:
+        if index % 2:
+            content[:] = b"\0\0\1\xb2none"
+
+    clip = remux(write_clip(tmp_path / "a.avi", "mpeg2video", setup=setup), tmp_path / "b.avi", empty)
+    if interlaced:
+        assert read(clip)[1] == FrameTimes(12.0, (0, 8, 15, 23), 24)
+    else:
+        with pytest.raises(MediaError, match="only 24 of 48 frames can be decoded"):
+            read(clip)
 
 
 SEEN = {
@@ -184,10 +235,13 @@ def test_a_track_header_that_turns_right_puts_the_top_at_the_right(tmp_path: Pat
 
 
 def test_a_picture_with_exif_is_turned_as_a_clip_too(tmp_path: Path) -> None:
-    tags = Image.Exif()
-    tags[274] = 6
-    Image.new("RGB", (96, 64)).save(tmp_path / "still.jpg", exif=tags)
-    assert read(tmp_path / "still.jpg")[0][0].size == (64, 96)
+    stored = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    for orientation, turn in ((3, "ROTATE_180"), (6, "ROTATE_270"), (8, "ROTATE_90")):
+        tags = Image.Exif()
+        tags[274] = orientation
+        stored.save(tmp_path / "still.jpg", exif=tags, quality=95)
+        seen = np.asarray(stored.transpose(Image.Transpose[turn]), float)
+        assert np.abs(np.asarray(read(tmp_path / "still.jpg")[0][0], float) - seen).mean() < 3
 
 
 @pytest.mark.parametrize(("aspect", "width"), [(Fraction(4, 3), 128), (Fraction(1, 2), 48), (Fraction(1000, 1001), 96)])
@@ -202,6 +256,9 @@ def test_pixels_are_square(tmp_path: Path, kind: str, aspect: Fraction, width: i
     if width > 96:
         with pytest.raises(MediaError, match="128x64 is over the limit of 8000 pixels"):
             read(clip, max_pixels=8000)
+    else:
+        with pytest.raises(MediaError, match="96x64 is over the limit of 6000 pixels"):
+            read(clip, max_pixels=6000)
     turned = write_clip(tmp_path / f"turned.{kind}", setup=lambda s: (setup(s), s.set_display_rotation(90))[0])
     assert read(turned)[0][0].size == (64, width)
 
@@ -214,6 +271,10 @@ def test_frames_of_a_clip_that_changes_its_size_have_the_first_ones(tmp_path: Pa
     assert numbers(frames) == [index % 48 for index in times.indices]
     with pytest.raises(MediaError, match="128x64 is over the limit of 8000 pixels"):
         read(tmp_path / "all.h264", 40, max_pixels=8000)
+    huge = write_clip(tmp_path / "400.h264", size=(400, 400)).read_bytes()
+    (tmp_path / "all.h264").write_bytes(parts[0].read_bytes() + huge)
+    with pytest.raises(MediaError, match="not a readable video"):  # by the decoder, before it takes the memory
+        read(tmp_path / "all.h264", max_pixels=8000)
 
 
 def gif(path: Path) -> None:

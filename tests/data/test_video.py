@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from embedrl_verl.data import media
+from embedrl_verl.data import media, video
 from embedrl_verl.data.media import load_item
 from embedrl_verl.data.schema import Item, Video
 from embedrl_verl.data.video import even_indices, sample_count
@@ -112,6 +115,23 @@ def test_an_empty_packet_ends_nothing(tmp_path: Path) -> None:
     assert clips.read(clip)[1].total == 2000
 
 
+def test_a_stream_that_appears_on_the_way_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV asks for its last packet in a list that was made before, if what lies in memory behind it is not 0."""
+    clip = clips.write_clip(tmp_path / "a.ts")
+    packets = video._packets
+
+    class Late:
+        def __init__(self, container: av.container.InputContainer) -> None:
+            self.container = container
+
+        def demux(self, *streams: av.VideoStream) -> Iterator[av.Packet]:
+            yield from self.container.demux(*streams)
+            raise IndexError("list index out of range")
+
+    monkeypatch.setattr(video, "_packets", lambda container, *streams: packets(Late(container), *streams))
+    assert clips.read(clip)[1].total == 48
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "known", "unknown"),
     [
@@ -160,3 +180,12 @@ def test_oversized_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="no such file"):
         load_item(Item(video=Video(path="gone.mp4")), tmp_path)
+
+
+@pytest.mark.nightly
+def test_a_damaged_clip_gives_frames_or_an_error() -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_video.py"
+    run = subprocess.run(
+        [sys.executable, script, "--clips", "1000", "--seed", "7"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0 and "'frames': " in run.stdout and "'refused': " in run.stdout, run.stdout + run.stderr
