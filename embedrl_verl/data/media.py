@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from embedrl_verl.data.pixels import decode_rgb, to_rgb
 from embedrl_verl.data.schema import Item, Media, Video
 from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, even_indices, list_times, read_video
 from embedrl_verl.errors import ConfigError, MediaError
@@ -145,21 +145,6 @@ def fit_image(image: Image.Image, limits: MediaLimits, is_frame: bool = False) -
     return rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB copy: transparency over white (also a colour that stands for it), 16-bit grey scaled to 8 bits; an RGB image
-    without any is returned as it is."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.int64)
-        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
 def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
     """Absolute path of a media reference, after proof that it is a file inside the media root.
 
@@ -200,6 +185,8 @@ def image_errors(name: str, source: Path | io.BytesIO) -> Iterator[None]:
         yield
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: over the limit of {MAX_PIXELS} pixels ({error})") from error
+    except MediaError as error:
+        raise MediaError(f"{name}: {error}") from error
     except DECODE_ERRORS as error:
         why = str(error).replace(repr(source), "these bytes")  # Pillow names a buffer by its address in memory
         raise MediaError(f"{name}: not a readable image ({type(error).__name__}: {why})") from error
@@ -215,11 +202,8 @@ def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
     source = resolve_media_path(media, media_root) if isinstance(media, str) else io.BytesIO(media)
     with image_errors(name, source), Image.open(source, formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise MediaError(f"{name}: {image.width}x{image.height} is over the limit of {MAX_PIXELS} pixels")
-        if image.mode == "F":
-            raise MediaError(f"{name}: floating point pixels have no known range; save with 8 or 16 bits")
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+            raise MediaError(f"{image.width}x{image.height} is over the limit of {MAX_PIXELS} pixels")
+        return decode_rgb(image)
 
 
 def load_frames(

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames of a video file, evenly spaced over the clip, decoded with PyAV (it comes with qwen-vl-utils).
 
+Frames are what a player shows: of the largest stream that is no cover picture, without what an edit list hides, turned
+upright, stretched where pixels are not square, transparency on white. Fields are not separated and HDR is not mapped.
+
 Decoding is sequential and exact: no seeking, so the same file gives the same frames everywhere. For long films extract
 the frames once and refer to them as a list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from embedrl_verl.data.pixels import to_rgb
 from embedrl_verl.errors import MediaError
 
 DEFAULT_FPS = 2.0
@@ -83,10 +90,57 @@ def sample_count(total: int, native_fps: float, fps: float, max_frames: int) -> 
     return max(int(wanted) // 2 * 2, 1)
 
 
+@dataclass(frozen=True)
+class Stamps:
+    """Time stamps of the frames that a player shows, in their order.
+
+    Attributes:
+        pts: in units of `time_base`; None where the file tells none.
+        last: duration of the last frame in the same units; 0: unknown.
+        time_base: seconds.
+        rates: frames a second that the file claims, the likeliest first.
+    """
+
+    pts: tuple[int | None, ...]
+    last: int
+    time_base: Fraction
+    rates: tuple[Fraction, ...]
+
+    def sample(self, fps: float, max_frames: int) -> tuple[list[int], FrameTimes]:
+        """Which frames (from 0) show the clip at `fps`, and when they stand in it.
+
+        Units are frames where the rate is constant, else milliseconds.
+        """
+        total = len(self.pts)
+        rate = self._constant_rate()
+        if rate is not None:
+            wanted = even_indices(total, sample_count(total, rate, fps, max_frames))
+            return wanted, FrameTimes(rate, tuple(wanted), total)
+        pts = [stamp for stamp in self.pts if stamp is not None]
+        milliseconds = [round((stamp - pts[0]) * self.time_base * 1000) for stamp in pts]
+        last = self.last if self.last > 0 else pts[-1] - pts[-2]
+        length = max(round((pts[-1] - pts[0] + last) * self.time_base * 1000), milliseconds[-1] + 1)
+        wanted = even_indices(total, sample_count(total, total / length * 1000, fps, max_frames))
+        return wanted, FrameTimes(1000.0, tuple(milliseconds[index] for index in wanted), length)
+
+    def _constant_rate(self) -> float | None:
+        """Frames a second; None: it varies. Stamps are rounded to `time_base`, so a rate that the file claims and that
+        fits them is the exact one. Without stamps in order, the claim is all there is."""
+        pts = [stamp for stamp in self.pts if stamp is not None]
+        if len(pts) < max(len(self.pts), 2) or pts[0] >= pts[-1] or pts != sorted(pts):
+            return float(self.rates[0]) if self.rates else DEFAULT_FPS
+        step = Fraction(pts[-1] - pts[0], len(pts) - 1)
+        slack = min(Fraction(2), step / 4)  # ticks; a tick may be as long as a frame, then one that is left out counts
+        if any(abs(stamp - pts[0] - step * index) > slack for index, stamp in enumerate(pts)):
+            return None
+        fitting = [rate for rate in self.rates if abs(1 / rate / self.time_base - step) * (len(pts) - 1) <= slack]
+        return float(fitting[0] if fitting else 1 / step / self.time_base)
+
+
 def read_video(
     path: Path, name: str, fps: float, max_frames: int, max_pixels: int
 ) -> tuple[tuple[Image.Image, ...], FrameTimes]:
-    """Decode the sampled frames (RGB, full resolution) and tell when they stand in the clip.
+    """Decode the sampled frames (RGB, full resolution, of the first one's size) and tell when they stand in the clip.
 
     Args:
         path: an existing file.
@@ -96,32 +150,162 @@ def read_video(
         max_pixels: limit of one frame in pixels.
 
     Raises:
-        MediaError: no video stream, no frame, a frame over the limit, corrupt or truncated.
+        MediaError: no video stream, an unknown codec, no frame, a frame over the limit, corrupt or truncated.
     """
-    import av  # heavy, and needed only for video files
+    clip = _Clip(path, name, max_pixels)
+    stamps = clip.read_packets()
+    expected = len(stamps.pts)
+    # Packets tell which frames will be shown, but for fields of their own and pictures that are never shown. Where the
+    # frames that came say otherwise, they are right, and the clip is decoded once more.
+    for _ in range(3):
+        wanted, times = stamps.sample(fps, max_frames)
+        frames, stamps = clip.decode(wanted, expected)
+        if len(frames) == len(wanted) and stamps.sample(fps, max_frames) == (wanted, times):
+            return frames, times
+    raise clip.refused("it has other frames each time it is decoded")
 
+
+@dataclass(frozen=True)
+class _Clip:
+    path: Path
+    name: str
+    max_pixels: int
+
+    def refused(self, why: str) -> MediaError:
+        return MediaError(f"media path {self.name!r}: {why}")
+
+    def read_packets(self) -> Stamps:
+        """Stamps of the frames that the packets promise."""
+        with self._opened() as (container, stream):
+            # Of an MP4 with an edit list the index has the frames that it needs, of an AVI those that are there; the
+            # header counts all. A Matroska file has its length alone.
+            promised = min(stream.frames, len(stream.index_entries) or stream.frames)
+            length = Fraction(container.duration or 0, 1000000) if "matroska" in container.format.name else 0
+            is_vp8 = stream.codec_context.name == "vp8"  # its hidden pictures are packets of their own
+            found, end = 0, Fraction(0)
+            stamps = []
+            for packet in _packets(container):
+                duration = packet.duration or 0
+                if packet.pts is not None:
+                    end = max(end, (packet.pts + duration) * packet.time_base)
+                if packet.stream_index == stream.index and packet.size:
+                    found += 1
+                    if not packet.is_discard and not (is_vp8 and not memoryview(packet)[0] & 16):
+                        stamps.append((packet.pts, duration))
+            if found < TRUNCATED_BELOW * promised:
+                raise self.refused(f"the video ends early; it has {found} of {promised} frames")
+            if end < TRUNCATED_BELOW * length:
+                raise self.refused(f"the video ends early; it has {float(end):.1f} of {float(length):.1f} seconds")
+            if all(pts is not None for pts, _ in stamps):
+                stamps.sort()  # packets come in the order of decoding
+            return self._stamps(container, stream, stamps)
+
+    def decode(self, wanted: Sequence[int], expected: int) -> tuple[tuple[Image.Image, ...], Stamps]:
+        """The frames `wanted`, as far as there are that many, and the stamps of all.
+
+        Raises:
+            MediaError: far fewer than `expected` frames can be decoded, or as `read_video`.
+        """
+        chosen = frozenset(wanted)
+        frames: list[Image.Image] = []
+        stamps: list[tuple[int | None, int]] = []
+        packets_a_frame = 1
+        with self._opened() as (container, stream):
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            for frame in (frame for packet in _packets(container, stream) for frame in packet.decode()):
+                if _is_hidden(container, frame.pts):
+                    continue
+                if len(stamps) in chosen:
+                    image = self._picture(frame, aspect)
+                    frames.append(image.resize(frames[0].size) if frames and image.size != frames[0].size else image)
+                stamps.append((frame.pts, frame.duration))
+                if frame.interlaced_frame:
+                    packets_a_frame = 2  # each field may be one
+            if len(stamps) * packets_a_frame < TRUNCATED_BELOW * expected:
+                raise self.refused(f"only {len(stamps)} of {expected} frames can be decoded")
+            return tuple(frames), self._stamps(container, stream, stamps)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """The file and its stream: the largest that is no cover picture and can be decoded."""
+        import av  # heavy, and needed only for video files
+
+        covers = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+        try:
+            with av.open(str(self.path)) as container:
+                streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+                if not streams:
+                    cover = ", only a cover picture" if container.streams.video else ""
+                    raise self.refused(f"the file has no video stream{cover}")
+                known = [stream for stream in streams if stream.codec_context is not None]
+                if not known:
+                    raise self.refused("its codec is unknown to this build of FFmpeg; encode the video as H.264")
+                stream = max(known, key=lambda one: (one.width * one.height, one.frames))
+                self._check_size(stream.width, stream.height)
+                stream.codec_context.options = {"max_pixels": str(2 * self.max_pixels)}  # decoders pad the sides
+                yield container, stream
+        except (av.error.FFmpegError, EOFError, UnicodeDecodeError) as error:  # the last: names in the file's metadata
+            raise self.refused(f"not a readable video ({type(error).__name__}: {error})") from error
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise self.refused(f"{width}x{height} is over the limit of {self.max_pixels} pixels")
+
+    def _stamps(self, container: Any, stream: Any, stamps: Sequence[tuple[int | None, int]]) -> Stamps:
+        shown = [stamp for stamp in stamps if not _is_hidden(container, stamp[0])]
+        if not shown:
+            raise self.refused("the video has no frames")
+        rates = tuple(rate for rate in (stream.average_rate, stream.base_rate) if rate and rate > 0)
+        return Stamps(tuple(pts for pts, _ in shown), shown[-1][1], stream.time_base or Fraction(1), rates)
+
+    def _picture(self, frame: Any, aspect: Fraction) -> Image.Image:
+        """The frame with square pixels, upright, in RGB. `aspect`: width by height of a stored pixel."""
+        width = max(round(frame.width * aspect), 1)
+        self._check_size(width, frame.height)
+        if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+            image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"))
+        else:
+            image = frame.to_image()
+        if width != frame.width:
+            image = image.resize((width, frame.height))
+        for turn in _turns(frame):
+            image = image.transpose(turn)
+        return image
+
+
+def _packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """All packets of the streams (none: of all), and at the end an empty one of each, which ends its decoding."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MediaError(f"media path {name!r}: the file has no video stream")
-            stream = container.streams.video[0]
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > max_pixels:
-                raise MediaError(f"media path {name!r}: {width}x{height} is over the limit of {max_pixels} pixels")
-            native_fps = float(stream.average_rate or 0) or DEFAULT_FPS
-            total, promised = sum(1 for packet in container.demux(stream) if packet.size), stream.frames
-        if total == 0:
-            raise MediaError(f"media path {name!r}: the video has no frames")
-        if total < TRUNCATED_BELOW * promised:
-            raise MediaError(f"media path {name!r}: the video ends early; it has {total} of {promised} frames")
-        wanted = even_indices(total, sample_count(total, native_fps, fps, max_frames))
-        picked: dict[int, Image.Image] = {}
-        with av.open(str(path)) as container:
-            for index, frame in enumerate(container.decode(video=0)):
-                if index in wanted:
-                    picked[index] = frame.to_image().convert("RGB")
-    except (av.error.FFmpegError, EOFError, UnicodeDecodeError) as error:  # the last: names in the file's metadata
-        raise MediaError(f"media path {name!r}: not a readable video ({type(error).__name__}: {error})") from error
-    if len(picked) < len(wanted):
-        raise MediaError(f"media path {name!r}: only {len(picked)} of {len(wanted)} sampled frames can be decoded")
-    return tuple(picked[index] for index in wanted), FrameTimes(native_fps, tuple(wanted), total)
+        for packet in container.demux(*streams):
+            if packet.size or packet.dts is None:  # one that is empty before would end it too early
+                yield packet
+    except IndexError:  # PyAV, after all others, looks for the last packet of a stream that appeared on the way
+        return
+
+
+def _is_hidden(container: Any, pts: int | None) -> bool:
+    """Whether an edit list hides a frame: FFmpeg drops those of an MP4 by itself, not of one in fragments."""
+    return pts is not None and pts < 0 and "mp4" in container.format.name
+
+
+def _turns(frame: Any) -> list[Image.Transpose]:
+    """What brings a frame upright, by its display matrix; of a matrix that is askew the nearest quarter turn."""
+    try:
+        found = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV knows no name for another kind of side data, such as EXIF
+        turns = [Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270]
+        quarters = round(frame.rotation / 90) % 4  # counterclockwise
+        return turns[quarters - 1 : quarters] if quarters else []
+    if found is None:
+        return []
+    # Column x, row y of what is stored go to column a x + c y, row b x + d y of what is shown.
+    a, b, _, c, d = struct.unpack("=5i", bytes(found)[:20])
+    turns = []
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        turns.append(Image.Transpose.TRANSPOSE)
+        a, d = c, b
+    if a < 0:
+        turns.append(Image.Transpose.FLIP_LEFT_RIGHT)
+    if d < 0:
+        turns.append(Image.Transpose.FLIP_TOP_BOTTOM)
+    return turns

@@ -17,6 +17,7 @@ from embedrl_verl.data.media import load_image
 from embedrl_verl.data.schema import Item, Media, PairRecord, Video
 from embedrl_verl.errors import ConfigError
 from tests.convert.conftest import Draw
+from tests.data.clips import write_clip
 
 
 def pair(*images: Media, video: Video | None = None, negatives: tuple[Item, ...] = ()) -> PairRecord:
@@ -47,6 +48,8 @@ def root(tmp_path: Path, draw: Draw) -> Path:
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "noise.mp4").write_bytes(b"no video")
     write_video(folder / "clip.MP4", 6)
+    clip = write_clip(folder / "strange.mp4").read_bytes()
+    (folder / "strange.mp4").write_bytes(clip.replace(b"avc1", b"zz99"))
     (tmp_path / "outside.png").write_bytes(draw(4))
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     return folder
@@ -122,7 +125,12 @@ def test_unusable_media_are_named_with_their_field(root: Path, media: Media, rea
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("empty.mp4", "the video file is empty"), ("noise.mp4", "not a readable video"), ("gone.mp4", "no such file")],
+    [
+        ("empty.mp4", "the video file is empty"),
+        ("noise.mp4", "not a readable video"),
+        ("gone.mp4", "no such file"),
+        ("strange.mp4", "its codec is unknown to this build of FFmpeg"),
+    ],
 )
 def test_unusable_videos_are_named_with_their_field(root: Path, path: str, reason: str) -> None:
     with pytest.raises(RowError, match=rf"field query\.video\.path: .*{reason}"):

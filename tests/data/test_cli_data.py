@@ -18,6 +18,7 @@ from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tiny.models import build_tiny_model
+from tests.data.clips import write_clip
 
 MakePair = Callable[..., PairRecord]
 
@@ -94,6 +95,19 @@ def test_every_bad_row_is_listed_and_the_exit_code_is_three(
     assert "row 8, pair 'ok': pair_id must be unique;" in out and "row 7 has it too" in out
     assert "row 9, pair 'negative', field negatives[1]: media path 'gone.png'" in out
     assert out.splitlines()[-1] == "9 pairs, 9 problem(s)"
+
+
+def test_a_clip_of_an_unknown_codec_is_a_bad_row(
+    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write_clip(root / "good.mp4").read_bytes()
+    (root / "strange.mp4").write_bytes(good.replace(b"avc1", b"zz99"))
+    records = [pair(name, target=Item(video=Video(path=f"{name}.mp4"))) for name in ("good", "strange")]
+    write_pairs(records, tmp_path / "f.parquet")
+    assert check(tmp_path / "f.parquet", "--media-root", root) == 3
+    out = capsys.readouterr().out
+    assert "row 1, pair 'strange', field target: media path 'strange.mp4': its codec is unknown" in out
+    assert out.splitlines()[-1] == "2 pairs, 1 problem(s)"
 
 
 def test_malformed_rows_and_files_are_problems_too(

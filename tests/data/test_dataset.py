@@ -28,6 +28,7 @@ from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.tiny.models import build_tiny_model
+from tests.data.clips import write_clip
 
 MakePair = Callable[..., PairRecord]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -199,11 +200,15 @@ def test_an_overlong_side_drops_the_pair_and_says_so(
     assert len(make(records=[long], max_prompt_length=400, filter_overlong_prompts=False)) == 2
 
 
-def test_bad_media_stop_the_run_before_it_starts(make: Callable[..., TCoTDataset], pair: MakePair) -> None:
+def test_bad_media_stop_the_run_before_it_starts(make: Callable[..., TCoTDataset], pair: MakePair, root: Path) -> None:
     bad = [pair("ok")] + [pair(name, query=Item(images=(name,))) for name in ("gone.png", "truncated.png")]
+    clip = write_clip(root / "strange.mp4").read_bytes()
+    (root / "strange.mp4").write_bytes(clip.replace(b"avc1", b"zz99"))
+    bad += [pair("strange", target=Item(video=Video(path="strange.mp4")))]
     with pytest.raises(DataError) as error:
         make(records=bad)
-    assert "2 row(s) cannot be used; `embedrl data check" in str(error.value)
+    assert "row 3, pair 'strange', field target: media path 'strange.mp4': its codec is unknown" in str(error.value)
+    assert "3 row(s) cannot be used; `embedrl data check" in str(error.value)
     assert "row 1, pair 'gone.png', field query: media path 'gone.png': no such file" in str(error.value)
     assert "row 2, pair 'truncated.png', field query: media path 'truncated.png': not a readable" in str(error.value)
     with pytest.raises(DataError, match="gone.png"):

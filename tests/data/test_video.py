@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from embedrl_verl.data import media
+from embedrl_verl.data import media, video
 from embedrl_verl.data.media import load_item
 from embedrl_verl.data.schema import Item, Video
 from embedrl_verl.data.video import even_indices, sample_count
 from embedrl_verl.errors import MediaError
+from tests.data import clips
 
 
 def write_clip(path: Path, frames: int, rate: int = 10, header_first: bool = False) -> None:
@@ -80,6 +84,83 @@ def test_truncated_video_is_an_error(tmp_path: Path, header_first: bool, reason:
         load_item(Item(video=Video(path="cut.mp4")), tmp_path)
 
 
+def test_a_truncated_webm_is_an_error_by_its_length(tmp_path: Path) -> None:
+    """It does not count its frames; a clip without a length, as browsers record it, is read as far as it goes."""
+    whole = clips.write_clip(tmp_path / "whole.webm", "libvpx").read_bytes()
+    (tmp_path / "cut.webm").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MediaError, match=r"ends early; it has [\d.]+ of 2\.0 seconds"):
+        clips.read(tmp_path / "cut.webm")
+    length = whole.index(b"\x44\x89\x88")  # Duration, an element of 8 bytes; EC: nothing
+    (tmp_path / "live.webm").write_bytes(whole[:length] + b"\xec\x89\x00" + whole[length + 3 : len(whole) // 2])
+    assert 10 < clips.read(tmp_path / "live.webm")[1].total < 40
+
+
+def test_a_damaged_middle_is_an_error(tmp_path: Path) -> None:
+    """Of an MP4 whose packets are there, but most can not be decoded."""
+
+    def spoil(index: int, content: bytearray) -> None:
+        if index >= 10:
+            content[5:] = bytes(len(content) - 5)
+
+    whole = clips.write_clip(tmp_path / "whole.mp4")
+    with pytest.raises(MediaError, match="not a readable video|can be decoded"):
+        clips.read(clips.remux(whole, tmp_path / "spoilt.mp4", spoil))
+
+
+def test_an_empty_packet_ends_nothing(tmp_path: Path) -> None:
+    whole = clips.write_clip(tmp_path / "whole.nut")
+    clip = clips.remux(
+        whole, tmp_path / "gaps.nut", lambda index, content: content.clear() if index in (5, 20) else None
+    )
+    assert clips.read(clip)[1].total == 2000
+
+
+def test_a_stream_that_appears_on_the_way_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV asks for its last packet in a list that was made before, if what lies in memory behind it is not 0."""
+    clip = clips.write_clip(tmp_path / "a.ts")
+    packets = video._packets
+
+    class Late:
+        def __init__(self, container: av.container.InputContainer) -> None:
+            self.container = container
+
+        def demux(self, *streams: av.VideoStream) -> Iterator[av.Packet]:
+            yield from self.container.demux(*streams)
+            raise IndexError("list index out of range")
+
+    monkeypatch.setattr(video, "_packets", lambda container, *streams: packets(Late(container), *streams))
+    assert clips.read(clip)[1].total == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "known", "unknown"),
+    [
+        ("a.mp4", "libx264", b"avc1", b"zz99"),
+        ("a.webm", "libvpx", b"V_VP8", b"V_ZZ9"),
+        ("a.avi", "mpeg4", b"FMP4", b"zz99"),
+        ("a.mov", "libx264", b"avc1", b"zz99"),
+    ],
+)
+def test_an_unknown_codec_is_an_error(tmp_path: Path, name: str, codec: str, known: bytes, unknown: bytes) -> None:
+    whole = clips.write_clip(tmp_path / name, codec).read_bytes()
+    (tmp_path / name).write_bytes(whole.replace(known, unknown))
+    with pytest.raises(MediaError, match="its codec is unknown to this build of FFmpeg; encode the video as H.264"):
+        clips.read(tmp_path / name)
+
+
+def test_a_stream_of_a_known_codec_is_read_beside_one_that_is_not(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "two.mkv"), "w") as out:
+        streams = [out.add_stream(codec, rate=24) for codec in ("libvpx", "mpeg4")]
+        for stream, width in zip(streams, (96, 32), strict=True):
+            stream.width, stream.height, stream.pix_fmt = width, width, "yuv420p"
+        for stream in streams:
+            frame = av.VideoFrame.from_ndarray(np.zeros((stream.height, stream.width, 3), np.uint8))
+            out.mux([*stream.encode(frame), *stream.encode()])
+    assert clips.read(tmp_path / "two.mkv")[0][0].size == (96, 96)
+    (tmp_path / "two.mkv").write_bytes((tmp_path / "two.mkv").read_bytes().replace(b"V_VP8", b"V_ZZ9"))
+    assert clips.read(tmp_path / "two.mkv")[0][0].size == (32, 32)
+
+
 def test_metadata_that_are_no_text_are_an_error(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", frames=2)
     film = (tmp_path / "clip.mp4").read_bytes()
@@ -99,3 +180,12 @@ def test_oversized_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="no such file"):
         load_item(Item(video=Video(path="gone.mp4")), tmp_path)
+
+
+@pytest.mark.nightly
+def test_a_damaged_clip_gives_frames_or_an_error() -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_video.py"
+    run = subprocess.run(
+        [sys.executable, script, "--clips", "1000", "--seed", "7"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0 and "'frames': " in run.stdout and "'refused': " in run.stdout, run.stdout + run.stderr

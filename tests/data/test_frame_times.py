@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times and rates of a clip are those of its time stamps."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from embedrl_verl.data.video import Stamps, even_indices
+from tests.data.clips import numbers, read, write_clip
+
+NTSC = Fraction(30000, 1001)
+
+
+@pytest.mark.parametrize("rate", [Fraction(30), NTSC, Fraction(24000, 1001), Fraction(25, 2), Fraction(60)])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.ts", "a.avi"])
+def test_a_constant_rate_is_exact_whatever_the_time_base_rounds(tmp_path: Path, name: str, rate: Fraction) -> None:
+    codec = {"a.webm": "libvpx", "a.avi": "mpeg4"}.get(name, "libx264")
+    _, times = read(write_clip(tmp_path / name, codec, rate=rate, pts=range(75)), 6)
+    assert times.rate == pytest.approx(float(rate), rel=1e-12 if name != "a.ts" else 1e-5)
+    assert times.indices[0] == 0 and times.indices[-1] == 74 and times.total == 75
+    assert times.fps == pytest.approx(len(times.indices) / 75 * float(rate), rel=1e-5)
+
+
+def test_ten_seconds_at_30_a_second_have_the_times_of_their_frames(tmp_path: Path) -> None:
+    frames, times = read(write_clip(tmp_path / "a.mp4", rate=30, pts=range(300)), 8)
+    assert times.indices == (0, 43, 85, 128, 171, 214, 256, 299)
+    assert times.seconds == pytest.approx([index / 30 for index in times.indices])
+    assert times.fps == pytest.approx(0.8) and len(frames) == 8
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
+def test_a_varying_rate_is_told_in_milliseconds(tmp_path: Path, name: str) -> None:
+    """One second at 40 a second, a long picture, and the rest at 10 a second; it does not begin at 0."""
+    pts = [500 + 25 * index for index in range(20)] + [3000 + 100 * index for index in range(20)]
+    codec = "libvpx" if name == "a.webm" else "libx264"
+    frames, times = read(write_clip(tmp_path / name, codec, pts=pts, tick=Fraction(1, 1000)), 8)
+    assert times.rate == 1000.0 and numbers(frames) == [0, 6, 11, 17, 22, 28, 33, 39]
+    assert times.indices == tuple(pts[number] - 500 for number in numbers(frames))
+    assert 4400 < times.total <= 4500 and times.fps == pytest.approx(8 / 4.45, rel=0.02)
+
+
+def test_a_picture_that_is_left_out_keeps_its_time(tmp_path: Path) -> None:
+    """A tick of an AVI is a frame: capture programs drop some."""
+    shown = [index for index in range(40) if not 10 <= index < 20]
+    frames, times = read(write_clip(tmp_path / "a.avi", "mpeg4", rate=25, pts=shown), 8)
+    assert times.rate == 1000.0 and times.total == 1600
+    assert times.indices == tuple(40 * shown[number] for number in even_indices(30, len(frames)))
+    single = [index for index in range(40) if index != 20]
+    assert read(write_clip(tmp_path / "b.avi", "mpeg4", rate=25, pts=single), 8)[1].rate == 1000.0
+
+
+MS = Fraction(1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("pts", "rates", "rate"),
+    [
+        ((0, 33, 67, 100), (NTSC,), 29.97002997002997),
+        ((0, 33, 67, 100), (Fraction(25),), 30.0),
+        ((0, 33, 67, 100), (), 30.0),
+        ((7,), (Fraction(25),), 25.0),
+        ((7,), (), 2.0),
+        ((None, None, None), (Fraction(50),), 50.0),
+        ((0, None, 80), (Fraction(25),), 25.0),
+        ((80, 40, 0), (Fraction(25),), 25.0),
+        ((0, 80, 40, 120), (Fraction(25),), 25.0),
+        ((5, 5, 5), (Fraction(25),), 25.0),
+        ((0, 40, 40, 80), (Fraction(25),), 1000.0),
+        ((0, 40, 85, 120), (Fraction(25),), 1000.0),
+        ((0, 41, 79, 120), (Fraction(25),), 25.0),
+    ],
+)
+def test_a_claimed_rate_counts_where_it_fits_or_nothing_else_is_there(
+    pts: tuple[int | None, ...], rates: tuple[Fraction, ...], rate: float
+) -> None:
+    wanted, times = Stamps(pts, 40, MS, rates).sample(1000.0, 100)
+    assert times.rate == pytest.approx(rate)
+    assert len(wanted) == len(times.indices) and times.indices[-1] < times.total
+
+
+def test_the_last_frame_of_unknown_length_lasts_as_the_one_before() -> None:
+    assert Stamps((0, 10, 110, 130), 0, MS, ()).sample(2.0, 8)[1].total == 150
+    assert Stamps((0, 10, 110, 130), 300, MS, ()).sample(2.0, 8)[1].total == 430
