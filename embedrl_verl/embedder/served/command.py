@@ -8,7 +8,6 @@ at length 1, and image limits so wide that fitted media pass unchanged.
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.data.media import MAX_ASPECT, MediaLimits
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.export.sentence_files import embedding_template
 
@@ -58,7 +56,7 @@ def server_options(config: EmbedderConfig, processor: EmbedProcessor, *, on_cpu:
     server = config.server
     return ServerOptions(
         path=str(config.path),
-        template=embedding_template(processor.profile, processor.tokenizer),
+        template=embedding_template(processor.profile, processor.limits, processor.family),
         media_size=media_size(processor),
         dtype=config.dtype,
         max_model_len=longest_prompt(config, processor),
@@ -119,26 +117,14 @@ def media_size(processor: EmbedProcessor) -> dict[str, int]:
     """Limits in pixels within which every fitted image and clip lies, so that the server resizes nothing.
 
     vLLM has one pair of limits for images and videos. Qwen3-VL counts the pixels of a whole clip, the other families
-    those of a frame. A fitted image can be larger than its own maximum (`_most_tokens`).
+    those of a frame.
     """
     limits = processor.limits
     most = max(
-        _most_tokens(limits, is_frame=False),
-        _most_tokens(limits, is_frame=True) * (_even(limits.max_frames) if processor.family == "qwen3_vl" else 1),
+        limits.most_tokens(is_frame=False),
+        limits.most_tokens(is_frame=True) * (_even(limits.max_frames) if processor.family == "qwen3_vl" else 1),
     )
     return {"shortest_edge": limits.token_side**2, "longest_edge": most * limits.token_side**2}
-
-
-def _most_tokens(limits: MediaLimits, *, is_frame: bool) -> int:
-    """Upper bound of the tokens of a fitted image.
-
-    `smart_resize` keeps a side at one token at least, so a strip has up to sqrt(aspect x maximum) tokens; and it rounds
-    both sides up where it enlarges to the minimum.
-    """
-    low, high = limits.tokens(is_frame=is_frame)
-    strip = math.ceil(math.sqrt(MAX_ASPECT * high))
-    enlarged = low + math.ceil(math.sqrt(MAX_ASPECT * low)) + math.ceil(math.sqrt(low)) + 1
-    return max(high, strip, enlarged)
 
 
 def _even(frames: int) -> int:

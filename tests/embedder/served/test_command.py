@@ -14,7 +14,6 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from embedrl_verl.cli import main
 from embedrl_verl.data.media import MediaLimits, smart_resize
-from embedrl_verl.embedder.served.command import _most_tokens
 
 SIDE = 28
 sides = st.integers(1, 6000)
@@ -35,7 +34,7 @@ def test_a_fitted_image_passes_the_servers_limits_unchanged(tokens, height, widt
     fitted = smart_resize(height, width, token_side=SIDE, min_tokens=low, max_tokens=high)
     if max(fitted) > 200 * min(fitted):  # the server refuses it: a row that fails, not another vector
         return
-    most = _most_tokens(MediaLimits(SIDE, low, high, low, high), is_frame=False) * SIDE**2
+    most = MediaLimits(SIDE, low, high, low, high).most_tokens(is_frame=False) * SIDE**2
     assert image_resize(*fitted, factor=SIDE, min_pixels=SIDE**2, max_pixels=most) == fitted
     frames = 8
     assert clip_resize(frames, *fitted, factor=SIDE, min_pixels=SIDE**2, max_pixels=frames * most) == fitted
