@@ -139,6 +139,7 @@ def _write(
         record=found.record,
         step=found.step,
         lora=None if adapter is None else (adapter.rank, adapter.alpha),
+        cut_to=tuple(config.get("matryoshka_dimensions") or ())[:-1],
         **facts,
     )
     (staging / "README.md").write_text(render_card(card), encoding="utf-8")
@@ -236,7 +237,9 @@ def _cut_lengths(record: TrainingRecord | None, dim: int) -> dict[str, Any]:
         return {}
     is_list = isinstance(trained, list) and all(type(one) is int and 1 <= one <= dim for one in trained)
     if not is_list:
-        raise ConfigError(f"{RECORD_FILE}: matryoshka_dims must be a list of whole numbers in 1..{dim}; got {trained!r}")
+        raise ConfigError(
+            f"{RECORD_FILE}: matryoshka_dims must be a list of whole numbers in 1..{dim}; got {trained!r}"
+        )
     return {"is_matryoshka": True, "matryoshka_dimensions": sorted({*trained, dim})}
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stock vLLM server that gives the Embedder's vectors: its arguments and its chat template.
 
-Nothing of this package runs in it. What makes the vectors equal are: the prompt as a chat template, last-token pooling
-at length 1, and image limits so wide that fitted media pass unchanged.
+Nothing of this package makes vectors in it. They are equal by the prompt as a chat template, last-token pooling at
+length 1, and image limits so wide that fitted media pass unchanged.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from embedrl_verl.export.sentence_files import embedding_template
 MODULE = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The command itself asks for the metadata of the distribution `vllm`, which the CPU build
 does not have."""
+PLAIN_INPUT = "embedrl_verl.embedder.served.plain_input.PlainInput"
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,13 @@ def longest_prompt(config: EmbedderConfig, processor: EmbedProcessor) -> int:
     return min(processor.max_length, config.server.max_model_len)
 
 
-def server_arguments(options: ServerOptions, template: Path, *, host: str, port: int) -> list[str]:
-    """Arguments of vLLM's OpenAI server; `template` is the file that holds `options.template`."""
+def server_arguments(
+    options: ServerOptions, template: Path, *, host: str, port: int, plain_input: bool = False
+) -> list[str]:
+    """Arguments of vLLM's OpenAI server; `template` is the file that holds `options.template`.
+
+    With `plain_input` it gives bare texts their prompt, for those who ask it from elsewhere; a run sends chat requests.
+    """
     pooler = {"pooling_type": "LAST", "use_activation": True}
     pairs: list[tuple[str, Any]] = [
         ("--model", options.path),
@@ -88,6 +94,8 @@ def server_arguments(options: ServerOptions, template: Path, *, host: str, port:
         ("--host", host),
         ("--port", port),
     ]
+    if plain_input:
+        pairs.append(("--middleware", PLAIN_INPUT))
     if not options.on_cpu:
         pairs += [
             ("--tensor-parallel-size", max(options.gpus, 1)),

@@ -14,6 +14,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from embedrl_verl.cli import main
 from embedrl_verl.data.media import MediaLimits, smart_resize
+from embedrl_verl.embedder.served.command import PLAIN_INPUT
 
 SIDE = 28
 sides = st.integers(1, 6000)
@@ -53,6 +54,7 @@ def test_the_printed_command_holds_template_pooling_and_limits(family, checkpoin
     assert json.loads(value["--pooler-config"])["pooling_type"] == "LAST"
     assert (value["--runner"], value["--convert"], value["--port"]) == ("pooling", "embed", "8123")
     assert (value["--max-model-len"], value["--chat-template"]) == ("2048", str(template))
+    assert value["--middleware"] == PLAIN_INPUT
     size = json.loads(value["--mm-processor-kwargs"])["size"]
     assert size["longest_edge"] >= (8 * 16 if family == "qwen3_vl" else 64) * size["shortest_edge"]
     assert words[-1] == "--max-num-seqs=8"
