@@ -8,9 +8,8 @@
 | negatives (optional) | list of the same struct |
 
 media = struct {path: string, bytes: binary}; video = struct {frames: list<media>, path: string, fps: double}. Null
-means empty everywhere (a video of nulls alone too: some writers have no null structs), and of a struct only the fields
-that are used need to exist. A media struct with bytes is those bytes (its path is then only a name, as in files written
-by `datasets`). Arrow's other forms of a type (large, view, dictionary, as of pandas' categories) are the type. Other
+means empty everywhere, and of a struct only the fields that are used need to exist. A media struct with bytes is
+those bytes (its path is then only a name, as in files written by `datasets`). Arrow's other forms of a type (large, view, dictionary, as of pandas' categories) are the type. Other
 columns are ignored.
 
 Rows are counted from 0 over the whole file.
@@ -242,17 +241,13 @@ def _item(values: dict[str, Any] | None, field: str) -> Item:
         return Item(
             text=values.get("text") or "",
             images=_media_list(values.get("images"), f"{field}.images"),
-            video=None if _is_empty(video) else _video(video, f"{field}.video"),
+            video=None if video is None else _video(video, f"{field}.video"),
             instruction=values.get("instruction") or "",
             kind=values.get("kind"),
             tcot=values.get("tcot") or "",
         )
     except DataError as error:
         raise _in_field(error, field) from error
-
-
-def _is_empty(values: dict[str, Any] | None) -> bool:
-    return values is None or all(value is None for value in values.values())
 
 
 def _video(values: dict[str, Any], field: str) -> Video:

@@ -176,13 +176,42 @@ def test_a_category_of_numbers_is_no_text(tmp_path: Path) -> None:
         list(read_pairs(tmp_path / "f.parquet"))
 
 
-@pytest.mark.parametrize(
-    "video", [None, {"frames": None, "path": None, "fps": None}, {"path": None}, {"frames": None, "fps": None}]
-)
-def test_a_null_struct_is_empty_and_so_is_one_of_nulls(tmp_path: Path, video: dict[str, Any] | None) -> None:
-    target = {"text": "t", "images": None, "video": video, "kind": None, "instruction": None, "tcot": None}
-    (record,) = read_pairs(write_rows(tmp_path / "f.parquet", {**ROW, "target": target, "negatives": None}))
-    assert record.target == Item(text="t") and record.negatives == ()
+NULLS = dict.fromkeys(("images", "video", "kind", "instruction", "tcot"))
+
+
+@pytest.mark.parametrize("schema", [None, SCHEMA])
+def test_null_structs_lists_and_words_are_empty_at_every_depth(tmp_path: Path, schema: pa.Schema | None) -> None:
+    rows = [
+        {
+            **ROW,
+            "target_id": None,
+            "query": {"text": "q", **NULLS},
+            "target": {"text": "t", **NULLS},
+            "negatives": None,
+        },
+        {**ROW, "target_id": None, "query": {"text": "q", **NULLS}, "target": {"text": "t", **NULLS}, "negatives": []},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "f.parquet")
+    for record in read_pairs(tmp_path / "f.parquet"):
+        assert record == PairRecord("p0", "s", "Find it.", Item(text="q"), Item(text="t"), "")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_null_where_a_value_must_be_names_row_and_field_in_every_form(tmp_path: Path, form: str) -> None:
+    image = {"path": None, "bytes": None}
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"query": None}, "field query: null"),
+        ({"negatives": [None]}, r"field negatives[0]: null"),
+        ({"target": {"images": [{"path": "a.png"}, None]}}, "field target.images[1]: must have a path or bytes"),
+        ({"target": {"images": [image]}}, "field target.images[0]: must have a path or bytes"),
+        ({"target": {"video": {"frames": None}}}, "field target.video: video must have exactly one"),
+    )
+    schema = pa.schema([(field.name, of_another_form(field.type, FORMS[form])) for field in SCHEMA])
+    rows = [FULL, *({**FULL, **change} for change, _ in changes)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "f.parquet")
+    found = [str(record) for _, record in scan_pairs(tmp_path / "f.parquet")][1:]
+    for number, ((_, message), error) in enumerate(zip(changes, found, strict=True)):
+        assert f"f.parquet, row {number + 1}: {message}" in error
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
