@@ -9,8 +9,8 @@
 
 media = struct {path: string, bytes: binary}; video = struct {frames: list<media>, path: string, fps: double}. Null
 means empty everywhere, and of a struct only the fields that are used need to exist. A media struct with bytes is
-those bytes (its path is then only a name, as in files written by `datasets`). Arrow's other forms of a type (large, view, dictionary, as of pandas' categories) are the type. Other
-columns are ignored.
+those bytes (its path is then only a name, as in files written by `datasets`). Other columns are ignored. Arrow's
+other forms of a type (large, view, dictionary, as of pandas' categories) are the type.
 
 Rows are counted from 0 over the whole file.
 """
