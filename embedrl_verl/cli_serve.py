@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`embedrl serve-embedder PATH`: a stock vLLM server that gives an Embedder's vectors, or (`--print`) its command line.
 
+Bare texts (`{"input": "a heron"}`) get the Embedder's prompt too, by a class of this package that vLLM loads.
 Runs name it in `embedrl.embedder.server.urls`; they refuse one whose prompts or image limits are others than theirs.
 """
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     options = server_options(config, processor_for(config, max_frames=args.max_frames), on_cpu=on_cpu)
     args.template.write_text(options.template, encoding="utf-8")
     template = args.template.resolve()
-    command = server_command(server_arguments(options, template, host=args.host, port=args.port))
+    command = server_command(server_arguments(options, template, host=args.host, port=args.port, plain_input=True))
     if args.only_print:
         print(shell_line(command))
         return 0

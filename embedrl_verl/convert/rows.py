@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from embedrl_verl.convert.converter import RowError, show
 from embedrl_verl.convert.inputs import Root, remote_errors, unreadable
+from embedrl_verl.data.parquet import in_pieces
 from embedrl_verl.errors import DataError
 
 Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
@@ -189,7 +190,7 @@ def _read_group(
 ) -> Iterator[RawResult]:
     row = first
     try:
-        for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], use_threads=False):
+        for batch in in_pieces(file, batch_rows, row_groups=[group], use_threads=False):
             yield from _rows_of(batch, row, chosen)
             row += batch.num_rows
             if row > chosen[-1]:

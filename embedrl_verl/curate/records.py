@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedrl_verl.data.files import publish, temporary_name
-from embedrl_verl.data.parquet import SCHEMA, check_schema
+from embedrl_verl.data.parquet import SCHEMA, check_schema, in_pieces
 from embedrl_verl.errors import DataError
 
 BATCH_ROWS = 2048
@@ -109,7 +109,7 @@ def span_batches(span: Span, columns: Sequence[str] | None = None) -> Iterator[t
         present = [name for name in schema.names if name in file.schema_arrow.names]
         groups = range(*span.groups)
         rows = _rows_per_batch(file, groups, present)
-        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=present, use_threads=False):
+        for batch in in_pieces(file, rows, row_groups=groups, columns=present, use_threads=False):
             batch.validate(full=True)  # strings are UTF-8, offsets lie inside their buffers
             yield row, conform(batch, schema)
             row += batch.num_rows
@@ -212,7 +212,9 @@ def _fit(array: pa.Array, kind: pa.DataType) -> pa.Array:
             for field in kind
         ]
         return pa.StructArray.from_arrays(children, fields=list(kind), mask=array.is_null())
-    if pa.types.is_list(kind) and not pa.types.is_null(array.type):
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array), kind)
+    if pa.types.is_list(kind):
         return with_values(array, _fit(pc.list_flatten(array), kind.value_type), kind)
     return array.cast(kind)
 

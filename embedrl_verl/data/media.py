@@ -103,6 +103,17 @@ class MediaLimits:
             return self.frame_min_tokens, self.frame_max_tokens
         return self.image_min_tokens, self.image_max_tokens
 
+    def most_tokens(self, *, is_frame: bool) -> int:
+        """Upper bound of the tokens of a fitted frame or image, which can be above its maximum.
+
+        `smart_resize` keeps a side at one token at least, so a strip has up to sqrt(aspect x maximum) tokens; and it
+        rounds both sides up where it enlarges to the minimum.
+        """
+        low, high = self.tokens(is_frame=is_frame)
+        strip = math.ceil(math.sqrt(MAX_ASPECT * high))
+        enlarged = low + math.ceil(math.sqrt(MAX_ASPECT * low)) + math.ceil(math.sqrt(low)) + 1
+        return max(high, strip, enlarged)
+
 
 def smart_resize(height: int, width: int, *, token_side: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
     """Size (height, width) in pixels at which a Qwen-VL model reads an image: both multiples of `token_side`.

@@ -10,7 +10,8 @@
 
 media = struct {path: string, bytes: binary}; video = struct {frames: list<media>, path: string, fps: double}. Null
 means empty everywhere, and of a struct only the fields that are used need to exist. A media struct with bytes is
-those bytes (its path is then only a name, as in files written by `datasets`). Other columns are ignored.
+those bytes (its path is then only a name, as in files written by `datasets`). Other columns are ignored. Arrow's
+other forms of a type (large, view, dictionary, as of pandas' categories) are the type.
 
 Rows are counted from 0 over the whole file.
 """
@@ -54,6 +55,7 @@ SCHEMA = pa.schema(
 )
 OPTIONAL_COLUMNS = ("query_id", "target_id", "negatives")
 ROWS_PER_BATCH = 256
+BYTES_PER_BATCH = 256 << 20
 ROWS_PER_GROUP = 1024
 BYTES_PER_GROUP = 16 << 20
 
@@ -87,12 +89,37 @@ def scan_pairs(path: str | Path) -> Iterator[tuple[int, PairRecord | DataError]]
         try:
             # A group at a time: a batch over several groups of large media would hold all of them.
             for group in range(file.num_row_groups):
-                for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=columns):
+                facts = file.metadata.row_group(group)
+                rows = BYTES_PER_BATCH * facts.num_rows // max(facts.total_byte_size, 1)
+                rows = max(1, min(ROWS_PER_BATCH, rows))
+                for batch in in_pieces(file, rows, row_groups=[group], columns=columns):
                     for values in batch.to_pylist():
                         yield row, record_or_error(values, path, row)
                         row += 1
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
+
+
+def in_pieces(file: pq.ParquetFile, rows: int, **options: Any) -> Iterator[pa.RecordBatch]:
+    """`file.iter_batches(rows, **options)`, in smaller ones from where one would not fit: an Arrow array holds 2 GiB.
+
+    The footer does not tell: a value that a group's dictionary holds once counts once there.
+    """
+    done = 0
+    while True:
+        row = 0
+        try:
+            for batch in file.iter_batches(batch_size=rows, **options):
+                new = max(done - row, 0)
+                row += batch.num_rows
+                if new < batch.num_rows:
+                    done = row
+                    yield batch.slice(new)
+            return
+        except (pa.ArrowNotImplementedError, pa.ArrowCapacityError):
+            if rows == 1:
+                raise
+            rows //= 2
 
 
 class PairWriter:
@@ -147,7 +174,9 @@ def check_schema(found: pa.Schema, path: str | Path) -> None:
 
 
 def _check_type(found: pa.DataType, wanted: pa.DataType, where: str) -> None:
-    """Recursive check; an all-null column passes, string widths and float widths do not matter."""
+    """Recursive check; an all-null column passes, and so does any form in which Arrow keeps the type."""
+    if pa.types.is_dictionary(found):
+        found = found.value_type
     if pa.types.is_null(found):
         return
     if pa.types.is_struct(wanted):
@@ -160,17 +189,27 @@ def _check_type(found: pa.DataType, wanted: pa.DataType, where: str) -> None:
             _check_type(field.type, wanted.field(field.name).type, f"{where}.{field.name}")
         return
     if pa.types.is_list(wanted):
-        if not (pa.types.is_list(found) or pa.types.is_large_list(found)):
+        if not is_list(found):
             raise DataError(f"{where}: must be a list; got {found}")
         _check_type(found.value_type, wanted.value_type, f"{where}[]")
         return
     accepted: dict[pa.DataType, tuple[Callable[[pa.DataType], bool], ...]] = {
-        pa.string(): (pa.types.is_string, pa.types.is_large_string),
-        pa.binary(): (pa.types.is_binary, pa.types.is_large_binary),
+        pa.string(): (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+        pa.binary(): (
+            *(pa.types.is_binary, pa.types.is_large_binary),
+            *(pa.types.is_binary_view, pa.types.is_fixed_size_binary),
+        ),
         pa.float64(): (pa.types.is_floating, pa.types.is_integer),
     }
     if not any(test(found) for test in accepted[wanted]):
         raise DataError(f"{where}: must be {wanted}; got {found}")
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values are lists, in whatever form Arrow keeps them."""
+    types = pa.types
+    forms = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in forms)
 
 
 def record_or_error(values: dict[str, Any], path: str | Path, row: int) -> PairRecord | DataError:

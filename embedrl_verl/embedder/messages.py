@@ -12,6 +12,7 @@ turn nor add media placeholders.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+# Of every family, not of one tokenizer: the exported template follows the same rule and must give the same string.
 _CONTROL = re.compile(r"<(\|\w+\||" + EMB_TOKEN.strip("<>") + ")>")
 
 
@@ -55,7 +57,7 @@ def build_messages(
     instruction = item.instruction.strip()
     if profile.instruction_in_system:
         instruction = instruction or profile.default_instruction
-        if profile.end_instruction_with_stop and instruction[-1:].isalnum():
+        if profile.end_instruction_with_stop and not _ends_in_punctuation(instruction):
             instruction += "."
         messages.append({"role": "system", "content": [_text(instruction)]})
         instruction = ""
@@ -105,6 +107,11 @@ def _placeholder(part: dict[str, Any], *, bare: bool = False) -> str:
         return str(part["text"])
     pad = IMAGE_PAD if part["type"] == "image" else VIDEO_PAD
     return pad if bare else f"{VISION_START}{pad}{VISION_END}"
+
+
+def _ends_in_punctuation(text: str) -> bool:
+    """Whether nothing is to be added: in any script, by Unicode category; true of an empty text too."""
+    return not text or unicodedata.category(text[-1]).startswith("P")
 
 
 def _lines(*parts: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.embedder.messages import EmbedInput, build_messages
@@ -28,7 +29,7 @@ from embedrl_verl.errors import ConfigError, EmbedderError
 logger = logging.getLogger(__name__)
 PLAIN = EmbedderProfile(name="plain")
 NOT_FINITE = "the sentence-transformers model gave a vector that is not finite or has no direction"
-_ENCODE_ERRORS = (ValueError, TypeError, RuntimeError, KeyError, IndexError, OSError)
+_ENCODE_ERRORS = (ValueError, TypeError, RuntimeError, KeyError, IndexError, OSError, TemplateError)
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,6 +61,7 @@ class SentenceClient:
         messages = [
             dict(message, content=[_frames_as_images(p) for p in message["content"]]) for message in prepared.messages
         ]
+        messages[0]["fitted"] = True  # the exported template need not fear that its end is cut off
         size = {"size": media_size(self._processor)}
         video = dict(size, do_sample_frames=False)
         if prepared.videos:

@@ -45,6 +45,7 @@ class CardFacts:
         record: what the run says about itself; None = nothing.
         step: training step; None = unknown.
         lora: (rank, alpha) of the adapter that was merged; None = no adapter.
+        cut_to: lengths below D to which its vectors can be cut, in numbers.
         profile: how the Embedder is prompted; None for a Reasoner.
         prompt: the Embedder's prompt of an image with the text "TEXT".
         dim: D, the length of the Embedder's vectors in numbers.
@@ -60,6 +61,7 @@ class CardFacts:
     record: TrainingRecord | None
     step: int | None = None
     lora: tuple[int, float] | None = None
+    cut_to: tuple[int, ...] = ()
     profile: EmbedderProfile | None = None
     prompt: str = ""
     dim: int = 0
@@ -135,7 +137,14 @@ def _scores(facts: CardFacts) -> str:
 def _use_embedder(facts: CardFacts) -> str:
     assert facts.profile is not None
     low, high = facts.image_tokens
+    cut = ""
+    if facts.cut_to:
+        cut = (
+            f"\n\nTrained to be cut too: the first {', '.join(map(str, facts.cut_to))} numbers, at length 1 again, are "
+            "vectors of their own (`truncate_dim` in sentence-transformers, `dimensions` in vLLM's API)."
+        )
     chosen = "" if facts.profile.name == "embed_rl" else f', profile="{facts.profile.name}"'
+    serve = "" if facts.profile.name == "embed_rl" else f" --profile {facts.profile.name}"
     frames = " Frames of a video are given as images." if facts.profile.frames_as_images else _VIDEO
     return f"""## Use
 
@@ -176,7 +185,16 @@ with torch.no_grad():
     vector = torch.nn.functional.normalize(model(**inputs).last_hidden_state[:, -1], dim=-1)
 ```
 
-With vLLM, as a pooling model (last token). `EmbedProcessor.prepare` gives prompt and media as the model knows them:
+As a server (stock vLLM): `embedrl serve-embedder {facts.name}{serve}`. Plain text gets its prompt:
+
+```
+curl http://127.0.0.1:8000/v1/embeddings -H "Content-Type: application/json" -d '{{"input": "a heron on one leg"}}'
+```
+
+An instruction, images and videos are given as chat messages (`messages`; the instruction as a system message).
+
+With vLLM, as a pooling model (last token, length 1). `EmbedProcessor.prepare` gives prompt and media as the model knows
+them; a bare text, and the model's own chat template, give other vectors:
 
 ```python
 from vllm import LLM
@@ -189,7 +207,7 @@ vector = llm.embed([request])[0].outputs.embedding
 ```
 
 Images are read at {low} to {high} visual tokens; embedrl_verl and sentence-transformers see to it, for transformers and
-vLLM give images of such sizes.{frames}"""
+vLLM give images of such sizes.{frames}{cut}"""
 
 
 def _use_reasoner(facts: CardFacts) -> str:

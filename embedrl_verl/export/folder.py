@@ -30,7 +30,7 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.card import CardFacts, render_card
 from embedrl_verl.export.checkpoint import Checkpoint, find_checkpoint
 from embedrl_verl.export.lora import Adapter, merge_adapter, split_adapter, write_adapter
-from embedrl_verl.export.record import public_model
+from embedrl_verl.export.record import RECORD_FILE, TrainingRecord, public_model
 from embedrl_verl.export.sentence_files import sentence_files, write_sentence_files
 from embedrl_verl.export.shards import read_shards
 from embedrl_verl.export.weights import complete, empty_model, main_dtype, merge_megatron, read_files, write_files
@@ -117,6 +117,8 @@ def _write(
     state = complete(state, model, str(found.folder))
     dtype = str(main_dtype(state)).removeprefix("torch.")
     config = _public_config(found.huggingface / "config.json", dtype, type(model).__name__)
+    if found.kind == "embedder":
+        config |= _cut_lengths(found.record, load_config(found.huggingface).get_text_config().hidden_size)
     _write_json(staging / "config.json", config)
     _copy_files(found.huggingface, staging)
     _check_processor(staging)
@@ -137,6 +139,7 @@ def _write(
         record=found.record,
         step=found.step,
         lora=None if adapter is None else (adapter.rank, adapter.alpha),
+        cut_to=tuple(config.get("matryoshka_dimensions") or ())[:-1],
         **facts,
     )
     (staging / "README.md").write_text(render_card(card), encoding="utf-8")
@@ -221,6 +224,23 @@ def _public_config(file: Path, dtype: str, architecture: str) -> dict[str, Any]:
     config = public(json.loads(file.read_text(encoding="utf-8")))
     config.pop("torch_dtype", None)
     return {**config, "architectures": [architecture], "dtype": dtype}
+
+
+def _cut_lengths(record: TrainingRecord | None, dim: int) -> dict[str, Any]:
+    """The keys by which vLLM knows to which lengths vectors of `dim` numbers may be cut; none if not trained for any.
+
+    Raises:
+        ConfigError: the record's matryoshka_dims are no lengths of such vectors.
+    """
+    trained = record.settings.get("matryoshka_dims") if record else None
+    if not trained:
+        return {}
+    is_list = isinstance(trained, list) and all(type(one) is int and 1 <= one <= dim for one in trained)
+    if not is_list:
+        raise ConfigError(
+            f"{RECORD_FILE}: matryoshka_dims must be a list of whole numbers in 1..{dim}; got {trained!r}"
+        )
+    return {"is_matryoshka": True, "matryoshka_dimensions": sorted({*trained, dim})}
 
 
 def _copy_files(huggingface: Path, staging: Path) -> None:

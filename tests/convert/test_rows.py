@@ -17,6 +17,7 @@ from embedrl_verl.convert.converter import RowError
 from embedrl_verl.convert.inputs import LocalRoot, RemoteRoot, Root
 from embedrl_verl.convert.rows import ANCHOR_EVERY, FileSurvey, read_rows, survey
 from embedrl_verl.errors import DataError, ResourceError
+from tests.data.test_parquet import limited
 
 
 def read(root: Root, name: str, wanted: Any = None) -> list[tuple[int, Any]]:
@@ -117,6 +118,17 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path) -> None:
     bad = [row for row, values in found if isinstance(values, str)]
     assert bad == list(range(300, 600))
     assert found[300][1].startswith("row group 1 cannot be read")
+
+
+def test_a_row_group_over_the_limit_of_an_array_costs_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 600
+    write_all_forms(tmp_path, count)
+    asked = limited(monkeypatch, 2000)
+    assert read(LocalRoot(tmp_path), "c.parquet") == list(enumerate(table(count).to_pylist()))
+    assert read(LocalRoot(tmp_path), "c.parquet", [0, 599]) == [
+        (row, table(count).to_pylist()[row]) for row in (0, 599)
+    ]
+    assert 1 <= asked[-1] < asked[0]
 
 
 def test_a_string_column_that_is_no_unicode_costs_one_row(tmp_path: Path) -> None:

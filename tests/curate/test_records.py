@@ -23,6 +23,7 @@ from embedrl_verl.curate.records import PartWriter, batches, chosen_batches, row
 from embedrl_verl.data.parquet import SCHEMA, read_pairs, write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import DataError, ResourceError
+from tests.data.test_parquet import FORMS, FULL, limited, of_another_form
 
 MakePair = Callable[..., PairRecord]
 
@@ -74,6 +75,35 @@ def test_a_field_is_replaced_and_all_else_stays(file: Path, tmp_path: Path) -> N
             writer.write(set_field(batch, "target_id", pa.array(["x"] * batch.num_rows)))
     for number, (new, old) in enumerate(zip(read_pairs(tmp_path / "out.parquet"), read_pairs(file), strict=True)):
         assert new == replace(old, target_id="x", query=replace(old.query, tcot=f"tcot {number}"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_type_conforms(form: str, tmp_path: Path) -> None:
+    rows = [FULL, {**FULL, "pair_id": "p1", "negatives": None, "target": None}]
+    schema = pa.schema([(field.name, of_another_form(field.type, FORMS[form])) for field in SCHEMA])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "f.parquet")
+    ((_, batch),) = batches(tmp_path / "f.parquet")
+    assert batch.schema.equals(SCHEMA)
+    assert batch.equals(pa.Table.from_pylist(rows, schema=SCHEMA).to_batches()[0])
+
+
+def test_columns_of_nulls_conform(tmp_path: Path) -> None:
+    target = {"text": "t", "images": None, "video": None}
+    table = pa.Table.from_pylist(
+        [{**FULL, "target": target, "negatives": None}, {**FULL, "negatives": None, "target": None}]
+    )
+    pq.write_table(table, tmp_path / "f.parquet")
+    ((_, batch),) = batches(tmp_path / "f.parquet")
+    assert batch.schema.equals(SCHEMA) and batch["negatives"].to_pylist() == [None, None]
+    assert batch["target"][0].as_py()["video"] is None and batch["target"].is_null().to_pylist() == [False, True]
+
+
+def test_a_batch_over_the_limit_of_an_array_is_read_in_pieces(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pa.Table.from_batches([batch for _, batch in batches(file)])
+    asked = limited(monkeypatch, 50_000)
+    pieces = list(batches(file))
+    assert pa.Table.from_batches([batch for _, batch in pieces]).equals(whole) and asked[-1] < asked[0]
+    assert [row for row, _ in pieces] == np.cumsum([0, *(batch.num_rows for _, batch in pieces)])[:-1].tolist()
 
 
 def test_a_null_struct_stays_null_when_a_field_is_replaced() -> None:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedrl_verl.data import parquet
 from embedrl_verl.data.parquet import OPTIONAL_COLUMNS, SCHEMA, read_pairs, scan_pairs, write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import DataError
@@ -105,6 +109,158 @@ def test_bad_row_names_file_row_and_field(tmp_path: Path, change: dict[str, Any]
         list(read_pairs(path))
     found = list(scan_pairs(path))
     assert [(row, isinstance(record, DataError)) for row, record in found] == [(0, False), (1, True), (2, False)]
+
+
+FULL = {
+    "pair_id": "p0",
+    "data_source": "s",
+    "instruction": "i",
+    "query": {
+        "text": "q",
+        "images": [{"path": "a.png", "bytes": None}, {"path": None, "bytes": b"png"}],
+        "video": {"frames": [{"path": None, "bytes": b"jpg"}], "path": None, "fps": 2.0},
+        "kind": None,
+        "instruction": "own",
+        "tcot": "t",
+    },
+    "target": {"text": "t"},
+    "target_id": "",
+    "negatives": [{"text": "n", "images": [{"path": "b.png", "bytes": None}]}],
+}
+
+
+def of_another_form(kind: pa.DataType, form: Callable[[pa.DataType], pa.DataType | None]) -> pa.DataType:
+    """The type with every part replaced for which `form` has another, at every depth."""
+    if pa.types.is_struct(kind):
+        kind = pa.struct([(field.name, of_another_form(field.type, form)) for field in kind])
+    elif pa.types.is_list(kind) and form is not VIEW:  # pyarrow cannot write views in lists
+        kind = pa.list_(of_another_form(kind.value_type, form))
+    return form(kind) or kind
+
+
+def word(to: pa.DataType, data: pa.DataType) -> Callable[[pa.DataType], pa.DataType | None]:
+    return lambda kind: {pa.string(): to, pa.binary(): data}.get(kind)
+
+
+VIEW = word(pa.string_view(), pa.binary_view())
+FORMS: dict[str, Callable[[pa.DataType], pa.DataType | None]] = {
+    "plain": lambda kind: None,
+    "dictionary": word(pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int32(), pa.binary())),
+    "small dictionary": word(pa.dictionary(pa.int8(), pa.large_string()), pa.binary()),
+    "large": word(pa.large_string(), pa.large_binary()),
+    "view": VIEW,
+    "list view": lambda kind: pa.list_view(kind.value_type) if pa.types.is_list(kind) else None,
+    "large list": lambda kind: pa.large_list(kind.value_type) if pa.types.is_list(kind) else None,
+    "large list view": lambda kind: pa.large_list_view(kind.value_type) if pa.types.is_list(kind) else None,
+    "half": lambda kind: pa.float32() if pa.types.is_floating(kind) else None,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_in_which_arrow_keeps_a_type_is_read_alike(tmp_path: Path, form: str) -> None:
+    schema = pa.schema([(field.name, of_another_form(field.type, FORMS[form])) for field in SCHEMA])
+    assert (form == "plain") == schema.equals(SCHEMA)
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.Table.from_pylist([FULL, {**FULL, "pair_id": "p1", "negatives": None}], schema=schema), path)
+    first, second = read_pairs(path)
+    assert first.query.images == ("a.png", b"png") and first.query.instruction == "own"
+    assert first.query.video == Video(frames=(b"jpg",), fps=2.0)
+    assert first.negatives == (Item(text="n", images=("b.png",)),) and second == replace(
+        first, pair_id="p1", negatives=()
+    )
+
+
+def test_a_category_of_numbers_is_no_text(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([ROW]).set_column(0, "pair_id", pa.array([3]).dictionary_encode())
+    pq.write_table(table, tmp_path / "f.parquet")
+    with pytest.raises(DataError, match=r"f\.parquet, field pair_id: must be string; got int64"):
+        list(read_pairs(tmp_path / "f.parquet"))
+
+
+NULLS = dict.fromkeys(("images", "video", "kind", "instruction", "tcot"))
+
+
+@pytest.mark.parametrize("schema", [None, SCHEMA])
+def test_null_structs_lists_and_words_are_empty_at_every_depth(tmp_path: Path, schema: pa.Schema | None) -> None:
+    rows = [
+        {
+            **ROW,
+            "target_id": None,
+            "query": {"text": "q", **NULLS},
+            "target": {"text": "t", **NULLS},
+            "negatives": None,
+        },
+        {**ROW, "target_id": None, "query": {"text": "q", **NULLS}, "target": {"text": "t", **NULLS}, "negatives": []},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "f.parquet")
+    for record in read_pairs(tmp_path / "f.parquet"):
+        assert record == PairRecord("p0", "s", "Find it.", Item(text="q"), Item(text="t"), "")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_null_where_a_value_must_be_names_row_and_field_in_every_form(tmp_path: Path, form: str) -> None:
+    image = {"path": None, "bytes": None}
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"query": None}, "field query: null"),
+        ({"negatives": [None]}, r"field negatives[0]: null"),
+        ({"target": {"images": [{"path": "a.png"}, None]}}, "field target.images[1]: must have a path or bytes"),
+        ({"target": {"images": [image]}}, "field target.images[0]: must have a path or bytes"),
+        ({"target": {"video": {"frames": None}}}, "field target.video: video must have exactly one"),
+    )
+    schema = pa.schema([(field.name, of_another_form(field.type, FORMS[form])) for field in SCHEMA])
+    rows = [FULL, *({**FULL, **change} for change, _ in changes)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "f.parquet")
+    found = [str(record) for _, record in scan_pairs(tmp_path / "f.parquet")][1:]
+    for number, ((_, message), error) in enumerate(zip(changes, found, strict=True)):
+        assert f"f.parquet, row {number + 1}: {message}" in error
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """pyarrow as it is with arrays of `most` bytes and no more; the sizes of batches it was asked for."""
+    asked: list[int] = []
+    real = pq.ParquetFile.iter_batches
+
+    def iter_batches(self: pq.ParquetFile, batch_size: int, **options: Any) -> Iterator[pa.RecordBatch]:
+        asked.append(batch_size)
+        for batch in real(self, batch_size=batch_size, **options):
+            if batch.nbytes > most:
+                raise pa.ArrowNotImplementedError("Nested data conversions not implemented for chunked array outputs")
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    return asked
+
+
+@pytest.mark.parametrize("sizes", [[100] * 50, [1] * 30 + [30_000, 1, 30_000] + [1] * 20, [30_000] * 5])
+def test_a_row_group_over_the_limit_of_an_array_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    rows = [{**FULL, "pair_id": f"p{i}", "target": {"images": [{"bytes": b"x" * n}]}} for i, n in enumerate(sizes)]
+    rows[-1]["pair_id"] = ""
+    path = write_rows(tmp_path / "f.parquet", *rows)
+    expected = list(scan_pairs(path))[:-1]
+    asked = limited(monkeypatch, 33_000)
+    *found, (number, bad) = scan_pairs(path)
+    assert found == expected and [row for row, _ in found] == list(range(len(sizes) - 1))
+    assert number == len(sizes) - 1 and f"row {number}: pair_id" in str(bad)
+    assert len(asked) == 1 or asked[-1] < asked[0]
+
+
+def test_a_row_that_no_array_holds_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{**FULL, "target": {"images": [{"bytes": b"x" * n}]}} for n in (10, 10, 40_000, 10)]
+    path = write_rows(tmp_path / "f.parquet", *rows)
+    limited(monkeypatch, 33_000)
+    with pytest.raises(DataError, match=r"f\.parquet: cannot be read after row 2 \(Nested"):
+        list(scan_pairs(path))
+
+
+def test_batches_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    rows = [{**FULL, "target": {"images": [{"bytes": draw.randbytes(1000)}]}} for _ in range(40)]
+    path = write_rows(tmp_path / "f.parquet", *rows)
+    asked = limited(monkeypatch, 1 << 30)
+    monkeypatch.setattr(parquet, "BYTES_PER_BATCH", 10_000)
+    assert len(list(read_pairs(path))) == 40 and len(asked) == 1 and 1 <= asked[0] < 10
 
 
 def test_row_numbers_go_on_over_batches(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_the_template_renders_what_render_prompt_renders(name, saved_model):
     folder = saved_model(family) / "huggingface"
     processor = EmbedProcessor.from_pretrained(folder, profile)
     hugging_face = AutoProcessor.from_pretrained(folder)
-    template = embedding_template(profile, processor.tokenizer)
+    template = embedding_template(profile, processor.limits, family, processor.max_length)
 
     def render(messages: list[dict[str, Any]]) -> str:
         return hugging_face.apply_chat_template(messages, chat_template=template, tokenize=False)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stock vLLM server that gives the Embedder's vectors: its arguments and its chat template.
 
-Nothing of this package runs in it. What makes the vectors equal are: the prompt as a chat template, last-token pooling
-at length 1, and image limits so wide that fitted media pass unchanged.
+Nothing of this package makes vectors in it. They are equal by the prompt as a chat template, last-token pooling at
+length 1, and image limits so wide that fitted media pass unchanged.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.data.media import MAX_ASPECT, MediaLimits
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.export.sentence_files import embedding_template
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The command itself asks for the metadata of the distribution `vllm`, which the CPU build
 does not have."""
+PLAIN_INPUT = "embedrl_verl.embedder.served.plain_input.PlainInput"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def server_options(config: EmbedderConfig, processor: EmbedProcessor, *, on_cpu:
     server = config.server
     return ServerOptions(
         path=str(config.path),
-        template=embedding_template(processor.profile, processor.tokenizer),
+        template=embedding_template(processor.profile, processor.limits, processor.family),
         media_size=media_size(processor),
         dtype=config.dtype,
         max_model_len=longest_prompt(config, processor),
@@ -74,8 +73,13 @@ def longest_prompt(config: EmbedderConfig, processor: EmbedProcessor) -> int:
     return min(processor.max_length, config.server.max_model_len)
 
 
-def server_arguments(options: ServerOptions, template: Path, *, host: str, port: int) -> list[str]:
-    """Arguments of vLLM's OpenAI server; `template` is the file that holds `options.template`."""
+def server_arguments(
+    options: ServerOptions, template: Path, *, host: str, port: int, plain_input: bool = False
+) -> list[str]:
+    """Arguments of vLLM's OpenAI server; `template` is the file that holds `options.template`.
+
+    With `plain_input` it gives bare texts their prompt, for those who ask it from elsewhere; a run sends chat requests.
+    """
     pooler = {"pooling_type": "LAST", "use_activation": True}
     pairs: list[tuple[str, Any]] = [
         ("--model", options.path),
@@ -90,6 +94,8 @@ def server_arguments(options: ServerOptions, template: Path, *, host: str, port:
         ("--host", host),
         ("--port", port),
     ]
+    if plain_input:
+        pairs.append(("--middleware", PLAIN_INPUT))
     if not options.on_cpu:
         pairs += [
             ("--tensor-parallel-size", max(options.gpus, 1)),
@@ -119,26 +125,14 @@ def media_size(processor: EmbedProcessor) -> dict[str, int]:
     """Limits in pixels within which every fitted image and clip lies, so that the server resizes nothing.
 
     vLLM has one pair of limits for images and videos. Qwen3-VL counts the pixels of a whole clip, the other families
-    those of a frame. A fitted image can be larger than its own maximum (`_most_tokens`).
+    those of a frame.
     """
     limits = processor.limits
     most = max(
-        _most_tokens(limits, is_frame=False),
-        _most_tokens(limits, is_frame=True) * (_even(limits.max_frames) if processor.family == "qwen3_vl" else 1),
+        limits.most_tokens(is_frame=False),
+        limits.most_tokens(is_frame=True) * (_even(limits.max_frames) if processor.family == "qwen3_vl" else 1),
     )
     return {"shortest_edge": limits.token_side**2, "longest_edge": most * limits.token_side**2}
-
-
-def _most_tokens(limits: MediaLimits, *, is_frame: bool) -> int:
-    """Upper bound of the tokens of a fitted image.
-
-    `smart_resize` keeps a side at one token at least, so a strip has up to sqrt(aspect x maximum) tokens; and it rounds
-    both sides up where it enlarges to the minimum.
-    """
-    low, high = limits.tokens(is_frame=is_frame)
-    strip = math.ceil(math.sqrt(MAX_ASPECT * high))
-    enlarged = low + math.ceil(math.sqrt(MAX_ASPECT * low)) + math.ceil(math.sqrt(low)) + 1
-    return max(high, strip, enlarged)
 
 
 def _even(frames: int) -> int:

@@ -14,7 +14,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from embedrl_verl.cli import main
 from embedrl_verl.data.media import MediaLimits, smart_resize
-from embedrl_verl.embedder.served.command import _most_tokens
+from embedrl_verl.embedder.served.command import PLAIN_INPUT
 
 SIDE = 28
 sides = st.integers(1, 6000)
@@ -35,7 +35,7 @@ def test_a_fitted_image_passes_the_servers_limits_unchanged(tokens, height, widt
     fitted = smart_resize(height, width, token_side=SIDE, min_tokens=low, max_tokens=high)
     if max(fitted) > 200 * min(fitted):  # the server refuses it: a row that fails, not another vector
         return
-    most = _most_tokens(MediaLimits(SIDE, low, high, low, high), is_frame=False) * SIDE**2
+    most = MediaLimits(SIDE, low, high, low, high).most_tokens(is_frame=False) * SIDE**2
     assert image_resize(*fitted, factor=SIDE, min_pixels=SIDE**2, max_pixels=most) == fitted
     frames = 8
     assert clip_resize(frames, *fitted, factor=SIDE, min_pixels=SIDE**2, max_pixels=frames * most) == fitted
@@ -54,6 +54,7 @@ def test_the_printed_command_holds_template_pooling_and_limits(family, checkpoin
     assert json.loads(value["--pooler-config"])["pooling_type"] == "LAST"
     assert (value["--runner"], value["--convert"], value["--port"]) == ("pooling", "embed", "8123")
     assert (value["--max-model-len"], value["--chat-template"]) == ("2048", str(template))
+    assert value["--middleware"] == PLAIN_INPUT
     size = json.loads(value["--mm-processor-kwargs"])["size"]
     assert size["longest_edge"] >= (8 * 16 if family == "qwen3_vl" else 64) * size["shortest_edge"]
     assert words[-1] == "--max-num-seqs=8"

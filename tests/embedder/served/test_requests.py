@@ -43,7 +43,7 @@ def parts(request: EmbedRequest, kind: str) -> list[dict]:
 
 def test_the_servers_template_renders_the_rows_prompt(each_embedder):
     processor = each_embedder.processor
-    template = embedding_template(processor.profile, processor.tokenizer)
+    template = embedding_template(processor.profile, processor.limits, processor.family)
     kinds = {"image_url": "image", "video_url": "video"}
     for one in mixed_inputs(KINDS):
         request = embed_request(processor, one)

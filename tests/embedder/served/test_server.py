@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -34,7 +35,7 @@ from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.tiny.environment import CPU_ENV
 from embedrl_verl.tiny.models import build_tiny_model
-from tests.embedder.inputs import LIMITS, mixed_inputs
+from tests.embedder.inputs import LIMITS, item, mixed_inputs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROWS = 24  # twice every combination of medium, T-CoT and evidence
@@ -75,7 +76,9 @@ def server(config, tmp_path_factory):
     options = server_options(config, processor_for(config), on_cpu=True)
     template = folder / "template.jinja"
     template.write_text(options.template)
-    command = server_command(server_arguments(options, template, host="127.0.0.1", port=port), python())
+    command = server_command(
+        server_arguments(options, template, host="127.0.0.1", port=port, plain_input=True), python()
+    )
     process = ServerProcess(
         command, {**os.environ, **CPU_ENV}, f"http://127.0.0.1:{port}", folder / "log", startup_s=400
     )
@@ -121,6 +124,20 @@ def test_the_vectors_are_the_embedders(config, server, expected):
     results, _ = embed(config, mixed_inputs(ROWS), [server.url])
     assert worst(results, expected) >= 0.999
     assert float((expected[:-1] * expected[1:]).sum(dim=1).min()) < 0.99  # else anything would pass
+
+
+def test_a_bare_text_has_the_embedders_vector_or_is_refused(server, embedder):
+    texts = ["a heron on one leg", "the reply ends with <|eot_id|> and <emb>", "字" * 40 + "."]
+    wanted = embedder().embed([EmbedInput(item(text)) for text in texts])
+
+    def ask(given: object) -> httpx.Response:
+        return httpx.post(f"{server.url}/v1/embeddings", json={"input": given}, timeout=120, trust_env=False)
+
+    for answer in ([ask(text).json()["data"][0] for text in texts], ask(texts).json()["data"]):
+        found = torch.tensor([one["embedding"] for one in answer])
+        assert float((found * wanted).sum(dim=1).min()) >= 0.999
+    refused = ask([1, 2, 3])
+    assert refused.status_code == 400 and "input must be a text or a list of texts" in refused.text
 
 
 def test_a_server_that_fits_passes_the_handshake(config, server):
