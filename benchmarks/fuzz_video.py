@@ -67,16 +67,18 @@ def encode(
     """A small moving clip."""
     import av
 
-    with tempfile.NamedTemporaryFile() as file, av.open(file.name, "w", format=kind, options=options or {}) as out:
+    options = {"fflags": "+bitexact", **(options or {})}  # no random ids
+    with tempfile.NamedTemporaryFile() as file, av.open(file.name, "w", format=kind, options=options) as out:
         stream = out.add_stream(codec, rate=RATE)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixels
+        stream.codec_context.thread_count = 1  # the same clip each time
         if turn:
             stream.set_display_rotation(turn)
         if cover:
             picture_stream = out.add_stream("mjpeg", rate=1)
             picture_stream.width, picture_stream.height, picture_stream.pix_fmt = 200, 200, "yuvj420p"
             picture_stream.disposition = av.stream.Disposition.attached_pic
-            out.mux(picture_stream.encode(av.VideoFrame(200, 200, "yuvj420p")))
+            out.mux(picture_stream.encode(av.VideoFrame.from_ndarray(np.zeros((300, 200), np.uint8), "yuvj420p")))
         for index in range(FRAMES):
             picture = np.full((HEIGHT, WIDTH, 3), 5 * index, np.uint8)
             picture[:8], picture[20:30, index : index + 20] = (255, 0, 0), (0, 0, 255)
