@@ -94,6 +94,15 @@ def test_an_exported_embedder_gives_its_own_vectors_on_both_sides(family, export
     assert float((expected[:-1] * expected[1:]).sum(dim=1).min()) < 0.99  # else anything would pass
 
 
+def test_a_row_whose_tokens_were_counted_is_embedded_however_many_bytes_it_has(exported):
+    path, words = exported("qwen2_vl"), "the heron stands in the water " * 300
+    one = EmbedInput(item("what is it?", (picture(0),)), parse_tcot(TCOT.replace("Two digits", words)))
+    embedder = Embedder.from_pretrained(path, limits=LIMITS["qwen2_vl"])
+    assert len(embedder.processor.encode(one)) < 4096 < len(embedder.processor.prompt_text(one))
+    (vector,) = vectors(embed(section(path), [one]))
+    assert float(vector @ embedder.embed([one])[0]) >= 0.999
+
+
 def test_another_model_reads_the_text_with_its_own_prompts(text_model):
     from sentence_transformers import SentenceTransformer
 

@@ -4,7 +4,6 @@ sentence-transformers pools no row at some word."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import unicodedata
 from collections.abc import Callable
@@ -14,10 +13,9 @@ import pytest
 from jinja2 import TemplateError
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from transformers import AutoProcessor
 from vllm.renderers.hf import safe_apply_chat_template
 
-from embedrl_verl.embedder import PROFILES, EmbedInput, EmbedProcessor, build_messages, render_prompt
+from embedrl_verl.embedder import PROFILES, EmbedProcessor, build_messages, render_prompt
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.export.sentence_files import embedding_template
 from tests.embedder.inputs import item, picture
@@ -206,13 +204,3 @@ def test_what_the_template_counts_for_media_is_no_less_than_what_is_made_of_them
             processor.tokenizer.apply_chat_template(messages, chat_template=template_of(processor, 1), tokenize=False)
         bound = int(str(refused.value).split("can have ")[1].split(":")[0])
         assert tokens <= bound <= 2 * tokens + 600
-
-
-def test_own_rows_are_marked_as_counted(saved_model):
-    hugging_face = AutoProcessor.from_pretrained(saved_model("qwen2_vl") / "huggingface")
-    processor = EmbedProcessor.from_pretrained(saved_model("qwen2_vl") / "huggingface")
-    prepared, _, _ = processor.fit(EmbedInput(dataclasses.replace(item("x " * 3000, (SMALL,)), instruction="Find.")))
-    messages = [dict(message) for message in prepared.messages]
-    messages[0]["fitted"] = True
-    found = hugging_face.apply_chat_template(messages, chat_template=template_of(processor, 100), tokenize=False)
-    assert found == prepared.prompt
