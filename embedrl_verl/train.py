@@ -15,15 +15,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from embedrl_verl.errors import ConfigError, EmbedRLError, PluginError
+from embedrl_verl.entry import run_entry
+from embedrl_verl.errors import PluginError
 from embedrl_verl.platforms.forkserver import fork_ray_workers, fork_server
 
 
@@ -87,17 +84,6 @@ def _is_registered(mode: str) -> bool:
     return mode in TRAINER_REGISTRY
 
 
-def _own_error(error: BaseException) -> EmbedRLError | None:
-    """The error of this package inside what Ray raised, if there is one."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, EmbedRLError):
-            cause = getattr(seen, "cause", None)  # Ray raises a class that is both its own and the remote error's
-            return cause if isinstance(cause, EmbedRLError) else seen
-        seen = seen.__cause__
-    return None
-
-
 def _is_dry_run() -> bool:
     return os.environ.get("DRY_RUN", "") not in ("", "0")
 
@@ -116,30 +102,6 @@ def main() -> None:
     """Entry point: runs, and turns every refusal into one message and its exit code."""
     with contextlib.nullcontext() if _is_dry_run() else fork_server():
         run_entry(_main)
-
-
-def run_entry(entry: Callable[[], None]) -> None:
-    """Run a hydra main; a refusal of this package or of hydra becomes one message and its exit code."""
-    # hydra must neither change the working directory nor write a log folder, and must let errors through to us.
-    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    sys.argv[1:1] = quiet
-    # verl warns of every engine whose library is missing; these are never used here.
-    warnings.filterwarnings("ignore", message="(torchtitan|veomni|automodel|mindspeed) engine is not available")
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    try:
-        entry()
-    except (HydraException, OmegaConfBaseException) as error:
-        _refuse(ConfigError(str(error)), error)
-    except Exception as error:
-        own = _own_error(error)
-        if own is None:
-            raise
-        _refuse(own, error)
-
-
-def _refuse(own: EmbedRLError, error: BaseException) -> None:
-    print(f"\n{type(own).__name__}: {own}", file=sys.stderr, flush=True)
-    raise SystemExit(own.exit_code) from error
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedrl_verl.curate.records import opened
-from embedrl_verl.data.parquet import SCHEMA, check_schema, record_or_error
+from embedrl_verl.data.parquet import SCHEMA, check_schema, opened, record_or_error
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import DataError
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import hydra
 
+from embedrl_verl.entry import run_entry
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.train import run_entry
 
 
 def _alone() -> None:

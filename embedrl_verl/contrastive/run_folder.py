@@ -10,15 +10,13 @@ OUT/checkpoints/latest_checkpointed_iteration.txt   N of the last complete one; 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from embedrl_verl.data.disk import TRACKER, write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import RECORD_FILE
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class RunFolder:
@@ -81,10 +79,3 @@ class RunFolder:
         """Append one line of metrics."""
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, "data": data}) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

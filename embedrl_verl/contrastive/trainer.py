@@ -33,7 +33,7 @@ from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.embedder.two_pass import NoNegativesError
 from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
 from embedrl_verl.errors import ConfigError, EmbedderError
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores
+from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow, card_scores
 
 NDCG_K = 5
 VALIDATION_PAIRS = 64

@@ -20,14 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedrl_verl.data.files import publish, temporary_name
-from embedrl_verl.data.parquet import SCHEMA, check_schema, in_pieces
+from embedrl_verl.data.parquet import SCHEMA, check_schema, in_pieces, opened
 from embedrl_verl.errors import DataError
 
 BATCH_ROWS = 2048
 BATCH_BYTES = 32 << 20
 GROUP_ROWS = 16384
 GROUP_BYTES = 64 << 20
-READ_BUFFER = 1 << 20
 
 # Columns whose values repeat; a dictionary of pair ids or images would only be thrown away when it grows too large.
 REPEATING = (
@@ -283,11 +282,6 @@ def remove_temporary_files(folder: Path) -> None:
     """Remove what killed writers left behind; no writer may be at work in `folder`."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
-
-
-def opened(path: str | Path) -> pq.ParquetFile:
-    """Read through a small buffer, not a whole row group ahead; damaged pages are noticed if they have checksums."""
-    return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER, page_checksum_verification=True)
 
 
 def _rows_per_batch(file: pq.ParquetFile, groups: range, columns: Sequence[str]) -> int:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of a disk that is full, and digests of files."""
+"""Files that are whole or not there, errors of a disk that is full, digests."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from embedrl_verl.errors import DataError, ResourceError
 
 CHUNK = 1 << 20
+TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's file that names the last complete checkpoint of a folder of checkpoints."""
 
 
 @contextmanager
@@ -45,3 +48,10 @@ def sha256_of(path: str | Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

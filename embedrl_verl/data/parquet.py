@@ -57,6 +57,7 @@ OPTIONAL_COLUMNS = ("query_id", "target_id", "negatives")
 ROWS_PER_BATCH = 256
 BYTES_PER_BATCH = 256 << 20
 ROWS_PER_GROUP = 1024
+READ_BUFFER = 1 << 20
 BYTES_PER_GROUP = 16 << 20
 
 
@@ -312,3 +313,8 @@ def _row_from_item(item: Item) -> dict[str, Any]:
 
 def _row_from_media(media: Media) -> dict[str, str | bytes | None]:
     return {"path": media, "bytes": None} if isinstance(media, str) else {"path": None, "bytes": media}
+
+
+def opened(path: str | Path) -> pq.ParquetFile:
+    """Read through a small buffer, not a whole row group ahead; damaged pages are noticed if they have checksums."""
+    return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER, page_checksum_verification=True)

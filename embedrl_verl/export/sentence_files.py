@@ -15,19 +15,15 @@ pooling.
 from __future__ import annotations
 
 import json
-import sys
-import unicodedata
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder.processor import EmbedProcessor
-from embedrl_verl.embedder.profiles import EMB_TOKEN, EmbedderProfile
+from embedrl_verl.embedder.template import embedding_template
 from embedrl_verl.tcot import Family
 
-TEMPLATE_FILE = Path(__file__).with_name("embedding_template.jinja")
 _MODALITIES = ("text", "image", "video", "message")
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 
@@ -81,45 +77,6 @@ def sentence_files(processor: EmbedProcessor, family: Family, dim: int) -> dict[
             "similarity_fn_name": "cosine",
         },
     }
-
-
-def embedding_template(profile: EmbedderProfile, limits: MediaLimits, family: Family, longest: int = 0) -> str:
-    """The chat template (Jinja) of a profile; text cannot forge control tokens.
-
-    Args:
-        limits: by which it counts media.
-        family: of the model.
-        longest: tokens beyond which the prompt is cut behind the template's back: what could lose its end is refused.
-            0 = the reader refuses what is too long by itself, as vLLM does.
-    """
-    values = {
-        "chat": profile.chat,
-        "suffix": profile.suffix,
-        "tail": profile.tail,
-        "in_system": profile.instruction_in_system,
-        "default_instruction": profile.default_instruction,
-        "punctuation": _punctuation() if profile.end_instruction_with_stop else "",
-        "empty_text": profile.empty_text,
-        "emb": EMB_TOKEN,
-        "longest": longest,
-        "image": [limits.image_min_tokens, limits.most_tokens(is_frame=False)],
-        "frame": [limits.frame_min_tokens, limits.most_tokens(is_frame=True)],
-        "clip": limits.most_tokens(is_frame=True) * limits.max_frames if family == "qwen3_vl" else 0,
-        "token_side": limits.token_side,
-        "frames": limits.max_frames,
-    }
-    # Jinja does not join the surrogate pairs that JSON's own escapes are made of.
-    head = "".join(
-        f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in values.items()
-    )
-    return head + TEMPLATE_FILE.read_text(encoding="utf-8")
-
-
-@lru_cache
-def _punctuation() -> str:
-    """Every character of Unicode's punctuation categories, which Jinja cannot ask for."""
-    every = map(chr, range(sys.maxunicode + 1))
-    return "".join(character for character in every if unicodedata.category(character).startswith("P"))
 
 
 def write_sentence_files(files: dict[str, Any], folder: Path) -> None:

@@ -7,22 +7,36 @@ With `gold_answer` the same prompt annotates (stage 1): the answer is told, and 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.kinds import INPUT_KINDS, InputKind
 from embedrl_verl.tcot.families import Family, box_convention
 from embedrl_verl.tcot.styles import load_style
 
-if TYPE_CHECKING:
-    from embedrl_verl.data.media import LoadedItem
+
+class PromptItem(Protocol):
+    """What a prompt is about: `embedrl_verl.data.media.LoadedItem`."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def instruction(self) -> str: ...
+    @property
+    def images(self) -> Sequence[Any]: ...
+    @property
+    def frames(self) -> Sequence[Any]: ...
+    @property
+    def frame_times(self) -> Any: ...
+
 
 _CONTROL = re.compile(r"<(\|\w+\|)>")
 
 
 def build_prompt(
     kind: InputKind,
-    item: LoadedItem,
+    item: PromptItem,
     *,
     family: Family,
     gold_answer: str | None = None,

@@ -28,9 +28,9 @@ from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import Item
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.embedder.actor_positions import bind_positions
 from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
-from embedrl_verl.platforms.mrope import bind_positions
 from embedrl_verl.serving.clips import processor_arguments
 from embedrl_verl.tcot import Evidence, Family, TCoT, cut_evidence, parse_tcot
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO, raw_key

@@ -16,7 +16,7 @@ from embedrl_verl.contrastive.rows import PairRows
 from embedrl_verl.data.video import even_indices
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow
+from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow
 
 Embed = Callable[[Sequence[Encoded]], torch.Tensor]
 

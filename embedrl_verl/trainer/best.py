@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from embedrl_verl.contrastive.run_folder import TRACKER
+from embedrl_verl.data.disk import TRACKER
 
 BEST, SCORE, METRIC = "best", "score.json", "hit@1"
 _NEW, _OLD = ".best.new", ".best.old"

@@ -36,8 +36,8 @@ import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.config.served_length import bound_served_lengths
 from embedrl_verl.contrastive.rows import PairRows, read_training_pairs
-from embedrl_verl.contrastive.run_folder import TRACKER
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
+from embedrl_verl.data.disk import TRACKER
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder.client import EmbedderClient
@@ -46,6 +46,7 @@ from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.embedder.streaming import QueuedVectors
 from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow, card_scores, left_out_metrics, roster
 from embedrl_verl.platforms import plugin
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.rewards import RewardBatch
@@ -72,7 +73,6 @@ from embedrl_verl.trainer.training_record import (
     write_embedder_record_for_export,
     write_reasoner_record,
 )
-from embedrl_verl.trainer.validation import RetrievalValidation, ValidationRow, card_scores, left_out_metrics, roster
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from sentence_transformers import SentenceTransformer
 from vllm.renderers.hf import safe_apply_chat_template
 
 from embedrl_verl.embedder import PROFILES, EmbedProcessor, build_messages, render_prompt
+from embedrl_verl.embedder.template import embedding_template
 from embedrl_verl.export.folder import export_checkpoint
-from embedrl_verl.export.sentence_files import embedding_template
 from tests.embedder.inputs import item, picture
 
 # What texts of other models hold, pieces that become tokens when joined, and words that `\w` knows and ASCII does not.

@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoProcessor
 
 from embedrl_verl.data.media import MediaLimits, fit_image
 from embedrl_verl.embedder import PROFILES, Embedder, EmbedInput, EmbedProcessor, build_messages, render_prompt
+from embedrl_verl.embedder.template import embedding_template
 from embedrl_verl.export.folder import export_checkpoint
-from embedrl_verl.export.sentence_files import embedding_template
 from tests.embedder.inputs import item, mixed_inputs, picture
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -11,8 +11,9 @@ import pytest
 
 from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan import _batch_plan, compose, make_plan
-from embedrl_verl.plan_memory import CONTEXT, GIB, Stage, memory_stages
+from embedrl_verl.plan import compose, make_plan
+from embedrl_verl.plan.memory import CONTEXT, GIB, Stage, memory_stages
+from embedrl_verl.plan.plan import _batch_plan
 from embedrl_verl.platforms.footprint import Megatron, shape_of
 from embedrl_verl.tiny.models import build_tiny_model
 from tests.recipes.test_gpu_recipes import FSDP, MEGATRON, command_of

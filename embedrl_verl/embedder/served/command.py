@@ -17,7 +17,7 @@ from typing import Any
 
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.embedder.processor import EmbedProcessor
-from embedrl_verl.export.sentence_files import embedding_template
+from embedrl_verl.embedder.template import embedding_template
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The command itself asks for the metadata of the distribution `vllm`, which the CPU build

@@ -24,8 +24,8 @@ from embedrl_verl.embedder.served.requests import (
     embed_request,
     read_vector,
 )
+from embedrl_verl.embedder.template import embedding_template
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.export.sentence_files import embedding_template
 from tests.embedder.inputs import item, mixed_inputs, picture
 
 KINDS = 12  # every combination of medium, T-CoT and evidence

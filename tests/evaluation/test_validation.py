@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from embedrl_verl.data.identity import ContentId
-from embedrl_verl.trainer.egrl import EGRLTrainerSync
-from embedrl_verl.trainer.validation import (
+from embedrl_verl.evaluation.validation import (
     RetrievalValidation,
     ValidationRow,
     card_scores,
@@ -16,6 +15,7 @@ from embedrl_verl.trainer.validation import (
     metric_name,
     roster,
 )
+from embedrl_verl.trainer.egrl import EGRLTrainerSync
 
 
 def _row(source, side, content, vector, session=0):

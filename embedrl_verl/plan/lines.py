@@ -4,18 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.plan.batch import SIDES, BatchPlan
 from embedrl_verl.platforms.needs import problems
 from embedrl_verl.trainer.checks_async import COLOCATE, SEPARATE, mini_batches, replica_size
-
-if TYPE_CHECKING:
-    from embedrl_verl.plan import BatchPlan
-
-SIDES = 2
 
 
 def is_megatron(config: Any) -> bool:

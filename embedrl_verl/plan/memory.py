@@ -12,13 +12,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan_roles import (
+from embedrl_verl.plan.batch import BatchPlan
+from embedrl_verl.plan.roles import (
     RoleMemory,
     actor_memory,
     embedder_memory,
@@ -33,9 +34,6 @@ from embedrl_verl.plan_roles import (
 from embedrl_verl.platforms.footprint import BF16, FP32, shape_of
 from embedrl_verl.trainer.checks import longest_row
 from embedrl_verl.trainer.checks_async import SEPARATE
-
-if TYPE_CHECKING:
-    from embedrl_verl.plan import BatchPlan
 
 GIB = 1024**3
 ASSUMED_GIB = 80

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.plan.batch import BatchPlan
 from embedrl_verl.platforms.footprint import (
     BF16,
     FP32,
@@ -21,9 +22,6 @@ from embedrl_verl.platforms.footprint import (
     shape_of,
 )
 from embedrl_verl.trainer.checks import longest_row
-
-if TYPE_CHECKING:
-    from embedrl_verl.plan import BatchPlan
 
 
 @dataclass(frozen=True)

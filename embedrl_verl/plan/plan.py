@@ -12,8 +12,6 @@ a laptop. Files that are not there are marked, not refused: a plan may be made o
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from typing import Any
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan_lines import (
-    SIDES,
+from embedrl_verl.plan.batch import BatchPlan
+from embedrl_verl.plan.lines import (
     batch_lines,
     device_lines,
     file_lines,
@@ -30,84 +28,11 @@ from embedrl_verl.plan_lines import (
     needs_lines,
     training_lines,
 )
-from embedrl_verl.plan_memory import memory_lines
+from embedrl_verl.plan.memory import memory_lines
 from embedrl_verl.trainer.checks_async import replica_size
 
 # Model types that Megatron-Bridge, the weight converter of verl 0.9.1's Megatron engine, can load.
 MEGATRON_FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """The arithmetic of one step. Prompts count both sides of a pair; rows are rollouts.
-
-    Raises:
-        ConfigError: a number does not divide what it must divide; the message names the keys.
-    """
-
-    prompts: int
-    rollouts: int
-    mini_prompts: int
-    devices: int
-    model_parallel: int
-    rollout_parallel: int
-
-    def __post_init__(self) -> None:
-        rules = (
-            (
-                self.prompts > 0 and self.prompts % SIDES == 0,
-                f"data.train_batch_size counts prompts, two for each pair, so it must be even; got {self.prompts}",
-            ),
-            (
-                self.mini_prompts > 0 and self.prompts % self.mini_prompts == 0,
-                f"data.train_batch_size ({self.prompts}) must be divisible by "
-                f"actor_rollout_ref.actor.ppo_mini_batch_size ({self.mini_prompts}); both count prompts",
-            ),
-            (
-                self.devices % self.model_parallel == 0,
-                f"{self.devices} devices (trainer.nnodes x trainer.n_gpus_per_node) must be divisible by the actor's "
-                f"model-parallel size ({self.model_parallel})",
-            ),
-            (
-                self.devices % self.rollout_parallel == 0,
-                f"{self.devices} devices (trainer.nnodes x trainer.n_gpus_per_node) must be divisible by the size of "
-                f"one rollout replica ({self.rollout_parallel}: tensor x data x pipeline parallel size)",
-            ),
-        )
-        for holds, message in rules:
-            if not holds:
-                raise ConfigError(message)
-        if self.mini_rows % self.data_parallel:
-            raise ConfigError(
-                f"one update has ppo_mini_batch_size x rollout.n = {self.mini_prompts} x {self.rollouts} = "
-                f"{self.mini_rows} rows, which must be divisible by the {self.data_parallel} data-parallel ranks; "
-                "change data.train_batch_size and actor_rollout_ref.actor.ppo_mini_batch_size, or the number of devices"
-            )
-
-    @property
-    def pairs(self) -> int:
-        """P: pairs a step."""
-        return self.prompts // SIDES
-
-    @property
-    def rows(self) -> int:
-        """Rollouts a step, both sides."""
-        return self.prompts * self.rollouts
-
-    @property
-    def mini_rows(self) -> int:
-        """Rollouts of one update."""
-        return self.mini_prompts * self.rollouts
-
-    @property
-    def updates(self) -> int:
-        """Actor updates a step."""
-        return self.prompts // self.mini_prompts
-
-    @property
-    def data_parallel(self) -> int:
-        """Ranks that share the rows of an update."""
-        return self.devices // self.model_parallel
 
 
 @dataclass(frozen=True)
@@ -121,31 +46,6 @@ class Plan:
         width = max(len(topic) for topic, _ in self.lines) + 2
         head = "EG-RL plan (checked by verl's validator; nothing is started)"
         return "\n".join([head, *(f"  {topic.ljust(width)}{text}" for topic, text in self.lines)])
-
-
-def compose(overrides: Sequence[str], config_name: str = "egrl_trainer") -> Any:
-    """The run's configuration (DictConfig) for hydra overrides as on a command line.
-
-    Raises:
-        ConfigError: hydra cannot compose it: an unknown key, group or file, or an override that cannot be parsed.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with initialize_config_module("embedrl_verl.config", version_base=None):
-            return hydra_compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        reasons: list[str] = []
-        cause: BaseException | None = error
-        while cause is not None:
-            text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-            if text not in reasons:
-                reasons.append(text)
-            cause = cause.__cause__
-        raise ConfigError(f"the configuration cannot be composed: {'; '.join(reasons)}") from error
 
 
 def make_plan(config: Any) -> Plan:
@@ -246,9 +146,3 @@ def _model_type(config: Any) -> str | None:
     """The Reasoner's family: as configured, else as its local folder says, else None (a hub id says nothing here)."""
     named = DataSettings.from_config(config.data).family
     return named if named != "auto" else _folders_type(config)
-
-
-if __name__ == "__main__":
-    from embedrl_verl.cli import main
-
-    sys.exit(main(["plan", *sys.argv[1:]]))

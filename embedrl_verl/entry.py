@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command that hydra configures ends: a refusal is one message and its exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from embedrl_verl.errors import ConfigError, EmbedRLError
+
+
+def run_entry(entry: Callable[[], None]) -> None:
+    """Run a hydra main; a refusal of this package or of hydra becomes one message and its exit code."""
+    # hydra must neither change the working directory nor write a log folder, and must let errors through to us.
+    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv[1:1] = quiet
+    # verl warns of every engine whose library is missing; these are never used here.
+    warnings.filterwarnings("ignore", message="(torchtitan|veomni|automodel|mindspeed) engine is not available")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        entry()
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(ConfigError(str(error)), error)
+    except Exception as error:
+        own = _own_error(error)
+        if own is None:
+            raise
+        _refuse(own, error)
+
+
+def _refuse(own: EmbedRLError, error: BaseException) -> None:
+    print(f"\n{type(own).__name__}: {own}", file=sys.stderr, flush=True)
+    raise SystemExit(own.exit_code) from error
+
+
+def _own_error(error: BaseException) -> EmbedRLError | None:
+    """The error of this package inside what Ray raised, if there is one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, EmbedRLError):
+            cause = getattr(seen, "cause", None)  # Ray raises a class that is both its own and the remote error's
+            return cause if isinstance(cause, EmbedRLError) else seen
+        seen = seen.__cause__
+    return None
