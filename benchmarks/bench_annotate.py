@@ -31,9 +31,9 @@ from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.families import token_side
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.serving import PoolSettings, ServerPool
-from embedrl_verl.tcot import token_side
 
 TARGET = 1.2
 BENCH = (

@@ -11,12 +11,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from embedrl_verl.families import FAMILIES
+
 if TYPE_CHECKING:
     from embedrl_verl.annotate.backends import Backend
     from embedrl_verl.annotate.job import AnnotateJob
     from embedrl_verl.annotate.progress import RunnerSettings
     from embedrl_verl.data.media import MediaLimits
-    from embedrl_verl.tcot import Family
+    from embedrl_verl.families import Family
 
 KEY_VARIABLE = "EMBEDRL_API_KEY"
 _LIMITS = {
@@ -86,7 +88,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, media: bool = True) ->
         return
     group.add_argument(
         "--family",
-        choices=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+        choices=FAMILIES,
         default="qwen3_vl",
         help="of the model: units of its boxes, size of its visual tokens (qwen3_vl)",
     )
@@ -194,7 +196,7 @@ def job_of(args: argparse.Namespace) -> AnnotateJob:
 def limits_of(args: argparse.Namespace) -> MediaLimits:
     """Sizes of media by the options and the family."""
     from embedrl_verl.data.media import MediaLimits
-    from embedrl_verl.tcot import token_side
+    from embedrl_verl.families import token_side
 
     return MediaLimits(token_side=token_side(args.family), **{name: getattr(args, name) for name in _LIMITS})
 

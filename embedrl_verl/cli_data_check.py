@@ -23,7 +23,7 @@ from embedrl_verl.data.identity import content_id, false_negative_share
 from embedrl_verl.data.schema import SIDES, PairRecord, input_kind
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError, DataError, MediaError
-from embedrl_verl.tcot import family_of
+from embedrl_verl.families import family_of
 
 if TYPE_CHECKING:  # the other commands of `embedrl` need not wait for torch
     from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem

@@ -134,9 +134,9 @@ class _Cards:
 
 
 def _examiner(args: argparse.Namespace, limits: RecipeLimits) -> Examiner:
+    from embedrl_verl.families import box_convention, family_of, token_side
     from embedrl_verl.report.evidence import TcotReader
     from embedrl_verl.report.examine import Examiner
-    from embedrl_verl.tcot import box_convention, family_of, token_side
 
     meter = None
     if args.tokenizer is not None:

@@ -25,11 +25,11 @@ from PIL import Image
 
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError, EmbedRLError
+from embedrl_verl.families import Family
 from embedrl_verl.serving import ServerError, ServerPool
 from embedrl_verl.serving.clips import request_arguments
 from embedrl_verl.serving.sampling import NEUTRAL_SAMPLING
 from embedrl_verl.serving.server import RETRIED
-from embedrl_verl.tcot import Family
 
 CHAT = "/v1/chat/completions"
 _RUN_LENGTHS = 3  # zlib's Z_RLE: half of the default's time, and no larger on photos

@@ -18,8 +18,8 @@ import numpy as np
 from embedrl_verl.annotate.backends import Refused, Reply, Request, Sampling, ServersLost
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import Family
 from embedrl_verl.serving.clips import processor_arguments
-from embedrl_verl.tcot import Family
 
 _GATHER_S = 0.05
 

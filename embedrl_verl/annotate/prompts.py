@@ -24,7 +24,8 @@ from PIL import Image
 from embedrl_verl.data.media import MediaLimits, fit_image, load_item, to_rgb
 from embedrl_verl.data.schema import PairRecord, Side, input_kind
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import Family, build_prompt, token_side
+from embedrl_verl.families import Family, token_side
+from embedrl_verl.tcot import build_prompt
 from embedrl_verl.tcot.harmless import break_control
 from embedrl_verl.tcot.styles import fill
 

@@ -26,8 +26,9 @@ from embedrl_verl.annotate.prompts import Prompt
 from embedrl_verl.data.identity import normalise_text
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import DataError
+from embedrl_verl.families import Family, box_convention
 from embedrl_verl.kinds import EvidenceKey
-from embedrl_verl.tcot import Family, TCoT, box_convention, cut_evidence, parse_tcot
+from embedrl_verl.tcot import TCoT, cut_evidence, parse_tcot
 from embedrl_verl.tcot.boxes import RELATIVE_SIZE
 
 EvidenceLevel: TypeAlias = Literal["off", "usable", "strict"]

@@ -20,7 +20,8 @@ from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout
 from embedrl_verl.errors import DataError, EmbedderError, MediaError
-from embedrl_verl.tcot import Family, cut_evidence, parse_tcot, token_side
+from embedrl_verl.families import Family, box_convention, token_side
+from embedrl_verl.tcot import cut_evidence, parse_tcot
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class PairRows(Dataset[EncodedPair]):
 
     def _seen_sizes(self, loaded: LoadedItem) -> list[tuple[int, int]] | None:
         """Sizes of the images as the writer of the T-CoT saw them; only absolute boxes need them."""
-        if self._family != "qwen2_5_vl":
+        if box_convention(self._family) != "absolute":
             return None
         return [fit_image(image, self._writer_limits).size for image in loaded.images]
 

@@ -137,8 +137,8 @@ def load_stage1_config(config: Any) -> Stage1Config:
     media = DataSettings.from_config({"embedrl": data.pop("embedrl", None)})
     if media.family == "auto":
         raise ConfigError(
-            "data.embedrl.family must name the family of the model that wrote the T-CoTs (qwen2_vl, qwen2_5_vl or "
-            "qwen3_vl): it decides the units of their boxes; got auto"
+            "data.embedrl.family must name the family of the model that wrote the T-CoTs ({', '.join(FAMILIES)}): it "
+            "decides the units of their boxes; got auto"
         )
     for name in ("train_files", "val_files"):
         if isinstance(data.get(name), str):

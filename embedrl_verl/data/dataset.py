@@ -38,8 +38,8 @@ from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, Item, Video, input_kind
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.families import Family, token_side
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
-from embedrl_verl.tcot import Family, token_side
 
 logger = logging.getLogger(__name__)
 SHOWN = 10

@@ -23,7 +23,7 @@ from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import DataError, MediaError
-from embedrl_verl.tcot import Family, token_side
+from embedrl_verl.families import Family, token_side
 
 if TYPE_CHECKING:  # imports verl, which only counting needs
     from embedrl_verl.data.lengths import PromptMeter

@@ -19,7 +19,7 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from embedrl_verl.data.prompts import Messages, VideoInput
 from embedrl_verl.data.settings import resolve_family
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import Family
+from embedrl_verl.families import Family
 
 
 class PromptMeter:

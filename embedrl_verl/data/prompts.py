@@ -21,7 +21,8 @@ from embedrl_verl.data.media import LoadedItem, MediaLimits, describe, fit_image
 from embedrl_verl.data.schema import Media, PairRecord, Side, Video, input_kind
 from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, even_indices, list_times
 from embedrl_verl.errors import ConfigError, MediaError
-from embedrl_verl.tcot import Family, build_prompt
+from embedrl_verl.families import Family
+from embedrl_verl.tcot import build_prompt
 
 Messages: TypeAlias = list[dict[str, Any]]
 VideoInput: TypeAlias = tuple[torch.Tensor, dict[str, Any]]

@@ -9,14 +9,10 @@ from typing import Any
 
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import Family, family_of
+from embedrl_verl.families import FACTS, Family, family_of
 
 SECTION = "data.embedrl"
-FAMILY_OF_PROCESSOR: dict[str, Family] = {
-    "Qwen2VLProcessor": "qwen2_vl",
-    "Qwen2_5_VLProcessor": "qwen2_5_vl",
-    "Qwen3VLProcessor": "qwen3_vl",
-}
+FAMILY_OF_PROCESSOR: dict[str, Family] = {facts.processor: family for family, facts in FACTS.items()}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from embedrl_verl.embedder.positions import Grid, mrope_positions
-from embedrl_verl.tcot import Family
+from embedrl_verl.embedder.positions import Grid, mrope_positions, time_steps_a_second
+from embedrl_verl.families import Family, facts_of
 
 
 def bind_positions(processor: Any, family: Family) -> None:
@@ -31,8 +31,8 @@ class _Positions:
     def __init__(self, processor: Any, family: Family) -> None:
         self._ids = (processor.image_token_id, processor.video_token_id)
         self._merge = processor.image_processor.merge_size
-        self._family = family
-        self._per_second = processor.config.vision_config.tokens_per_second if family == "qwen2_5_vl" else 1.0
+        self._clip_time = facts_of(family).clip_time
+        self._per_second = time_steps_a_second(processor.config)
 
     def get_rope_index_kwargs(self, multi_modal_inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The seconds between temporal patches, which verl itself leaves out."""
@@ -64,12 +64,12 @@ class _Positions:
         tokens = input_ids[0][shown].tolist()
         images, videos = self._grids(image_grid_thw), self._grids(video_grid_thw)
         steps = [1.0] * len(videos)
-        if self._family == "qwen2_5_vl" and videos:
+        if self._clip_time == "seconds" and videos:
             if second_per_grid_ts is None:
-                raise ValueError("a clip of Qwen2.5-VL needs second_per_grid_ts; the processor gave none")
+                raise ValueError("a clip of this family needs second_per_grid_ts; the processor gave none")
             steps = [float(second) * self._per_second for second in second_per_grid_ts]
         clips = list(zip(videos, steps, strict=True))
-        if self._family == "qwen3_vl":  # each temporal patch stands behind its own time stamp
+        if self._clip_time == "stamps":  # each temporal patch stands behind its own time stamp
             clips = [((1, h, w), 1.0) for (t, h, w), _ in clips for _ in range(t)]
         queues = {self._ids[0]: [(grid, 1.0) for grid in images], self._ids[1]: clips}
         media: list[tuple[int, Grid, float]] = []

@@ -14,7 +14,7 @@ from embedrl_verl.data.video import FrameTimes
 from embedrl_verl.embedder.messages import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from embedrl_verl.embedder.patches import PatchSpec, patchify
 from embedrl_verl.embedder.positions import Grid, mrope_positions
-from embedrl_verl.tcot import Family
+from embedrl_verl.families import Family, facts_of
 
 Clip = tuple[np.ndarray, FrameTimes]
 """uint8 (T, height, width, 3), T even, and when its T frames stand in the clip."""
@@ -25,7 +25,7 @@ class PromptExpander:
 
     def __init__(self, processor: Any, family: Family, tokens_per_second: float = 1.0) -> None:
         """`processor`: the checkpoint's of Hugging Face. `tokens_per_second`: time axis of videos (Qwen2.5-VL)."""
-        self.family = family
+        self._clip_time = facts_of(family).clip_time
         self._tokenizer = processor.tokenizer
         self._image_spec = PatchSpec.of(processor.image_processor)
         self._video_spec = PatchSpec.of(processor.video_processor)
@@ -46,7 +46,7 @@ class PromptExpander:
         ]
         times = [clip for _, clip in videos]
         slots: dict[int, list[tuple[Grid, float]]] = {self._image_id: [(grid, 1.0) for grid in grids]}
-        if self.family == "qwen3_vl":
+        if self._clip_time == "stamps":
             first, *others = prompt.split(f"{VISION_START}{VIDEO_PAD}{VISION_END}")
             stamps = [_time_stamps(clip.seconds, patch_frames) for clip in times]
             prompt = first + "".join(stamp + text for stamp, text in zip(stamps, others, strict=True))
@@ -82,15 +82,15 @@ class PromptExpander:
         return found
 
     def _seconds(self, clip: FrameTimes, patch_frames: int) -> float:
-        """Between temporal patches of a clip. Qwen2-VL counts patches: 1.0 stands for that."""
-        if self.family != "qwen2_5_vl":
+        """Between temporal patches of a clip; 1.0 where patches are counted."""
+        if self._clip_time != "seconds":
             return 1.0
         # transformers and vLLM keep it in float32, and positions are cut to integers after that
         return float(np.float32(patch_frames / clip.fps))
 
 
 def _time_stamps(seconds: Sequence[float], patch_frames: int) -> str:
-    """Qwen3-VL's text of a video: before each temporal patch the mean time of its first and last frame."""
+    """The text of a clip: before each temporal patch the mean time of its first and last frame."""
     firsts, lasts = seconds[::patch_frames], seconds[patch_frames - 1 :: patch_frames]
     means = [(first + last) / 2 for first, last in zip(firsts, lasts, strict=True)]
     return "".join(f"<{second:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for second in means)

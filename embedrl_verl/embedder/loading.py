@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 
 from embedrl_verl.embedder.profiles import EmbedderProfile, load_tokenizer, token_id
 from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.families import Family, family_of
 from embedrl_verl.platforms import varlen
-from embedrl_verl.tcot import Family, family_of
 
 NOT_NEEDED = frozenset({"lm_head.weight"})
 

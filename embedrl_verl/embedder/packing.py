@@ -22,9 +22,9 @@ from torch.nn import functional
 
 from embedrl_verl.embedder.batching import PaddedRows
 from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.families import FACTS
 
-CONVERTED = ("qwen2_5_vl", "qwen3_vl")
-"""Families whose weights Megatron-Bridge converts."""
+CONVERTED = tuple(family for family, facts in FACTS.items() if facts.megatron)
 
 
 class MicroBatch(NamedTuple):

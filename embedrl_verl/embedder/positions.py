@@ -17,6 +17,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
+
+from embedrl_verl.families import facts_of
 
 Grid = tuple[int, int, int]
 
@@ -45,3 +48,14 @@ def mrope_positions(length: int, media: Sequence[tuple[int, Grid, float]]) -> to
         start += int(grid.max()) + 1
     positions[1:, cursor:] = np.arange(start, start + length - cursor)
     return torch.from_numpy(positions)
+
+
+def time_steps_a_second(config: PretrainedConfig) -> float:
+    """Steps of a clip's time axis in a second, of families that count seconds; else 1.0.
+
+    Args:
+        config: of the whole model.
+    """
+    if facts_of(config.model_type).clip_time != "seconds":
+        return 1.0
+    return float(config.vision_config.tokens_per_second)

@@ -26,9 +26,10 @@ from embedrl_verl.embedder.messages import (
     build_messages,
     render_prompt,
 )
+from embedrl_verl.embedder.positions import time_steps_a_second
 from embedrl_verl.embedder.profiles import EmbedderProfile, resolve_profile
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.tcot import Family, token_side
+from embedrl_verl.families import Family, token_side
 
 DEFAULT_TEXT_TOKENS = 480
 """Tokens of item text that are kept (method section 3)."""
@@ -170,7 +171,7 @@ class EmbedProcessor:
             limits,
             max_length=min(positions, chosen.max_length or positions),
             max_text_tokens=max_text_tokens,
-            tokens_per_second=config.vision_config.tokens_per_second if family == "qwen2_5_vl" else 1.0,
+            tokens_per_second=time_steps_a_second(config),
             pixel_dtype=pixel_dtype,
         )
 

@@ -9,7 +9,7 @@ from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.processor import EmbedProcessor
-from embedrl_verl.tcot import token_side
+from embedrl_verl.families import token_side
 
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder.profiles import EMB_TOKEN, EmbedderProfile
-from embedrl_verl.tcot import Family
+from embedrl_verl.families import Family, facts_of
 
 TEMPLATE_FILE = Path(__file__).with_name("embedding_template.jinja")
 
@@ -37,7 +37,7 @@ def embedding_template(profile: EmbedderProfile, limits: MediaLimits, family: Fa
         "longest": longest,
         "image": [limits.image_min_tokens, limits.most_tokens(is_frame=False)],
         "frame": [limits.frame_min_tokens, limits.most_tokens(is_frame=True)],
-        "clip": limits.most_tokens(is_frame=True) * limits.max_frames if family == "qwen3_vl" else 0,
+        "clip": limits.most_tokens(is_frame=True) * limits.max_frames if facts_of(family).limits_whole_clip else 0,
         "token_side": limits.token_side,
         "frames": limits.max_frames,
     }

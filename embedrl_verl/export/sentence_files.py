@@ -22,7 +22,7 @@ from typing import Any
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.template import embedding_template
-from embedrl_verl.tcot import Family
+from embedrl_verl.families import Family, facts_of
 
 _MODALITIES = ("text", "image", "video", "message")
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
@@ -93,9 +93,8 @@ def _pixels(limits: MediaLimits, *, is_frame: bool) -> dict[str, int]:
 
 
 def _video_pixels(limits: MediaLimits, family: Family) -> dict[str, int]:
-    """Qwen3-VL counts the pixels of a whole clip, the others those of a frame."""
     size = _pixels(limits, is_frame=True)
-    if family == "qwen3_vl":
+    if facts_of(family).limits_whole_clip:
         size["longest_edge"] *= limits.max_frames
     return size
 

@@ -19,6 +19,7 @@ from typing import Any
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import FACTS
 from embedrl_verl.plan.batch import BatchPlan
 from embedrl_verl.plan.lines import (
     batch_lines,
@@ -31,8 +32,7 @@ from embedrl_verl.plan.lines import (
 from embedrl_verl.plan.memory import memory_lines
 from embedrl_verl.trainer.checks_async import replica_size
 
-# Model types that Megatron-Bridge, the weight converter of verl 0.9.1's Megatron engine, can load.
-MEGATRON_FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+MEGATRON_TYPES = tuple(kind for facts in FACTS.values() for kind in facts.megatron)
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def make_plan(config: Any) -> Plan:
     _check_with_verl(config)
     section = load_embedrl_config(config)
     family = _model_type(config)
-    if is_megatron(config) and family not in (*MEGATRON_FAMILIES, None):
+    if is_megatron(config) and family not in (*MEGATRON_TYPES, None):
         raise ConfigError(
             f"verl 0.9.1's Megatron engine cannot load {family}: its weight converter has "
-            f"{', '.join(MEGATRON_FAMILIES)}. Use the FSDP recipe of that family"
+            f"{', '.join(MEGATRON_TYPES)}. Use the FSDP recipe of that family"
         )
     _check_what_is_here(config, section)
     lines = (

@@ -11,10 +11,11 @@ from PIL import Image
 
 from embedrl_verl.data.media import LoadedItem, MediaLimits, smart_resize
 from embedrl_verl.errors import MediaError
+from embedrl_verl.families import FACTS, BoxConvention, Family
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, InputKind
 from embedrl_verl.report.text import is_in_text
 from embedrl_verl.report.views import BoxView, Facts, Flag, PieceView, TcotView
-from embedrl_verl.tcot import BoxConvention, Family, TCoT, boxes_to_pixels, cut_evidence, parse_tcot
+from embedrl_verl.tcot import TCoT, boxes_to_pixels, cut_evidence, parse_tcot
 from embedrl_verl.tcot.boxes import RELATIVE_SIZE, PixelBox
 from embedrl_verl.tcot.evidence import MAX_ASPECT, MAX_EVIDENCE, MIN_SIDE
 from embedrl_verl.tcot.evidence_json import BOX_KEYS
@@ -23,7 +24,7 @@ from embedrl_verl.tcot.schema import Box
 
 WHOLE = 0.95
 """Share of the image from which a box points at nothing in particular."""
-FAMILY_OF_CONVENTION: dict[BoxConvention, Family] = {"relative_1000": "qwen2_vl", "absolute": "qwen2_5_vl"}
+FAMILY_OF_CONVENTION: dict[BoxConvention, Family] = {facts.boxes: family for family, facts in FACTS.items()}
 Size = tuple[int, int]
 
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from embedrl_verl.data.schema import SIDES, PairRecord, Side
 from embedrl_verl.errors import MediaError
+from embedrl_verl.families import Family
 from embedrl_verl.report.recipe import RecipeLimits
 from embedrl_verl.report.rows import Row
-from embedrl_verl.tcot import Family
 
 if TYPE_CHECKING:  # imports verl
     from embedrl_verl.data.lengths import PromptMeter

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from embedrl_verl.data.video import FrameTimes
-from embedrl_verl.tcot import Family
+from embedrl_verl.families import Family, facts_of
 
 
 def processor_arguments(family: Family, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def processor_arguments(family: Family, clips: Sequence[dict[str, Any]]) -> dict
 
     Empty where metadata beside the frames are heard.
     """
-    if family != "qwen2_5_vl" or not clips:
+    if facts_of(family).clip_time != "seconds" or not clips:
         return {}
     return {"video_metadata": list(clips), "do_sample_frames": False}
 

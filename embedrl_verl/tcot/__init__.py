@@ -4,14 +4,6 @@
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
 from embedrl_verl.tcot.boxes import boxes_to_pixels
 from embedrl_verl.tcot.evidence import Evidence, cut_evidence
-from embedrl_verl.tcot.families import (
-    FAMILIES,
-    BoxConvention,
-    Family,
-    box_convention,
-    family_of,
-    token_side,
-)
 from embedrl_verl.tcot.form import format_reward
 from embedrl_verl.tcot.parse import parse_tcot
 from embedrl_verl.tcot.prompts import build_prompt
@@ -19,18 +11,12 @@ from embedrl_verl.tcot.schema import Box, TCoT
 
 __all__ = [
     "EVIDENCE_KEY_OF_KIND",
-    "FAMILIES",
     "Box",
-    "BoxConvention",
     "Evidence",
-    "Family",
     "TCoT",
-    "box_convention",
     "boxes_to_pixels",
     "build_prompt",
     "cut_evidence",
-    "family_of",
     "format_reward",
     "parse_tcot",
-    "token_side",
 ]

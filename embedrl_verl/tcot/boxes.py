@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.tcot.families import BOX_CONVENTIONS, BoxConvention
+from embedrl_verl.families import BOX_CONVENTIONS, BoxConvention
 from embedrl_verl.tcot.schema import Box
 
 RELATIVE_SIZE = 1000

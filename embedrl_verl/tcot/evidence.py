@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from embedrl_verl.errors import DataError
+from embedrl_verl.families import Family, box_convention
 from embedrl_verl.tcot.boxes import PixelBox, boxes_to_pixels
-from embedrl_verl.tcot.families import Family, box_convention
 from embedrl_verl.tcot.problems import Problems
 from embedrl_verl.tcot.schema import TCoT
 

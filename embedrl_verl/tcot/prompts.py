@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.families import Family, box_convention
 from embedrl_verl.kinds import INPUT_KINDS, InputKind
-from embedrl_verl.tcot.families import Family, box_convention
 from embedrl_verl.tcot.styles import load_style
 
 

@@ -31,9 +31,9 @@ from typing import Any
 import yaml
 
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import BOX_CONVENTIONS, BoxConvention
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, EVIDENCE_KEYS, INPUT_KINDS, InputKind
 from embedrl_verl.tcot.boxes import RELATIVE_SIZE
-from embedrl_verl.tcot.families import BOX_CONVENTIONS, BoxConvention
 from embedrl_verl.tcot.form import format_reward
 from embedrl_verl.tcot.parse import parse_tcot
 

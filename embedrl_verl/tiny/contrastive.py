@@ -35,7 +35,8 @@ from embedrl_verl.embedder import Embedder, EmbedInput, info_nce
 from embedrl_verl.embedder.batching import pack_rows
 from embedrl_verl.embedder.forward import embed_packed
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import Family, cut_evidence, parse_tcot
+from embedrl_verl.families import Family
+from embedrl_verl.tcot import cut_evidence, parse_tcot
 from embedrl_verl.tiny.digits import FAMILY_SIZE, Sample, cut_short, read_samples
 from embedrl_verl.tiny.optim import MuonAdamW
 from embedrl_verl.tiny.reasoner import family_of_folder, tiny_limits

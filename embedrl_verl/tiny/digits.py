@@ -39,7 +39,7 @@ import numpy as np
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Side, Video
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.tcot import box_convention, token_side
+from embedrl_verl.families import box_convention, token_side
 from embedrl_verl.tiny.canvas import (
     HELD_OUT_SCANS,
     SFT_SCANS,

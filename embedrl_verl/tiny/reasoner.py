@@ -21,9 +21,10 @@ from embedrl_verl.data.schema import PairRecord, Side
 from embedrl_verl.data.video import FrameTimes
 from embedrl_verl.embedder.expand import PromptExpander
 from embedrl_verl.embedder.loading import family_of_config, load_config
+from embedrl_verl.embedder.positions import time_steps_a_second
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import Family, family_of, token_side
+from embedrl_verl.families import Family, family_of, token_side
 
 END = "<|im_end|>"
 
@@ -55,8 +56,7 @@ class Reasoner:
         self.processor = processor
         self.family = family_of(model.config.model_type)
         self.limits = tiny_limits(self.family)
-        per_second = model.config.vision_config.tokens_per_second if self.family == "qwen2_5_vl" else 1.0
-        self._expander = PromptExpander(processor, self.family, per_second)
+        self._expander = PromptExpander(processor, self.family, time_steps_a_second(model.config))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Reasoner:

@@ -31,8 +31,9 @@ from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.embedder.actor_positions import bind_positions
 from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
+from embedrl_verl.families import Family, facts_of
 from embedrl_verl.serving.clips import processor_arguments
-from embedrl_verl.tcot import Evidence, Family, TCoT, cut_evidence, parse_tcot
+from embedrl_verl.tcot import Evidence, TCoT, cut_evidence, parse_tcot
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO, raw_key
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         family = self._settings.family
         if row_item(row).video is not None:
             ids = None
-            if family == "qwen3_vl":
+            if facts_of(family).clip_time == "stamps":
                 ids = served_prompt_ids(list(row["raw_prompt"]), self.processor, self.apply_chat_template_kwargs)
             self.server_manager = _ClipClient(self.server_manager, family, ids)
         if self._settings.embedrl.rollout.request_seeds:

@@ -17,6 +17,7 @@ from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import facts_of
 from embedrl_verl.trainer.checks_async import async_rules, mini_batches
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,8 @@ def _executor_rules(config: Any) -> list[tuple[bool, str]]:
 
 
 def refuse_videos_that_megatron_misplaces(config: Any, dataset: Any) -> None:
-    """Megatron-Bridge 0.5 makes the positions of a Qwen2.5-VL video anew, without its frame rate: they are wrong.
+    """Megatron-Bridge 0.5 computes the positions of a video itself, without its frame rate. They are wrong where they count
+    seconds (Qwen2.5-VL).
 
     Args:
         dataset: a `TCoTDataset`.
@@ -221,12 +223,12 @@ def refuse_videos_that_megatron_misplaces(config: Any, dataset: Any) -> None:
     Raises:
         ConfigError: the actor is such a model and the data have a video.
     """
-    if config.actor_rollout_ref.actor.strategy != "megatron" or dataset.family != "qwen2_5_vl":
+    if config.actor_rollout_ref.actor.strategy != "megatron" or facts_of(dataset.family).clip_time != "seconds":
         return
     if dataset.first_video is not None:
         raise ConfigError(
-            "actor_rollout_ref.actor.strategy=megatron places the frames of a Qwen2.5-VL video wrongly, and "
-            f"{dataset.first_video} has one. Use the FSDP recipe (run_egrl_qwen2_5vl.sh), or data without videos"
+            "actor_rollout_ref.actor.strategy=megatron places the frames of this family's videos wrongly, and "
+            f"{dataset.first_video} has one. Use the FSDP recipe of that family, or data without videos"
         )
 
 

@@ -10,7 +10,7 @@ from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError, MediaError
-from embedrl_verl.tcot import token_side
+from embedrl_verl.families import token_side
 from tests.annotate.fakes import LIMITS, PROMPTS, pairs, picture
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from embedrl_verl.data.media import LoadedItem, MediaLimits, fit_image
+from embedrl_verl.families import BoxConvention
 from embedrl_verl.kinds import InputKind
 from embedrl_verl.report.evidence import TcotReader
 from embedrl_verl.report.views import TcotView
-from embedrl_verl.tcot import BoxConvention, cut_evidence, parse_tcot
+from embedrl_verl.tcot import cut_evidence, parse_tcot
 from tests.report.inputs import noise, tcot
 
 LIMITS = MediaLimits(28, image_min_tokens=16, image_max_tokens=64)

@@ -9,8 +9,9 @@ from PIL import Image
 from embedrl_verl.data.media import LoadedItem
 from embedrl_verl.data.video import list_times
 from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.families import FAMILIES, box_convention
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, INPUT_KINDS
-from embedrl_verl.tcot import FAMILIES, box_convention, build_prompt
+from embedrl_verl.tcot import build_prompt
 from embedrl_verl.tcot.styles import STYLES
 
 IMAGES = (Image.new("RGB", (40, 30)), Image.new("RGB", (50, 30)))

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import FAMILIES, box_convention
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, INPUT_KINDS
-from embedrl_verl.tcot import FAMILIES, box_convention, boxes_to_pixels, format_reward, parse_tcot
+from embedrl_verl.tcot import boxes_to_pixels, format_reward, parse_tcot
 from embedrl_verl.tcot.styles import STYLES, load_style, parse_style
 
 

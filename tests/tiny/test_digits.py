@@ -13,8 +13,9 @@ from embedrl_verl.data.media import load_item
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES, input_kind
 from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.families import token_side
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
-from embedrl_verl.tcot import cut_evidence, format_reward, parse_tcot, token_side
+from embedrl_verl.tcot import cut_evidence, format_reward, parse_tcot
 from embedrl_verl.tiny.canvas import HELD_OUT_SCANS, SFT_SCANS, TRAIN_SCANS, Grid, ScanBox, Strip, draw_canvas
 from embedrl_verl.tiny.digits import (
     FAMILY_SIZE,

@@ -18,6 +18,7 @@ from typing import Any
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.template import embedding_template
+from embedrl_verl.families import facts_of
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The command itself asks for the metadata of the distribution `vllm`, which the CPU build
@@ -128,10 +129,8 @@ def media_size(processor: EmbedProcessor) -> dict[str, int]:
     those of a frame.
     """
     limits = processor.limits
-    most = max(
-        limits.most_tokens(is_frame=False),
-        limits.most_tokens(is_frame=True) * (_even(limits.max_frames) if processor.family == "qwen3_vl" else 1),
-    )
+    frames = _even(limits.max_frames) if facts_of(processor.family).limits_whole_clip else 1
+    most = max(limits.most_tokens(is_frame=False), limits.most_tokens(is_frame=True) * frames)
     return {"shortest_edge": limits.token_side**2, "longest_edge": most * limits.token_side**2}
 
 

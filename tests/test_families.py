@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each family has its own box units and token size."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import FACTS, FAMILIES, box_convention, family_of, token_side
+
+
+def test_units_and_token_sides_of_the_families() -> None:
+    assert {family: (box_convention(family), token_side(family)) for family in FAMILIES} == {
+        "qwen2_vl": ("relative_1000", 28),
+        "qwen2_5_vl": ("absolute", 28),
+        "qwen3_vl": ("relative_1000", 32),
+    }
+
+
+def test_model_types_map_to_their_family_and_families_to_themselves() -> None:
+    assert all(family_of(family) == family for family in FAMILIES)
+    assert family_of("qwen3_vl_moe") == family_of("qwen3_vl_text") == "qwen3_vl"
+
+
+@pytest.mark.parametrize("ask", [family_of, box_convention, token_side])
+def test_an_unknown_model_type_is_an_error_that_names_the_families(ask) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match="got 'llava'.*qwen2_vl, qwen2_5_vl, qwen3_vl"):
+        ask("llava")
+
+
+# Released models and their sizes, patches of modules that are named after a family, and the tiny models.
+MAY_NAME = {"families.py", "embedder/profiles.py", "platforms/footprint.py", "platforms/patches.py"}
+DEFAULTS = {"cli_data_annotate.py", "cli_data_check.py", "cli_data_show.py"}
+
+
+def test_no_other_file_asks_for_a_family_by_its_name() -> None:
+    """A new family is a record; code asks for a fact of it."""
+    package = Path(__file__).resolve().parents[1] / "embedrl_verl"
+    named = set()
+    for file in package.rglob("*.py"):
+        constants = (node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
+        if set(FAMILIES) & {value for value in constants if isinstance(value, str)}:
+            named.add(file.relative_to(package).as_posix())
+    assert {name for name in named if not name.startswith("tiny/")} == MAY_NAME | DEFAULTS
+
+
+def test_every_family_has_a_record_and_a_time_axis() -> None:
+    assert set(FACTS) == set(FAMILIES)
+    times = {family: facts.clip_time for family, facts in FACTS.items()}
+    assert times == {"qwen2_vl": "patches", "qwen2_5_vl": "seconds", "qwen3_vl": "stamps"}
