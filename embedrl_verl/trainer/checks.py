@@ -214,8 +214,9 @@ def _executor_rules(config: Any) -> list[tuple[bool, str]]:
 
 
 def refuse_videos_that_megatron_misplaces(config: Any, dataset: Any) -> None:
-    """Refuse videos whose positions count seconds (Qwen2.5-VL) under Megatron: Megatron-Bridge 0.5 computes the positions
-    itself, without the frame rate, and they are wrong.
+    """Refuse, under Megatron, videos whose positions count seconds (Qwen2.5-VL).
+
+    Megatron-Bridge 0.5 computes the positions itself, without the frame rate, and they are wrong.
 
     Args:
         dataset: a `TCoTDataset`.
