@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the other commands of `embedrl` need not wait for torch
     from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem
 
 DEFAULT_FAMILY = "qwen2_vl"
+FEW_NEGATIVES = 0.5
 UNKNOWN_SOURCE = "(unreadable)"
 
 
@@ -180,8 +181,13 @@ def _print_report(counts: dict[str, _SourceCounts], problems: list[Problem]) -> 
         kinds = ", ".join(f"{kind} ({count})" for kind, count in source.kinds.most_common())
         query, target, *own = np.array(source.contents, np.int64).reshape(-1, 4).T
         distinct = f"{len(np.unique(query)):>8}  {len(np.unique(target)):>8}"
-        same = f"{false_negative_share(query, target):>6.1%}"
-        print(f"{name:{width}}  {source.pairs:>8}  {source.bad:>8}  {distinct}  {same}  {kinds}")
+        same = false_negative_share(query, target)
+        print(f"{name:{width}}  {source.pairs:>8}  {source.bad:>8}  {distinct}  {same:>6.1%}  {kinds}")
+        if same >= FEW_NEGATIVES:
+            notes.append(
+                f"NOTE {name}: two of its pairs have the same query or target {same:.0%} of the time, so a batch has "
+                "few negatives, and a retrieval reward or loss little to teach. Is an id one value for all?"
+            )
         for side, stated, content in zip(SIDES, (query, target), own, strict=True):
             several = len(np.unique(np.stack((content, stated)), axis=1).T) - len(np.unique(content))
             if several:

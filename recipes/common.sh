@@ -26,8 +26,8 @@ done
 
 # One run at a time in OUT: two would write into each other's files. Held until this process and its stages have ended.
 lock_out() {
-    mkdir -p "$OUT"
-    OUT=$(cd "$OUT" && pwd)
+    mkdir -p -- "$OUT"
+    OUT=$(cd -- "$OUT" && pwd)
     exec {OUT_LOCK}>"$OUT/.lock"
     local code=0
     flock -n "$OUT_LOCK" || code=$?
@@ -370,17 +370,23 @@ train() {
 # A run that has no checkpoint to go on from, or is told not to, does not mix its files with an earlier one's.
 # Arguments as for `train`: they are checked before anything is moved.
 keep_earlier_run() {
-    local left=()
-    if is_dry_run || [[ " $*" == *" trainer.resume_mode=resume_path"* ]]; then
-        return
-    fi
+    local left=() run=()
+    is_dry_run && return
     lock_out
-    if [[ -f "$OUT/checkpoints/latest_checkpointed_iteration.txt" && " $*" != *" trainer.resume_mode=disable"* ]]; then
-        return
-    fi
     mapfile -t left < <(cd "$OUT" && find . -maxdepth 1 \( -name checkpoints -o -name rollouts -o -name validation \
         -o -name 'metrics.jsonl*' \) -printf '%P\n')
     ((${#left[@]})) || return 0
+    mapfile -t run < <("$PYTHON" - "$@" <<'PY'
+import sys
+from embedrl_verl.config.compose import compose
+trainer = compose(sys.argv[1:]).trainer
+print(trainer.resume_mode, trainer.default_local_dir, sep="\n")
+PY
+    )
+    if [[ "${run[0]:-}" == resume_path ]] ||
+        [[ "${run[0]:-}" != disable && -f "${run[1]:-}/latest_checkpointed_iteration.txt" ]]; then
+        return
+    fi
     "$PYTHON" -m embedrl_verl.plan "$@" >/dev/null
     set_aside "${left[@]}"
 }

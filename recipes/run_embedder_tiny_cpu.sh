@@ -24,9 +24,14 @@ fi
 choose_python
 
 is_dry_run || lock_out
+MADE="$FAMILY $SEED"
+if [[ -f "$OUT/.made" && "$(cat "$OUT/.made")" != "$MADE" ]]; then
+    fail 2 "OUT=$OUT holds models of FAMILY and SEED '$(cat "$OUT/.made")', not '$MADE'; choose another OUT"
+fi
 if [[ ! -f "$OUT/model/config.json" ]]; then
     "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --family "$FAMILY" --seed "$SEED"
     "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/model" --family "$FAMILY" --seed "$((SEED + 1000))"
+    echo "$MADE" >"$OUT/.made"
 fi
 
 # train_one NAME TCOT OVERRIDES...: one Embedder.

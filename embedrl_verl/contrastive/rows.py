@@ -196,17 +196,23 @@ def rows_of_pairs(pairs: Sequence[EncodedPair], places: Sequence[int]) -> Rows:
 
 
 def unmask_ids(layout: ContrastiveLayout, bare: torch.Tensor) -> ContrastiveLayout:
-    """The layout of all ranks in which a hard negative that is the content of some pair's target has that target's id.
+    """The layout of all ranks in which targets and hard negatives that are one content have one id.
 
     Targets with a `target_id` have ids of their own kind, which no content ever equals; without this, another pair's
     answer that was mined as a hard negative would be a negative of that pair too.
     """
-    content = layout.target_content.clone()
+    query, target = layout.query_content.clone(), layout.target_content.clone()
     own = layout.target_pair >= 0
-    known = dict(zip(bare[own].tolist(), content[own, 1].tolist(), strict=True))
+    one: dict[int, int] = {}  # id of each bare content
+    for shown, stated in zip(bare[own].tolist(), layout.target_content[own, 1].tolist(), strict=True):
+        kept = one.setdefault(shown, stated)
+        if kept != stated:  # two ids over one content
+            one.update({content: kept for content, name in one.items() if name == stated})
+            for ids in (query, target):
+                ids[:, 1].masked_fill_(ids[:, 1] == stated, kept)
     for place in (~own).nonzero().flatten().tolist():
-        content[place, 1] = known.get(int(bare[place]), int(content[place, 1]))
-    return ContrastiveLayout(layout.query_pair, layout.target_pair, layout.query_content, content)
+        target[place, 1] = one.get(int(bare[place]), int(target[place, 1]))
+    return ContrastiveLayout(layout.query_pair, layout.target_pair, query, target)
 
 
 def describe_pairs(pairs: Iterable[LocatedPair]) -> dict[str, int]:

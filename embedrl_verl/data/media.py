@@ -24,7 +24,7 @@ from PIL import Image
 
 from embedrl_verl.data.pixels import decode_rgb, to_rgb
 from embedrl_verl.data.schema import Item, Media, Video
-from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, even_indices, list_times, read_video
+from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, check_length, even_indices, list_times, read_video
 from embedrl_verl.errors import ConfigError, MediaError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -234,6 +234,7 @@ def load_frames(
     total = len(video.frames)
     keep = even_indices(total, min(total, max_frames))
     times = list_times(video.fps or DEFAULT_FPS, total, keep)
+    check_length(times, f"video of {total} frames")
     return tuple(load_image(video.frames[index], media_root) for index in keep), times
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of a video file, evenly spaced over the clip, decoded with PyAV (it comes with qwen-vl-utils).
+"""Frames of a video file, evenly spaced in time over the clip, decoded with PyAV (it comes with qwen-vl-utils).
 
 Frames are what a player shows: of the largest stream that is no cover picture, without what an edit list hides, turned
 upright, stretched where pixels are not square, transparency on white. Fields are not separated and HDR is not mapped.
+Where the rate varies, a frame of the sample is the one on the screen at its time, so a still moment may give it twice.
 
 Decoding is sequential and exact: no seeking, so the same file gives the same frames everywhere. For long films extract
 the frames once and refer to them as a list.
@@ -11,6 +12,7 @@ the frames once and refer to them as a list.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,15 @@ from embedrl_verl.errors import MediaError
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES = 4
+CONTAINERS = (
+    *("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "ogg"),
+    *("asf", "gif", "apng", "ivf", "h264", "hevc", "av1", "obu", "m4v", "mjpeg", "jpeg_pipe", "rm", "mxf", "nut", "dv"),
+    *("wav", "mp3"),  # without a picture; the error says so
+)
+"""Formats whose frames lie in the file itself. A playlist (HLS, DASH, concat) or a pattern of image files would open
+other files, also such that lie outside the media root."""
+MAX_SECONDS = 12 * 3600
+"""Longest clip. Qwen2.5-VL counts two positions a second; vLLM's table for a model of 32,768 tokens ends at 131,072."""
 TRUNCATED_BELOW = 0.9
 """Share of the frames that the header promises; less is a truncated file, a little less is a careless header."""
 
@@ -109,7 +120,7 @@ class Stamps:
     def sample(self, fps: float, max_frames: int) -> tuple[list[int], FrameTimes]:
         """Which frames (from 0) show the clip at `fps`, and when they stand in it.
 
-        Units are frames where the rate is constant, else milliseconds.
+        Units are frames where the rate is constant, else milliseconds; then a frame may be there twice.
         """
         total = len(self.pts)
         rate = self._constant_rate()
@@ -120,8 +131,12 @@ class Stamps:
         milliseconds = [round((stamp - pts[0]) * self.time_base * 1000) for stamp in pts]
         last = self.last if self.last > 0 else pts[-1] - pts[-2]
         length = max(round((pts[-1] - pts[0] + last) * self.time_base * 1000), milliseconds[-1] + 1)
-        wanted = even_indices(total, sample_count(total, total / length * 1000, fps, max_frames))
-        return wanted, FrameTimes(1000.0, tuple(milliseconds[index] for index in wanted), length)
+        count = sample_count(total, total / length * 1000, fps, max_frames)
+        if count == total:
+            return list(range(total)), FrameTimes(1000.0, tuple(milliseconds), length)
+        times = even_indices(milliseconds[-1] + 1, count)
+        wanted = [bisect_right(milliseconds, time) - 1 for time in times]  # what is on the screen then
+        return wanted, FrameTimes(1000.0, tuple(times), length)
 
     def _constant_rate(self) -> float | None:
         """Frames a second; None: it varies. Stamps are rounded to `time_base`, so a rate that the file claims and that
@@ -135,6 +150,16 @@ class Stamps:
             return None
         fitting = [rate for rate in self.rates if abs(1 / rate / self.time_base - step) * (len(pts) - 1) <= slack]
         return float(fitting[0] if fitting else 1 / step / self.time_base)
+
+
+def check_length(times: FrameTimes, name: str) -> None:
+    """Raises MediaError for a clip that is longer than `MAX_SECONDS`; `name` is for the message."""
+    seconds = times.total / times.rate
+    if seconds > MAX_SECONDS:
+        raise MediaError(
+            f"{name}: a clip may be {MAX_SECONDS // 3600} hours long; its time stamps (or video.fps) say "
+            f"{seconds / 3600:.4g} hours. Cut it into parts"
+        )
 
 
 def read_video(
@@ -159,6 +184,7 @@ def read_video(
     # frames that came say otherwise, they are right, and the clip is decoded once more.
     for _ in range(3):
         wanted, times = stamps.sample(fps, max_frames)
+        check_length(times, f"media path {name!r}")
         frames, stamps = clip.decode(wanted, expected)
         if len(frames) == len(wanted) and stamps.sample(fps, max_frames) == (wanted, times):
             return frames, times
@@ -207,7 +233,8 @@ class _Clip:
             MediaError: far fewer than `expected` frames can be decoded, or as `read_video`.
         """
         chosen = frozenset(wanted)
-        frames: list[Image.Image] = []
+        frames: dict[int, Image.Image] = {}
+        size: tuple[int, int] | None = None
         stamps: list[tuple[int | None, int]] = []
         packets_a_frame = 1
         with self._opened() as (container, stream):
@@ -217,13 +244,15 @@ class _Clip:
                     continue
                 if len(stamps) in chosen:
                     image = self._picture(frame, aspect)
-                    frames.append(image.resize(frames[0].size) if frames and image.size != frames[0].size else image)
+                    size = size or image.size
+                    frames[len(stamps)] = image if image.size == size else image.resize(size)
                 stamps.append((frame.pts, frame.duration))
                 if frame.interlaced_frame:
                     packets_a_frame = 2  # each field may be one
             if len(stamps) * packets_a_frame < TRUNCATED_BELOW * expected:
                 raise self.refused(f"only {len(stamps)} of {expected} frames can be decoded")
-            return tuple(frames), self._stamps(container, stream, stamps)
+            shown = tuple(frames[index] for index in wanted if index in frames)
+            return shown, self._stamps(container, stream, stamps)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -232,7 +261,8 @@ class _Clip:
 
         covers = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
         try:
-            with av.open(str(self.path)) as container:
+            formats = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+            with av.open(str(self.path), options=formats) as container:
                 streams = [stream for stream in container.streams.video if not stream.disposition & covers]
                 if not streams:
                     cover = ", only a cover picture" if container.streams.video else ""
@@ -245,7 +275,8 @@ class _Clip:
                 stream.codec_context.options = {"max_pixels": str(2 * self.max_pixels)}  # decoders pad the sides
                 yield container, stream
         except (av.error.FFmpegError, EOFError, UnicodeDecodeError) as error:  # the last: names in the file's metadata
-            raise self.refused(f"not a readable video ({type(error).__name__}: {error})") from error
+            why = str(error).replace(str(self.path), self.name)
+            raise self.refused(f"not a readable video ({type(error).__name__}: {why})") from error
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:

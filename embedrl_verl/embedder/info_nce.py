@@ -102,7 +102,7 @@ class Contrast(NamedTuple):
 
     Attributes:
         loss: scalar, differentiable.
-        hit1: share of the queries that rank a partner strictly above all their negatives.
+        hit1: share of the queries with negatives that rank a partner strictly above all of them; NaN without any.
         negatives: negatives of a query, mean.
         masked: pairs of rows that were kept from being negatives because their query or target is the same.
     """
@@ -188,7 +188,8 @@ def _hit1(logits: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor
     lowest = float("-inf")
     best = logits.masked_fill(~positives, lowest).amax(dim=1)
     rival = logits.masked_fill(~negatives, lowest).amax(dim=1)
-    return float((best > rival)[positives.any(dim=1)].float().mean())
+    asked = positives.any(dim=1) & negatives.any(dim=1)  # to be the best of nothing is no hit
+    return float((best > rival)[asked].float().mean()) if asked.any() else float("nan")
 
 
 def info_nce(

@@ -19,7 +19,7 @@ import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
 from verl.utils import tensordict_utils as tu
 
-from embedrl_verl.data.identity import ContentId
+from embedrl_verl.data.identity import ContentId, shares_content
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import Judge, RewardBatch, batch_metrics
 from embedrl_verl.rewards.dump import write_reward_dump
@@ -240,6 +240,7 @@ def score_rows(
     metrics = batch_metrics(batch, parts, evidence=torch.tensor([row.evidence for row in rows]))
     if raw_embeddings is not None:
         metrics["embedrl/rows_without_raw"] = float(raw_embeddings.isnan().any(dim=1).sum())
+    metrics["embedrl/rows_without_negatives"] = float(rows_without_negatives(batch).sum())
     metrics["embedrl/rollouts_missing"] = float(max(expected_rows - len(rows), 0))
     metrics["timing_s/reward_embed"] = embed_s
     metrics["timing_s/reward_score"] = time.perf_counter() - start
@@ -277,21 +278,35 @@ def _check_failures(rows: list[Row], failures: Mapping[int, str], max_share: flo
     )
 
 
+def rows_without_negatives(batch: RewardBatch) -> torch.Tensor:
+    """(N,) bool: valid rows to which every valid row of the other side is a right answer."""
+    found = torch.zeros_like(batch.valid)
+    for side in (0, 1):
+        rows = ((batch.side == side) & batch.valid).nonzero().flatten()
+        others = batch.content[(batch.side != side) & batch.valid].unique(dim=0)
+        found[rows] = shares_content(batch.content[rows], others).all(dim=1)
+    return found
+
+
 def check_scores(scored: ScoredRows, function: str) -> None:
-    """Refuse a batch that would train on nothing: every row masked, and a loss of 0 / 0.
+    """Refuse a batch that would train on nothing: every row masked, and a loss of 0 / 0; or on similarity alone, which
+    is highest where all vectors are the same.
 
     Args:
         function: the reward function's "path:name", for the message.
 
     Raises:
-        EmbedderError: no row has a score.
+        EmbedderError: no row has a score, or the score has an outcome and no row has a negative.
     """
-    if scored.parts["score"].isnan().all():
+    of_retrieval = "outcome" in scored.parts
+    nothing = scored.parts["score"].isnan().all()
+    if nothing or (of_retrieval and rows_without_negatives(scored.batch)[scored.batch.valid].all()):
         queries, targets = (len(set(ids)) for ids in zip(*(row.content for row in scored.rows), strict=True))
         raise EmbedderError(
-            f"the reward function {function} gives none of {len(scored.rows)} rows a score, so there is nothing to "
-            f"train on ({len(scored.failures)} have no embedding, the batch has {queries} different queries and "
-            f"{targets} different targets). A reward of retrieval needs two pairs that differ in both (the same "
+            f"the reward function {function} gives none of {len(scored.rows)} rows a score"
+            f"{'' if nothing else ' that depends on a negative'}, so there is nothing to train on "
+            f"({len(scored.failures)} have no embedding, the batch has {queries} different queries and {targets} "
+            "different targets). A reward of retrieval needs two pairs that differ in both (the same "
             "query_id or target_id is the same content)"
         )
 

@@ -50,7 +50,7 @@ class PolicyWatch:
             self._said_unwatched = True
             return
         low_before, self._low_before = self._low_before, value < self.least
-        if value >= WARN_BELOW:
+        if value >= max(WARN_BELOW, self.least):
             return
         message = (
             f"step {step}: the probabilities of the rollout and of the actor correlate by {value:.3f} ({CORRELATION}); "

@@ -17,7 +17,7 @@ from embedrl_verl.contrastive.rows import (
     unmask_ids,
     video_sources,
 )
-from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.identity import NO_QUERY, ContentId, content_id, target_content
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.settings import DataSettings
@@ -121,6 +121,28 @@ def test_a_hard_negative_that_is_a_caption_of_the_same_photo_is_masked_for_both_
         batch = rows_of_pairs([data[i, False] for i in range(3)], range(3))
         mined = unmask_ids(batch.layout, batch.bare).negatives()[:, 3]
         assert mined.tolist() == [False, False, True], ids
+
+
+def test_a_mined_answer_is_no_negative_of_any_pair_that_it_answers_however_its_ids_are_stated():
+    empty = Encoded(torch.tensor([1]), torch.zeros(4, 1, dtype=torch.int64))
+    answer = Item(text="x")
+    for first, second in (("", "src:1"), ("src:1", ""), ("src:1", "src:2"), ("", "")):
+        pairs = [
+            PairRecord("a", "s", "", Item(text="q1"), answer, target_id=first),
+            PairRecord("b", "s", "", Item(text="q2"), answer, target_id=second),
+            PairRecord("c", "s", "", Item(text="q3"), Item(text="y")),
+        ]
+        bare = target_content(answer, None)
+        encoded = [
+            EncodedPair(i, empty, empty, (), (content_id(one, None),), target_content(one.target, None))
+            for i, one in enumerate(pairs)
+        ]
+        mined = ContentId(NO_QUERY, bare)
+        encoded[2] = replace(encoded[2], negatives=(empty,), contents=(*encoded[2].contents, mined))
+        batch = rows_of_pairs(encoded, range(3))
+        negatives = unmask_ids(batch.layout, batch.bare).negatives()
+        assert negatives[:, 3].tolist() == [False, False, True], (first, second)
+        assert negatives[:2, :2].tolist() == [[False, False], [False, False]], "they have one answer"
 
 
 def test_video_sources_are_found_by_their_records(records, processor, tmp_path):

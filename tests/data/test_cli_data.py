@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -67,6 +68,16 @@ def test_the_table_counts_queries_and_targets_and_ids_that_contradict_them_are_n
     assert note.startswith(
         "NOTE numbered: equal content of the target stands under different target_ids (2 ids too many)"
     )
+
+
+def test_a_source_of_few_negatives_is_noted(
+    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = [pair(f"{i}", "one", query=Item(text=f"q{i}"), target=Item(text=f"t{i}")) for i in range(4)]
+    write_pairs([replace(one, query_id="0") for one in some], tmp_path / "f.parquet")
+    assert check(tmp_path / "f.parquet", "--media-root", root) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE")]
+    assert note.startswith("NOTE one: two of its pairs have the same query or target 100% of the time")
 
 
 def test_every_bad_row_is_listed_and_the_exit_code_is_three(

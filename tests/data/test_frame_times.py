@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from embedrl_verl.data.video import Stamps, even_indices
+from embedrl_verl.data.video import MAX_SECONDS, FrameTimes, Stamps, check_length, list_times
+from embedrl_verl.errors import MediaError
 from tests.data.clips import numbers, read, write_clip
 
 NTSC = Fraction(30000, 1001)
@@ -37,8 +40,8 @@ def test_a_varying_rate_is_told_in_milliseconds(tmp_path: Path, name: str) -> No
     pts = [500 + 25 * index for index in range(20)] + [3000 + 100 * index for index in range(20)]
     codec = "libvpx" if name == "a.webm" else "libx264"
     frames, times = read(write_clip(tmp_path / name, codec, pts=pts, tick=Fraction(1, 1000)), 8)
-    assert times.rate == 1000.0 and numbers(frames) == [0, 6, 11, 17, 22, 28, 33, 39]
-    assert times.indices == tuple(pts[number] - 500 for number in numbers(frames))
+    assert times.rate == 1000.0 and times.indices == (0, 629, 1257, 1886, 2514, 3143, 3771, 4400)
+    assert numbers(frames) == [0, 19, 19, 19, 20, 26, 32, 39], "what is on the screen at those times"
     assert 4400 < times.total <= 4500 and times.fps == pytest.approx(8 / 4.45, rel=0.02)
 
 
@@ -46,8 +49,8 @@ def test_a_picture_that_is_left_out_keeps_its_time(tmp_path: Path) -> None:
     """A tick of an AVI is a frame: capture programs drop some."""
     shown = [index for index in range(40) if not 10 <= index < 20]
     frames, times = read(write_clip(tmp_path / "a.avi", "mpeg4", rate=25, pts=shown), 8)
-    assert times.rate == 1000.0 and times.total == 1600
-    assert times.indices == tuple(40 * shown[number] for number in even_indices(30, len(frames)))
+    assert times.rate == 1000.0 and times.total == 1600 and times.indices == (0, 520, 1040, 1560)
+    assert np.abs(np.subtract(numbers(frames), [0, 9, 16, 29])).max() <= 1, "of the times 0, 13, 26 and 39"
     single = [index for index in range(40) if index != 20]
     assert read(write_clip(tmp_path / "b.avi", "mpeg4", rate=25, pts=single), 8)[1].rate == 1000.0
 
@@ -84,3 +87,23 @@ def test_a_claimed_rate_counts_where_it_fits_or_nothing_else_is_there(
 def test_the_last_frame_of_unknown_length_lasts_as_the_one_before() -> None:
     assert Stamps((0, 10, 110, 130), 0, MS, ()).sample(2.0, 8)[1].total == 150
     assert Stamps((0, 10, 110, 130), 300, MS, ()).sample(2.0, 8)[1].total == 430
+
+
+def test_frames_are_drawn_evenly_in_time_however_they_cluster(tmp_path: Path) -> None:
+    """Thirty pictures a second apart, then six seconds at 50 a second."""
+    pts = [1000 * index for index in range(30)] + [30000 + 20 * index for index in range(300)]
+    _, times = read(write_clip(tmp_path / "a.mkv", pts=pts, tick=MS), 8)
+    gaps = [right - left for left, right in pairwise(times.indices)]
+    assert max(gaps) - min(gaps) <= 1 and times.indices[-1] == pts[-1]
+    assert times.fps == pytest.approx(8 / 36, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [list_times(1 / 3600, 13), FrameTimes(1000.0, (0, 10**9), 10**9), FrameTimes(30.0, (0,), 30 * (MAX_SECONDS + 1))],
+    ids=["hourly pictures", "a jump of the stamps", "a film"],
+)
+def test_a_clip_of_more_than_half_a_day_is_refused(times: FrameTimes) -> None:
+    check_length(list_times(1 / 3600, 12), "clip")
+    with pytest.raises(MediaError, match=r"clip: a clip may be 12 hours long; .* hours. Cut it"):
+        check_length(times, "clip")

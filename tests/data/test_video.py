@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from embedrl_verl.data import media, video
 from embedrl_verl.data.media import load_item
@@ -189,3 +190,25 @@ def test_a_damaged_clip_gives_frames_or_an_error() -> None:
         [sys.executable, script, "--clips", "1000", "--seed", "7"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0 and "'frames': " in run.stdout and "'refused': " in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", ["a.m3u8", "a.mp4", "i%d.png", "a.mpd", "a.sdp"])
+def test_a_file_that_names_other_files_opens_none_of_them(tmp_path: Path, name: str) -> None:
+    """They may lie outside the media root."""
+    outside = clips.write_clip(tmp_path / "secret.ts")
+    clips.write_clip(tmp_path / "secret.mp4")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    for number in range(1, 9):
+        Image.new("RGB", (64, 64)).save(root / f"i{number}.png")
+    content = {
+        "a.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{outside}\n#EXT-X-ENDLIST\n",
+        "a.mp4": "ffconcat version 1.0\nfile link/secret.mp4\n",
+        "a.mpd": f"<MPD><Period><AdaptationSet><BaseURL>{outside}</BaseURL></AdaptationSet></Period></MPD>",
+        "a.sdp": "v=0\nm=video 5004 RTP/AVP 96\n",
+        "i%d.png": "",
+    }
+    (root / name).write_text(content[name])
+    with pytest.raises(MediaError, match="not a readable video"):
+        load_item(Item(video=Video(path=name)), root)

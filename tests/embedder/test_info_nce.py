@@ -141,6 +141,15 @@ def test_matryoshka_averages_the_losses_of_the_cut_vectors():
         contrastive_loss(query, target, given, matryoshka_dims=(9,))
 
 
+def test_a_query_without_negatives_is_no_hit():
+    vectors = torch.eye(4)[[0, 0, 1]]
+    pair = torch.arange(3)
+    content = torch.tensor([[7, 0], [7, 1], [8, 2]])  # the first two are of one query
+    assert contrastive_loss(vectors, vectors, ContrastiveLayout(pair, pair, content, content)).hit1 == 1.0
+    first = ContrastiveLayout(pair[:2], pair[:2], content[:2], content[:2])
+    assert math.isnan(contrastive_loss(vectors[:2], vectors[:2], first).hit1)
+
+
 def test_hit1_counts_ties_against_the_model():
     query, target = torch.eye(3), torch.eye(3)
     given = layout([0, 1, 2], [0, 1, 2])

@@ -96,6 +96,12 @@ def test_several_nodes_need_to_know_each_other(tmp_path):
     assert "embedrl_verl.cli" not in calls[-1], "only the first node exports"
 
 
+def test_another_family_or_seed_does_not_train_the_models_of_an_earlier_one(tmp_path):
+    assert run(tmp_path, "run_embedder_tiny_cpu.sh")[0] == 0
+    code, calls, printed = run(tmp_path, "run_embedder_tiny_cpu.sh", FAMILY="qwen3_vl")
+    assert (code, calls) == (2, []) and "FAMILY and SEED 'qwen2_vl 0', not 'qwen3_vl 0'" in printed
+
+
 def test_the_tiny_recipe_trains_two_that_differ_in_the_input_alone(tmp_path):
     code, calls, printed = run(tmp_path, "run_embedder_tiny_cpu.sh", SEED="3", STEPS="7")
     assert code == 0, printed

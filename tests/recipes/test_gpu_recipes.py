@@ -230,12 +230,14 @@ def test_a_plan_counts_the_gpus_of_separate_rollouts(tmp_path: Path) -> None:
 def started(tmp_path: Path, *arguments: str, fail: str = "-") -> tuple[list[str], str]:
     """Modules that a run (not a dry one) calls, and what it says; calls of the module `fail` fail."""
     stand_in, calls = tmp_path / "python", tmp_path / "calls"
-    stand_in.write_text(f'{recording(str(calls))}\n[[ "$2" != embedrl_verl.{fail} ]]\n')
+    real = f'[[ "$1" != - ]] || exec {sys.executable} "$@"'  # what the configuration says
+    stand_in.write_text(f'{recording(str(calls))}\n{real}\n[[ "$2" != embedrl_verl.{fail} ]]\n')
     stand_in.chmod(0o755)
     calls.unlink(missing_ok=True)
     variables = {"RAY_ADDRESS": "none", "PYTHON": str(stand_in), "OUT": str(tmp_path / "out")}
     done = run_recipe("run_egrl_qwen2vl.sh", *arguments, **variables)
-    return [call[1].removeprefix("embedrl_verl.") for call in recorded(calls)], done.stdout + done.stderr
+    modules = [call[1].removeprefix("embedrl_verl.") for call in recorded(calls) if call[0] != "-"]
+    return modules, done.stdout + done.stderr
 
 
 def earlier_run(tmp_path: Path, *, checkpoint: bool) -> Path:
@@ -254,6 +256,9 @@ def earlier_run(tmp_path: Path, *, checkpoint: bool) -> Path:
         (False, [], True),
         (True, [], False),
         (True, ["trainer.resume_mode=disable"], True),
+        (True, ["++trainer.resume_mode='disable'"], True),
+        (True, ["trainer.resume_mode=disable", "trainer.resume_mode=auto"], False),
+        (True, ["trainer.default_local_dir=/elsewhere"], True),
         (False, ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/c/global_step_5"], False),
     ],
 )

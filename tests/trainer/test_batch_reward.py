@@ -12,6 +12,7 @@ from embedrl_verl.data.identity import ContentId
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import read_reward_dump
+from embedrl_verl.rewards.functions.no_judge import compute_score as no_judge
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer import batch_reward
 from embedrl_verl.trainer.batch_reward import Row, check_scores, read_rows, score_rows, write_scores
@@ -178,6 +179,19 @@ def test_a_batch_without_any_score_is_refused_and_one_score_is_enough():
         EmbedderError, match=r"none of 8 rows .* \(1 have no .* 2 different queries and 2 different targets\)"
     ):
         check_scores(scored, "mine.py:compute_score")
+
+
+@pytest.mark.parametrize(("content", "alone"), [([(5, 1), (5, 2)], 8), ([(1, 7), (2, 7)], 8), ([(1, 1), (2, 2)], 0)])
+def test_a_batch_in_which_nobody_has_a_negative_is_refused(content, alone):
+    """Its outcome would be the bare similarity, which is highest where all vectors are the same."""
+    rows = [replace(row, content=ContentId(*content[int(row.pair_id[-1])])) for row in _rows(pairs=2, rollouts=2)]
+    scored = score_rows(rows, _FakeEmbedder(), no_judge, max_failed_share=0.0, expected_rows=8)
+    assert scored.metrics["embedrl/rows_without_negatives"] == alone
+    if alone:
+        with pytest.raises(EmbedderError, match="a score that depends on a negative.*differ in both"):
+            check_scores(scored, "no_judge.py:compute_score")
+        del scored.parts["outcome"]  # a reward of the form needs no negatives
+    check_scores(scored, "no_judge.py:compute_score")
 
 
 @pytest.mark.parametrize(

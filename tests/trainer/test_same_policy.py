@@ -48,6 +48,14 @@ def test_a_low_correlation_is_warned_of_and_two_in_a_row_stop_the_run(values, sy
     assert [step for step in range(len(values)) if f"step {step}: the prob" in caplog.text] == warned
 
 
+def test_a_limit_above_the_warning_is_kept_too(caplog):
+    watch = PolicyWatch(0.995, synchronous=True)
+    watch.check({CORRELATION: 0.991}, 1)
+    assert "step 1: the prob" in caplog.text
+    with pytest.raises(EmbedRLError, match="step 2"):
+        watch.check({CORRELATION: 0.991}, 2)
+
+
 def test_steps_that_cannot_be_watched_are_said_once(caplog):
     caplog.set_level(logging.WARNING)
     watch = PolicyWatch(0.9, synchronous=True)
