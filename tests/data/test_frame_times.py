@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embedrl_verl.data.video import Stamps, even_indices
+from embedrl_verl.data.video import FrameTimes, Stamps, even_indices
 from tests.data.clips import numbers, read, write_clip
 
 NTSC = Fraction(30000, 1001)
@@ -84,3 +84,9 @@ def test_a_claimed_rate_counts_where_it_fits_or_nothing_else_is_there(
 def test_the_last_frame_of_unknown_length_lasts_as_the_one_before() -> None:
     assert Stamps((0, 10, 110, 130), 0, MS, ()).sample(2.0, 8)[1].total == 150
     assert Stamps((0, 10, 110, 130), 300, MS, ()).sample(2.0, 8)[1].total == 430
+
+
+def test_a_padded_sample_has_the_rate_that_it_had() -> None:
+    times = FrameTimes(30.0, (0, 40, 80), 90)
+    assert times.padded(3) is times
+    assert times.padded(4) == FrameTimes(30.0, (0, 40, 80, 80), 120) and times.padded(4).fps == times.fps == 1.0
