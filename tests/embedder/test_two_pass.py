@@ -176,6 +176,13 @@ def test_a_row_without_a_vector_has_no_part_and_no_gradient():
     assert found.metrics["failed_rows"] == 1
 
 
+def test_rows_without_a_vector_are_counted_on_both_sides():
+    query, target = vectors(5, 1), vectors(5, 2)
+    query[2] = target[3] = target[4] = float("nan")
+    found = contrastive_gradients(query, target, layout(5))
+    assert found.metrics["failed_rows"] == 3 and not found.target[3:].any()
+
+
 @pytest.mark.parametrize("contents", [[[0, 0]], [[1, 7], [2, 7]], [[7, 1], [7, 2], [7, 3]]])
 def test_a_batch_without_negatives_is_named(contents):
     pairs = len(contents)
