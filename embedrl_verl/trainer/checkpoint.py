@@ -31,11 +31,16 @@ _FREE = (
     *("strategy", "offload", "max_tokens_per_gpu", "attn_implementation", "nnodes", "n_gpus_per_node"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "path", "train", "backend", "server", "sentence"),
 )
-_OF_THE_JUDGE = ("model", "style", "images", "hard_pairs", "shared_lists", "constrained", "max_tokens", "temperature")
+_OF_THE_JUDGE = (
+    *("model", "style", "images", "hard_pairs", "shared_lists", "constrained", "max_tokens", "temperature"),
+    *("seed", "extra_body"),
+)
 _WEIGHTS = ("*.safetensors", "*.bin")
 _BESIDE = (
     *("config.json", "tokenizer*", "*.jinja", "*processor_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "modules.json", "adapter_config.json"),
+    *("vocab.json", "merges.txt", "modules.json", "adapter_config.json", "chat_template.json"),
+    # A sentence-transformers model's own prompts, and the longest text that it reads.
+    *("config_sentence_transformers.json", "sentence_*_config.json"),
 )
 
 

@@ -107,3 +107,9 @@ def test_a_clip_of_more_than_half_a_day_is_refused(times: FrameTimes) -> None:
     check_length(list_times(1 / 3600, 12), "clip")
     with pytest.raises(MediaError, match=r"clip: a clip may be 12 hours long; .* hours. Cut it"):
         check_length(times, "clip")
+
+
+def test_a_padded_sample_has_the_rate_that_it_had() -> None:
+    times = FrameTimes(30.0, (0, 40, 80), 90)
+    assert times.padded(3) is times
+    assert times.padded(4) == FrameTimes(30.0, (0, 40, 80, 80), 120) and times.padded(4).fps == times.fps == 1.0

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -15,6 +17,7 @@ LIMITS = {
     family: MediaLimits(side, 1, 64, 1, 64)
     for family, side in zip(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (28, 28, 32), strict=True)
 }
+LOSS: dict[str, Any] = {"temperature": 0.1, "matryoshka_dims": (16,)}
 ROWS = 50
 TCOT = (
     '<thinking>Two digits at the left. {"bbox_2d": [[0, 0, 500, 1000]]}</thinking>\n'

@@ -21,7 +21,7 @@ from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.tiny.environment import CPU_ENV
 from tests import processes
-from tests.embedder.inputs import Pair, contrastive_cases, item
+from tests.embedder.inputs import LOSS, Pair, contrastive_cases, item
 
 SCRIPT = Path(__file__).with_name("two_pass_ranks.py")
 CASES = contrastive_cases()
@@ -73,7 +73,7 @@ def plain(embedder: Embedder, pairs: list[Pair]) -> tuple[float, dict[str, torch
     embedder.model.zero_grad()
     rows = pack_rows([embedder.processor.encode(one) for one in inputs])
     vectors = embed_packed(embedder.model.model, rows)
-    loss = contrastive_loss(vectors[: len(pairs)], vectors[len(pairs) :], layout, temperature=0.1).loss
+    loss = contrastive_loss(vectors[: len(pairs)], vectors[len(pairs) :], layout, **LOSS).loss
     loss.backward()
     found = {name: value.grad.clone() for name, value in embedder.model.named_parameters() if value.grad is not None}
     embedder.model.zero_grad()
@@ -174,6 +174,22 @@ def test_a_row_without_a_vector_has_no_part_and_no_gradient():
     some = layout(5).select(torch.isin(torch.arange(5), torch.tensor(kept)), torch.ones(5, dtype=torch.bool))
     assert found.loss == pytest.approx(float(contrastive_loss(query[kept], target, some).loss), rel=1e-6)
     assert found.metrics["failed_rows"] == 1
+
+
+@pytest.mark.parametrize("options", [{"matryoshka_dims": (2, 4)}, {"symmetric": False}, {"temperature": 0.5}])
+def test_every_option_of_the_loss_is_in_its_gradients(options):
+    leaves = [vectors(5, seed).requires_grad_() for seed in (1, 2)]
+    loss = contrastive_loss(*leaves, layout(5), **{"temperature": 0.02, **options}).loss
+    found = contrastive_gradients(vectors(5, 1), vectors(5, 2), layout(5), **options)
+    torch.testing.assert_close((found.query, found.target), torch.autograd.grad(loss, leaves))
+    assert found.loss == loss.item() != contrastive_gradients(vectors(5, 1), vectors(5, 2), layout(5)).loss
+
+
+def test_rows_without_a_vector_are_counted_on_both_sides():
+    query, target = vectors(5, 1), vectors(5, 2)
+    query[2] = target[3] = target[4] = float("nan")
+    found = contrastive_gradients(query, target, layout(5))
+    assert found.metrics["failed_rows"] == 3 and not found.target[3:].any()
 
 
 @pytest.mark.parametrize("contents", [[[0, 0]], [[1, 7], [2, 7]], [[7, 1], [7, 2], [7, 3]]])

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from inputs import LIMITS, contrastive_cases  # a script: its own folder is on the path
+from inputs import LIMITS, LOSS, contrastive_cases  # a script: its own folder is on the path
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
 from embedrl_verl.tiny.environment import CPU_ENV
@@ -25,9 +25,7 @@ BUDGET = 260
 def config_of(checkpoint: str, dtype: str) -> EmbedderConfig:
     """Gradients are not clipped and weights hardly move, so that cases follow one another."""
     limits = {name: value for name, value in dataclasses.asdict(LIMITS["qwen2_vl"]).items() if name.endswith("_tokens")}
-    train = EmbedderTrainConfig(
-        enable=True, lr=1e-12, warmup_steps=0, clip_grad=1e9, temperature=0.1, max_tokens_per_gpu=BUDGET
-    )
+    train = EmbedderTrainConfig(enable=True, lr=1e-12, warmup_steps=0, clip_grad=1e9, max_tokens_per_gpu=BUDGET, **LOSS)
     return EmbedderConfig(path=checkpoint, dtype=dtype, max_tokens_per_gpu=BUDGET, train=train, **limits)
 
 

@@ -176,6 +176,17 @@ def test_several_rollouts_of_a_prompt_are_averaged():
     assert validation.metrics()["val-core/a/hit@1"] == 0.5
 
 
+def test_a_rollout_is_no_candidate_of_another_pass():
+    """Each pass is perfect alone; the second one's other target is nearer to the first one's query than its own is."""
+    validation, x, y = RetrievalValidation(5), [1.0, 0.0], [0.0, 1.0]
+    for session, (one, other) in enumerate((([0.8, 0.6], y), (y, x))):
+        query = x if session == 0 else y
+        validation.add([_row("a", 0, 1, query, session), _row("a", 1, 1, one, session)])
+        validation.add([_row("a", 0, 2, other, session), _row("a", 1, 2, other, session)])
+    metrics = validation.metrics()
+    assert metrics["val-core/a/hit@1"] == metrics["val-core/a/ndcg@5"] == 1.0
+
+
 def test_card_scores_keep_the_core_scores_under_readable_names():
     metrics = {"val-core/birds/hit@1": 0.5, "raw/val-core/all/ndcg@5": 0.25, "val-aux/birds/failed_rows": 3.0}
     assert card_scores(metrics) == {"hit@1 (birds)": 0.5, "ndcg@5 (all, raw input)": 0.25}

@@ -134,6 +134,13 @@ def test_format_is_that_of_the_rows_evidence_key(make_batch):
     assert batch.format()[0] == 0 and 0 < batch.format().sum() < 40
 
 
+def test_a_group_is_one_side_of_one_pair(make_batch):
+    batch = make_batch(5, 4)
+    batch = _build(batch, torch.arange(40), _embeddings(40), pair=batch.pair * 2 - 3)
+    same = (batch.pair[:, None] == batch.pair) & (batch.side[:, None] == batch.side)
+    assert (batch.groups()[:, None] == batch.groups()).equal(same)
+
+
 def _judge(values):
     async def judge(batch):
         await asyncio.sleep(0)
@@ -182,23 +189,25 @@ def test_an_unknown_side_is_refused(make_batch):
         make_batch().direction("both")
 
 
-def test_the_raw_direction_knows_what_has_a_raw_embedding(make_batch):
+@pytest.mark.parametrize("missing", [3, 6])
+def test_the_raw_direction_knows_what_has_a_raw_embedding(make_batch, missing):
     """Whatever became of the row's T-CoT: a row is ranked by its raw input alone."""
     raw = _embeddings(40, seed=5)
-    raw[3] = NAN
+    raw[missing] = NAN
     valid = torch.arange(40) != 7
     batch = make_batch(5, 4, embeddings=_embeddings(40), valid=valid, raw_embeddings=raw)
-    assert batch.raw_valid().tolist() == [i != 3 for i in range(40)]
+    assert batch.side[[3, 6]].tolist() == [0, 1]
+    assert batch.raw_valid().tolist() == [i != missing for i in range(40)]
     for side in ("query", "target"):
         way, plain = batch.direction(side, raw=True), batch.direction(side)
-        assert way.row_valid.equal(way.rows != 3) and way.col_valid.equal(way.cols != 3)
+        assert way.row_valid.equal(way.rows != missing) and way.col_valid.equal(way.cols != missing)
         wanted = (raw[way.rows].double() @ raw[way.cols].double().T).float()
         torch.testing.assert_close(way.similarity, wanted, rtol=0, atol=1e-7, equal_nan=True)
         assert way.row_pair.equal(plain.row_pair) and way.col_content.equal(plain.col_content)
-    assert batch.ranks(raw=True).rank.isnan().nonzero().tolist() == [[3]]
+    assert batch.ranks(raw=True).rank.isnan().nonzero().tolist() == [[missing]]
     assert batch.ranks().rank.isnan().nonzero().tolist() == [[7]]
     both = batch.ranks(raw=True, among=valid).rank
-    assert both.isnan().nonzero().flatten().tolist() == [3, 7]
+    assert both.isnan().nonzero().flatten().tolist() == [missing, 7]
     part = _build(batch, valid.nonzero()[:, 0], _embeddings(40), raw_embeddings=raw[valid])
     assert both[valid].nan_to_num(9).equal(part.ranks(raw=True).rank.nan_to_num(9))
 

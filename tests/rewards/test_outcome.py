@@ -308,6 +308,17 @@ def test_the_false_negatives_are_those_of_the_one_relation(seed):
     assert found.false_negatives.tolist() == wanted.sum(dim=1).tolist() and wanted.any()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pair_with_fewer_contents_than_another_loses_no_candidate(seed, assert_equal_to_the_loop):
+    """Columns of one pair may differ in content; and a pair may have no column at all."""
+    similarity, row_pair, col_pair, _ = _random(seed, [2] * 6, [1, 2, 0, 4, 1, 3])
+    content = torch.randint(0, 15, (len(col_pair), 2), generator=torch.Generator().manual_seed(seed))
+    assert_equal_to_the_loop(similarity, row_pair, col_pair, {"col_content": content})
+    lost = torch.isin(row_pair, col_pair, invert=True)
+    found = retrieval(similarity, row_pair, col_pair, col_content=content).false_negatives
+    assert lost.sum() == 2 and not found[lost].any()
+
+
 @pytest.mark.parametrize("content", [torch.zeros(3, 2, 2), torch.zeros(2, 3), torch.zeros(3, 0), torch.zeros(())])
 def test_contents_of_another_shape_are_refused(content):
     pair = torch.arange(3)

@@ -2,15 +2,17 @@
 """What the agent loop adds to verl's own."""
 
 import asyncio
+import io
 import threading
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.trainer.agent_loop import TCoTAgentLoop, _ClipClient
+from embedrl_verl.trainer.agent_loop import TCoTAgentLoop, _ClipClient, request_seed
 from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
 
 TEXT = '<thinking>two {"text_keywords": ["a"]}</thinking><rethink>yes</rethink><answer>a</answer>'
@@ -61,14 +63,14 @@ class _FakeBackend:
 
 @pytest.fixture
 def run(monkeypatch):
-    """`run(backend)`: one row through the agent loop; returns its info."""
+    """`run(backend)`: one row through the agent loop; returns its info. `shown`: images as the Reasoner saw them."""
 
-    async def answered(self, sampling_params, **row):
-        return SimpleNamespace(response_ids=[1], multi_modal_data=None, extra_fields={})
+    def go(backend, text=TEXT, shown=(), family="qwen2_vl", **row):
+        async def answered(self, sampling_params, **row):
+            media = {"images": list(shown)} if shown else None
+            return SimpleNamespace(response_ids=[1], multi_modal_data=media, extra_fields={})
 
-    monkeypatch.setattr(SingleTurnAgentLoop, "run", answered)
-
-    def go(backend):
+        monkeypatch.setattr(SingleTurnAgentLoop, "run", answered)
         loop = object.__new__(TCoTAgentLoop)
         embedrl = SimpleNamespace(
             rollout=SimpleNamespace(request_seeds=False),
@@ -76,13 +78,13 @@ def run(monkeypatch):
             evidence=EvidenceConfig(),
         )
         loop._settings = SimpleNamespace(
-            backend=backend, embedrl=embedrl, family="qwen2_vl", media_root=None, max_frames=8, seed=0
+            backend=backend, embedrl=embedrl, family=family, media_root=None, max_frames=8, seed=0
         )
-        loop.tokenizer = SimpleNamespace(decode=lambda ids, **_: TEXT)
+        loop.tokenizer = SimpleNamespace(decode=lambda ids, **_: text)
 
         async def one():
             loop.loop = asyncio.get_running_loop()
-            return await loop.run({}, **ROW)
+            return await loop.run({}, **{**ROW, **row})
 
         return asyncio.run(one()).extra_fields[ROW_INFO]
 
@@ -105,3 +107,29 @@ def test_a_row_without_a_vector_says_why_and_stores_nothing(where, run):
     info = run(backend)
     assert info["failure"] == "embedding server: timeout"
     assert info["text"] == TEXT and backend.stored == {}
+
+
+def test_a_box_in_pixels_is_cut_where_the_reasoner_saw_it(run):
+    """The original has 200x100 pixels, the Reasoner saw 100x200: x is doubled and y halved."""
+    picture, file = Image.new("RGB", (200, 100)), io.BytesIO()
+    picture.paste((255, 0, 0), (20, 50, 120, 80))
+    picture.save(file, "PNG")
+    text = TEXT.replace('"text_keywords": ["a"]', '"bbox_2d": [10, 100, 60, 160]')
+    item = {**ROW["embedrl_item"], "images": (file.getvalue(),)}
+    backend = _FakeBackend()
+    info = run(backend, text, [Image.new("RGB", (100, 200))], "qwen2_5_vl", embedrl_item=item)
+    (crop,) = backend.stored[(EMBED_PARTITION, "u_3_0")].evidence
+    assert (crop.size, crop.getcolors()) == ((100, 30), [(3000, (255, 0, 0))])
+    assert (info["evidence"], info["num_images"], info["evidence_problems"]) == (1, 1, [])
+
+
+PLACE = {"global_steps": 3, "embedrl_pair_id": "p", "embedrl_side": "query", "session_id": 0}
+
+
+@pytest.mark.parametrize(
+    "other", [{"global_steps": 4}, {"embedrl_pair_id": "q"}, {"embedrl_side": "target"}, {"session_id": 1}, {"seed": 1}]
+)
+def test_a_rollouts_seed_is_that_of_its_place_in_the_run_alone(other):
+    seed = request_seed(0, {**PLACE, "uid": "u"})
+    assert seed == request_seed(0, {**PLACE, "uid": "another run's"}) and 0 <= seed < 2**31
+    assert seed != request_seed(other.get("seed", 0), {**PLACE, **other})

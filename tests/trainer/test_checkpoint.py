@@ -85,6 +85,28 @@ def test_the_judge_counts_where_there_is_one(record, tmp_path):
             check_run_record(str(tmp_path), record(*judged, override))
 
 
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("embedrl.judge.model=other", "judge.model was None and is 'other'"),
+        ("embedrl.judge.style=compact", "judge.style was 'paper' and is 'compact'"),
+        ("embedrl.judge.images=True", "judge.images was False and is True"),
+        ("embedrl.judge.shared_lists=False", "judge.shared_lists was True and is False"),
+        ("embedrl.judge.constrained=False", "judge.constrained was True and is False"),
+        ("embedrl.judge.max_tokens=9", "judge.max_tokens was 8 and is 9"),
+        ("embedrl.judge.temperature=0.5", "judge.temperature was 0.0 and is 0.5"),
+        ("embedrl.judge.seed=1", "judge.seed was 0 and is 1"),
+        ("+embedrl.judge.extra_body.top_k=1", "judge.extra_body was {} and is {'top_k': 1}"),
+    ],
+)
+def test_every_setting_of_a_judges_answer_counts(record, tmp_path, override, named):
+    judged = "embedrl.judge.urls=[http://judge:8000]"
+    write_run_record(str(tmp_path), record(judged))
+    with pytest.raises(ConfigError) as refused:
+        check_run_record(str(tmp_path), record(judged, override))
+    assert named in str(refused.value)
+
+
 def test_a_reward_function_of_any_kind_and_place_has_a_record(record, tmp_path):
     file = tmp_path / "partial.py"
     file.write_text("import functools\ndef f(batch, a): return {}\ncompute_score = functools.partial(f, a=1)\n")
@@ -127,6 +149,27 @@ def test_a_part_far_inside_a_large_file_counts(tmp_path):
             content[place] = 1
         (tmp_path / name / "model.safetensors").write_bytes(content)
     assert model_digest(str(tmp_path / "a")) != model_digest(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pytorch_model.bin", "model-00002-of-00002.safetensors", "adapter_config.json", "config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+        *("preprocessor_config.json", "processor_config.json"),
+        # Of sentence-transformers: its prompts, and the longest text that it reads.
+        *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
+    ],
+)
+def test_every_file_that_vectors_depend_on_counts(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "modules.json").write_text("[]")
+    digests = [model_digest(str(tmp_path))]
+    for content in ("one", "two"):
+        (tmp_path / name).write_text(content)
+        digests.append(model_digest(str(tmp_path)))
+    assert len(set(digests)) == 3
 
 
 def test_files_of_no_account_do_not_count_and_those_of_modules_do(model, tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from embedrl_verl.config.schema import EmbedderTrainConfig
 from embedrl_verl.data.identity import ContentId
+from embedrl_verl.embedder.info_nce import contrastive_loss
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer.batch_reward import Row, ScoredRows
@@ -130,7 +131,6 @@ def test_a_step_trains_the_chosen_rows_with_the_gradients_of_their_own_vectors(h
     assert keys == [ROWS[i].key for i in picked]
     # A small step against each vector's gradient lowers the loss.
     query, target, layout = layout_of([ROWS[i] for i in picked])
-    from embedrl_verl.embedder.info_nce import contrastive_loss
 
     def loss(vectors: torch.Tensor) -> float:
         return float(contrastive_loss(vectors[query], vectors[target], layout, temperature=0.1).loss)
@@ -140,6 +140,16 @@ def test_a_step_trains_the_chosen_rows_with_the_gradients_of_their_own_vectors(h
     assert metrics["embedder/loss"] == pytest.approx(loss(vectors), rel=1e-5)
     assert metrics["embedder/grad_norm"] == 1.0 and metrics["embedder/lr"] == 0.1
     assert one._client.embedded == [], "the rewards' forward pass is pass 1"
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.1}, {"symmetric": False}, {"matryoshka_dims": (2, 4)}])
+def test_the_loss_of_a_step_is_the_one_that_is_set(options):
+    picked = chosen_rows(ROWS, SCORES, [True] * 12, "best", [0, 1])
+    query, target, layout = layout_of([ROWS[i] for i in picked])
+    vectors = scored().embeddings[picked]
+    wanted = float(contrastive_loss(vectors[query], vectors[target], layout, **{"temperature": 0.02, **options}).loss)
+    assert training(rollouts="best", **options).step(scored(), 1)["embedder/loss"] == pytest.approx(wanted, rel=1e-5)
+    assert training(rollouts="best").step(scored(), 1)["embedder/loss"] != pytest.approx(wanted, rel=1e-3)
 
 
 def test_with_an_average_pass_1_is_done_anew_with_the_trained_weights():
