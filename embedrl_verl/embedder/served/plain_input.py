@@ -3,23 +3,32 @@
 
     {"input": "a heron"}   ->   {"messages": [{"role": "user", "content": "a heron"}]}
 
-vLLM renders chat requests alone by the chat template; of anything else it would pool the last word. So texts become
-chat requests at /v1/embeddings, and are refused, with the way to ask, at every other address that takes texts. Chat
-requests pass as they are. vLLM loads the class by `--middleware`; nothing else of this package runs in the server.
+vLLM renders chat requests alone by the chat template; of anything else it would pool the last word, and it cuts long
+prompts if asked to. So only /v1/embeddings embeds: texts become chat requests there, chat "messages" pass as they are,
+and only settings that leave the prompt whole are taken. Every other POST is refused with the way to ask, save a few
+that embed nothing. vLLM loads the class by `--middleware`; nothing else of this package runs in the server.
 """
 
 from __future__ import annotations
 
 import json
+import reprlib
 from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 EMBEDDINGS = "/v1/embeddings"
-OTHERS = frozenset(
-    {"/pooling", "/v2/embed", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank", "/classify", "/invocations"}
+HARMLESS = frozenset({"/tokenize", "/detokenize", "/ping"})
+"""Other addresses of POST requests, which embed nothing; /health, /metrics, /v1/models and /version are GET."""
+SETTINGS = frozenset(
+    {"model", "user", "request_id", "priority", "cache_salt", "mm_processor_kwargs", "media_io_kwargs", "dimensions"}
+    | {"encoding_format", "embed_dtype", "endianness", "use_activation"}
 )
+"""Not among them, as they cut or change the prompt: truncate_prompt_tokens, continue_final_message (it drops what the
+template writes after the last message), chat_template and its arguments, special tokens."""
+MAX_BODY = 2**30
+"""Bytes. A token stands for at most 8 KiB (two patches of 32 x 32 RGB pixels in base64), so 131072 of them fit."""
 HOW = (
     f'This Embedder is asked at {EMBEDDINGS}: a text, or a list of texts, as "input"; an instruction (role "system"), '
     'images and videos as chat "messages"'
@@ -35,22 +44,30 @@ class PlainInput:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in {EMBEDDINGS, *OTHERS}:
+        if scope["type"] != "http" or scope["method"] != "POST" or path in HARMLESS:
             await self.app(scope, receive, send)
             return
-        body, more = b"", True
-        while more:
+        if path != EMBEDDINGS:
+            await _refusal(400, f"{path} could embed without the Embedder's prompt. {HOW}")(scope, receive, send)
+            return
+        chunks, size, more = [], 0, True
+        while more and size <= MAX_BODY:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
             more = message.get("more_body", False)
-        try:
-            body = completed(path, body)
-        except ValueError as error:
-            reason = {"message": str(error), "type": "BadRequestError", "param": "input", "code": 400}
-            await JSONResponse({"error": reason}, status_code=400)(scope, receive, send)
+        if size > MAX_BODY:
+            text = f"a request must have at most {MAX_BODY} bytes; got more. Send fewer texts or images at once"
+            await _refusal(413, text)(scope, receive, send)
             return
+        try:
+            body = completed(b"".join(chunks))
+        except ValueError as error:
+            await _refusal(400, str(error))(scope, receive, send)
+            return
+        del chunks  # as large as the body, and vLLM has yet to work
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
         given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -61,38 +78,35 @@ class PlainInput:
         await self.app(scope, again, send)
 
 
-def completed(path: str, body: bytes) -> bytes:
-    """The body of a request with its texts as chat requests; what is no JSON object is left for vLLM to refuse.
+def completed(body: bytes) -> bytes:
+    """The body of a request to /v1/embeddings with its texts as chat requests; a chat request as it is.
 
     Raises:
-        ValueError: it would be embedded without the prompt; says how to ask.
+        ValueError: it would be embedded without the prompt or with part of it; says how to ask.
     """
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):  # not UTF-8, no JSON, or nested without end
-        return body
+        request = None
     if not isinstance(request, dict):
-        return body
-    if path != EMBEDDINGS:
-        if "messages" in request or (path == "/v2/embed" and "texts" not in request):
-            return body
-        raise ValueError(f"{path} would embed texts without the Embedder's prompt. {HOW}")
-    if "input" not in request or _is_chat(request["input"]):
-        return body
-    texts = request.pop("input")
-    if "messages" in request:
-        raise ValueError(f'a request must have "input" or "messages"; got both. {HOW}')
-    if request.get("truncate_prompt_tokens") is not None:
+        raise ValueError(f"the body must be a JSON object. {HOW}")
+    request = {name: value for name, value in request.items() if value is not None}
+    for name in sorted(request.keys() - SETTINGS - {"input", "messages"}):
         raise ValueError(
-            f"truncate_prompt_tokens must be left out: it would cut off the end of the prompt, where the vector is "
-            f"read; got {request['truncate_prompt_tokens']!r}. Shorten the text"
+            f"{name} must be left out: it would cut or change the prompt, at whose end the vector is read, or not be "
+            f"heard; got {reprlib.repr(request[name])}. Shorten a text that is too long. {HOW}"
         )
+    texts, messages = request.pop("input", None), request.get("messages")
+    if texts is None and isinstance(messages, list) and messages:
+        return body
+    if messages is not None:
+        raise ValueError(f"messages must be a list, not empty and with no input; got {reprlib.repr(messages)}. {HOW}")
     if isinstance(texts, str):
         request["messages"] = _messages(texts)
     elif isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         request["messages"] = [_messages(text) for text in texts]
     else:
-        raise ValueError(f"input must be a text or a list of texts; got {json.dumps(texts):.80}. {HOW}")
+        raise ValueError(f"input must be a text or a list of texts; got {reprlib.repr(texts)}. {HOW}")
     return json.dumps(request).encode()
 
 
@@ -100,6 +114,6 @@ def _messages(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-def _is_chat(value: Any) -> bool:
-    """Whether vLLM takes this `input` for one conversation or a list of them."""
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) or _is_chat(one) for one in value)
+def _refusal(status: int, text: str) -> JSONResponse:
+    error = {"message": text, "type": "BadRequestError", "param": None, "code": status}
+    return JSONResponse({"error": error}, status_code=status)

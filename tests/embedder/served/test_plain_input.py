@@ -1,21 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bare text to a served Embedder is embedded with its prompt, or refused; chat requests pass untouched. vLLM's own
-routes and request types, without an engine (with one: test_server.py)."""
+"""A bare text to a served Embedder is embedded with its whole prompt, or refused; chat requests pass untouched. vLLM's
+own routes and request types, without an engine (with one: test_server.py)."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.testclient import TestClient
+from vllm.entrypoints.pooling.classify.api_router import router as classify
 from vllm.entrypoints.pooling.embed.api_router import router
 from vllm.entrypoints.pooling.embed.protocol import EmbeddingBatchChatRequest, EmbeddingChatRequest
+from vllm.entrypoints.pooling.pooling.api_router import router as pooling
+from vllm.entrypoints.pooling.scoring.api_router import router as scoring
 
+from embedrl_verl.embedder.served import plain_input
 from embedrl_verl.embedder.served.command import PLAIN_INPUT
-from embedrl_verl.embedder.served.plain_input import EMBEDDINGS, OTHERS, PlainInput
+from embedrl_verl.embedder.served.plain_input import EMBEDDINGS, HARMLESS, SETTINGS, PlainInput
+from embedrl_verl.embedder.served.requests import embed_request
+from tests.embedder.inputs import mixed_inputs
+
+OTHERS = {str(getattr(route, "path", "")) for one in (router, pooling, scoring, classify) for route in one.routes}
+OTHERS = (OTHERS - {EMBEDDINGS}) | {"/invocations", "/v1/embeddings/", "/V1/Embeddings", "/later"}
 
 CHAT = [{"role": "user", "content": "a heron"}]
 PARTS = [{"role": "system", "content": "Find it."}, {"role": "user", "content": [{"type": "text", "text": "é"}]}]
@@ -70,16 +80,23 @@ def test_texts_are_a_batch_of_chat_requests_in_order(texts, client, seen):
     "asked",
     [
         {"messages": CHAT},
-        {"messages": PARTS, "encoding_format": "base64", "truncate_prompt_tokens": 5},
+        {"messages": PARTS, "encoding_format": "base64", "truncate_prompt_tokens": None, "input": None},
         {"messages": [CHAT, PARTS]},
-        {"input": CHAT},
-        {"input": [CHAT, PARTS]},
     ],
 )
 def test_a_chat_request_passes_to_the_byte(asked, client, seen):
     body = json.dumps(asked, indent=3, ensure_ascii=False).encode()
     assert client.post(EMBEDDINGS, content=body, headers={"content-type": "application/json"}).status_code == 200
     assert seen[0][1] == body
+
+
+def test_requests_of_a_run_pass_to_the_byte(embedder, client, seen):
+    processor = embedder("qwen2_5_vl").processor
+    sent = [json.dumps(embed_request(processor, one).payload).encode() for one in mixed_inputs(12)]
+    assert any(b"media_io_kwargs" in body and b"mm_processor_kwargs" in body for body in sent)
+    for body in sent:
+        assert client.post(EMBEDDINGS, content=body, headers={"content-type": "application/json"}).status_code == 200
+    assert [body for _, body in seen] == sent
 
 
 @pytest.mark.parametrize(
@@ -89,37 +106,81 @@ def test_a_chat_request_passes_to_the_byte(asked, client, seen):
         ({"input": [[1, 2], [3]]}, "input must be a text or a list of texts"),
         ({"input": ["a", 1]}, "input must be a text or a list of texts"),
         ({"input": []}, "input must be a text or a list of texts"),
-        ({"input": None}, "input must be a text or a list of texts; got null"),
-        ({"input": "a", "messages": CHAT}, "got both"),
-        ({"input": "a", "truncate_prompt_tokens": -1}, "truncate_prompt_tokens must be left out.*; got -1"),
+        ({"input": None}, "input must be a text or a list of texts; got None"),
+        ({"input": CHAT}, "input must be a text or a list of texts"),
+        ({}, "input must be a text or a list of texts"),
+        ({"input": "a", "messages": CHAT}, "messages must be a list, not empty and with no input"),
+        ({"input": [], "messages": CHAT}, "messages must be a list, not empty and with no input"),
+        ({"input": "a", "messages": 1}, "messages must be a list"),
+        ({"input": "a", "messages": []}, "messages must be a list"),
+        ({"messages": []}, r"messages must be a list, not empty.*; got \[\]"),
+        *(
+            ({"messages": CHAT, name: ["a"]}, f"{name} must be left out")
+            for name in ("texts", "inputs", "data", "text_1")
+        ),
+        ([{"input": "a"}], "the body must be a JSON object"),
     ],
 )
 def test_what_would_be_read_without_the_prompt_is_refused_with_the_way_to_ask(asked, reason, client, seen):
     answer = client.post(EMBEDDINGS, json=asked)
     assert answer.status_code == 400 and not seen
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(answer.json()["error"]["message"])
+    assert re.search(rf"{reason}.*/v1/embeddings: a text, or a list of texts", answer.json()["error"]["message"])
+
+
+@pytest.mark.parametrize("name", sorted(set(EmbeddingChatRequest.model_fields) - SETTINGS - {"messages"}))
+@pytest.mark.parametrize("content", [{"input": "a"}, {"input": ["a"]}, {"messages": CHAT}, {"input": CHAT}])
+def test_no_setting_cuts_or_changes_the_prompt(content, name, client, seen):
+    answer = client.post(EMBEDDINGS, json={**content, name: -1})
+    assert answer.status_code == 400 and not seen
+    assert f"{name} must be left out: it would cut or change the prompt" in answer.text and "got -1" in answer.text
+
+
+def test_every_setting_that_is_taken_is_vllms_and_leaves_the_prompt_whole():
+    assert set(EmbeddingChatRequest.model_fields) > SETTINGS
+    cutting = {"truncate_prompt_tokens", "continue_final_message", "chat_template", "chat_template_kwargs"}
+    assert not SETTINGS & (cutting | {"add_generation_prompt", "add_special_tokens"})
 
 
 @pytest.mark.parametrize("path", sorted(OTHERS))
-def test_no_other_address_embeds_a_bare_text(path, client, seen):
-    for asked in ({"input": "a"}, {"texts": ["a"]}, {"text_1": "a", "text_2": "b"}, {"query": "a", "documents": ["b"]}):
-        if path == "/v2/embed" and "texts" not in asked:
-            continue
-        answer = client.post(path, json=asked)
+def test_no_other_address_embeds(path, client, seen):
+    for asked in (
+        {"input": "a"},
+        {"input": "a", "messages": None},
+        {"input": "a", "messages": CHAT},
+        {"messages": CHAT},
+        {"texts": ["a"]},
+        {"texts": ["a"], "messages": 1},
+        {"inputs": [{"content": [{"type": "text", "text": "a"}]}], "max_tokens": 5},
+        {"text_1": "a", "text_2": "b"},
+        {"query": "a", "documents": ["b"]},
+    ):
+        answer = client.post(path, json=asked, follow_redirects=False)
         assert answer.status_code == 400 and not seen
         assert path in answer.text and '/v1/embeddings: a text, or a list of texts, as \\"input\\"' in answer.text
-    if path != "/v2/embed":
-        assert client.post(path, json={"messages": CHAT}).status_code == 200 and len(seen) == 1
 
 
-def test_what_is_no_json_object_and_other_requests_are_vllms_affair(client, seen):
-    for body in (b"{", b"{}", b"\xff", b"", b"[" * 5000):
-        answer = client.post(EMBEDDINGS, content=body, headers={"content-type": "application/json"})
-        assert 400 <= answer.status_code < 500
-    assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
-    assert client.get("/v1/embeddings").status_code == 405
-    assert len(seen) == 1
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"", b"[" * 5000, b'"a"', b'{"input": "a"} x'])
+def test_what_is_no_json_object_is_refused(body, client, seen):
+    answer = client.post(EMBEDDINGS, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "the body must be a JSON object" in answer.text and not seen
+
+
+def test_what_embeds_nothing_passes(client, seen):
+    for path in HARMLESS:
+        assert client.post(path, json={"prompt": "a", "messages": None}).status_code == 200
+    assert client.get(EMBEDDINGS).status_code == 405
+    assert len(seen) == len(HARMLESS)
+
+
+def test_a_body_that_comes_in_parts_is_whole_and_over_the_limit_it_is_refused(client, seen, monkeypatch):
+    body = json.dumps({"input": ["a", "é"]}).encode()
+    monkeypatch.setattr(plain_input, "MAX_BODY", len(body))
+    headers = {"content-type": "application/json"}
+    parts = [body[start : start + 3] for start in range(0, len(body), 3)]
+    assert client.post(EMBEDDINGS, content=iter(parts), headers=headers).status_code == 200
+    assert [one[0]["content"] for one in seen.pop()[0].messages] == ["a", "é"]
+    answer = client.post(EMBEDDINGS, content=iter([*parts, b" "]), headers=headers)
+    assert answer.status_code == 413 and f"at most {len(body)} bytes" in answer.text and not seen
 
 
 def test_the_servers_command_names_the_class():
