@@ -253,18 +253,14 @@ def outcome_reward(
     """Accuracy, margin and outcome of every row of one direction.
 
     Args:
-        similarity: (R, C) float. NaN marks an unknown candidate: it counts neither as positive nor as negative of that
-            row.
-        row_pair: (R,) int, pair of each row.
-        col_pair: (C,) int, pair of each column.
+        similarity: (R, C) float, NaN = an unknown candidate of that row.
+        row_pair, col_pair: (R,), (C,) int, pair of each row and column.
         col_content: (C, 2) int, ids of the query's and the target's content of each column's pair (`content_id`); or
             (C, K) or (C,) for other kinds of ids. A column of another pair that shares an id with one of the row's own
             columns (valid or not) is a false negative and left out. Without it every other pair is a negative.
-        col_valid: (C,) bool, False where the embedding failed: nobody's candidate.
-        row_valid: (R,) bool, False where the embedding failed: the row is unknown.
+        col_valid, row_valid: (C,), (R,) bool, False where the embedding failed: nobody's candidate; an unknown row.
         temperature: tau of the softmax weights of the negatives.
-        accuracy: with G valid positives, "share" = the share of the row's top G that are positives; "all" = 1 if all
-            are, else 0. A negative that ties with a positive ranks above it.
+        accuracy: "share" = the share of the row's top G that are positives; "all" = 1 if all are, else 0.
 
     Returns:
         (R,) tensors of the dtype of `similarity` (float32 for half precision). NaN for rows that are invalid or have no
@@ -273,14 +269,8 @@ def outcome_reward(
     Raises:
         ValueError: shapes, dtypes, temperature or accuracy are wrong, or a valid row's similarities are infinite.
     """
-    _check_direction(
-        similarity,
-        row_pair=row_pair,
-        col_pair=col_pair,
-        col_content=col_content,
-        col_valid=col_valid,
-        row_valid=row_valid,
-    )
+    ids = {"row_pair": row_pair, "col_pair": col_pair, "col_content": col_content}
+    _check_direction(similarity, **ids, row_valid=row_valid, col_valid=col_valid)
     row_pair, col_pair = row_pair.to(torch.int64), col_pair.to(torch.int64)
     content = (col_pair if col_content is None else col_content).to(torch.int64)
     row_content, col_content = _contents(row_pair, col_pair, content[:, None] if content.dim() == 1 else content)
@@ -299,15 +289,14 @@ def outcome_reward(
 
 
 def _contents(row_pair: Tensor, col_pair: Tensor, col_content: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, K m) contents of each row's own columns, and (C, K m) those of the columns m times: a pair shows up to m
-    different contents (normally 1). A row without own columns has any content.
+    """(R, K m) contents of each row's own columns, and (C, K m) those of the columns, m times: a pair shows up to m
+    different ones (normally 1). A row without own columns has any content.
     """
     shown = torch.unique(torch.cat((col_pair[:, None], col_content), dim=1), dim=0)  # sorted by pair
-    pair, ids = shown[:, 0].contiguous(), shown[:, 1:]
-    first = torch.searchsorted(pair, row_pair)
-    last = torch.searchsorted(pair, row_pair, right=True) - 1
-    most = max(1, int((last - first).max()) + 1) if len(row_pair) else 1
-    own = [ids[(first + n).minimum(last)] if len(ids) else ids.new_zeros(len(first), ids.shape[1]) for n in range(most)]
+    pair, shown = shown[:, 0].contiguous(), torch.cat((shown[:, 1:], shown.new_zeros(1, shown.shape[1] - 1)))
+    first, end = (torch.searchsorted(pair, row_pair, right=right) for right in (False, True))
+    most = max(1, int((end - first).max())) if len(row_pair) else 1
+    own = [shown[(first + n).minimum(end - 1)] for n in range(most)]
     return torch.cat(own, dim=1), col_content.repeat(1, most)
 
 
