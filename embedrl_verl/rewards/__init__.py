@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards as pure functions of tensors: no verl, no Ray, callable from a REPL.
 
-`outcome_reward`, `positive_ranks` and `total_reward` are the maths; `RewardBatch` holds a step's rollouts for a reward
-function; `functions` has the ready-made ones, for verl's key `reward.custom_reward_function`, and `presets` their
-weights. `contract` loads and calls a function; `dump` keeps a step's rewards in a file, `trial` computes them again.
+`retrieval` and `total` are the maths; `RewardBatch` holds a step's rollouts for a reward function; `functions` has the
+ready-made ones, for verl's key `reward.custom_reward_function`. `contract` loads and calls a function; `dump` keeps a
+step's rewards in a file, `trial` computes them again.
 """
 
-from embedrl_verl.rewards.batch import Direction, Judge, RewardBatch, Side
-from embedrl_verl.rewards.exact import similarity_matrix
+from embedrl_verl.rewards.batch import Judge, RewardBatch, Side
 from embedrl_verl.rewards.metrics import batch_metrics
-from embedrl_verl.rewards.outcome import Accuracy, OutcomeReward, Retrieval, outcome_reward
-from embedrl_verl.rewards.presets import NO_JUDGE, PAPER, PUBLIC_CODE, RewardConfig
-from embedrl_verl.rewards.ranks import Ranks, positive_ranks
-from embedrl_verl.rewards.total import partly_known, total_reward
+from embedrl_verl.rewards.retrieval import (
+    Accuracy,
+    Direction,
+    OutcomeReward,
+    Ranks,
+    Retrieval,
+    outcome_reward,
+    similarity_matrix,
+)
+from embedrl_verl.rewards.total import NO_JUDGE, PAPER, PUBLIC_CODE, RewardConfig, partly_known, total_reward
 
 __all__ = [
     "NO_JUDGE",
@@ -30,7 +35,6 @@ __all__ = [
     "batch_metrics",
     "outcome_reward",
     "partly_known",
-    "positive_ranks",
     "similarity_matrix",
     "total_reward",
 ]

@@ -2,24 +2,33 @@
 """RewardBatch: everything a reward function may look at, for all rollouts of one step.
 
 A row is one rollout of one side of one pair. Rows stand in the caller's order and every result has that order; who
-belongs together is said by `pair` and `side`, never by position, so any number of rollouts a side works, and a missing
-partner too.
+belongs together is stated by `pair` and `side`, never by position, so any number of rollouts a side works, and a
+missing partner too. Inside, the similarities are sorted by pair and rollout: permuting the rows permutes every result
+bit for bit.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.rewards.exact import similarity_matrix
-from embedrl_verl.rewards.outcome import Accuracy, OutcomeReward, Retrieval, retrieval
-from embedrl_verl.rewards.ranks import Positives, Ranks, positive_ranks
+from embedrl_verl.rewards.retrieval import (
+    Accuracy,
+    Direction,
+    OutcomeReward,
+    Positives,
+    Ranks,
+    Retrieval,
+    ranks,
+    retrieval,
+    similarity_matrix,
+)
 from embedrl_verl.tcot import TCoT, format_reward
 
 Side = Literal["query", "target"]
@@ -28,25 +37,6 @@ SIDES: tuple[Side, Side] = ("query", "target")
 Judge: TypeAlias = "Callable[[RewardBatch], Awaitable[Tensor]]"
 # A float32 embedding that was normalised in bfloat16 is off by up to 0.004.
 _LENGTH_TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Direction:
-    """One direction of the retrieval: rows of one side over columns of the other.
-
-    `similarity`: (R, C) float32 cosines, NaN where a row or column is invalid. `rows` (R,), `cols` (C,): int64 indices
-    into the batch. `row_pair` (R,), `col_pair` (C,), `col_content` (C, K): int64. `row_valid` (R,), `col_valid` (C,):
-    bool.
-    """
-
-    similarity: Tensor
-    rows: Tensor
-    cols: Tensor
-    row_pair: Tensor
-    col_pair: Tensor
-    col_content: Tensor
-    row_valid: Tensor
-    col_valid: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,30 +70,24 @@ class RewardBatch:
     lengths: Tensor | None = None
     raw_similarity: Tensor | None = None
     judge: Judge | None = None
+    _retrievals: dict[tuple[float, Accuracy], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         rows = self.side.numel()
-        for name in ("side", "pair", "rollout", "valid"):
-            value: Tensor = getattr(self, name)
-            dtype = torch.bool if name == "valid" else torch.int64
-            if value.shape != (rows,) or value.dtype != dtype:
-                raise ValueError(f"{name} must be ({rows},) {dtype}; got {tuple(value.shape)} {value.dtype}")
-        if self.content.dim() != 2 or len(self.content) != rows or self.content.dtype != torch.int64:
-            got = f"{tuple(self.content.shape)} {self.content.dtype}"
-            raise ValueError(f"content must be ({rows}, K) torch.int64; got {got}")
+        named = {name: getattr(self, name) for name in ("side", "pair", "rollout", "content", "valid", "lengths")}
+        _check_shapes(rows, **named)
+        for name, value in named.items():
+            wanted = torch.bool if name == "valid" else torch.int64
+            if value is not None and value.dtype != wanted:
+                raise ValueError(f"{name} must be {wanted}; got {value.dtype}")
         for name, size in (("tcots", len(self.tcots)), ("required", len(self.required))):
             if size != rows:
                 raise ValueError(f"{name} must have one entry for each of {rows} rows; got {size}")
         shape = (self.query_rows.numel(), self.target_rows.numel())
-        if self.similarity.shape != shape or sum(shape) != rows:
-            raise ValueError(
-                f"similarity must be (query rows, target rows) = {shape} of {rows} rows; "
-                f"got {tuple(self.similarity.shape)}"
-            )
-        if self.raw_similarity is not None and self.raw_similarity.shape != shape:
-            raise ValueError(f"raw_similarity must be {shape} as similarity is; got {tuple(self.raw_similarity.shape)}")
-        if self.lengths is not None and self.lengths.shape != (rows,):
-            raise ValueError(f"lengths must be ({rows},); got {tuple(self.lengths.shape)}")
+        for name, matrix in (("similarity", self.similarity), ("raw_similarity", self.raw_similarity)):
+            if matrix is not None and (matrix.shape != shape or sum(shape) != rows):
+                got = tuple(matrix.shape)
+                raise ValueError(f"{name} must be (query rows, target rows) = {shape} of {rows} rows; got {got}")
 
     def __len__(self) -> int:
         return self.side.numel()
@@ -138,28 +122,18 @@ class RewardBatch:
                 occurs twice, a pair has two contents, a side is neither 0 nor 1, or shapes differ.
         """
         side, pair, rollout, content = (t.to(torch.int64).cpu() for t in (side, pair, rollout, content))
-        embeddings = embeddings.detach().cpu()
-        valid = torch.ones_like(side, dtype=torch.bool) if valid is None else valid.to(torch.bool).cpu()
         content = content[:, None] if content.dim() == 1 else content
-        shapes = {"pair": pair, "rollout": rollout, "content": content, "valid": valid, "embeddings": embeddings}
-        if raw_embeddings is not None:
-            shapes["raw_embeddings"] = raw_embeddings
-        for name, value in shapes.items():
-            wide = {"content": "(N,) or (N, K)", "embeddings": "(N, D)", "raw_embeddings": "(N, D)"}
-            if value.dim() != (2 if name in wide else 1) or len(value) != len(side):
-                kind = wide.get(name, "(N,)")
-                raise ValueError(f"{name} must be {kind} with N = {len(side)} as side has; got {tuple(value.shape)}")
-        valid = valid & embeddings.isfinite().all(dim=1)
+        valid = torch.ones_like(side, dtype=torch.bool) if valid is None else valid.to(torch.bool).cpu()
+        vectors = {"embeddings": embeddings, "raw_embeddings": raw_embeddings}
+        _check_shapes(len(side), pair=pair, rollout=rollout, content=content, valid=valid, **vectors)
         _check_rows(side, pair, rollout, content)
-        _check_norms(embeddings, valid)
-        order = _lexicographic(pair, rollout)  # rows of a pair side by side: the masks are made once a pair
+        by_rollout = rollout.argsort(stable=True)
+        order = by_rollout[pair[by_rollout].argsort(stable=True)]
         query_rows, target_rows = order[side[order] == 0], order[side[order] == 1]
+        embeddings, valid = _checked(embeddings, valid)
         raw = None
         if raw_embeddings is not None:
-            raw_embeddings = raw_embeddings.detach().cpu()
-            known = raw_embeddings.isfinite().all(dim=1)
-            _check_norms(raw_embeddings, known)
-            raw = _cosines(raw_embeddings, known, query_rows, target_rows)
+            raw = _cosines(*_checked(raw_embeddings, torch.ones_like(valid)), query_rows, target_rows)
         return cls(
             side=side,
             pair=pair,
@@ -196,17 +170,14 @@ class RewardBatch:
             cols=cols,
             row_pair=self.pair[rows],
             col_pair=self.pair[cols],
+            row_content=self.content[rows],
             col_content=self.content[cols],
             row_valid=valid[rows],
             col_valid=valid[cols],
         )
 
     def raw_valid(self) -> Tensor:
-        """(N,) bool, the row's input has an embedding without T-CoT.
-
-        Raises:
-            ConfigError: the raw inputs were not embedded.
-        """
+        """(N,) bool, the row's input has an embedding without T-CoT; ConfigError where none was embedded."""
         missing = self._raw().isnan()
         valid = torch.zeros_like(self.valid)
         valid[self.query_rows] = ~missing.all(dim=1)
@@ -226,25 +197,19 @@ class RewardBatch:
         return torch.tensor([format_reward(t, r) for t, r in zip(self.tcots, self.required, strict=True)])
 
     def retrieval(self, *, temperature: float = 0.5, accuracy: Accuracy = "share") -> Retrieval:
-        """Outcome reward of both directions, Hit@1 and false negatives: (N,) each, NaN where unknown."""
-        numbers = torch.full((4, len(self)), torch.nan)
-        false_negatives = torch.zeros(len(self), dtype=torch.int64)
-        for side in SIDES:
-            way = self.direction(side)
-            found = retrieval(
-                way.similarity,
-                way.row_pair,
-                way.col_pair,
-                col_content=way.col_content,
-                col_valid=way.col_valid,
-                row_valid=way.row_valid,
-                temperature=temperature,
-                accuracy=accuracy,
-            )
-            numbers[:, way.rows] = torch.stack((*found.reward, found.hit))
-            false_negatives[way.rows] = found.false_negatives
-        acc, margin, outcome, hit = numbers
-        return Retrieval(OutcomeReward(acc, margin, outcome), hit, false_negatives)
+        """Outcome reward of both directions, Hit@1 and false negatives: (N,) each, NaN where unknown.
+
+        Computed once for equal arguments; every call returns tensors of its own.
+        """
+        key = (temperature, accuracy)
+        if key not in self._retrievals:
+            numbers = torch.full((5, len(self)), torch.nan, dtype=torch.float64)
+            for one in map(self.direction, SIDES):
+                found = retrieval(one, temperature=temperature, accuracy=accuracy)
+                numbers[:, one.rows] = torch.stack((*found.reward, found.hit, found.false_negatives)).double()
+            self._retrievals[key] = numbers
+        acc, margin, outcome, hit = self._retrievals[key][:4].float()
+        return Retrieval(OutcomeReward(acc, margin, outcome), hit, self._retrievals[key][4].long())
 
     def ranks(
         self,
@@ -255,39 +220,26 @@ class RewardBatch:
         by_pair: bool = False,
         positives: Positives = "mean",
     ) -> Ranks:
-        """Ranks of the own pair's columns in both directions (see `positive_ranks`): (N,) each, NaN where unknown.
+        """Ranks of the own pair's columns in both directions: (N,) each, NaN where unknown.
 
         Args:
-            raw: of the raw inputs.
+            raw: of the raw inputs; ConfigError where they were not embedded.
             among: (N,) bool, the rows to rank, which are also the candidates. Default: all that have an embedding.
-            temperature, by_pair, positives: as in `positive_ranks`.
-
-        Raises:
-            ConfigError: raw, and the raw inputs were not embedded.
+            temperature, by_pair, positives: as in `rewards.retrieval.ranks`.
         """
         numbers = torch.full((3, len(self)), torch.nan)
         for side in SIDES:
-            way = self.direction(side, raw=raw)
-            found = positive_ranks(
-                way.similarity,
-                way.row_pair,
-                way.col_pair,
-                col_content=way.col_content,
-                col_valid=way.col_valid if among is None else way.col_valid & among[way.cols],
-                row_valid=way.row_valid if among is None else way.row_valid & among[way.rows],
-                temperature=temperature,
-                by_pair=by_pair,
-                positives=positives,
-            )
-            numbers[:, way.rows] = torch.stack(found)
+            one = self.direction(side, raw=raw)
+            if among is not None:
+                row_valid, col_valid = one.row_valid & among[one.rows], one.col_valid & among[one.cols]
+                one = replace(one, row_valid=row_valid, col_valid=col_valid)
+            found = ranks(one, temperature=temperature, by_pair=by_pair, positives=positives)
+            numbers[:, one.rows] = torch.stack(found)
         return Ranks(*numbers)
 
     def process(self) -> Tensor:
         """J: (N,) float32 from the judge, NaN = unknown. Waits for it; call once, in a thread without a running event
-        loop.
-
-        Raises:
-            ValueError: the batch has no judge, or it returned another shape.
+        loop. ValueError: the batch has no judge, or it returned another shape.
         """
         return asyncio.run(self.judged())
 
@@ -308,6 +260,31 @@ class RewardBatch:
         return pair * len(SIDES) + self.side
 
 
+_MATRICES = {"content": "(N,) or (N, K)", "embeddings": "(N, D)", "raw_embeddings": "(N, D)"}
+
+
+def _check_shapes(rows: int, **values: Tensor | None) -> None:
+    for name, value in values.items():
+        if value is not None and (value.dim() != 1 + (name in _MATRICES) or len(value) != rows):
+            kind = _MATRICES.get(name, "(N,)")
+            raise ValueError(f"{name} must be {kind} with N = {rows} as side has; got {tuple(value.shape)}")
+
+
+def _checked(embeddings: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, D) on the CPU, and which `valid` rows have a finite embedding, all of length 1."""
+    embeddings = embeddings.detach().cpu()
+    valid = valid & embeddings.isfinite().all(dim=1)
+    length = embeddings.float().norm(dim=1)
+    off = (valid & ~((length - 1).abs() <= _LENGTH_TOLERANCE)).nonzero()
+    if len(off):
+        row = int(off[0])
+        raise ValueError(
+            f"embeddings must have length 1; row {row} has length {float(length[row]):.4g}. "
+            "Normalise them, and mark failed ones with NaN or valid=False instead of a zero vector"
+        )
+    return embeddings, valid
+
+
 def _cosines(vectors: Tensor, valid: Tensor, query_rows: Tensor, target_rows: Tensor) -> Tensor:
     """(N_q, N_t) float32 of (N, D) vectors, NaN where a row is not valid."""
     vectors = vectors.masked_fill(~valid[:, None], 0.0)
@@ -315,11 +292,6 @@ def _cosines(vectors: Tensor, valid: Tensor, query_rows: Tensor, target_rows: Te
     similarity[~valid[query_rows]] = torch.nan
     similarity[:, ~valid[target_rows]] = torch.nan
     return similarity
-
-
-def _lexicographic(pair: Tensor, rollout: Tensor) -> Tensor:
-    by_rollout = rollout.argsort(stable=True)
-    return by_rollout[pair[by_rollout].argsort(stable=True)]
 
 
 def _check_rows(side: Tensor, pair: Tensor, rollout: Tensor, content: Tensor) -> None:
@@ -339,15 +311,4 @@ def _check_rows(side: Tensor, pair: Tensor, rollout: Tensor, content: Tensor) ->
     if (kinds > 1).any():
         raise ValueError(
             f"all rows of a pair must have the same content ids; pair {int(values[kinds > 1][0])} has several"
-        )
-
-
-def _check_norms(embeddings: Tensor, valid: Tensor) -> None:
-    length = embeddings.float().norm(dim=1)
-    off = (valid & ~((length - 1).abs() <= _LENGTH_TOLERANCE)).nonzero()
-    if len(off):
-        row = int(off[0])
-        raise ValueError(
-            f"embeddings must have length 1; row {row} has length {float(length[row]):.4g}. "
-            "Normalise them, and mark failed ones with NaN or valid=False instead of a zero vector"
         )

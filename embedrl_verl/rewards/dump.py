@@ -27,8 +27,7 @@ from embedrl_verl.tcot import TCoT, parse_tcot
 
 FORMAT = "embedrl-reward-dump"
 VERSION = "2"
-READABLE = ("1", VERSION)
-"""Version 1: `content` is (N,), the target's alone."""
+READABLE = ("1", VERSION)  # in version 1 `content` is (N,), the target's alone
 _NAME = re.compile(r"(\d+)(?:\.(\d+))?\.rewards\.safetensors")
 _ALWAYS = ("side", "pair", "rollout", "valid", "content", "similarity", "query_rows", "target_rows")
 _MAYBE = ("lengths", "raw_similarity")
@@ -47,8 +46,8 @@ class RewardDump:
 
     parts: the reward function's results, (N,) float32 each, with "score".
     rows: N mappings with `pair_id`, `data_source`, `text` (the T-CoT), `num_images`, `num_frames`.
-    function: what the run called its reward function, "" if it did not say.
-    kwargs: the function's `reward_kwargs` in the run, None if it did not say (older dumps).
+    function: what the run called its reward function, "" if it did not state it.
+    kwargs: the function's `reward_kwargs` in the run, None if it did not state them (older dumps).
     """
 
     path: Path
@@ -78,12 +77,10 @@ def write_reward_dump(
 
     Args:
         path: file to write, named by `dump_name`; its folder is made if missing.
-        batch: N rows.
-        parts: what the reward function returned for it, (N,) float32 each, with "score".
+        parts: what the reward function returned for the batch, (N,) float32 each, with "score".
         rows: for each row of the batch `pair_id`, `data_source`, `text`, and `num_images`, `num_frames` (0 or None: the
             input has none); other JSON values may stand beside them.
-        function: how the run names its reward function.
-        kwargs: the function's `reward_kwargs`, JSON values; None: not known.
+        function, kwargs: as in `RewardDump`; JSON values.
 
     Raises:
         ValueError: rows or parts are not those of the batch.
@@ -97,17 +94,12 @@ def write_reward_dump(
             raise ValueError(
                 f"row {index}: text, num_images and num_frames must give the batch's T-CoT; they give another one"
             )
-    for name, value in parts.items():
-        if value.shape != (len(batch),) or value.dtype != torch.float32:
-            raise ValueError(f"part {name!r} must be ({len(batch)},) float32; got {tuple(value.shape)} {value.dtype}")
-    if "score" not in parts:
-        raise ValueError(f"parts must have 'score'; got {', '.join(parts)}")
-    tensors = {name: getattr(batch, name) for name in (*_ALWAYS, *_MAYBE) if getattr(batch, name) is not None}
+    _check_parts(parts, len(batch))
+    tensors = {name: value for name in (*_ALWAYS, *_MAYBE) if (value := getattr(batch, name)) is not None}
     tensors |= {_PART + name: value for name, value in parts.items()}
-    told = {"rows": [dict(row) for row in rows], "required": list(batch.required), "function": function}
-    if kwargs is not None:
-        told["reward_kwargs"] = dict(kwargs)
-    tensors["json"] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+    stated = {"rows": [dict(row) for row in rows], "required": list(batch.required), "function": function}
+    stated |= {} if kwargs is None else {"reward_kwargs": dict(kwargs)}
+    tensors["json"] = torch.frombuffer(bytearray(json.dumps(stated).encode()), dtype=torch.uint8)
     # Clones: the format refuses tensors that share memory, and a function may return one tensor under two names.
     content = save(
         {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()},
@@ -124,19 +116,14 @@ def write_reward_dump(
 
 
 def read_reward_dump(path: str | Path) -> RewardDump:
-    """Read a dump.
-
-    Raises:
-        DataError: the file is missing, damaged, of another kind or of another version; the message names it.
-    """
+    """Read a dump; DataError names a file that is missing, damaged, of another kind or of another version."""
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
             _check_kind(path, file.metadata() or {})
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        told = json.loads(tensors.pop("json").numpy().tobytes())
-        rows, required, function = told["rows"], told["required"], told["function"]
-        kwargs = told.get("reward_kwargs")  # optional: older dumps of this version have none
+        stated = json.loads(tensors.pop("json").numpy().tobytes())
+        kwargs = stated.get("reward_kwargs")  # optional: older dumps of this version have none
         if not (kwargs is None or isinstance(kwargs, dict)):
             raise ValueError(f"reward_kwargs must be a mapping; got {kwargs!r}")
         parts = {name.removeprefix(_PART): tensors.pop(name) for name in list(tensors) if name.startswith(_PART)}
@@ -146,16 +133,50 @@ def read_reward_dump(path: str | Path) -> RewardDump:
             **{name: tensors[name] for name in _ALWAYS},
             lengths=tensors.get("lengths"),
             raw_similarity=tensors.get("raw_similarity"),
-            tcots=tuple(_parsed(row) for row in rows),
-            required=tuple(required),
-            judge=_again(parts["process"]) if "process" in parts else None,
+            tcots=tuple(_parsed(row) for row in stated["rows"]),
+            required=tuple(stated["required"]),
+            judge=_same_answers(parts["process"]) if "process" in parts else None,
         )
+        _check_parts(parts, len(batch))
+        if not torch.cat((batch.query_rows, batch.target_rows)).sort().values.equal(torch.arange(len(batch))):
+            raise ValueError("query_rows and target_rows must have every row once")
+        return RewardDump(path, parts, stated["rows"], stated["function"], batch, kwargs)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: not a readable reward dump ({error})") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: a damaged reward dump ({type(error).__name__}: {error})") from error
-    _check_parts(path, batch, parts)
-    return RewardDump(path, parts, rows, function, batch, kwargs)
+
+
+def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise DataError(f"{path}: not a reward dump; its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    if metadata.get("version") not in READABLE:
+        raise DataError(
+            f"{path}: a reward dump of version {metadata.get('version')}; this embedrl reads versions "
+            f"{' and '.join(READABLE)}. Use the embedrl that wrote it"
+        )
+
+
+def _check_parts(parts: Mapping[str, Tensor], rows: int) -> None:
+    for name, value in parts.items():
+        if value.shape != (rows,) or value.dtype != torch.float32:
+            raise ValueError(f"part {name!r} must be ({rows},) float32; got {tuple(value.shape)} {value.dtype}")
+    if "score" not in parts:
+        raise ValueError(f"parts must have 'score'; got {', '.join(parts)}")
+
+
+def _parsed(row: Mapping[str, Any]) -> TCoT:
+    missing = [key for key in _ROW_KEYS if key not in row]
+    if missing:
+        raise ValueError(f"a row must have {', '.join(_ROW_KEYS)}; {', '.join(missing)} is missing")
+    return parse_tcot(row["text"], num_frames=row["num_frames"] or None, num_images=row["num_images"] or None)
+
+
+def _same_answers(process: Tensor) -> Judge:
+    async def judge(batch: RewardBatch) -> Tensor:
+        return process
+
+    return judge
 
 
 def find_dumps(run: str | Path) -> list[tuple[str, Path]]:
@@ -169,10 +190,9 @@ def find_dumps(run: str | Path) -> list[tuple[str, Path]]:
     """
     run = Path(run)
     if run.is_file():
-        named = _NAME.fullmatch(run.name)
-        return [(_step_of(named) if named else run.name, run)]
+        return [(run.name.removesuffix(".rewards.safetensors") if _NAME.fullmatch(run.name) else run.name, run)]
     folders = [run, run / "rollouts", *sorted(run.glob("*/rollouts"))]
-    found = {folder: names for folder in folders if (names := _dumps_in(folder))}
+    found = {folder: dumps for folder in folders if folder.is_dir() and (dumps := _dumps_in(folder))}
     if len(found) != 1:
         several = f"dumps of several runs ({', '.join(map(str, found))}); name one of them"
         none = "no reward dump (*.rewards.safetensors); runs with trainer.rollout_data_dir write one a step"
@@ -181,47 +201,6 @@ def find_dumps(run: str | Path) -> list[tuple[str, Path]]:
 
 
 def _dumps_in(folder: Path) -> list[tuple[str, Path]]:
-    if not folder.is_dir():
-        return []
     named = [(found, path) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name))]
     named.sort(key=lambda entry: (int(entry[0][1]), int(entry[0][2] or 0)))
-    return [(_step_of(found), path) for found, path in named]
-
-
-def _step_of(named: re.Match[str]) -> str:
-    return named[1] if named[2] is None else f"{named[1]}.{named[2]}"
-
-
-def _parsed(row: Mapping[str, Any]) -> TCoT:
-    missing = [key for key in _ROW_KEYS if key not in row]
-    if missing:
-        raise ValueError(f"a row must have {', '.join(_ROW_KEYS)}; {', '.join(missing)} is missing")
-    return parse_tcot(row["text"], num_frames=row["num_frames"] or None, num_images=row["num_images"] or None)
-
-
-def _again(process: Tensor) -> Judge:
-    async def judge(batch: RewardBatch) -> Tensor:
-        return process
-
-    return judge
-
-
-def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise DataError(f"{path}: not a reward dump; its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    if metadata.get("version") not in READABLE:
-        raise DataError(
-            f"{path}: a reward dump of version {metadata.get('version')}; this embedrl reads versions "
-            f"{' and '.join(READABLE)}. "
-            "Use the embedrl that wrote it"
-        )
-
-
-def _check_parts(path: Path, batch: RewardBatch, parts: Mapping[str, Tensor]) -> None:
-    wrong = [name for name, value in parts.items() if value.shape != (len(batch),) or value.dtype != torch.float32]
-    order = torch.cat((batch.query_rows, batch.target_rows)).sort().values
-    if "score" not in parts or wrong or not order.equal(torch.arange(len(batch))):
-        raise DataError(
-            f"{path}: a damaged reward dump (its parts must be ({len(batch)},) float32 with 'score', and its rows "
-            "query or target rows)"
-        )
+    return [(path.name.removesuffix(".rewards.safetensors"), path) for _, path in named]

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of one step for the log: every reward part by side, Hit@1 within the batch, form, evidence, failures and
-masks.
-"""
+"""Numbers of one step for the log: means of every reward part by side, Hit@1 within the batch, and counts."""
 
 from __future__ import annotations
 
@@ -26,14 +24,11 @@ def batch_metrics(
         `embedrl/<part>/query`, `/target` and `/mean` for every part ("score" is called `reward`), for `hit@1` (the best
         positive is above every negative of the batch; ties are misses), `well_formed`, `evidence`, and
         `false_negatives` (columns left out for a row). A mean over no known row is left out. Counts: `embedrl/rows`,
-        `embedrl/failed_rows` (no embedding), `embedrl/rows_without_partner` and `embedrl/unknown/<part>` for every
-        part.
-
-    Raises:
-        ValueError: a part does not have one value per row.
+        `embedrl/failed_rows` (no embedding), `embedrl/rows_without_partner` and `embedrl/unknown/<part>`.
     """
     found = batch.retrieval()
     numbers = {"reward" if name == "score" else name: value for name, value in parts.items()}
+    reported = set(numbers)
     numbers["hit@1"] = found.hit
     numbers["well_formed"] = torch.tensor([float(tcot.is_well_formed) for tcot in batch.tcots])
     numbers["false_negatives"] = found.false_negatives.double().masked_fill(~batch.valid, torch.nan)
@@ -46,10 +41,8 @@ def batch_metrics(
         value = value.double().cpu()
         known = ~value.isnan()
         selections = {side: known & (batch.side == number) for number, side in enumerate(SIDES)} | {"mean": known}
-        for side, rows in selections.items():
-            if rows.any():
-                result[f"embedrl/{name}/{side}"] = float(value[rows].mean())
-        if name in parts or name == "reward":
+        result |= {f"embedrl/{name}/{key}": float(value[rows].mean()) for key, rows in selections.items() if rows.any()}
+        if name in reported:
             result[f"embedrl/unknown/{name}"] = float((~known).sum())
     result["embedrl/rows"] = float(len(batch))
     result["embedrl/failed_rows"] = float((~batch.valid).sum())

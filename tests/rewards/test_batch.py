@@ -3,13 +3,17 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.rewards import RewardBatch, outcome_reward
+from embedrl_verl.rewards import RewardBatch, batch_metrics, outcome_reward
+from embedrl_verl.rewards import batch as module
+from embedrl_verl.rewards.retrieval import retrieval
 from embedrl_verl.tcot import format_reward, parse_tcot
+from tests.rewards import plain
 
 NAN = math.nan
 
@@ -35,7 +39,7 @@ def _embeddings(rows, dim=24, seed=0):
 
 def _everything(batch):
     found = batch.retrieval()
-    return [batch.format(), *found.reward, found.hit, found.false_negatives]
+    return [batch.format(), *found.reward, found.hit, found.false_negatives, *batch.ranks(by_pair=True)]
 
 
 @pytest.mark.parametrize("rollouts", [1, 2, 4, 8])
@@ -72,7 +76,7 @@ def test_swapping_the_sides_transposes(make_batch):
         assert one.equal(other)
 
 
-def test_both_directions_are_the_double_loop(make_batch, plain_outcome):
+def test_both_directions_are_the_double_loop(make_batch):
     embeddings = _embeddings(48)
     valid = torch.rand(48, generator=torch.Generator().manual_seed(1)) < 0.8
     content = torch.tensor([[0, 0], [9, 0], [1, 1], [1, 2], [2, 3], [2, 3]])
@@ -83,11 +87,26 @@ def test_both_directions_are_the_double_loop(make_batch, plain_outcome):
         way = batch.direction(side)
         assert (batch.side[way.rows] == number).all() and (batch.side[way.cols] == 1 - number).all()
         similarity = (embeddings[way.rows].double() @ embeddings[way.cols].double().T).float()
-        masks = {"col_content": way.col_content, "col_valid": way.col_valid, "row_valid": way.row_valid}
-        wanted = plain_outcome(similarity, way.row_pair, way.col_pair, **masks)
+        wanted = plain.outcome(replace(way, similarity=similarity))
         torch.testing.assert_close(torch.stack(got)[:, way.rows].double(), wanted, rtol=0, atol=3e-7, equal_nan=True)
-        again = outcome_reward(way.similarity, way.row_pair, way.col_pair, **masks)
+        again = outcome_reward(way.similarity, way.row_pair, way.col_pair, **plain.masks(way))
         assert again.outcome.nan_to_num(9).equal(got.outcome[way.rows].nan_to_num(9))
+
+
+def test_equal_arguments_are_computed_once_and_nobody_can_change_anothers_result(make_batch, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "retrieval", lambda way, **k: calls.append(k) or retrieval(way, **k))
+    batch = make_batch()
+    first = batch.retrieval()
+    wanted = [part.clone() for part in (*first.reward, *first[1:])]
+    for part in (*first.reward, *first[1:]):
+        part.fill_(7)
+    batch_metrics(batch, {"score": batch.retrieval(temperature=0.5, accuracy="share").reward.outcome})
+    assert len(calls) == 2  # one a direction
+    found = batch.retrieval()
+    assert all(a.equal(b) for a, b in zip((*found.reward, *found[1:]), wanted, strict=True))
+    other = batch.retrieval(temperature=0.1).reward.margin
+    assert len(calls) == 4 and not other.equal(found.reward.margin)
 
 
 def test_hit_is_the_best_positive_above_every_negative(make_batch):

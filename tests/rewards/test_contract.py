@@ -31,8 +31,8 @@ def test_a_module_of_a_package_in_both_spellings():
 
     for spec in ("embedrl_verl.rewards.functions.no_judge", "embedrl_verl/rewards/functions/no_judge"):
         assert load_reward_function(f"pkg://{spec}")[0] is compute_score
-    function, where = load_reward_function("pkg://embedrl_verl.rewards.presets:row_scores")
-    assert function.__name__ == "row_scores" and where == "pkg://embedrl_verl.rewards.presets:row_scores"
+    function, where = load_reward_function("pkg://embedrl_verl.rewards.total:row_scores")
+    assert function.__name__ == "row_scores" and where == "pkg://embedrl_verl.rewards.total:row_scores"
 
 
 @pytest.mark.parametrize(

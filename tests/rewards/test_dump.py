@@ -212,7 +212,7 @@ def test_rows_that_are_on_no_side_are_damage(tmp_path, batch):
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file({**tensors, "query_rows": tensors["target_rows"].clone()}, path, metadata=metadata)
-    with pytest.raises(DataError, match="its rows query or target rows"):
+    with pytest.raises(DataError, match="query_rows and target_rows must have every row once"):
         read_reward_dump(path)
 
 

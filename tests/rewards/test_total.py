@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from embedrl_verl.rewards import partly_known, total_reward
+from tests.rewards import plain
 
 NAN = math.nan
 
 
 @pytest.mark.parametrize("weights", [(0.05, 0.8, 0.2), (0.05, 0.0, 0.8), (0.0, 0.0, 1.0)])
-def test_equal_to_the_loop_for_every_pattern_of_unknowns(plain_total, weights):
+def test_equal_to_the_loop_for_every_pattern_of_unknowns(weights):
     values = [(1.0, 0.0, NAN), (1.0, 0.0, NAN), (0.37, -0.6, NAN)]
     terms = torch.tensor(list(itertools.product(*values))).T
     alpha, beta, gamma = weights
     got = total_reward(*terms, alpha=alpha, beta=beta, gamma=gamma)
-    wanted = plain_total(*terms, alpha=alpha, beta=beta, gamma=gamma)
+    wanted = plain.total(*terms, alpha=alpha, beta=beta, gamma=gamma)
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-7, equal_nan=True)
     assert got.isnan().any() and not got.isnan().all()
 

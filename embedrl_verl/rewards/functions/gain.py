@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """R = g(with T-CoT) - g(raw input): does thinking help? Pays only what the T-CoT adds to the input's own rank.
 
-g is the reciprocal rank of the own pair among the other pairs (`measure="reciprocal"`), or the share of them that it
+g is the reciprocal rank of the own pair among the other pairs (`measure="reciprocal"`), or the fraction of them that it
 leaves behind, smoothly ("soft"); mean over the pair's positives, or the "best" one. A pair counts once, whatever it has
 of columns: those of a pair tie in the raw similarity, and each is worth its share of the pair with T-CoTs. Both ranks
 are among the same candidates: those with both embeddings. Ties count against the row.
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.presets import RewardConfig, check_number, row_scores
-from embedrl_verl.rewards.ranks import POSITIVES, Positives
+from embedrl_verl.rewards.retrieval import POSITIVES, Positives
+from embedrl_verl.rewards.total import RewardConfig, check_number, row_scores
 
 
 def compute_score(
@@ -34,17 +34,13 @@ def compute_score(
     """The gain over the raw input, and nothing else unless `alpha` adds the format.
 
     Args:
-        measure, positives: see above. temperature: of "soft", in cosines, at least 0.005.
+        temperature: of "soft", in cosines, at least 0.005.
         loss_weight: a row that falls behind its raw input gets so much of its loss.
-        alpha: weight of the format.
 
     Returns:
         (N,) float32 each, NaN = unknown: "score", "format", "rank", "raw_rank" (among pairs, from 1), "gain", "helped"
         and "hurt" (0 or 1). The gain is unknown without either embedding, without a positive and without a negative;
         with `alpha`, the format of a row with T-CoT embedding is left.
-
-    Raises:
-        ConfigError: bad arguments, or the raw inputs were not embedded.
     """
     if measure not in ("reciprocal", "soft") or positives not in POSITIVES:
         raise ConfigError(
@@ -58,9 +54,9 @@ def compute_score(
     thought, raw = (
         batch.ranks(raw=raw, among=both, temperature=tau, by_pair=True, positives=positives) for raw in (False, True)
     )
-    gain = thought.reciprocal - raw.reciprocal if tau is None else thought.beaten - raw.beaten
+    gain = thought.reciprocal - raw.reciprocal if tau is None else thought.outranked - raw.outranked
     paid = torch.where(gain < 0, loss_weight * gain, gain)
     helped, hurt = ((gain * sign > 0).float().masked_fill(gain.isnan(), torch.nan) for sign in (1, -1))
     form = batch.format()
     parts = {"format": form, "rank": thought.rank, "raw_rank": raw.rank, "gain": gain, "helped": helped, "hurt": hurt}
-    return {"score": row_scores(batch, config, form, None, paid), **parts}
+    return {"score": row_scores(batch, config, {"format": form, "outcome": paid}), **parts}

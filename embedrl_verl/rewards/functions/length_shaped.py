@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.presets import check_number
+from embedrl_verl.rewards.total import check_number
 
 BASES = ("no_judge", "paper", "public_code", "outcome_only", "format_only", "soft_rank", "gain")
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.presets import NO_JUDGE, reward_parts, row_scores
+from embedrl_verl.rewards.total import NO_JUDGE, reward_terms, row_scores
 
 
 def compute_score(batch: RewardBatch, **reward_kwargs: object) -> Mapping[str, Tensor]:
-    """Format, and accuracy times margin; arguments, result and errors as in `functions.paper`, defaults `NO_JUDGE`."""
+    """Format, and accuracy times margin; arguments and result as in `functions.paper`, over `NO_JUDGE`."""
     config = NO_JUDGE.override(reward_kwargs)
-    parts = reward_parts(batch, config)
-    score = row_scores(batch, config, parts["format"], parts.get("process"), parts["outcome"])
-    return {"score": score, **parts}
+    terms = reward_terms(batch, config)
+    return {"score": row_scores(batch, config, terms), **terms}

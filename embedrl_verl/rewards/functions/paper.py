@@ -6,23 +6,20 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.presets import PAPER, reward_parts, row_scores
+from embedrl_verl.rewards.total import PAPER, reward_terms, row_scores
 
 
 def compute_score(batch: RewardBatch, **reward_kwargs: object) -> Mapping[str, Tensor]:
     """Format, the judge's pick, and accuracy times margin.
 
     Args:
-        reward_kwargs: fields of `RewardConfig` (alpha, beta, gamma, accuracy, temperature) over `PAPER`.
+        reward_kwargs: fields of `RewardConfig` (alpha, beta, gamma, accuracy, temperature) over `PAPER`. beta > 0 needs
+            a judge.
 
     Returns:
-        (N,) float32 each, NaN = unknown: "score", "format", "process" (only with beta > 0), "accuracy", "margin",
-        "outcome".
-
-    Raises:
-        ConfigError: beta > 0 without a judge, or bad `reward_kwargs`.
+        (N,) float32 each, NaN = unknown: "score", and the terms "format", "process" (only with beta > 0), "accuracy",
+        "margin", "outcome".
     """
     config = PAPER.override(reward_kwargs)
-    parts = reward_parts(batch, config)
-    score = row_scores(batch, config, parts["format"], parts.get("process"), parts["outcome"])
-    return {"score": score, **parts}
+    terms = reward_terms(batch, config)
+    return {"score": row_scores(batch, config, terms), **terms}

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.presets import PUBLIC_CODE, reward_parts, row_scores
+from embedrl_verl.rewards.total import PUBLIC_CODE, reward_terms, row_scores
 
 
 def compute_score(batch: RewardBatch, **reward_kwargs: object) -> Mapping[str, Tensor]:
-    """Format, the judge's pick weighted by the margin, half of accuracy times margin.
-
-    Arguments, result and errors as in `functions.paper`, defaults `PUBLIC_CODE`; "process" is the bare pick (0 or 1).
-    """
+    """As in `functions.paper`, over `PUBLIC_CODE`; "process" is the bare pick (0 or 1)."""
     config = PUBLIC_CODE.override(reward_kwargs)
-    parts = reward_parts(batch, config)
-    pick = parts["process"] * parts["margin"].clamp(min=0) if "process" in parts else None
-    return {"score": row_scores(batch, config, parts["format"], pick, parts["outcome"] / 2), **parts}
+    terms = reward_terms(batch, config)
+    paid = {"format": terms["format"], "outcome": terms["outcome"] / 2}
+    if "process" in terms:
+        paid["process"] = terms["process"] * terms["margin"].clamp(min=0)
+    return {"score": row_scores(batch, config, paid), **terms}

@@ -11,27 +11,21 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.presets import RewardConfig, check_number, row_scores
+from embedrl_verl.rewards.total import RewardConfig, check_number, row_scores
 
 
 def compute_score(batch: RewardBatch, *, alpha: float = 0.05, temperature: float = 0.05) -> Mapping[str, Tensor]:
-    """Format, and the share of the negatives that the own pair leaves behind.
+    """Format, and the fraction of the negatives that the own pair leaves behind.
 
     Args:
-        alpha: weight of the format.
         temperature: in cosines, at least 0.005; the smaller, the closer to hard ranks.
 
     Returns:
-        (N,) float32 each, NaN = unknown: "score", "format", "soft_rank" (the share, in [0, 1]) and "rank" (mean of 1 +
-        softrank). Without a valid positive, or without any negative, both ranks are unknown and the format is left:
-        with nothing to be ranked against, a place says nothing. False negatives and columns without embedding are no
-        negatives.
-
-    Raises:
-        ConfigError: bad arguments.
+        (N,) float32 each, NaN = unknown: "score", "format", "soft_rank" (the fraction, in [0, 1]) and "rank" (mean of
+        1 + softrank). Without a valid positive or any negative both ranks are unknown, and the format is left.
     """
     check_number("temperature", temperature, 0.005)
     config = RewardConfig(alpha=alpha, beta=0.0, gamma=1.0)
     form, ranks = batch.format(), batch.ranks(temperature=temperature)
-    score = row_scores(batch, config, form, None, ranks.beaten)
-    return {"score": score, "format": form, "soft_rank": ranks.beaten, "rank": ranks.rank}
+    score = row_scores(batch, config, {"format": form, "outcome": ranks.outranked})
+    return {"score": score, "format": form, "soft_rank": ranks.outranked, "rank": ranks.rank}
