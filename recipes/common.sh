@@ -220,6 +220,13 @@ gpu_knobs() {
     PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
     ROLLOUT_TP=${ROLLOUT_TP:-1} ATTENTION=${ATTENTION:-torch_varlen}
     MODE=${MODE:-sync} ROLLOUT_NNODES=${ROLLOUT_NNODES:-1} ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$GPUS_PER_NODE}
+    local name
+    for name in NNODES GPUS_PER_NODE PAIRS G ROLLOUT_TP ROLLOUT_NNODES ROLLOUT_GPUS_PER_NODE; do
+        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail 2 "$name must be a whole number from 1; got ${!name}"
+    done
+    for name in LR KL CLIP TEMPERATURE; do
+        [[ "${!name}" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || fail 2 "$name must be a number; got ${!name}"
+    done
     case "$ATTENTION" in
         torch_varlen | flash_attention_2 | sdpa) ;;
         *) fail 2 "ATTENTION must be torch_varlen, flash_attention_2 or sdpa; got $ATTENTION" ;;

@@ -26,6 +26,13 @@ case "$(basename "$REWARD")" in
     *) JUDGE=${JUDGE:-0} ;;
 esac
 
+FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl " STAGES=" world pretrain judge rl export evaluate "
+[[ "$FAMILIES" == *" $FAMILY "* ]] || fail 2 "FAMILY must be one of$FAMILIES; got $FAMILY"
+[[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
+[[ "$STEPS" =~ ^[1-9][0-9]*$ ]] || fail 2 "STEPS must be a whole number from 1; got $STEPS"
+[[ "$SEED" =~ ^[0-9]+$ ]] || fail 2 "SEED must be a whole number from 0; got $SEED"
+[[ "$REWARD" == pkg://* || -f "$REWARD" ]] || fail 2 "REWARD must name a file of a reward function; there is no $REWARD"
+
 export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export TORCH_COMPILE_DISABLE=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
@@ -87,10 +94,6 @@ if is_dry_run; then
     exit
 fi
 
-FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl "
-[[ "$FAMILIES" == *" $FAMILY "* ]] || fail 2 "FAMILY must be one of$FAMILIES; got $FAMILY"
-STAGES=" world pretrain judge rl export evaluate "
-[[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
 
 RESULTS=(results.json curves.png evaluation.json evaluation_cotrained.json reasoner embedder_cotrained)
 

@@ -107,7 +107,7 @@ class IdReport:
             )
         lines.append(
             "own id, text, media, near: where target ids come from. same: probability that another pair of the source "
-            "has the same query or target (a false negative)"
+            "has the same query or target (never a negative)"
         )
         if self.near_groups:
             lines.append(

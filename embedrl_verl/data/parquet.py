@@ -18,6 +18,7 @@ Rows are counted from 0 over the whole file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -158,11 +159,20 @@ class PairWriter:
 
 
 def write_pairs(records: Iterable[PairRecord], path: str | Path) -> None:
-    """Write records to a parquet file, in order; the folder is made if missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with PairWriter(path) as writer:
-        for record in records:
-            writer.add(record)
+    """Write records to a parquet file, in order; the folder is made if missing.
+
+    The file appears when it is whole: a record that cannot be written leaves what was there before.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        with PairWriter(unfinished) as writer:
+            for record in records:
+                writer.add(record)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_schema(found: pa.Schema, path: str | Path) -> None:

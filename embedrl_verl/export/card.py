@@ -149,23 +149,30 @@ def _use_embedder(facts: CardFacts) -> str:
     return f"""## Use
 
 With sentence-transformers (6.2 or later). Plain input is completed to the model's prompt; `prompt` is the instruction.
+embedrl_verl turns pictures upright and puts transparent ones on white by itself; here that is yours to do, as below:
 
 ```python
-from PIL import Image
+from PIL import Image, ImageOps
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{facts.name}")
 query = model.encode(["a heron on one leg"], prompt="Find the photo that matches the text.")
-images = model.encode([{{"image": Image.open("heron.jpg")}}], prompt="Find the caption of this photo.")
+photo = ImageOps.exif_transpose(Image.open("heron.jpg"))
+images = model.encode([{{"image": photo}}], prompt="Find the caption of this photo.")
 print(model.similarity(query, images))
 ```
 
 With embedrl_verl, which also takes T-CoTs and evidence, and cuts long texts (480 tokens) as in training:
 
 ```python
+from embedrl_verl.data.media import load_item
+from embedrl_verl.data.schema import Item
 from embedrl_verl.embedder import Embedder, EmbedInput, build_messages
+from embedrl_verl.tcot import parse_tcot
 
 embedder = Embedder.from_pretrained("{facts.name}"{chosen})
+item = load_item(Item(text="a heron", images=("heron.jpg",)), media_root=".")
+tcot, evidence = parse_tcot("<thinking>A bird.</thinking><rethink>Yes.</rethink><answer>a heron</answer>"), ()
 vectors = embedder.embed([EmbedInput(item, tcot, evidence)])
 # the same from sentence-transformers:
 vectors = model.encode([build_messages(item, tcot, evidence, profile=embedder.processor.profile)])
@@ -180,7 +187,7 @@ from transformers import AutoModel, AutoProcessor
 processor = AutoProcessor.from_pretrained("{facts.name}")
 model = AutoModel.from_pretrained("{facts.name}")
 prompt = {facts.prompt!r}
-inputs = processor(text=[prompt], images=[Image.open("heron.jpg")], return_tensors="pt")
+inputs = processor(text=[prompt], images=[photo], return_tensors="pt")
 with torch.no_grad():
     vector = torch.nn.functional.normalize(model(**inputs).last_hidden_state[:, -1], dim=-1)
 ```

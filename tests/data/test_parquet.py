@@ -292,3 +292,19 @@ def test_a_file_needs_no_column_of_ids(tmp_path: Path, ids: dict[str, Any]) -> N
     assert (record.query_id, record.target_id) == (ids.get("query_id") or "", ids.get("target_id") or "")
     write_pairs([record], tmp_path / "again.parquet")
     assert list(read_pairs(tmp_path / "again.parquet")) == [record]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_file_that_was_there(
+    tmp_path: Path, pair: Callable[..., PairRecord]
+) -> None:
+    path = tmp_path / "pairs.parquet"
+    write_pairs([pair("a"), pair("b")], path)
+
+    def broken() -> Iterator[PairRecord]:
+        yield from (pair(str(number)) for number in range(3000))
+        raise RuntimeError("the source has ended")
+
+    with pytest.raises(RuntimeError, match="the source has ended"):
+        write_pairs(broken(), path)
+    assert [record.pair_id for record in read_pairs(path)] == ["a", "b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pairs.parquet"]

@@ -281,3 +281,22 @@ def test_nothing_of_an_earlier_run_is_moved_for_settings_that_are_refused(tmp_pa
 
 def test_a_first_run_moves_nothing(tmp_path):
     assert started(tmp_path)[0] == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("PAIRS", "x", "PAIRS must be a whole number from 1; got x"),
+        ("GPUS_PER_NODE", "0", "GPUS_PER_NODE must be a whole number from 1; got 0"),
+        ("LR", "abc", "LR must be a number; got abc"),
+        ("KL", "-1", "KL must be a number; got -1"),
+    ],
+)
+def test_a_knob_that_is_no_number_is_refused(variable, value, message):
+    result = run_recipe("run_egrl_qwen2_5vl.sh", DRY_RUN="1", PYTHON="true", **{variable: value})
+    assert result.returncode == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize("value", ["3e-6", "1", "0.01", ".5", "1E-3"])
+def test_numbers_may_be_written_as_usual(tmp_path, value):
+    assert f"actor_rollout_ref.actor.optim.lr={value}" in command_of(tmp_path, "run_egrl_qwen2vl.sh", LR=value)
