@@ -20,6 +20,15 @@ SIDES: tuple[Side, Side] = ("query", "target")
 ITEM_KINDS = (None, "page")
 
 
+def _check_media(name: str, media: object) -> None:
+    """A string in place of a tuple would be one image a letter."""
+    if not isinstance(media, tuple) or not all(isinstance(one, str | bytes) for one in media):
+        raise DataError(
+            f"{name} must be a tuple of paths (str) and encoded images (bytes), as ('a.png',); got "
+            f"{type(media).__name__} {repr(media)[:60]}"
+        )
+
+
 @dataclass(frozen=True)
 class Video:
     """A clip: a list of frames in order, or the path of a video file.
@@ -30,7 +39,7 @@ class Video:
         fps: frames per second. Of `frames`: how many of them show one second. Of a file: the rate to sample at.
 
     Raises:
-        DataError: not exactly one of `frames` and `path`, or `fps` is not a positive number.
+        DataError: not exactly one of `frames` and `path`, frames of another type, or `fps` is not a positive number.
     """
 
     frames: tuple[Media, ...] = ()
@@ -42,6 +51,7 @@ class Video:
             raise DataError(
                 f"video must have exactly one of frames and path; got {len(self.frames)} frames and path {self.path!r}"
             )
+        _check_media("video.frames", self.frames)
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
             raise DataError(f"video.fps must be a positive number or null; got {self.fps}")
 
@@ -59,7 +69,7 @@ class Item:
         tcot: an annotated T-CoT, for contrastive training; "" = none. RL never reads it.
 
     Raises:
-        DataError: `kind` is neither None nor "page", or "page" without an image.
+        DataError: `kind` is neither None nor "page", or "page" without an image; images or video of another type.
     """
 
     text: str = ""
@@ -70,6 +80,12 @@ class Item:
     tcot: str = ""
 
     def __post_init__(self) -> None:
+        _check_media("images", self.images)
+        if self.video is not None and not isinstance(self.video, Video):
+            raise DataError(
+                "video must be Video(path='a.mp4') or Video(frames=('0.png', '1.png'), fps=2.0); got "
+                f"{repr(self.video)[:60]}"
+            )
         if self.kind not in ITEM_KINDS:
             raise DataError(f"kind must be null or 'page'; got {self.kind!r}")
         if self.kind == "page" and not self.images:

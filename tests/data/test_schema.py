@@ -68,3 +68,19 @@ def test_impossible_record_is_refused() -> None:
         PairRecord("", "s", "", TEXT, TEXT, "")
     with pytest.raises(DataError, match=r"negatives\[1\] must have"):
         PairRecord("p", "s", "", TEXT, TEXT, "", (TEXT, Item()))
+
+
+@pytest.mark.parametrize("media", ["a.png", ["a.png"], ({"path": "a.png"},), (None,), None])
+def test_images_and_frames_of_another_type_are_refused(media: object) -> None:
+    """A string would be one image a letter."""
+    with pytest.raises(DataError, match=r"images must be a tuple of paths \(str\) and encoded images.*; got"):
+        Item(images=media)  # type: ignore[arg-type]
+    if media:
+        with pytest.raises(DataError, match=r"video.frames must be a tuple"):
+            Video(frames=media)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("video", ["a.mp4", {"path": "a.mp4"}, ("0.png", "1.png")])
+def test_a_video_of_another_type_is_refused_with_how_to_write_one(video: object) -> None:
+    with pytest.raises(DataError, match=r"video must be Video\(path='a.mp4'\) or Video\(frames="):
+        Item(video=video)  # type: ignore[arg-type]
