@@ -163,7 +163,9 @@ def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
         MediaError: no media root; an absolute path; a path that leaves the root by `..` or a symbolic link; no file.
     """
     if media_root is None:
-        raise MediaError(f"media path {path!r} needs a media root, and none is set; set data.media_root")
+        raise MediaError(
+            f"media path {path!r} needs a media root, and none is set; set data.media_root (commands: --media-root)"
+        )
     if "\0" in path:
         raise MediaError(f"media path {path!r} holds a null character")
     if Path(path).is_absolute():
@@ -176,6 +178,8 @@ def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
         raise MediaError(f"media path {path!r} cannot be looked up in the media root {media_root}: {error}") from error
     if not full.is_relative_to(root):
         raise MediaError(f"media path {path!r} leaves the media root {root}; keep media inside it")
+    if not is_file and not root.is_dir():
+        raise MediaError(f"media path {path!r}: the media root {root} is no folder; check the path")
     if not is_file:
         raise MediaError(f"media path {path!r}: no such file in the media root {root}")
     return full

@@ -255,3 +255,8 @@ def test_frames_are_drawn_evenly_and_tell_their_rate(root: Path) -> None:
     assert [frame.getpixel((0, 0)) for frame in loaded.frames] == [(0, 0, 0), (4, 0, 0), (8, 0, 0)]
     assert loaded.fps == pytest.approx(1.0)
     assert load_item(Item(video=video), root).fps == pytest.approx(3.0 * 8 / 9)
+
+
+def test_a_media_root_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"the media root .*nosuch is no folder; check the path"):
+        resolve_media_path("a.png", tmp_path / "nosuch")
