@@ -22,7 +22,7 @@ from embedrl_verl.annotate.replies import rule_of
 from embedrl_verl.annotate.runner import journal_path
 from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import REJECTED_FILE, part_name, publish, temporary_name, write_json
-from embedrl_verl.data.parquet import write_pairs
+from embedrl_verl.data.parquet import PairWriter
 from embedrl_verl.data.schema import SIDES, PairRecord, Side, input_kind
 
 FAILED_FILE = "failed.jsonl"
@@ -125,7 +125,9 @@ def _assemble(
         target = out / part_name(chunk.number)
         temporary = temporary_name(target)
         try:
-            write_pairs(_annotated(rows, answers, counts, keep_failed), temporary)
+            with PairWriter(temporary) as writer:
+                for record in _annotated(rows, answers, counts, keep_failed):
+                    writer.add(record)
             write_json(_counts_path(journals, chunk), counts.as_json())
             publish(temporary, target)
         except OSError:

@@ -165,7 +165,7 @@ def write_pairs(records: Iterable[PairRecord], path: str | Path) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = target.with_name(f".{target.name}.tmp")
     try:
         with PairWriter(unfinished) as writer:
             for record in records:
