@@ -123,7 +123,7 @@ def test_problems_are_badges_and_can_be_filtered(cards: dict[str, CardView]) -> 
     assert page.faults == 2 and [one["data-fault"] for one in seen.all("article")] == list("000110")
     values = [one["value"] for one in seen.all("option")]
     assert "flag:media" in values and "flag:units" not in values and "vqa" in values
-    assert "no such file" in seen.characters
+    assert "is no folder; check the path" in seen.characters
 
 
 def test_counts_by_source_stand_at_the_top(records: list[PairRecord]) -> None:
