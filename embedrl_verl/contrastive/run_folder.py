@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.data.disk import TRACKER, write_atomically
+from embedrl_verl.data.disk import TRACKER
+from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import RECORD_FILE
 

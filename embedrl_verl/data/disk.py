@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, errors of a disk that is full, digests."""
+"""Errors of a disk that is full, and digests of files."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,10 +47,3 @@ def sha256_of(path: str | Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

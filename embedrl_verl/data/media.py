@@ -235,11 +235,16 @@ def load_frames(
     if video.path is not None:
         full = resolve_media_path(video.path, media_root)
         return read_video(full, video.path, video.fps or DEFAULT_FPS, max_frames, MAX_PIXELS)
+    frames, times = drawn_frames(video, max_frames)
+    check_length(times, f"video of {len(video.frames)} frames")
+    return tuple(load_image(frame, media_root) for frame in frames), times
+
+
+def drawn_frames(video: Video, max_frames: int) -> tuple[tuple[Media, ...], FrameTimes]:
+    """References of the frames that are drawn from a list of frames, and when they stand in the clip."""
     total = len(video.frames)
     keep = even_indices(total, min(total, max_frames))
-    times = list_times(video.fps or DEFAULT_FPS, total, keep)
-    check_length(times, f"video of {total} frames")
-    return tuple(load_image(video.frames[index], media_root) for index in keep), times
+    return tuple(video.frames[index] for index in keep), list_times(video.fps or DEFAULT_FPS, total, keep)
 
 
 def load_item(item: Item, media_root: str | Path | None, *, max_frames: int = 8) -> LoadedItem:

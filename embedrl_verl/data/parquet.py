@@ -18,7 +18,6 @@ Rows are counted from 0 over the whole file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedrl_verl.data.files import publish, temporary_name
 from embedrl_verl.data.schema import Item, Media, PairRecord, Video
 from embedrl_verl.errors import DataError
 
@@ -165,14 +165,14 @@ def write_pairs(records: Iterable[PairRecord], path: str | Path) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_name(target)
     try:
-        with PairWriter(unfinished) as writer:
+        with PairWriter(temporary) as writer:
             for record in records:
                 writer.add(record)
-        os.replace(unfinished, target)
+        publish(temporary, target)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_schema(found: pa.Schema, path: str | Path) -> None:

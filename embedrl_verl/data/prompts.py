@@ -17,9 +17,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from embedrl_verl.data.media import LoadedItem, MediaLimits, describe, fit_image, load_frames, load_image, to_rgb
+from embedrl_verl.data.media import (
+    LoadedItem,
+    MediaLimits,
+    describe,
+    drawn_frames,
+    fit_image,
+    load_frames,
+    load_image,
+    to_rgb,
+)
 from embedrl_verl.data.schema import Media, PairRecord, Side, Video, input_kind
-from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, even_indices, list_times
+from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes
 from embedrl_verl.errors import ConfigError, MediaError
 from embedrl_verl.families import Family
 from embedrl_verl.tcot import build_prompt
@@ -67,13 +76,10 @@ def prompt_messages(
 
 def _video_part(video: Video, max_frames: int) -> dict[str, Any]:
     """The clip with the frames that `load_frames` would keep; a file stays a file."""
-    fps = video.fps or DEFAULT_FPS
     if video.path is not None:
-        return {"type": "video", "video": video.path, "fps": fps}
-    total = len(video.frames)
-    keep = even_indices(total, min(total, max_frames))
-    frames = [video.frames[index] for index in keep]
-    return {"type": "video", "video": frames, "times": list_times(fps, total, keep)}
+        return {"type": "video", "video": video.path, "fps": video.fps or DEFAULT_FPS}
+    frames, times = drawn_frames(video, max_frames)
+    return {"type": "video", "video": list(frames), "times": times}
 
 
 def _with_references(content: Any, reference_of: dict[int, Media], video: dict[str, Any] | None) -> Any:

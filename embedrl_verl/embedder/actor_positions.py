@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from embedrl_verl.embedder.positions import Grid, mrope_positions, time_steps_a_second
+from embedrl_verl.embedder.positions import Grid, clip_media, mrope_positions, time_steps_a_second
 from embedrl_verl.families import Family, facts_of
 
 
@@ -31,7 +31,7 @@ class _Positions:
     def __init__(self, processor: Any, family: Family) -> None:
         self._ids = (processor.image_token_id, processor.video_token_id)
         self._merge = processor.image_processor.merge_size
-        self._clip_time = facts_of(family).clip_time
+        self._family, self._clip_time = family, facts_of(family).clip_time
         self._per_second = time_steps_a_second(processor.config)
 
     def get_rope_index_kwargs(self, multi_modal_inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,10 +68,10 @@ class _Positions:
             if second_per_grid_ts is None:
                 raise ValueError("a clip of this family needs second_per_grid_ts; the processor gave none")
             steps = [float(second) * self._per_second for second in second_per_grid_ts]
-        clips = list(zip(videos, steps, strict=True))
-        if self._clip_time == "stamps":  # each temporal patch stands behind its own time stamp
-            clips = [((1, h, w), 1.0) for (t, h, w), _ in clips for _ in range(t)]
-        queues = {self._ids[0]: [(grid, 1.0) for grid in images], self._ids[1]: clips}
+        queues = {
+            self._ids[0]: [(grid, 1.0) for grid in images],
+            self._ids[1]: clip_media(self._family, videos, steps),
+        }
         media: list[tuple[int, Grid, float]] = []
         place = 0
         while place < len(tokens):

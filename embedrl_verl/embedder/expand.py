@@ -13,7 +13,7 @@ from PIL import Image
 from embedrl_verl.data.video import FrameTimes
 from embedrl_verl.embedder.messages import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from embedrl_verl.embedder.patches import PatchSpec, patchify
-from embedrl_verl.embedder.positions import Grid, mrope_positions
+from embedrl_verl.embedder.positions import Grid, clip_media, mrope_positions
 from embedrl_verl.families import Family, facts_of
 
 Clip = tuple[np.ndarray, FrameTimes]
@@ -25,7 +25,7 @@ class PromptExpander:
 
     def __init__(self, processor: Any, family: Family, tokens_per_second: float = 1.0) -> None:
         """`processor`: the checkpoint's of Hugging Face. `tokens_per_second`: time axis of videos (Qwen2.5-VL)."""
-        self._clip_time = facts_of(family).clip_time
+        self._family, self._clip_time = family, facts_of(family).clip_time
         self._tokenizer = processor.tokenizer
         self._image_spec = PatchSpec.of(processor.image_processor)
         self._video_spec = PatchSpec.of(processor.video_processor)
@@ -45,16 +45,15 @@ class PromptExpander:
             for frames, _ in videos
         ]
         times = [clip for _, clip in videos]
-        slots: dict[int, list[tuple[Grid, float]]] = {self._image_id: [(grid, 1.0) for grid in grids]}
+        steps = [self._tokens_per_second * self._seconds(clip, patch_frames) for clip in times]
+        queues = {
+            self._image_id: iter([(grid, 1.0) for grid in grids]),
+            self._video_id: iter(clip_media(self._family, clips, steps)),
+        }
         if self._clip_time == "stamps":
             first, *others = prompt.split(f"{VISION_START}{VIDEO_PAD}{VISION_END}")
             stamps = [_time_stamps(clip.seconds, patch_frames) for clip in times]
             prompt = first + "".join(stamp + text for stamp, text in zip(stamps, others, strict=True))
-            slots[self._video_id] = [((1, h, w), 1.0) for t, h, w in clips for _ in range(t)]
-        else:
-            steps = [self._tokens_per_second * self._seconds(clip, patch_frames) for clip in times]
-            slots[self._video_id] = list(zip(clips, steps, strict=True))
-        queues = {pad: iter(media) for pad, media in slots.items()}
         tokens: list[int] = []
         media: list[tuple[int, Grid, float]] = []
         for token in self._tokenizer(prompt, add_special_tokens=False)["input_ids"]:

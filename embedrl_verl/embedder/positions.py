@@ -59,3 +59,15 @@ def time_steps_a_second(config: PretrainedConfig) -> float:
     if facts_of(config.model_type).clip_time != "seconds":
         return 1.0
     return float(config.vision_config.tokens_per_second)
+
+
+def clip_media(family: str, clips: Sequence[Grid], time_steps: Sequence[float]) -> list[tuple[Grid, float]]:
+    """Grid and time step of each medium that clips are to a family: where each temporal patch stands behind its own
+    time stamp, it is a medium of its own.
+
+    Args:
+        clips, time_steps: grid (t, h, w) in merged tokens of each clip, and steps of its time axis between patches.
+    """
+    if facts_of(family).clip_time == "stamps":
+        return [((1, h, w), 1.0) for t, h, w in clips for _ in range(t)]
+    return list(zip(clips, time_steps, strict=True))

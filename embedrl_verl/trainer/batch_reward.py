@@ -240,7 +240,7 @@ def score_rows(
     metrics = batch_metrics(batch, parts, evidence=torch.tensor([row.evidence for row in rows]))
     if raw_embeddings is not None:
         metrics["embedrl/rows_without_raw"] = float(raw_embeddings.isnan().any(dim=1).sum())
-    metrics["embedrl/rows_without_negatives"] = float(rows_without_negatives(batch).sum())
+    metrics["embedrl/rows_without_negatives"] = float(_rows_without_negatives(batch))
     metrics["embedrl/rollouts_missing"] = float(max(expected_rows - len(rows), 0))
     metrics["timing_s/reward_embed"] = embed_s
     metrics["timing_s/reward_score"] = time.perf_counter() - start
@@ -278,14 +278,13 @@ def _check_failures(rows: list[Row], failures: Mapping[int, str], max_share: flo
     )
 
 
-def rows_without_negatives(batch: RewardBatch) -> torch.Tensor:
-    """(N,) bool: valid rows to which every valid row of the other side is a right answer."""
-    found = torch.zeros_like(batch.valid)
+def _rows_without_negatives(batch: RewardBatch) -> int:
+    """Valid rows to which every valid row of the other side is a right answer."""
+    count = 0
     for side in (0, 1):
-        rows = ((batch.side == side) & batch.valid).nonzero().flatten()
-        others = batch.content[(batch.side != side) & batch.valid].unique(dim=0)
-        found[rows] = shares_content(batch.content[rows], others).all(dim=1)
-    return found
+        own, others = (batch.content[of_side & batch.valid] for of_side in (batch.side == side, batch.side != side))
+        count += int(shares_content(own, others.unique(dim=0)).all(dim=1).sum())
+    return count
 
 
 def check_scores(scored: ScoredRows, function: str) -> None:
@@ -298,9 +297,9 @@ def check_scores(scored: ScoredRows, function: str) -> None:
     Raises:
         EmbedderError: no row has a score, or the score has an outcome and no row has a negative.
     """
-    of_retrieval = "outcome" in scored.parts
     nothing = scored.parts["score"].isnan().all()
-    if nothing or (of_retrieval and rows_without_negatives(scored.batch)[scored.batch.valid].all()):
+    no_negatives = scored.metrics["embedrl/rows_without_negatives"] == scored.batch.valid.sum()
+    if nothing or ("outcome" in scored.parts and no_negatives):
         queries, targets = (len(set(ids)) for ids in zip(*(row.content for row in scored.rows), strict=True))
         raise EmbedderError(
             f"the reward function {function} gives none of {len(scored.rows)} rows a score"

@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.data.disk import sha256_of, write_atomically
+from embedrl_verl.data.disk import sha256_of
+from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
 

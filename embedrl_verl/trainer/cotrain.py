@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from embedrl_verl.config.schema import EmbedderTrainConfig
-from embedrl_verl.data.disk import write_atomically
+from embedrl_verl.data.files import write_atomically
 from embedrl_verl.embedder.client import EmbedderClient
 from embedrl_verl.embedder.info_nce import ContrastiveLayout
 from embedrl_verl.embedder.two_pass import NoNegativesError, NoPairsError, contrastive_gradients

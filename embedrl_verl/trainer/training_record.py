@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.config import EmbedRLConfig
-from embedrl_verl.data.disk import write_atomically
+from embedrl_verl.data.files import write_atomically
 from embedrl_verl.export.record import RECORD_FILE
 
 
