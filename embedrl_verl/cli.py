@@ -55,7 +55,8 @@ def _add_emb(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from embedrl_verl.plan import compose, print_plan
+    from embedrl_verl.config.compose import compose
+    from embedrl_verl.plan import print_plan
 
     print_plan(compose(arguments.overrides, arguments.config_name))
     return 0

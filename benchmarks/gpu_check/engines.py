@@ -51,8 +51,8 @@ def actor(folder: str, rows: list[Any], device: str, figures: Figures) -> None:
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, TrainingWorkerConfig
 
+    from embedrl_verl.config.compose import compose
     from embedrl_verl.embedder.engine import tensordict_of
-    from embedrl_verl.plan import compose
     from embedrl_verl.platforms.training_worker import NestedPositionIdsTrainingWorker
 
     def build(*, fused: bool, frozen: bool) -> Any:

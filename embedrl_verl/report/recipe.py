@@ -46,7 +46,7 @@ def recipe_limits(overrides: Sequence[str]) -> RecipeLimits:
     if not overrides:
         return RecipeLimits()
     from embedrl_verl.config import load_embedrl_config
-    from embedrl_verl.plan import compose
+    from embedrl_verl.config.compose import compose
 
     config = compose(["embedrl.embedder.path=none", *overrides])  # a required key that has no say here
     section = load_embedrl_config(config)

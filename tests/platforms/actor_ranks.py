@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from embedrl_verl.config.compose import compose
 from embedrl_verl.embedder.processor import Encoded
-from embedrl_verl.plan import compose
 from embedrl_verl.tiny.environment import CPU_ENV
 
 SETTINGS = {

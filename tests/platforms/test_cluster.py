@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
+from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.plan import compose
 from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
 
 RUN = ["data.embedrl.family=qwen2_vl", "platform=gpu"]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.plan import compose
 from embedrl_verl.platforms import needs
 from embedrl_verl.platforms.needs import GPU_LINE, check_needs, problems
 from tests import processes

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from embedrl_verl import cli, plan
+from embedrl_verl import cli
 from embedrl_verl.errors import ConfigError, DataError, EmbedderError, EmbedRLError
 
 
@@ -25,7 +25,7 @@ def test_an_error_is_one_line_on_standard_error_and_its_exit_code(
     def refuse(*_: object) -> None:
         raise error("rule, value, fix")
 
-    monkeypatch.setattr(plan, "compose", refuse)
+    monkeypatch.setattr("embedrl_verl.config.compose.compose", refuse)
     assert cli.main(["plan"]) == code
     captured = capsys.readouterr()
     assert captured.err == f"{error.__name__}: rule, value, fix\n"

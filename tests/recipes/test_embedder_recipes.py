@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from embedrl_verl.config.compose import compose
 from embedrl_verl.contrastive.settings import Stage1Config, load_stage1_config
-from embedrl_verl.plan import compose
 from tests.recipes.calls import recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]

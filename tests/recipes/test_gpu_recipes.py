@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan import Plan, compose, make_plan
+from embedrl_verl.plan import Plan, make_plan
 from tests.recipes.calls import recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]

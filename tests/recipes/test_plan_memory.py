@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.config import load_embedrl_config
+from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan import compose, make_plan
+from embedrl_verl.plan import make_plan
 from embedrl_verl.plan.memory import CONTEXT, GIB, Stage, memory_stages
 from embedrl_verl.plan.plan import _batch_plan
 from embedrl_verl.platforms.footprint import Megatron, shape_of

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from embedrl_verl.plan import compose, make_plan
+from embedrl_verl.config.compose import compose
+from embedrl_verl.plan import make_plan
 from tests.recipes.calls import recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]

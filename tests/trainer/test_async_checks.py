@@ -3,8 +3,9 @@
 
 import pytest
 
+from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan import compose, make_plan
+from embedrl_verl.plan import make_plan
 from embedrl_verl.trainer.checks import check_run_config
 
 COMMON = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl", "platform=cpu"]

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan import compose, make_plan
+from embedrl_verl.plan import make_plan
 from embedrl_verl.trainer.checks import (
     check_files,
     check_resumed_step,

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
+from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError, EmbedRLError
-from embedrl_verl.plan import compose
 from embedrl_verl.trainer.checks import check_run_config
 from embedrl_verl.trainer.egrl import EGRLTrainerSync
 from embedrl_verl.trainer.modes_async import EGRLTrainerColocateAsync
