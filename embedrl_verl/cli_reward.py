@@ -84,8 +84,8 @@ def _list() -> int:
 
 
 def _try(args: argparse.Namespace) -> int:
-    from embedrl_verl.rewards.contract import load_reward_function, same_function
     from embedrl_verl.rewards.dump import find_dumps, read_reward_dump
+    from embedrl_verl.rewards.load import load_reward_function, same_function
     from embedrl_verl.rewards.trial import largest_changes, score_dump, summarise
 
     if args.limit < 0:

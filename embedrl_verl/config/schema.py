@@ -257,7 +257,7 @@ class JudgeConfig:
 class RolloutConfig:
     """`request_seeds`: each training rollout is sampled with a seed of its own, made of data.seed, step, pair, side and
     rollout, so that a run that is broken off and resumed goes on with the rollouts it would have had.
-    `min_probs_correlation`: below it for two steps a synchronous run stops (`trainer.same_policy`)."""
+    `min_probs_correlation`: below it for two steps a synchronous run stops (`trainer.egrl.PolicyWatch`)."""
 
     request_seeds: bool = False
     min_probs_correlation: float = 0.9

@@ -211,6 +211,11 @@ class RewardBatch:
         acc, margin, outcome, hit = self._retrievals[key][:4].float()
         return Retrieval(OutcomeReward(acc, margin, outcome), hit, self._retrievals[key][4].long())
 
+    def hits(self) -> Retrieval:
+        """The first retrieval that was asked for: Hit@1 and false negatives are the same in all."""
+        temperature, accuracy = next(iter(self._retrievals), (0.5, "share"))
+        return self.retrieval(temperature=temperature, accuracy=accuracy)
+
     def ranks(
         self,
         *,
@@ -239,14 +244,17 @@ class RewardBatch:
 
     def process(self) -> Tensor:
         """J: (N,) float32 from the judge, NaN = unknown. Waits for it; call once, in a thread without a running event
-        loop. ValueError: the batch has no judge, or it returned another shape.
+        loop. ConfigError: the run has no judge.
         """
         return asyncio.run(self.judged())
 
     async def judged(self) -> Tensor:
         """`process` for a reward function that is itself async."""
         if self.judge is None:
-            raise ValueError("the batch has no judge; pass judge= to RewardBatch.build or leave the process term out")
+            raise ConfigError(
+                "the process reward (beta > 0) needs a judge, and there is none. Use the reward no_judge, set "
+                "reward.custom_reward_function.reward_kwargs.beta=0, or start a judge (embedrl.judge)"
+            )
         scores = await self.judge(self)
         if scores.shape != (len(self),):
             raise ValueError(

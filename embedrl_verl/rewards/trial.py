@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from embedrl_verl.rewards.batch import SIDES
-from embedrl_verl.rewards.contract import call_reward_function
 from embedrl_verl.rewards.dump import RewardDump
+from embedrl_verl.rewards.score import call_reward_function
 
 # verl's guard against a division by zero.
 _EPSILON = 1e-6

@@ -14,9 +14,9 @@ from embedrl_verl.embedder.loading import check_profile, load_config
 from embedrl_verl.embedder.profiles import resolve_profile
 from embedrl_verl.embedder.sentence import check_sentence_model, has_profile
 from embedrl_verl.rewards import RewardBatch
-from embedrl_verl.rewards.contract import load_reward_function
+from embedrl_verl.rewards.load import load_reward_function
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.trainer.reward_manager import EmbedderGuidedRewardManager
+from embedrl_verl.trainer.reward_stage import EmbedderGuidedRewardManager
 
 PROBE = '<thinking>{"text_keywords": ["probe"]}</thinking><rethink>ok</rethink><answer>probe</answer>'
 

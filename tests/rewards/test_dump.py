@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from embedrl_verl.errors import DataError, EmbedRLError
 from embedrl_verl.rewards import outcome_reward
-from embedrl_verl.rewards.contract import call_reward_function, load_reward_function
 from embedrl_verl.rewards.dump import dump_name, find_dumps, read_reward_dump, write_reward_dump
+from embedrl_verl.rewards.load import load_reward_function
+from embedrl_verl.rewards.score import call_reward_function
 from embedrl_verl.tcot import parse_tcot
 
 NAN = float("nan")

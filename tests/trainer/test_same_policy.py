@@ -10,9 +10,8 @@ import pytest
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.trainer.checks import check_run_config
-from embedrl_verl.trainer.egrl import EGRLTrainerSync
+from embedrl_verl.trainer.egrl import CORRELATION, EGRLTrainerSync, PolicyWatch
 from embedrl_verl.trainer.modes_async import EGRLTrainerColocateAsync
-from embedrl_verl.trainer.same_policy import CORRELATION, PolicyWatch
 
 REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 LORA = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16"]
@@ -78,7 +77,7 @@ def test_the_trainer_looks_after_verls_log_probs(trainer, stops, monkeypatch):
     from embedrl_verl.config import load_embedrl_config
 
     made.global_steps = 3
-    made._policy_watch = PolicyWatch(
+    made._watch = PolicyWatch(
         load_embedrl_config(config).rollout.min_probs_correlation, synchronous=made.parent_mode == "sync"
     )
     made._compute_old_log_prob("batch", metrics={})

@@ -14,9 +14,21 @@ from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import read_reward_dump
 from embedrl_verl.rewards.functions.no_judge import compute_score as no_judge
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.trainer import batch_reward
-from embedrl_verl.trainer.batch_reward import Row, check_scores, read_rows, score_rows, tu_list, write_scores
-from embedrl_verl.trainer.rows import ROW_INFO, raw_key
+from embedrl_verl.trainer import reward_stage
+from embedrl_verl.trainer.reward_stage import (
+    ROW_INFO,
+    Row,
+    ScoredRows,
+    check_scores,
+    column,
+    embed_rows,
+    raw_key,
+    read_rows,
+    refuse_failures,
+    reward_batch,
+    write_scores,
+    write_validation_scores,
+)
 
 WELL_FORMED = '<thinking>It is {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
 
@@ -32,6 +44,16 @@ def _rows(pairs=2, rollouts=2, failures=()):
                 ids = ContentId(pair, pair)
                 rows.append(Row(key, f"p{pair}", side, session, ids, "text_keywords", "s", tcot, 0, 0, 0, failure, 5))
     return rows
+
+
+def score_rows(rows, embed, score_batch, *, max_failed_share=0.5, expected_rows=8, judge=None, raw=False):
+    """The stage as the trainer runs it."""
+    vectors = embed_rows(rows, embed, raw=raw)
+    refuse_failures(rows, vectors.failures, max_failed_share, expected_rows)
+    batch = reward_batch(rows, vectors, judge)
+    scored = ScoredRows(rows, batch, vectors, score_batch(batch))
+    scored.measure(expected_rows)
+    return scored
 
 
 class _FakeEmbedder:
@@ -66,7 +88,7 @@ def test_a_failed_row_is_unknown_and_is_not_embedded():
     assert "uid00_1_0" not in embedder.asked
     unknown = [row.key for row, value in zip(rows, scored.parts["score"], strict=True) if torch.isnan(value)]
     assert unknown == ["uid00_1_0"]
-    assert scored.failures == {1: "image missing"}
+    assert scored.vectors.failures == {1: "image missing"}
     assert scored.describe(1)["reward"] == {"score": None}
     assert scored.describe(0)["side"] == "query"
 
@@ -83,10 +105,10 @@ def test_equal_rollouts_of_a_prompt_are_embedded_once_and_have_one_vector_and_on
         return vectors + 1e-3 * torch.randn(vectors.shape, generator=noise), failed
 
     scored = score_rows(rows, embed, _margin, max_failed_share=0.5, expected_rows=12)
-    same = [scored.embeddings[i].equal(scored.embeddings[0]) for i in range(3)]
+    same = [scored.vectors.embeddings[i].equal(scored.vectors.embeddings[0]) for i in range(3)]
     assert same == [True, True, False]
-    assert sorted(scored.failures) == [9, 10]
-    assert scored.embeddings[[9, 10]].isnan().all() and not scored.embeddings[11].isnan().any()
+    assert sorted(scored.vectors.failures) == [9, 10]
+    assert scored.vectors.embeddings[[9, 10]].isnan().all() and not scored.vectors.embeddings[11].isnan().any()
 
 
 def test_equal_words_under_another_prompt_are_another_row():
@@ -99,7 +121,7 @@ def test_equal_words_under_another_prompt_are_another_row():
 def test_rows_that_fail_in_the_embedder_are_unknown_too():
     rows = _rows()
     scored = score_rows(rows, _FakeEmbedder(bad=("uid11_0_0",)), _margin, max_failed_share=0.5, expected_rows=8)
-    assert list(scored.failures.values()) == ["not finite"]
+    assert list(scored.vectors.failures.values()) == ["not finite"]
     assert int(torch.isnan(scored.parts["score"]).sum()) == 1
 
 
@@ -119,7 +141,7 @@ def test_raw_inputs_are_embedded_in_the_same_call_and_shared_by_a_prompts_rollou
     rows = _rows()
     there = {raw_key(uid): {} for uid in ("uid00", "uid01", "uid11")}
     own = {raw_key("uid00"): [1.0, 0.0, 0.0], raw_key("uid01"): [0.0, 0.6, 0.8], raw_key("uid11"): [0.6, 0.8, 0.0]}
-    monkeypatch.setattr(batch_reward.tq, "kv_list", lambda partition: {partition: there})
+    monkeypatch.setattr(reward_stage.tq, "kv_list", lambda partition: {partition: there})
     embedder, calls = _FakeEmbedder(), []
 
     def embed(keys, partition_id):
@@ -205,15 +227,15 @@ def test_a_batch_in_which_nobody_has_a_negative_is_refused(content, alone):
 def test_a_batch_with_nothing_to_compare_is_refused(known, groups, left_out, monkeypatch):
     """`known` rows of one prompt have a score; with one rollout a prompt nothing is compared."""
     written = []
-    monkeypatch.setattr(batch_reward.tq, "kv_batch_put", lambda **given: written.append(given))
+    monkeypatch.setattr(reward_stage.tq, "kv_batch_put", lambda **given: written.append(given))
     rows = _rows(pairs=1, rollouts=2)
     scored = score_rows(rows, _FakeEmbedder(), _margin, max_failed_share=0.0, expected_rows=4)
     scored.parts["score"] = torch.tensor([float(i) if i < known else float("nan") for i in range(4)])
     if left_out is None:
         with pytest.raises(EmbedderError, match=f"{known} of 4 rows have one"):
-            write_scores(scored, "train", training=True, groups=groups)
+            write_scores(scored, groups=groups)
         return
-    write_scores(scored, "train", training=True, groups=groups)
+    write_scores(scored, groups=groups)
     assert scored.metrics["embedrl/rows_without_advantage"] == left_out == len(written[-1]["keys"])
 
 
@@ -228,15 +250,15 @@ def test_rows_carry_both_ids_into_the_batch_and_equal_queries_are_no_negatives()
 def test_a_validation_row_is_told_its_own_numbers_and_none_that_is_unknown(monkeypatch):
     rows, written = _rows(pairs=1, rollouts=2), []
     extras = tu.get_tensordict({"extra_fields": [{"mine": i} for i in range(4)]})
-    monkeypatch.setattr(batch_reward.tq, "kv_batch_get", lambda **given: extras)
-    monkeypatch.setattr(batch_reward.tq, "kv_batch_put", lambda **given: written.append(given))
+    monkeypatch.setattr(reward_stage.tq, "kv_batch_get", lambda **given: extras)
+    monkeypatch.setattr(reward_stage.tq, "kv_batch_put", lambda **given: written.append(given))
     scored = score_rows(rows, _FakeEmbedder(), _margin, max_failed_share=0.0, expected_rows=4)
     nan = float("nan")
     scored.parts = {"score": torch.tensor([0.0, 0.25, nan, 0.75]), "format": torch.tensor([1.0, 0.0, 1.0, nan])}
-    write_scores(scored, "val", training=False)
+    write_validation_scores(scored, "val")
     (put,) = written
     assert put["keys"] == [row.key for row in rows]
-    found = tu_list(put["fields"], "extra_fields")
+    found = column(put["fields"], "extra_fields")
     assert [one["reward_extra_info"] for one in found] == [
         {"score": 0.0, "format": 1.0},
         {"score": 0.25, "format": 0.0},
@@ -246,42 +268,22 @@ def test_a_validation_row_is_told_its_own_numbers_and_none_that_is_unknown(monke
     assert [one["mine"] for one in found] == [0, 1, 2, 3]
 
 
-def _stored(text, **counts):
-    """Two rows of the queue that say `text`."""
-    info = {"text": text, "num_images": 0, "num_frames": 0, "evidence": 0, "failure": None, **counts}
-    fields = {
-        "responses": torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged),
-        "extra_fields": [{ROW_INFO: info}] * 2,
-        "embedrl_pair_id": ["p0", "p0"],
-        "embedrl_side": ["target", "query"],
-        "embedrl_query_content": [2**62, 2**62],
-        "embedrl_target_content": [-7, -7],
-        "embedrl_required": ["text_keywords"] * 2,
-        "data_source": ["s", "s"],
-    }
-    return tu.get_tensordict(fields)
-
-
 def test_the_two_ids_of_a_row_are_read_from_their_own_columns(monkeypatch):
-    stored = _stored(WELL_FORMED)
-    monkeypatch.setattr(batch_reward.tq, "kv_batch_get", lambda keys, partition_id, select_fields: stored)
+    info = {"tcot": parse_tcot(WELL_FORMED), "num_images": 0, "num_frames": 0, "evidence": 0, "failure": None}
+    stored = tu.get_tensordict(
+        {
+            "responses": torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged),
+            "extra_fields": [{ROW_INFO: info}] * 2,
+            "embedrl_pair_id": ["p0", "p0"],
+            "embedrl_side": ["target", "query"],
+            "embedrl_query_content": [2**62, 2**62],
+            "embedrl_target_content": [-7, -7],
+            "embedrl_required": ["text_keywords"] * 2,
+            "data_source": ["s", "s"],
+        }
+    )
+    monkeypatch.setattr(reward_stage.tq, "kv_batch_get", lambda keys, partition_id, select_fields: stored)
     rows = read_rows(["b_0_0", "a_0_0"], "train")
     assert [(row.key, row.side, row.response_tokens) for row in rows] == [("a_0_0", 0, 2), ("b_0_0", 1, 3)]
     assert {row.content for row in rows} == {ContentId(query=2**62, target=-7)}
-
-
-@pytest.mark.parametrize(
-    ("evidence", "counts", "well_formed"),
-    [
-        ('"key_frames": [1, 8]', {"num_frames": 8}, True),
-        ('"key_frames": [1, 9]', {"num_frames": 8}, False),
-        ('"bbox_2d": [{"image": 2, "box": [0, 0, 9, 9]}]', {"num_images": 2}, True),
-        ('"bbox_2d": [{"image": 3, "box": [0, 0, 9, 9]}]', {"num_images": 2}, False),
-    ],
-)
-def test_evidence_of_a_frame_or_an_image_that_a_row_does_not_have_is_not_well_formed(
-    monkeypatch, evidence, counts, well_formed
-):
-    stored = _stored(WELL_FORMED.replace('"text_keywords": ["a"]', evidence), **counts)
-    monkeypatch.setattr(batch_reward.tq, "kv_batch_get", lambda keys, partition_id, select_fields: stored)
-    assert [row.tcot.is_well_formed for row in read_rows(["b_0_0", "a_0_0"], "train")] == [well_formed] * 2
+    assert rows[0].tcot == parse_tcot(WELL_FORMED)

@@ -13,11 +13,11 @@ from embedrl_verl.config.schema import JudgeConfig
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import JudgeSettings
+from embedrl_verl.judge import stage as module
+from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.trainer import judging
-from embedrl_verl.trainer.batch_reward import Row
 from embedrl_verl.trainer.judge_config import check_judge, judge_settings
-from embedrl_verl.trainer.judging import JudgeStage
+from embedrl_verl.trainer.reward_stage import Row
 
 URLS = ("http://judge-a:8000", "http://judge-b:8000")
 
@@ -140,14 +140,14 @@ def test_each_row_is_judged_with_its_inputs_instruction_and_a_prompt_leaves_the_
     def get(keys, partition_id, select_fields):
         asked.extend(keys)
         wanted = {f"{pair}{side}_0_0": instruction for pair, side, instruction in prompts}
-        return [asdict(Item(text="x", instruction=wanted[key])) for key in keys]
+        items = [asdict(Item(text="x", instruction=wanted[key])) for key in keys]
+        return {module.ITEM: SimpleNamespace(tolist=lambda: items)}
 
     async def judge(batch, **arguments):
         told.update(arguments)
         return SimpleNamespace(scores=None)
 
-    monkeypatch.setattr(judging.tq, "kv_batch_get", get)
-    monkeypatch.setattr(judging, "tu_list", lambda data, name: data)
+    monkeypatch.setattr(module.tq, "kv_batch_get", get)
     here = stage(JudgeConfig(urls=URLS))
     monkeypatch.setattr(here._judge, "judge", judge)
     asyncio.run(here.of(rows, "train", 3)(None))  # type: ignore[arg-type]

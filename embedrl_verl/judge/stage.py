@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The judge in the trainer: which servers it has, when they are awake, and what it is shown of a batch.
+"""The judge of a run: which servers it has, when they are awake, and what it is shown of a batch.
 
 Servers are verl's own (`reward.reward_model.enable`: on the actor's devices, where they sleep outside the reward stage,
 or on their own), or those of `embedrl.judge.urls`. verl's servers are asked directly, not through its router, which has
@@ -22,14 +22,13 @@ from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import Judgement, image_urls
 from embedrl_verl.rewards import Judge, RewardBatch
-from embedrl_verl.trainer.batch_reward import Row, tu_list
 from embedrl_verl.trainer.judge_config import make_judge
 
 ITEM = "embedrl_item"
 
 
 class JudgeStage:
-    """The judge of a run. `judgement` is what it said of the last batch it was asked about.
+    """The judge of a run.
 
     Args:
         config: the section `embedrl.judge`.
@@ -57,7 +56,7 @@ class JudgeStage:
         self._images = config.images
         self._media = (media_root, max_frames)
         self._judge = make_judge(config, urls)
-        self.judgement: Judgement | None = None
+        self._judgement: Judgement | None = None
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -76,18 +75,23 @@ class JudgeStage:
         finally:
             self._sleeper.sleep()
 
-    def of(self, rows: Sequence[Row], partition_id: str, step: int) -> Judge:
-        """The judge of one batch whose rows, in the batch's order, are `rows`."""
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last batch, once; nothing if the reward did not ask the judge."""
+        judgement, self._judgement = self._judgement, None
+        return {} if judgement is None else judgement.metrics()
+
+    def of(self, rows: Sequence[Any], partition_id: str, step: int) -> Judge:
+        """The judge of one batch; `rows` are the batch's, of which `key`, `pair_id` and `side` are read."""
         identity = [row.pair_id for row in rows]
         items = _items(rows, partition_id)
         instructions = [item.instruction or None for item in items]
         images = self._image_source(items) if self._images else None
 
         async def judge(batch: RewardBatch) -> torch.Tensor:
-            self.judgement = await self._judge.judge(
+            self._judgement = await self._judge.judge(
                 batch, step=step, identity=identity, images=images, instructions=instructions
             )
-            return self.judgement.scores
+            return self._judgement.scores
 
         return judge
 
@@ -102,9 +106,9 @@ class JudgeStage:
         return images
 
 
-def _items(rows: Sequence[Row], partition_id: str) -> list[Item]:
+def _items(rows: Sequence[Any], partition_id: str) -> list[Item]:
     """The input of each row. The rollouts of a prompt have the same one, which leaves the queue once."""
     first = {(row.pair_id, row.side): row.key for row in reversed(rows)}
     data = tq.kv_batch_get(keys=list(first.values()), partition_id=partition_id, select_fields=[ITEM])
-    items = {prompt: row_item({ITEM: item}) for prompt, item in zip(first, tu_list(data, ITEM), strict=True)}
+    items = {prompt: row_item({ITEM: item}) for prompt, item in zip(first, data.get(ITEM).tolist(), strict=True)}
     return [items[row.pair_id, row.side] for row in rows]
