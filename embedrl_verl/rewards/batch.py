@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from embedrl_verl.data.schema import SIDES, Side
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards.retrieval import (
     Accuracy,
@@ -31,8 +32,6 @@ from embedrl_verl.rewards.retrieval import (
 )
 from embedrl_verl.tcot import TCoT, format_reward
 
-Side = Literal["query", "target"]
-SIDES: tuple[Side, Side] = ("query", "target")
 # Gives the process term (N,) of a batch, NaN = unknown (paper eq. 4).
 Judge: TypeAlias = "Callable[[RewardBatch], Awaitable[Tensor]]"
 # A float32 embedding that was normalised in bfloat16 is off by up to 0.004.
