@@ -9,7 +9,7 @@ import pytest
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan import make_plan
-from embedrl_verl.trainer.checks import (
+from embedrl_verl.config.rules import (
     check_files,
     check_resumed_step,
     check_run_config,

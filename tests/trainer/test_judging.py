@@ -16,7 +16,7 @@ from embedrl_verl.judge import JudgeSettings
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer import judging
 from embedrl_verl.trainer.batch_reward import Row
-from embedrl_verl.trainer.judge_config import check_judge, judge_settings
+from embedrl_verl.judge.settings import check_judge
 from embedrl_verl.trainer.judging import JudgeStage
 
 URLS = ("http://judge-a:8000", "http://judge-b:8000")

@@ -9,7 +9,7 @@ import pytest
 
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError, EmbedRLError
-from embedrl_verl.trainer.checks import check_run_config
+from embedrl_verl.config.rules import check_run_config
 from embedrl_verl.trainer.egrl import EGRLTrainerSync
 from embedrl_verl.trainer.modes_async import EGRLTrainerColocateAsync
 from embedrl_verl.trainer.same_policy import CORRELATION, PolicyWatch
