@@ -5,13 +5,13 @@ imported.
 `judge_lists` says whom the judge chooses from, `judge_messages` what it reads, `ListwiseJudge` asks it.
 """
 
+from embedrl_verl.config.schema import JudgeConfig as JudgeSettings
 from embedrl_verl.judge.answer import parse_choice
 from embedrl_verl.judge.candidates import JudgeList, judge_lists
 from embedrl_verl.judge.images import image_urls
 from embedrl_verl.judge.judgement import Judgement
 from embedrl_verl.judge.listwise import ListwiseJudge
 from embedrl_verl.judge.prompt import JudgePrompt, judge_messages, judge_prompt
-from embedrl_verl.judge.settings import JudgeSettings
 from embedrl_verl.judge.style import JUDGE_STYLES, JudgeStyle, load_judge_style, parse_judge_style
 
 __all__ = [

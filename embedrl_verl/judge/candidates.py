@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from embedrl_verl.data.identity import shares_content
-from embedrl_verl.rewards.batch import SIDES, RewardBatch, Side
+from embedrl_verl.rewards import SIDES, RewardBatch, Side
 from embedrl_verl.rewards.retrieval import Direction
 
 # Cells of S looked at in one go: 64 MiB as float32.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embedrl_verl.judge.candidates import JudgeList
-from embedrl_verl.rewards.batch import SIDES
+from embedrl_verl.rewards import SIDES
 
 # Positions of which the log shows the bias.
 _POSITIONS = 12

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from embedrl_verl.config.schema import JudgeConfig as JudgeSettings
 from embedrl_verl.errors import EmbedRLError, MediaError
 from embedrl_verl.judge.answer import is_whole_choice, parse_choice
 from embedrl_verl.judge.candidates import JudgeList, judge_lists
 from embedrl_verl.judge.judgement import Judgement
 from embedrl_verl.judge.prompt import JudgePrompt, judge_prompt
-from embedrl_verl.judge.settings import JudgeSettings
 from embedrl_verl.rewards.batch import RewardBatch
 from embedrl_verl.serving import ServerError, ServerPool
 from embedrl_verl.serving.sampling import NEUTRAL_SAMPLING

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedrl_verl.judge.style import JudgeStyle, load_judge_style
-from embedrl_verl.rewards.batch import Side
+from embedrl_verl.rewards import Side
 from embedrl_verl.tcot import TCoT
 from embedrl_verl.tcot.harmless import break_control, break_tags
 from embedrl_verl.tcot.styles import fill

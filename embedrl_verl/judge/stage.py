@@ -21,8 +21,8 @@ from embedrl_verl.data.media import load_item
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import Judgement, image_urls
+from embedrl_verl.judge.settings import make_judge
 from embedrl_verl.rewards import Judge, RewardBatch
-from embedrl_verl.trainer.judge_config import make_judge
 
 ITEM = "embedrl_item"
 

@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.rewards.batch import SIDES, Side
+from embedrl_verl.rewards import SIDES, Side
 from embedrl_verl.tcot.styles import fill
 
 JUDGE_STYLES = ("paper", "compact")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from embedrl_verl.rewards.batch import SIDES, RewardBatch
+from embedrl_verl.data.schema import SIDES
+from embedrl_verl.rewards.batch import RewardBatch
 
 
 def batch_metrics(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedrl_verl.rewards.batch import SIDES
+from embedrl_verl.data.schema import SIDES
 from embedrl_verl.rewards.dump import RewardDump
 from embedrl_verl.rewards.score import call_reward_function
 

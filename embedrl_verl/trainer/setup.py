@@ -19,8 +19,8 @@ from verl.trainer.ppo.reward import load_reward_manager
 from verl.utils.dataset.rl_dataset import collate_fn
 
 import embedrl_verl.config
-from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
-from embedrl_verl.config.served_length import bound_served_lengths
+from embedrl_verl.config import EmbedRLConfig, load_embedrl_config, rules
+from embedrl_verl.config.compose import bound_served_lengths
 from embedrl_verl.contrastive.rows import PairRows, read_training_pairs
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
@@ -33,7 +33,6 @@ from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
-from embedrl_verl.trainer import checks
 from embedrl_verl.trainer.checkpoint import check_run_record, run_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, ProbeSet, refuse_trained_checkpoint
 from embedrl_verl.trainer.reward_stage import EmbedderGuidedRewardManager
@@ -63,7 +62,7 @@ class EGRLSetup(WorkerClassesMixin):
     train_dataloader: Any
 
     def __init__(self, config: Any) -> None:
-        checks.check_run_config(config)
+        rules.check_run_config(config)
         bound_served_lengths(config)
         self.embedrl: EmbedRLConfig = load_embedrl_config(config)
         mode = config.trainer.v1.trainer_mode
@@ -93,7 +92,7 @@ class EGRLSetup(WorkerClassesMixin):
     def _setup(self) -> None:
         streamed = start_streamed_embedder(self.config, self.embedrl.embedder)
         super()._setup()  # type: ignore[misc]
-        if checks.has_judge(self.config):
+        if rules.has_judge(self.config):
             self.judge = self._start_judge()
         # Without handles of per-row reward workers verl asks the trainer for the rewards of a batch.
         self.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=None)
@@ -169,7 +168,7 @@ class EGRLSetup(WorkerClassesMixin):
         )
 
     def _resume_from(self, folder: str) -> None:
-        checks.check_resumed_step(Path(folder), self.global_steps, self.total_training_steps)
+        rules.check_resumed_step(Path(folder), self.global_steps, self.total_training_steps)
         check_run_record(folder, self.run_record)
         if self.embedder_training is None:
             refuse_trained_checkpoint(folder)
@@ -197,7 +196,7 @@ class EGRLSetup(WorkerClassesMixin):
         if not isinstance(self.train_dataset, TCoTDataset):
             raise TypeError(f"data.custom_cls must be TCoTDataset or a subclass; got {type(self.train_dataset)}")
         for dataset in (self.train_dataset, self.val_dataset):
-            checks.refuse_videos_that_megatron_misplaces(self.config, dataset)
+            rules.refuse_videos_that_megatron_misplaces(self.config, dataset)
         sampler = PairBatchSampler(
             self.train_dataset,
             batch_size=self.prompts_a_batch,
@@ -215,7 +214,7 @@ class EGRLSetup(WorkerClassesMixin):
         )
         # Blocks hold one data source each, so an epoch can be shorter than rows // batch_size.
         self.steps_per_epoch = len(sampler) // self.config.data.train_batch_size
-        self.total_training_steps = checks.last_step(self.config.trainer, self.steps_per_epoch)
+        self.total_training_steps = rules.last_step(self.config.trainer, self.steps_per_epoch)
         if self.config.trainer.total_training_steps is None:
             updates = self.total_training_steps * self.parameter_sync_step
             self.config.actor_rollout_ref.actor.optim.total_training_steps = updates
