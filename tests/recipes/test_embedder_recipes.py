@@ -109,4 +109,4 @@ def test_the_tiny_recipe_trains_two_that_differ_in_the_input_alone(tmp_path):
     assert {first.data.tcot, second.data.tcot} == {True, False}
     assert first.contrastive.total_steps == 7 and first.contrastive.seed == second.contrastive.seed == 3
     assert first.embedder == second.embedder
-    assert calls[-1][:2] == ["-m", "embedrl_verl.tiny.stage1_table"]
+    assert calls[-1][:2] == ["-m", "recipes.tiny_digits.stage1_table"]

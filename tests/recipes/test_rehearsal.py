@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.recipes.test_gpu_recipes import FSDP, MEGATRON, ROOT, command_of
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_vl", "qwen3_vl")

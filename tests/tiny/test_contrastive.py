@@ -9,10 +9,10 @@ import torch
 
 from embedrl_verl.embedder import Embedder
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tiny.contrastive import ContrastiveConfig, corrupt, embed_input, train_contrastive
-from embedrl_verl.tiny.digits import SFT_SCANS, make_samples
-from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.reasoner import tiny_limits
+from recipes.tiny_digits.contrastive import ContrastiveConfig, corrupt, embed_input, train_contrastive
+from recipes.tiny_digits.models import build_tiny_model
+from recipes.tiny_digits.reasoner import tiny_limits
+from recipes.tiny_digits.world import SFT_SCANS, make_samples
 
 
 def test_corruption_changes_digits_of_the_answer_alone() -> None:

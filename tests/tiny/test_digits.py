@@ -16,8 +16,9 @@ from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.families import token_side
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
 from embedrl_verl.tcot import cut_evidence, format_reward, parse_tcot
-from embedrl_verl.tiny.canvas import HELD_OUT_SCANS, SFT_SCANS, TRAIN_SCANS, Grid, ScanBox, Strip, draw_canvas
-from embedrl_verl.tiny.digits import (
+from recipes.tiny_digits.canvas import HELD_OUT_SCANS, SFT_SCANS, TRAIN_SCANS, Grid, ScanBox, Strip, draw_canvas
+from recipes.tiny_digits.models import TinyFamily
+from recipes.tiny_digits.world import (
     FAMILY_SIZE,
     SOURCES,
     Sample,
@@ -28,7 +29,6 @@ from embedrl_verl.tiny.digits import (
     read_samples,
     write_world,
 )
-from embedrl_verl.tiny.models import TinyFamily
 
 FAMILIES: tuple[TinyFamily, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -118,7 +118,7 @@ def test_a_world_is_reproduced_bit_by_bit_and_read_back(tmp_path: Path) -> None:
 
 
 def test_annotated_files_hold_the_same_pairs_with_their_true_tcots(tmp_path: Path) -> None:
-    paths = write_world(tmp_path, size=WorldSize(4, 8, 4))
+    paths = write_world(tmp_path, 4, 8, 4)
     for name in ("train", "heldout"):
         records = list(read_pairs(paths[f"{name}_tcot"]))
         samples = read_samples(paths[name])
@@ -128,7 +128,7 @@ def test_annotated_files_hold_the_same_pairs_with_their_true_tcots(tmp_path: Pat
 
 
 def test_truths_of_other_pairs_are_refused(tmp_path: Path) -> None:
-    path = write_world(tmp_path, size=WorldSize(4, 4, 4))["sft"]
+    path = write_world(tmp_path, 4, 4, 4)["sft"]
     truths = path.with_suffix(".truths.jsonl")
     lines = truths.read_text().splitlines(keepends=True)
     truths.write_text("".join([*lines[1:], lines[0]]))

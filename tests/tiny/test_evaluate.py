@@ -11,12 +11,12 @@ import torch
 
 from embedrl_verl.embedder import Embedder, EmbedInput
 from embedrl_verl.errors import DataError, EmbedderError
-from embedrl_verl.tiny import evaluate as module
-from embedrl_verl.tiny.canvas import HELD_OUT_SCANS
-from embedrl_verl.tiny.digits import Sample, WorldSize, make_samples, write_world
-from embedrl_verl.tiny.evaluate import evaluate, main, score_view, true_tcots
-from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.reasoner import tiny_limits
+from recipes.tiny_digits import evaluate as module
+from recipes.tiny_digits.canvas import HELD_OUT_SCANS
+from recipes.tiny_digits.evaluate import evaluate, main, score_view, true_tcots
+from recipes.tiny_digits.models import build_tiny_model
+from recipes.tiny_digits.reasoner import tiny_limits
+from recipes.tiny_digits.world import Sample, make_samples, write_world
 
 WRONG = "<thinking>{}</thinking> no"
 
@@ -121,7 +121,7 @@ def test_no_pair_is_refused(embedder: Embedder) -> None:
 
 
 def test_command_writes_every_view_with_counts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_world(tmp_path / "world", size=WorldSize(4, 4, 4))
+    write_world(tmp_path / "world", 4, 4, 4)
     argv = ["--world", str(tmp_path / "world"), "--embedder", str(folder), "--out", str(tmp_path / "evaluation.json")]
     monkeypatch.setattr(module, "THREADS", 1)
     main([*argv, "--reasoner-before", str(folder), "--reasoner-after", str(folder), "--seed", "3"])

@@ -8,10 +8,10 @@ import torch
 
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.tiny.digits import WorldSize, read_samples, write_world
-from embedrl_verl.tiny.judge import LEVELS, JudgeTraining, ListMaker, best_matches, drill, lesson, misread
-from embedrl_verl.tiny.judge_model import END, IGNORED, JudgeSize, TinyJudge
-from embedrl_verl.tiny.optim import MuonAdamW
+from recipes.tiny_digits.judge import LEVELS, JudgeTraining, ListMaker, best_matches, drill, lesson, misread
+from recipes.tiny_digits.judge_model import END, IGNORED, JudgeSize, TinyJudge
+from recipes.tiny_digits.muon import MuonAdamW
+from recipes.tiny_digits.world import read_samples, write_world
 
 TCOT = '<thinking>{"bbox_2d":[0,500,1000,750]}</thinking><rethink>ok</rethink><answer>3085</answer>'
 
@@ -24,7 +24,7 @@ def judge():
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    write_world(folder, size=WorldSize(sft=16, train=4, heldout=4))
+    write_world(folder, sft=16, train=4, heldout=4)
     return read_samples(folder / "sft.parquet")
 
 

@@ -11,8 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tiny.models import PATCH_SIZE, build_tiny_model
-from embedrl_verl.tiny.tokenizer import TCOT_TOKENS, build_tokenizer
+from recipes.tiny_digits.models import PATCH_SIZE, TCOT_TOKENS, build_tiny_model, build_tokenizer
 
 FAMILIES = tuple(PATCH_SIZE)
 TOKENIZER = build_tokenizer()

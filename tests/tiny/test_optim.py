@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from embedrl_verl.tiny.optim import Muon, MuonAdamW, orthogonalized
+from recipes.tiny_digits.muon import Muon, MuonAdamW, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (48, 16), (8, 24)])

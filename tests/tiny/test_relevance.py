@@ -7,9 +7,9 @@ import pytest
 
 from embedrl_verl.curate.relevance import load_relevance_style
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tiny.judge_model import IGNORED, JudgeSize, TinyJudge
-from embedrl_verl.tiny.optim import MuonAdamW
-from embedrl_verl.tiny.relevance import RelevanceTraining, agree, draw_answers, lesson, question
+from recipes.tiny_digits.judge_model import IGNORED, JudgeSize, TinyJudge
+from recipes.tiny_digits.muon import MuonAdamW
+from recipes.tiny_digits.relevance import RelevanceTraining, agree, draw_answers, lesson, question
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from recipes.tiny_digits.reward_table import COLORS, compare, draw, main, table
 
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.tiny import reward_table
-from embedrl_verl.tiny.reward_table import COLORS, compare, draw, main, table
-from embedrl_verl.tiny.summary import Run
+from recipes.tiny_digits import reward_table
+from recipes.tiny_digits.summary import Run
 
 
 def write_run(folder: Path, seed: int, after: float, *, judge: bool = False) -> Path:

@@ -11,10 +11,10 @@ from embedrl_verl.data.lengths import PromptMeter
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tiny.digits import SFT_SCANS, SOURCES, Sample, Truth, cut_short, make_samples
-from embedrl_verl.tiny.models import TinyFamily, build_tiny_model
-from embedrl_verl.tiny.reasoner import END, Prompt, Reasoner
-from embedrl_verl.tiny.sft import IGNORED, SftConfig, digit_accuracy, make_lesson, read_accuracy, train_sft
+from recipes.tiny_digits.cold_start import IGNORED, SftConfig, digit_accuracy, make_lesson, read_accuracy, train_sft
+from recipes.tiny_digits.models import TinyFamily, build_tiny_model
+from recipes.tiny_digits.reasoner import END, Prompt, Reasoner
+from recipes.tiny_digits.world import SFT_SCANS, SOURCES, Sample, Truth, cut_short, make_samples
 
 
 @pytest.fixture(scope="module", params=get_args(TinyFamily))

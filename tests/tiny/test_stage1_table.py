@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from recipes.tiny_digits.stage1_table import main, table
 
 from embedrl_verl.errors import DataError
-from embedrl_verl.tiny.stage1_table import main, table
 
 
 def write(folder: Path, way: str, scores: list[tuple[int, float]]) -> None:

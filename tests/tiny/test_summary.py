@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.tiny.summary import Run, interval_of, main, smoothed, summarise, table
+from recipes.tiny_digits.summary import Run, interval_of, main, smoothed, summarise, table
 
 QUERIES = 40
 

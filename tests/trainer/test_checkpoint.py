@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tiny.models import build_tiny_model
 from embedrl_verl.trainer.checkpoint import RECORD, check_run_record, model_digest, run_record, write_run_record
+from recipes.tiny_digits.models import build_tiny_model
 
 
 @pytest.fixture(scope="module")
