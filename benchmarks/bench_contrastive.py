@@ -35,7 +35,7 @@ from bench_embedding import make_items, sentence_transformer  # a script: its ow
 
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder import Embedder, EmbedInput, build_messages
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 
 LIMITS = MediaLimits(28, 1, 64, 1, 64)
 TEMPERATURE = 0.05

@@ -36,7 +36,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from embedrl_verl.data.media import LoadedItem, MediaLimits
 from embedrl_verl.embedder import Embedder, EmbedInput, build_messages
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 
 TCOT = (
     '<thinking>Four digits in a row. {"bbox_2d": [[0, 0, 500, 1000]]}</thinking>'

@@ -24,7 +24,7 @@ from pathlib import Path
 from tiny_run import overrides
 
 from embedrl_verl.progress import read_metrics
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 
 STAGES = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "step")
 WARM_UP = 2

@@ -15,15 +15,7 @@ SEED=${SEED:-0} PAIRS=${PAIRS:-1000} LIMIT=${LIMIT:-64} KILLS=${KILLS:-2}
 OUT=${OUT:-$ROOT/runs/build_data_tiny_cpu/seed$SEED}
 RELEVANCE_JUDGE=${RELEVANCE_JUDGE:-$OUT/relevance_judge}
 
-export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export TORCH_COMPILE_DISABLE=1
-export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
-
-if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
-    bash "$ROOT/scripts/setup_env.sh"
-    PYTHON="$ROOT/.venv/bin/python"
-fi
-choose_python
+set_up_cpu
 
 SERVER=
 stop_server() {
@@ -100,11 +92,10 @@ if [[ -z "${REASONER:-}" ]]; then
     SEED=$SEED OUT="$OUT/models" UNTIL=pretrain PYTHON="$PYTHON" bash "$RECIPES/run_egrl_tiny_cpu.sh"
     REASONER="$OUT/models/sft"
 fi
-[[ -f "$RELEVANCE_JUDGE/config.json" ]] ||
-    "$PYTHON" -m embedrl_verl.tiny.relevance --out "$RELEVANCE_JUDGE" --seed "$SEED"
+[[ -f "$RELEVANCE_JUDGE/config.json" ]] || tiny relevance "$RELEVANCE_JUDGE" --seed "$SEED"
 
 if [[ ! -f "$OUT/pairs.parquet" ]]; then
-    "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --seed "$((SEED + 100))"
+    tiny world "$OUT/world" --seed "$((SEED + 100))"
     "$PYTHON" - "$OUT" "$PAIRS" <<'PY'
 import sys
 from embedrl_verl.data.parquet import read_pairs, write_pairs

@@ -80,6 +80,23 @@ choose_python() {
     PYTHON="$ROOT/.venv/bin/python"
 }
 
+# What every recipe without a GPU begins with: the environment of the engines, the code of recipes/tiny_digits on the
+# path, and PYTHON, for which a clone sets up .venv.
+set_up_cpu() {
+    export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+    export TORCH_COMPILE_DISABLE=1 # vLLM compiles two small functions of its sampler: 20 s a start
+    export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
+        bash "$ROOT/scripts/setup_env.sh"
+        PYTHON="$ROOT/.venv/bin/python"
+    fi
+    choose_python
+}
+
+# tiny NAME ARGUMENTS...: a program of recipes/tiny_digits.
+tiny() { "$PYTHON" -m "recipes.tiny_digits.$1" "${@:2}"; }
+
 # Lets the stages of a CPU recipe be forked from one interpreter that has their imports, until this script ends.
 start_fork_server() {
     local python from
@@ -116,7 +133,7 @@ require_gpus() {
         fail 4 "GPUS_PER_NODE=$GPUS_PER_NODE, but this machine has $present GPU(s); set GPUS_PER_NODE=$present"
     fi
     local names=GPUS_PER_NODE numbers=$GPUS_PER_NODE wanted=$GPUS_PER_NODE
-    if [[ "$MODE" == separate_async ]]; then
+    if [[ "${MODE:-}" == separate_async ]]; then
         names+=" + ROLLOUT_GPUS_PER_NODE" numbers+=" + $ROLLOUT_GPUS_PER_NODE" wanted=$((wanted + ROLLOUT_GPUS_PER_NODE))
     fi
     if ((${JUDGE_GPUS_PER_NODE:-0} > 0)); then
@@ -128,73 +145,6 @@ require_gpus() {
     fi
 }
 
-# join_ray ADDRESS RAY...: work in that cluster until its head stops. A failure to join keeps Ray's message and exit code.
-join_ray() {
-    local address=$1 output code=0
-    shift
-    output=$(mktemp)
-    "$@" start --address="$address" --block 2>&1 | tee "$output" || code=$?
-    if grep -q 'Ray runtime started' "$output"; then
-        rm -f "$output"
-        say "Ray has ended on this node (exit code $code): the head has stopped, if nothing above says otherwise"
-        return
-    fi
-    rm -f "$output"
-    fail "$((code ? code : 4))" "this node has not joined $address: see what ray start says above"
-}
-
-# One node: verl starts Ray. Several: join the cluster of RAY_ADDRESS, or make one from NODE_RANK and MASTER_ADDR,
-# with this recipe started on every node; only rank 0 goes on from here.
-start_or_join_ray() {
-    if [[ -n "${RAY_ADDRESS:-}" ]] || ((NNODES == 1)); then
-        return
-    fi
-    if is_dry_run; then
-        [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] || say "NNODES=$NNODES: the run needs RAY_ADDRESS, or" \
-            "NODE_RANK and MASTER_ADDR on every node (docs/gpu.md)"
-        return
-    fi
-    local port=${MASTER_PORT:-6379}
-    if [[ -z "${NODE_RANK:-}" || -z "${MASTER_ADDR:-}" ]]; then
-        fail 2 "NNODES=$NNODES needs a Ray cluster: either start one (ray start --head on the first node," \
-            "ray start --address=HEAD:$port on the others) and set RAY_ADDRESS=HEAD:$port here, or run this recipe on" \
-            "every node with NODE_RANK=0..$((NNODES - 1)) and MASTER_ADDR=the first node's address"
-    fi
-    # Recent Ray asks for a token, and every node must have the same one.
-    [[ -z "${RAY_AUTH_TOKEN:-}" ]] || export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
-    [[ -n "${RAY_AUTH_MODE:-}" ]] || fail 2 "set RAY_AUTH_TOKEN to the same secret on every node (or" \
-        "RAY_AUTH_MODE=disabled in a network that you trust)"
-    local ray=("$PYTHON" -m ray.scripts.scripts)
-    if ((NODE_RANK > 0)); then
-        say "node $NODE_RANK joins $MASTER_ADDR:$port and works until the head stops"
-        join_ray "$MASTER_ADDR:$port" "${ray[@]}"
-        exit 0
-    fi
-    say "starting the Ray head on $MASTER_ADDR:$port"
-    "${ray[@]}" start --head --node-ip-address="$MASTER_ADDR" --port="$port" \
-        --disable-usage-stats --block &
-    # Only this head is stopped at the end: ray stop would end every Ray on the node.
-    trap "kill $! 2>/dev/null || true; wait $! 2>/dev/null || true" EXIT
-    export RAY_ADDRESS="$MASTER_ADDR:$port"
-    "$PYTHON" - "$NNODES" "${RAY_WAIT_SECONDS:-600}" <<'PY'
-import sys, time
-import ray
-
-wanted, patience_s = int(sys.argv[1]), float(sys.argv[2])
-start, alive = time.monotonic(), 0
-while alive < wanted:
-    if time.monotonic() - start > patience_s:
-        raise SystemExit(f"[recipe] {alive} of {wanted} nodes joined within {patience_s:.0f} s (RAY_WAIT_SECONDS)")
-    time.sleep(2)
-    try:
-        ray.init(log_to_driver=False, ignore_reinit_error=True)
-    except ConnectionError:
-        continue  # the head is still starting
-    alive = sum(node["Alive"] for node in ray.nodes())
-print(f"[recipe] all {wanted} nodes are in")
-PY
-}
-
 # "a.parquet,b.parquet" as a hydra list whose elements may hold any character but a quote.
 hydra_list() {
     local IFS=, item out=
@@ -202,165 +152,6 @@ hydra_list() {
         out+="${out:+,}'$item'"
     done
     echo "[$out]"
-}
-
-# Knobs of the GPU recipes; the settings of the paper (docs/configuration.md names their hydra keys).
-gpu_knobs() {
-    NNODES=${NNODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-    # A checkpoint without <emb> does not tell how it is prompted, so its profile is named.
-    [[ -n "${EMBEDDER_PATH:-}" ]] || EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-qwen3_vl_embedding}
-    EMBEDDER_PATH=${EMBEDDER_PATH:-Qwen/Qwen3-VL-Embedding-2B} EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-auto}
-    TRAIN_FILES=${TRAIN_FILES:-data/train.parquet} VAL_FILES=${VAL_FILES:-data/val.parquet} MEDIA_ROOT=${MEDIA_ROOT:-}
-    # A judge for the process reward: a model that verl serves, or servers that run already.
-    JUDGE_PATH=${JUDGE_PATH:-} JUDGE_URLS=${JUDGE_URLS:-} JUDGE_GPUS_PER_NODE=${JUDGE_GPUS_PER_NODE:-0}
-    local preset=no_judge
-    [[ -z "$JUDGE_PATH$JUDGE_URLS" ]] || preset=paper
-    REWARD=${REWARD:-$ROOT/reward/$preset.py}
-    OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)}
-    PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
-    ROLLOUT_TP=${ROLLOUT_TP:-1} ATTENTION=${ATTENTION:-torch_varlen}
-    MODE=${MODE:-sync} ROLLOUT_NNODES=${ROLLOUT_NNODES:-1} ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$GPUS_PER_NODE}
-    local name
-    for name in NNODES GPUS_PER_NODE PAIRS G ROLLOUT_TP ROLLOUT_NNODES ROLLOUT_GPUS_PER_NODE; do
-        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail 2 "$name must be a whole number from 1; got ${!name}"
-    done
-    for name in LR KL CLIP TEMPERATURE; do
-        [[ "${!name}" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || fail 2 "$name must be a number; got ${!name}"
-    done
-    case "$ATTENTION" in
-        torch_varlen | flash_attention_2 | sdpa) ;;
-        *) fail 2 "ATTENTION must be torch_varlen, flash_attention_2 or sdpa; got $ATTENTION" ;;
-    esac
-    case "${OFFLOAD:-True}" in
-        True | False) ;;
-        *) fail 2 "OFFLOAD must be True or False; got $OFFLOAD" ;;
-    esac
-    case "$MODE" in
-        sync | colocate_async) ;;
-        separate_async)
-            if ((NNODES + ROLLOUT_NNODES > 2)) && [[ -z "${RAY_ADDRESS:-}" ]] && ! is_dry_run; then
-                fail 2 "MODE=separate_async on several nodes needs a Ray cluster that has the GPUs of training" \
-                    "(NNODES x GPUS_PER_NODE) and of rollouts (ROLLOUT_NNODES x ROLLOUT_GPUS_PER_NODE): set RAY_ADDRESS"
-            fi
-            ;;
-        *) fail 2 "MODE must be sync, colocate_async or separate_async; got $MODE" ;;
-    esac
-}
-
-# The overrides of every GPU recipe, in OVERRIDES. The family comes first: gpu_overrides qwen2_vl
-gpu_overrides() {
-    OVERRIDES=(
-        platform=gpu
-        "data.embedrl.family=$1"
-        "data.train_files=$(hydra_list "$TRAIN_FILES")"
-        "data.val_files=$(hydra_list "$VAL_FILES")"
-        "data.train_batch_size=$((2 * PAIRS))"
-        data.max_prompt_length=14336
-        data.max_response_length=2048
-        "actor_rollout_ref.model.path='$MODEL_PATH'"
-        "actor_rollout_ref.actor.ppo_mini_batch_size=$PAIRS"
-        "actor_rollout_ref.actor.optim.lr=$LR"
-        "actor_rollout_ref.actor.clip_ratio=$CLIP"
-        actor_rollout_ref.actor.use_kl_loss=True
-        "actor_rollout_ref.actor.kl_loss_coef=$KL"
-        actor_rollout_ref.actor.kl_loss_type=low_var_kl
-        "actor_rollout_ref.rollout.n=$G"
-        "actor_rollout_ref.rollout.temperature=$TEMPERATURE"
-        "actor_rollout_ref.rollout.tensor_model_parallel_size=$ROLLOUT_TP"
-        "embedrl.embedder.path='$EMBEDDER_PATH'"
-        "embedrl.embedder.profile=$EMBEDDER_PROFILE"
-        "reward.custom_reward_function.path='$REWARD'"
-        "trainer.nnodes=$NNODES"
-        "trainer.n_gpus_per_node=$GPUS_PER_NODE"
-        "attention=$ATTENTION"
-        "trainer.experiment_name=$(basename "$0" .sh)"
-        "trainer.default_local_dir='$OUT/checkpoints'"
-        "trainer.rollout_data_dir='$OUT/rollouts'"
-        "trainer.validation_data_dir='$OUT/validation'"
-        trainer.logger=[console,file]
-        trainer.save_freq=50
-        trainer.max_actor_ckpt_to_keep=2
-        trainer.test_freq=25
-    )
-    [[ -z "$MEDIA_ROOT" ]] || OVERRIDES+=("data.media_root='$MEDIA_ROOT'")
-    [[ -z "$JUDGE_URLS" ]] || OVERRIDES+=("embedrl.judge.urls=$(hydra_list "$JUDGE_URLS")")
-    [[ -z "$JUDGE_PATH" ]] || judge_overrides
-    [[ "$MODE" == sync ]] || OVERRIDES+=("trainer.v1.trainer_mode=egrl_$MODE")
-    [[ "$MODE" != separate_async ]] || separate_overrides
-}
-
-# Rollouts on GPUs of their own, which get new weights after each step's two updates (of PAIRS prompts each).
-separate_overrides() {
-    OVERRIDES+=(
-        actor_rollout_ref.hybrid_engine=False
-        "actor_rollout_ref.rollout.nnodes=$ROLLOUT_NNODES"
-        "actor_rollout_ref.rollout.n_gpus_per_node=$ROLLOUT_GPUS_PER_NODE"
-        actor_rollout_ref.rollout.checkpoint_engine.backend=nccl
-        trainer.v1.separate_async.parameter_sync_step=2
-    )
-}
-
-# verl's own servers for the judge: by turns with the actor on its devices, or on JUDGE_GPUS_PER_NODE more a node.
-judge_overrides() {
-    OVERRIDES+=(
-        reward.reward_model.enable=True
-        "reward.reward_model.model_path='$JUDGE_PATH'"
-        "reward.reward_model.rollout.tensor_model_parallel_size=${JUDGE_TP:-1}"
-    )
-    ((JUDGE_GPUS_PER_NODE == 0)) || OVERRIDES+=(
-        reward.reward_model.enable_resource_pool=True
-        "reward.reward_model.nnodes=$NNODES"
-        "reward.reward_model.n_gpus_per_node=$JUDGE_GPUS_PER_NODE"
-    )
-}
-
-# Weights and optimizer of the actor rest on the CPU between uses where the GPUs are full without: beside Megatron's
-# unsharded gradients, and in separate_async, whose training GPUs hold the Embedder and the copy for the rollout too.
-choose_offload() {
-    local default=False
-    [[ "$1" != megatron && "$MODE" != separate_async ]] || default=True
-    OFFLOAD=${OFFLOAD:-$default}
-}
-
-# FSDP2 actor; the reference model rests on the CPU between uses.
-fsdp_overrides() {
-    OVERRIDES+=(
-        actor_rollout_ref.actor.strategy=fsdp2
-        actor_rollout_ref.ref.strategy=fsdp2
-        actor_rollout_ref.ref.fsdp_config.param_offload=True
-        "actor_rollout_ref.actor.fsdp_config.param_offload=$OFFLOAD"
-        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=$OFFLOAD"
-    )
-}
-
-# Megatron actor by verl's own engine switch. The Embedder stays on FSDP2: it is another process.
-megatron_overrides() {
-    local split=1 tp pp role
-    ((NNODES * GPUS_PER_NODE < 4)) || split=2
-    tp=${ACTOR_TP:-$split} pp=${ACTOR_PP:-$split}
-    OVERRIDES+=(
-        model_engine=megatron
-        # The FSDP keys of egrl_trainer.yaml, in Megatron's terms.
-        actor_rollout_ref.actor.strategy=megatron
-        actor_rollout_ref.ref.strategy=megatron
-        '~actor_rollout_ref.actor.grad_clip'
-        actor_rollout_ref.actor.optim.clip_grad=1.0
-    )
-    for role in actor ref; do
-        OVERRIDES+=(
-            "actor_rollout_ref.$role.megatron.tensor_model_parallel_size=$tp"
-            "actor_rollout_ref.$role.megatron.pipeline_model_parallel_size=$pp"
-        )
-    done
-    OVERRIDES+=(
-        # Else a micro-batch of 32k tokens keeps 36 GB of activations (TP 2, PP 2), and two are in flight.
-        actor_rollout_ref.actor.megatron.override_transformer_config.recompute_granularity=full
-        actor_rollout_ref.actor.megatron.override_transformer_config.recompute_method=uniform
-        actor_rollout_ref.actor.megatron.override_transformer_config.recompute_num_layers=1
-        actor_rollout_ref.model.use_fused_kernels=False # Megatron's own, which verl has with another back end
-        "actor_rollout_ref.actor.megatron.param_offload=$OFFLOAD"
-        "actor_rollout_ref.actor.megatron.optimizer_offload=$OFFLOAD"
-        actor_rollout_ref.ref.megatron.param_offload=True)
 }
 
 # The plan in a dry run, else the training; arguments are hydra overrides.
@@ -372,43 +163,4 @@ train() {
         [[ -n "${OUT_LOCK:-}" ]] || lock_out
         "$PYTHON" -m embedrl_verl.train "$@"
     fi
-}
-
-# A run that has no checkpoint to go on from, or is told not to, does not mix its files with an earlier one's.
-# Arguments as for `train`: they are checked before anything is moved.
-keep_earlier_run() {
-    local left=() run=()
-    is_dry_run && return
-    lock_out
-    mapfile -t left < <(cd "$OUT" && find . -maxdepth 1 \( -name checkpoints -o -name rollouts -o -name validation \
-        -o -name 'metrics.jsonl*' \) -printf '%P\n')
-    ((${#left[@]})) || return 0
-    mapfile -t run < <("$PYTHON" - "$@" <<'PY'
-import sys
-from embedrl_verl.config.compose import compose
-trainer = compose(sys.argv[1:]).trainer
-print(trainer.resume_mode, trainer.default_local_dir, sep="\n")
-PY
-    )
-    if [[ "${run[0]:-}" == resume_path ]] ||
-        [[ "${run[0]:-}" != disable && -f "${run[1]:-}/latest_checkpointed_iteration.txt" ]]; then
-        return
-    fi
-    "$PYTHON" -m embedrl_verl.plan "$@" >/dev/null
-    set_aside "${left[@]}"
-}
-
-# A whole GPU recipe: run_gpu_recipe FAMILY ENGINE "$@", with MODEL_PATH set.
-run_gpu_recipe() {
-    local family=$1 engine=$2
-    shift 2
-    gpu_knobs
-    require_gpus
-    choose_python
-    start_or_join_ray
-    choose_offload "$engine"
-    gpu_overrides "$family"
-    "${engine}_overrides"
-    keep_earlier_run "${OVERRIDES[@]}" "$@"
-    train "${OVERRIDES[@]}" "$@"
 }

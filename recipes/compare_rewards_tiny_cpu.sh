@@ -20,6 +20,8 @@ for reward in "${REWARDS[@]}"; do
     [[ -f "$ROOT/reward/$reward.py" ]] || fail 2 "REWARDS names $reward, but there is no reward/$reward.py"
 done
 
+set_up_cpu
+export PYTHON
 for seed in "${SEEDS[@]}"; do
     UNTIL=judge JUDGE=1 SEED=$seed OUT="$OUT/base/seed$seed" bash "$TINY"
     for reward in "${REWARDS[@]}"; do
@@ -39,6 +41,6 @@ done
 RUNS=()
 for reward in "${REWARDS[@]}"; do
     list=$(printf ",$OUT/$reward/seed%s" "${SEEDS[@]}")
-    RUNS+=(--runs "$reward=${list:1}")
+    RUNS+=("$reward=${list:1}")
 done
-"${PYTHON:-$ROOT/.venv/bin/python}" -m embedrl_verl.tiny.reward_table "${RUNS[@]}" --out "$OUT"
+"$PYTHON" "$ROOT/benchmarks/reward_table.py" "$OUT" "${RUNS[@]}"

@@ -9,5 +9,14 @@
 # or NODE_RANK and MASTER_ADDR on every node. Batch: PAIRS=32 x 2 sides x G=8. DRY_RUN=1 prints the plan only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-MODEL_PATH=${MODEL_PATH:-Qwen/Qwen3-VL-8B-Instruct}
-run_gpu_recipe qwen3_vl fsdp "$@"
+FAMILY=qwen3_vl MODEL_PATH=${MODEL_PATH:-Qwen/Qwen3-VL-8B-Instruct}
+source "$RECIPES/gpu.sh"
+
+OVERRIDES+=(
+    actor_rollout_ref.actor.strategy=fsdp2
+    actor_rollout_ref.ref.strategy=fsdp2
+    actor_rollout_ref.ref.fsdp_config.param_offload=True # the reference model rests on the CPU between uses
+    "actor_rollout_ref.actor.fsdp_config.param_offload=$OFFLOAD"
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload=$OFFLOAD"
+)
+run_egrl "$@"

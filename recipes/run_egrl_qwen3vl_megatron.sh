@@ -11,5 +11,31 @@
 # Needs Megatron-Core and Megatron-Bridge: docs/gpu.md.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-MODEL_PATH=${MODEL_PATH:-Qwen/Qwen3-VL-8B-Instruct}
-run_gpu_recipe qwen3_vl megatron "$@"
+FAMILY=qwen3_vl MODEL_PATH=${MODEL_PATH:-Qwen/Qwen3-VL-8B-Instruct}
+OFFLOAD=${OFFLOAD:-True} # beside Megatron's unsharded gradients the GPUs are full without
+source "$RECIPES/gpu.sh"
+
+# Over four GPUs TP 2 x PP 2, over fewer 1 x 1.
+SPLIT=$((NNODES * GPUS_PER_NODE < 4 ? 1 : 2))
+ACTOR_TP=${ACTOR_TP:-$SPLIT} ACTOR_PP=${ACTOR_PP:-$SPLIT}
+OVERRIDES+=(
+    model_engine=megatron # of verl; the Embedder stays on FSDP2, it is another process
+    # The FSDP keys of egrl_trainer.yaml, in Megatron's terms.
+    actor_rollout_ref.actor.strategy=megatron
+    actor_rollout_ref.ref.strategy=megatron
+    '~actor_rollout_ref.actor.grad_clip'
+    actor_rollout_ref.actor.optim.clip_grad=1.0
+    "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=$ACTOR_TP"
+    "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size=$ACTOR_PP"
+    "actor_rollout_ref.ref.megatron.tensor_model_parallel_size=$ACTOR_TP"
+    "actor_rollout_ref.ref.megatron.pipeline_model_parallel_size=$ACTOR_PP"
+    # Else a micro-batch of 32k tokens keeps 36 GB of activations (TP 2, PP 2), and two are in flight.
+    actor_rollout_ref.actor.megatron.override_transformer_config.recompute_granularity=full
+    actor_rollout_ref.actor.megatron.override_transformer_config.recompute_method=uniform
+    actor_rollout_ref.actor.megatron.override_transformer_config.recompute_num_layers=1
+    actor_rollout_ref.model.use_fused_kernels=False # Megatron's own, which verl has with another back end
+    "actor_rollout_ref.actor.megatron.param_offload=$OFFLOAD"
+    "actor_rollout_ref.actor.megatron.optimizer_offload=$OFFLOAD"
+    actor_rollout_ref.ref.megatron.param_offload=True
+)
+run_egrl "$@"

@@ -33,15 +33,7 @@ FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl " STAGES=" world pretrain judge rl expor
 [[ "$SEED" =~ ^[0-9]+$ ]] || fail 2 "SEED must be a whole number from 0; got $SEED"
 [[ "$REWARD" == pkg://* || -f "$REWARD" ]] || fail 2 "REWARD must name a file of a reward function; there is no $REWARD"
 
-export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export TORCH_COMPILE_DISABLE=1
-export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
-
-if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
-    bash "$ROOT/scripts/setup_env.sh"
-    PYTHON="$ROOT/.venv/bin/python"
-fi
-choose_python
+set_up_cpu
 
 OVERRIDES=(
     platform=cpu
@@ -94,7 +86,6 @@ if is_dry_run; then
     exit
 fi
 
-
 RESULTS=(results.json curves.png evaluation.json evaluation_cotrained.json reasoner embedder_cotrained)
 
 # run_stage NAME COMMAND...: once for each command. What later stages made of an older result is void.
@@ -126,18 +117,16 @@ same_stage() {
 }
 
 make_world() {
-    "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/models/reasoner" --family "$1" --seed "$2"
-    "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/models/embedder" --family "$1" --seed "$(($2 + 1000))"
-    "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --family "$1" --seed "$2"
+    tiny models "$OUT/models/reasoner" --family "$1" --seed "$2"
+    tiny models "$OUT/models/embedder" --family "$1" --seed "$(($2 + 1000))"
+    tiny world "$OUT/world" --family "$1" --seed "$2"
 }
 
 # Both at once, on one core each. They end with this script, whatever ends it.
 pretrain() {
-    "$PYTHON" -m embedrl_verl.tiny.sft --model "$OUT/models/reasoner" --world "$OUT/world" --out "$OUT/sft" \
-        --seed "$1" &
+    "$PYTHON" -m recipes.tiny_digits.cold_start "$OUT/models/reasoner" "$OUT/world" "$OUT/sft" --seed "$1" &
     REASONER_PID=$!
-    "$PYTHON" -m embedrl_verl.tiny.contrastive --model "$OUT/models/embedder" --world "$OUT/world" \
-        --out "$OUT/embedder" --seed "$1" &
+    "$PYTHON" -m recipes.tiny_digits.contrastive "$OUT/models/embedder" "$OUT/world" "$OUT/embedder" --seed "$1" &
     EMBEDDER_PID=$!
     trap 'kill "$REASONER_PID" "$EMBEDDER_PID" 2>/dev/null || true; wait' EXIT
     wait "$REASONER_PID"
@@ -145,9 +134,7 @@ pretrain() {
     trap - EXIT
 }
 
-make_judge() {
-    "$PYTHON" -m embedrl_verl.tiny.judge --world "$OUT/world" --out "$OUT/judge" --seed "$1"
-}
+make_judge() { tiny judge "$OUT/world" "$OUT/judge" --seed "$1"; }
 
 rl_settings() { printf '%s\n' "$@" | grep -v '^trainer.total_training_steps='; }
 
@@ -196,8 +183,7 @@ evaluate() {
 }
 
 evaluate_by() {
-    "$PYTHON" -m embedrl_verl.tiny.evaluate --embedder "$OUT/$1" --world "$OUT/world" --before "$OUT/sft" \
-        --after "$OUT/reasoner" --seed "$SEED" --out "$OUT/$2"
+    tiny evaluate "$OUT/$1" "$OUT/world" "$OUT/sft" "$OUT/reasoner" "$OUT/$2" --seed "$SEED"
 }
 
 mkdir -p "$OUT/.stages"
@@ -219,4 +205,4 @@ run_stage export export_models
 until_stage export
 run_stage evaluate evaluate
 until_stage evaluate
-"$PYTHON" -m embedrl_verl.tiny.summary --run "$OUT"
+tiny summary "$OUT"

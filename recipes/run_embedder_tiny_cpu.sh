@@ -14,14 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 SEED=${SEED:-0} STEPS=${STEPS:-200} FAMILY=${FAMILY:-qwen2_vl}
 OUT=${OUT:-$ROOT/runs/embedder_tiny_cpu/seed$SEED}
 
-export VERL_PLATFORM=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export TORCH_COMPILE_DISABLE=1
-
-if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
-    bash "$ROOT/scripts/setup_env.sh"
-    PYTHON="$ROOT/.venv/bin/python"
-fi
-choose_python
+set_up_cpu
 
 is_dry_run || lock_out
 MADE="$FAMILY $SEED"
@@ -29,8 +22,8 @@ if [[ -f "$OUT/.made" && "$(cat "$OUT/.made")" != "$MADE" ]]; then
     fail 2 "OUT=$OUT holds models of FAMILY and SEED '$(cat "$OUT/.made")', not '$MADE'; choose another OUT"
 fi
 if [[ ! -f "$OUT/model/config.json" ]]; then
-    "$PYTHON" -m embedrl_verl.tiny.digits --out "$OUT/world" --family "$FAMILY" --seed "$SEED"
-    "$PYTHON" -m embedrl_verl.tiny.models --out "$OUT/model" --family "$FAMILY" --seed "$((SEED + 1000))"
+    tiny world "$OUT/world" --family "$FAMILY" --seed "$SEED"
+    tiny models "$OUT/model" --family "$FAMILY" --seed "$((SEED + 1000))"
     echo "$MADE" >"$OUT/.made"
 fi
 
@@ -81,4 +74,4 @@ wait "$WITH"
 wait "$WITHOUT"
 trap - EXIT
 
-"$PYTHON" -m embedrl_verl.tiny.stage1_table --run "$OUT"
+"$PYTHON" "$ROOT/benchmarks/stage1_table.py" "$OUT"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from embedrl_verl.platforms.forkserver import MODULES, PYTHON, ForkServer
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 
 for _name, _value in CPU_ENV.items():
     os.environ.setdefault(_name, _value)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from embedrl_verl.platforms.forkserver import python
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 
 
 def alive(pid: int) -> bool:

@@ -29,7 +29,7 @@ def test_an_unknown_model_type_is_an_error_that_names_the_families(ask) -> None:
         ask("llava")
 
 
-# Released models and their sizes, patches of modules that are named after a family, and the tiny models.
+# Released models and their sizes, and patches of modules that are named after a family.
 MAY_NAME = {"families.py", "embedder/profiles.py", "platforms/footprint.py", "platforms/patches.py"}
 DEFAULTS = {"cli_data_annotate.py", "cli_data_check.py", "cli_data_show.py"}
 
@@ -42,7 +42,7 @@ def test_no_other_file_asks_for_a_family_by_its_name() -> None:
         constants = (node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
         if set(FAMILIES) & {value for value in constants if isinstance(value, str)}:
             named.add(file.relative_to(package).as_posix())
-    assert {name for name in named if not name.startswith("tiny/")} == MAY_NAME | DEFAULTS
+    assert named == MAY_NAME | DEFAULTS
 
 
 def test_every_family_has_a_record_and_a_time_axis() -> None:

@@ -189,8 +189,8 @@ def run(device: str, figures: Figures) -> None:
     """The stage."""
     need("transformers", "verl")
     from embedrl_verl.platforms.ports import free_port
-    from embedrl_verl.tiny.environment import CPU_ENV
-    from embedrl_verl.tiny.models import build_tiny_model
+    from recipes.tiny_digits.environment import CPU_ENV
+    from recipes.tiny_digits.models import build_tiny_model
 
     where = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({**where, "MASTER_PORT": str(free_port()), **(CPU_ENV if device == "cpu" else {})})

@@ -76,7 +76,7 @@ def run(device: str, figures: Figures) -> None:
     from transformers import AutoModelForImageTextToText
 
     from embedrl_verl.platforms import varlen
-    from embedrl_verl.tiny.models import build_tiny_model
+    from recipes.tiny_digits.models import build_tiny_model
 
     varlen.register()
     dtype, limit = (torch.bfloat16, 5e-2) if device == "cuda" else (torch.float32, 1e-4)

@@ -25,7 +25,7 @@ def run(device: str, figures: Figures) -> None:
     from vllm import LLM, SamplingParams
 
     from embedrl_verl.platforms.vllm_worker import clear_deepstack
-    from embedrl_verl.tiny.models import build_tiny_model
+    from recipes.tiny_digits.models import build_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
         build_tiny_model(folder, family="qwen3_vl")

@@ -17,8 +17,8 @@ from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.embedder.served.process import ServerProcess
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.platforms.ports import free_port
-from embedrl_verl.tiny.environment import CPU_ENV
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.environment import CPU_ENV
+from recipes.tiny_digits.models import build_tiny_model
 from tests.annotate.fakes import contents, pairs, tcot
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

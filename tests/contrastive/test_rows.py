@@ -24,9 +24,9 @@ from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.embedder import EmbedProcessor, Encoded
 from embedrl_verl.embedder.info_nce import contrastive_loss
 from embedrl_verl.errors import DataError, MediaError
-from embedrl_verl.tiny.digits import SOURCES, annotated, make_samples
-from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.reasoner import tiny_limits
+from recipes.tiny_digits.models import build_tiny_model
+from recipes.tiny_digits.reasoner import tiny_limits
+from recipes.tiny_digits.world import SOURCES, annotated, make_samples
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.progress import read_metrics
-from embedrl_verl.tiny.digits import WorldSize, write_world
-from embedrl_verl.tiny.environment import CPU_ENV
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.environment import CPU_ENV
+from recipes.tiny_digits.models import build_tiny_model
+from recipes.tiny_digits.world import write_world
 from tests import processes
 
 pytestmark = [pytest.mark.slow]
@@ -31,7 +31,7 @@ STEPS = 6
 def world(tmp_path_factory) -> Path:
     """An untrained Embedder and annotated pairs of two picture sources."""
     folder = tmp_path_factory.mktemp("world")
-    write_world(folder / "data", size=WorldSize(sft=4, train=16, heldout=4))
+    write_world(folder / "data", sft=4, train=16, heldout=4)
     build_tiny_model(folder / "model", seed=3)
     for name in ("train_tcot", "heldout_tcot"):
         records = [

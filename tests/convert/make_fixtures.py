@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from embedrl_verl.tiny.canvas import TRAIN_SCANS, Grid, ScanBox, Strip, draw_canvas
+from recipes.tiny_digits.canvas import TRAIN_SCANS, Grid, ScanBox, Strip, draw_canvas
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 MMEB_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")

@@ -13,7 +13,7 @@ from embedrl_verl.convert.command import convert_main
 from embedrl_verl.convert.names import ALL_SOURCES
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.data.files import pair_files
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.convert.make_fixtures import write_all
 
 SCRIPTS = Path(__file__).parents[2] / "data_preprocess"

@@ -26,7 +26,7 @@ from embedrl_verl.curate.near_duplicates import (
 from embedrl_verl.curate.perceptual import bit_distance, hash_of, picture_of
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tiny.canvas import Grid, Strip, draw_canvas
+from recipes.tiny_digits.canvas import Grid, Strip, draw_canvas
 
 MakePair = Callable[..., PairRecord]
 WriteParts = Callable[..., list[Path]]

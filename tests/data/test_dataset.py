@@ -27,7 +27,7 @@ from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.data.clips import write_clip
 
 MakePair = Callable[..., PairRecord]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from embedrl_verl.data.lengths import PromptMeter
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 
 
 @pytest.fixture(scope="module")

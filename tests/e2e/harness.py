@@ -16,9 +16,9 @@ from pathlib import Path
 
 from embedrl_verl.platforms.forkserver import PYTHON, python
 from embedrl_verl.progress import read_metrics
-from embedrl_verl.tiny.digits import WorldSize, write_world
-from embedrl_verl.tiny.environment import CPU_ENV
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.environment import CPU_ENV
+from recipes.tiny_digits.models import build_tiny_model
+from recipes.tiny_digits.world import write_world
 
 ENTRY = ("-m", "embedrl_verl.train")
 
@@ -46,7 +46,7 @@ def prepare(folder: Path, *, pairs: int = 8) -> None:
     if not (folder / "data" / "train.parquet").exists():
         build_tiny_model(folder / "reasoner", seed=0)
         build_tiny_model(folder / "embedder", seed=1)
-        write_world(folder / "data", size=WorldSize(sft=4, train=pairs, heldout=4))
+        write_world(folder / "data", sft=4, train=pairs, heldout=4)
 
 
 def overrides(inputs: Path, folder: Path, *, steps: int, ranks: int = 1) -> list[str]:

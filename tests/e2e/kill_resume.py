@@ -20,7 +20,7 @@ from pathlib import Path
 import harness  # a script: its own folder is on the path
 import psutil
 
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 
 STEPS, LIMIT = 7, 1e-5
 EXTRA = [

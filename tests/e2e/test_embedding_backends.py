@@ -21,7 +21,7 @@ import embedrl_verl.config
 from embedrl_verl.embedder.served import guard
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.platforms.forkserver import python
-from embedrl_verl.tiny.judge_model import JudgeSize, TinyJudge
+from recipes.tiny_digits.judge_model import TinyJudge
 from tests.e2e import harness, killer
 from tests.e2e.killer import Killer
 from tests.e2e.rescore import rescore
@@ -56,7 +56,7 @@ def served(inputs, tmp_path_factory):
     """3 steps by stock `main_ppo`, with an embedding server that the run starts, for which a row waits 20 s, and a
     judge: a vLLM of verl's reward-model manager."""
     folder = tmp_path_factory.mktemp("served")
-    TinyJudge(JudgeSize()).save(folder / "judge")
+    TinyJudge().save(folder / "judge")
     config = Path(embedrl_verl.config.__file__).parent
     entry = ["-m", "verl.trainer.main_ppo", f"--config-dir={config}", "--config-name=egrl_trainer"]
     settings: dict[str, Any] = {"embedder.backend": "server", "embedder.server.servers": 1}

@@ -14,7 +14,7 @@ import pytest
 
 from embedrl_verl.platforms.forkserver import PYTHON
 from embedrl_verl.platforms.ports import free_port
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 from tests.e2e import harness
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.nightly]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.embedder import Embedder
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import LIMITS
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

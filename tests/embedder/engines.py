@@ -18,7 +18,7 @@ from inputs import LIMITS, ROWS, mixed_inputs  # a script: its own folder is on 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.platforms.forkserver import python
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 
 
 def config_of(checkpoint: str) -> EmbedderConfig:

@@ -190,7 +190,7 @@ def main() -> None:
         run_rank(a.rank_of, a.checkpoint, a.family, a.tp, a.pp, a.out)
         return
 
-    from embedrl_verl.tiny.models import build_tiny_model
+    from recipes.tiny_digits.models import build_tiny_model
 
     kinds = ["fsdp32", "fsdp16"] if arguments.only == "fsdp" else ["fsdp32", "fsdp16", "megatron"]
     with tempfile.TemporaryDirectory() as folder:

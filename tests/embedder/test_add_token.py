@@ -9,7 +9,7 @@ import torch
 from embedrl_verl.embedder import Embedder, EmbedInput
 from embedrl_verl.embedder.add_token import add_emb_token
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import LIMITS, item, picture
 
 

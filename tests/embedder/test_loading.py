@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from embedrl_verl.embedder import PROFILES, Embedder, EmbedProcessor, resolve_profile
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import LIMITS, mixed_inputs
 
 

@@ -24,8 +24,7 @@ from embedrl_verl.embedder.sentence_actor import SentenceClient, _SentenceActor,
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.tokenizer import build_tokenizer
+from recipes.tiny_digits.models import build_tiny_model, build_tokenizer
 from tests.embedder.inputs import LIMITS, TCOT, item, mixed_inputs, picture
 
 KINDS = 12  # every combination of medium, T-CoT and evidence

@@ -19,7 +19,7 @@ from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout, con
 from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients, refuse_dropout
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.platforms.ports import free_port
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 from tests import processes
 from tests.embedder.inputs import LOSS, Pair, contrastive_cases, item
 

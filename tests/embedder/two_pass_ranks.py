@@ -16,7 +16,7 @@ import torch
 from inputs import LIMITS, LOSS, contrastive_cases  # a script: its own folder is on the path
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 
 BUDGET = 260
 """Tokens of a micro-batch: a few rows, another number of them in each."""

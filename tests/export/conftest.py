@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.platforms.forkserver import python
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 
 SCRIPT = Path(__file__).with_name("save_shards.py")
 RUNS = {

@@ -18,7 +18,7 @@ import actor_ranks  # beside this script
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 
 
 def peak(work: Any, engine: Any) -> tuple[int, dict[str, int]]:

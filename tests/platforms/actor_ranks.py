@@ -17,7 +17,7 @@ import torch
 
 from embedrl_verl.config.compose import compose
 from embedrl_verl.embedder.processor import Encoded
-from embedrl_verl.tiny.environment import CPU_ENV
+from recipes.tiny_digits.environment import CPU_ENV
 
 SETTINGS = {
     "gpu": ["platform=gpu"],

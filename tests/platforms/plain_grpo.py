@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from embedrl_verl.platforms.forkserver import python
-from embedrl_verl.tiny.environment import CPU_ENV
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.environment import CPU_ENV
+from recipes.tiny_digits.models import build_tiny_model
 
 # With the executor "uni": the model runs in vLLM's engine process instead of one more process.
 ENV = {**CPU_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

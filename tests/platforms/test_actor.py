@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 from embedrl_verl.embedder.processor import EmbedProcessor, Encoded
 from embedrl_verl.platforms.ports import free_port
-from embedrl_verl.tiny.environment import CPU_ENV
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.environment import CPU_ENV
+from recipes.tiny_digits.models import build_tiny_model
 from tests import processes
 from tests.embedder.inputs import LIMITS, mixed_inputs
 from tests.platforms.actor_ranks import weights_of

@@ -20,8 +20,8 @@ from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.platforms import varlen
 from embedrl_verl.platforms.footprint import FP32, PUBLISHED, Fsdp, Megatron, shape_of
 from embedrl_verl.platforms.ports import free_port
-from embedrl_verl.tiny.environment import CPU_ENV
-from embedrl_verl.tiny.models import TinyFamily, build_tiny_model
+from recipes.tiny_digits.environment import CPU_ENV
+from recipes.tiny_digits.models import TinyFamily, build_tiny_model
 from tests import processes
 from tests.embedder.inputs import item, picture
 

@@ -22,7 +22,7 @@ from embedrl_verl.embedder.processor import EmbedProcessor, Encoded
 from embedrl_verl.errors import MediaError, PluginError
 from embedrl_verl.platforms import patches, varlen
 from embedrl_verl.platforms.vision import embed_with_media
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import LIMITS, mixed_inputs
 
 MEDIA = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")

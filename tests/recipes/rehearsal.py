@@ -21,48 +21,28 @@ from omegaconf import OmegaConf
 
 
 def pretend_h100() -> None:
-    """vLLM's CUDA platform without its kernels and without a device."""
+    """vLLM's CUDA platform without its kernels and without a device: compute capability 9.0 and 80 GB."""
+    torch.cuda.is_bf16_supported = lambda *_: True
     kernels = ("_C_stable_libtorch", "_moe_C_stable_libtorch", "_qutlass_C")
     for name in (*kernels, "vllm_flash_attn._vllm_fa2_C", "vllm_flash_attn._vllm_fa3_C"):
         sys.modules[f"vllm.{name}"] = types.ModuleType(f"vllm.{name}")
-    for name in (
-        "scaled_mm_supports_fp8",
-        "scaled_mm_supports_block_fp8",
-        "scaled_mm_supports_fp4",
-        "group_gemm_supported",
-    ):
+    for name in ("scaled_mm_supports_fp8", "scaled_mm_supports_block_fp8", "scaled_mm_supports_fp4"):
         setattr(torch.ops._C, f"cutlass_{name}", lambda *_: False)
+    torch.ops._C.cutlass_group_gemm_supported = lambda *_: False
     import vllm.platforms as platforms
     from vllm.platforms.cuda import NonNvmlCudaPlatform
     from vllm.platforms.interface import DeviceCapability
 
-    class H100(NonNvmlCudaPlatform):
-        """Compute capability 9.0 and 80 GB."""
-
-        @classmethod
-        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-            return DeviceCapability(9, 0)
-
-        @classmethod
-        def get_device_name(cls, device_id: int = 0) -> str:
-            return "NVIDIA H100 80GB HBM3"
-
-        @classmethod
-        def get_device_total_memory(cls, device_id: int = 0) -> int:
-            return 80 * 1024**3
-
-        @classmethod
-        def device_count(cls) -> int:
-            return 8
-
-        def is_cumem_allocator_available(self) -> bool:
-            return True
-
-        @classmethod
-        def is_device_capability(cls, capability: Any, device_id: int = 0) -> bool:
-            return capability in (90, (9, 0))
-
-    platforms._current_platform = H100()
+    answers = {
+        "get_device_capability": DeviceCapability(9, 0),
+        "get_device_name": "NVIDIA H100 80GB HBM3",
+        "get_device_total_memory": 80 * 1024**3,
+        "device_count": 8,
+        "is_cumem_allocator_available": True,
+    }
+    methods: dict[str, Any] = {name: classmethod(lambda *_, value=value: value) for name, value in answers.items()}
+    methods["is_device_capability"] = classmethod(lambda _, capability, *__: capability in (90, (9, 0)))
+    platforms._current_platform = type("H100", (NonNvmlCudaPlatform,), methods)()
 
 
 _ENGINES: dict[str, dict[str, Any]] = {}
@@ -70,38 +50,31 @@ _ENGINES: dict[str, dict[str, Any]] = {}
 
 def engine_of(rollout: Any, model: Any, gpus: int) -> dict[str, Any]:
     """What vLLM makes of the arguments of verl's server for a rollout section; made once for equal sections."""
-    key = f"{OmegaConf.to_yaml(rollout, resolve=True)}{OmegaConf.to_yaml(model, resolve=True)}{gpus}"
-    if key not in _ENGINES:
-        _ENGINES[key] = _make_engine(rollout, model, gpus)
-    return _ENGINES[key]
-
-
-def _make_engine(rollout: Any, model: Any, gpus: int) -> dict[str, Any]:
     import ray
     from verl.workers.rollout.replica import RolloutMode
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    key = f"{OmegaConf.to_yaml(rollout, resolve=True)}{OmegaConf.to_yaml(model, resolve=True)}{gpus}"
+    if key in _ENGINES:
+        return _ENGINES[key]
     ray.get_runtime_context = lambda: types.SimpleNamespace(get_job_id=lambda: "01000000")
     ray.util.get_node_ip_address = lambda: "127.0.0.1"
-    made: dict[str, Any] = {}
 
     class Server(vLLMHttpServer):  # type: ignore[misc]
         async def run_server(self, args: Any) -> None:
             config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-            made.update(
-                model=config.model_config.architecture,
-                dtype=str(config.model_config.dtype),
-                max_model_len=config.model_config.max_model_len,
-                parallel=config.parallel_config.tensor_parallel_size,
-                device=config.device_config.device_type,
-                sleep=config.model_config.enable_sleep_mode,
-                extension=config.parallel_config.worker_extension_cls,
-            )
+            _ENGINES[key] = {
+                "model": config.model_config.architecture,
+                "dtype": str(config.model_config.dtype),
+                "max_model_len": config.model_config.max_model_len,
+                "device": config.device_config.device_type,
+                "sleep": config.model_config.enable_sleep_mode,
+                "extension": config.parallel_config.worker_extension_cls,
+            }
 
-    server = Server(rollout, model, RolloutMode.HYBRID, [], 0, 0, gpus, 1, "0")
-    asyncio.run(server.launch_server())
-    return made
+    asyncio.run(Server(rollout, model, RolloutMode.HYBRID, [], 0, 0, gpus, 1, "0").launch_server())
+    return _ENGINES[key]
 
 
 class _Made(Exception):
@@ -144,9 +117,8 @@ def rehearse(overrides: list[str], *, judge: bool) -> dict[str, Any]:
     config.trainer.device = "cuda"
     make_plan(config)
     bound_served_lengths(config)
-    section = config.actor_rollout_ref
+    section, gpus = config.actor_rollout_ref, int(config.trainer.n_gpus_per_node)
     actor, reference = training_config(config, "actor"), training_config(config, "ref")
-    gpus = int(config.trainer.n_gpus_per_node)
     embedder = worker_config(load_embedrl_config(config).embedder, ranks_per_node=gpus)
     made = {
         "actor": {
@@ -158,7 +130,6 @@ def rehearse(overrides: list[str], *, judge: bool) -> dict[str, Any]:
         },
         "reference": {
             "engine": type(reference.engine_config).__name__,
-            "forward_only": reference.engine_config.forward_only,
             "packed": reference.engine_config.use_remove_padding,
         },
         "embedder": {
@@ -174,13 +145,8 @@ def rehearse(overrides: list[str], *, judge: bool) -> dict[str, Any]:
     return made
 
 
-def main(runs: str, out: str) -> None:
-    """Command line of the module docstring."""
-    torch.cuda.is_bf16_supported = lambda *_: True
-    pretend_h100()
-    result = {run["name"]: rehearse(run["overrides"], judge=run["judge"]) for run in json.loads(Path(runs).read_text())}
-    Path(out).write_text(json.dumps(result, indent=2))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    pretend_h100()
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    result = {run["name"]: rehearse(run["overrides"], judge=run["judge"]) for run in asked}
+    Path(sys.argv[2]).write_text(json.dumps(result, indent=2))

@@ -14,7 +14,7 @@ from embedrl_verl.cli import main
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.plan import BatchPlan, make_plan
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 
 REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 

@@ -16,7 +16,7 @@ from embedrl_verl.plan import make_plan
 from embedrl_verl.plan.memory import CONTEXT, GIB, Stage, memory_stages
 from embedrl_verl.plan.plan import _batch_plan
 from embedrl_verl.platforms.footprint import Megatron, shape_of
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.recipes.test_gpu_recipes import FSDP, MEGATRON, command_of
 
 REASONER, EMBEDDER = "Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-Embedding-2B"

@@ -12,12 +12,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from embedrl_verl.tiny.models import build_tiny_model
-from tests.recipes.test_gpu_recipes import FSDP, MEGATRON, ROOT, command_of
+from recipes.tiny_digits.models import build_tiny_model
+from tests.recipes.calls import ROOT
+from tests.recipes.test_gpu_recipes import FSDP, MEGATRON, command_of
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILY = dict(zip((*FSDP, *MEGATRON), FAMILIES, strict=True))
@@ -28,36 +29,36 @@ SERVED = 14336 + 2048
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models whose positions suffice for the recipes' lengths, and an Embedder."""
-    root = tmp_path_factory.mktemp("models")
-    for family in CLASSES:
-        build_tiny_model(root / family, family=family, max_positions=32768)
-    build_tiny_model(root / "embedder", seed=1)
-    return root
-
-
-@pytest.fixture(scope="module")
-def made(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What `rehearsal.py` built for each run, in one process."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `rehearsal.py` built for each run, in one process, with tiny models whose positions suffice."""
     folder = tmp_path_factory.mktemp("rehearsal")
+    for family in CLASSES:
+        build_tiny_model(folder / family, family=family, max_positions=32768)
+    build_tiny_model(folder / "embedder", seed=1)
     runs = []
     for name, mode, judge in RUNS:
-        variables = {"MODE": mode, "MODEL_PATH": str(models / FAMILY[name]), "EMBEDDER_PATH": str(models / "embedder")}
+        variables = {"MODE": mode, "MODEL_PATH": str(folder / FAMILY[name]), "EMBEDDER_PATH": str(folder / "embedder")}
         variables |= {"GPUS_PER_NODE": "4"} if mode == "separate_async" else {}
-        variables |= {"JUDGE_PATH": str(models / "qwen3_vl"), "JUDGE_GPUS_PER_NODE": "4"} if judge else {}
+        variables |= {"JUDGE_PATH": str(folder / "qwen3_vl"), "JUDGE_GPUS_PER_NODE": "4"} if judge else {}
         overrides = command_of(folder, name, **variables)[2:]
         runs.append({"name": f"{name} {mode} {judge}", "overrides": overrides, "judge": judge})
     (folder / "runs.json").write_text(json.dumps(runs))
     environment = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
-    command = [sys.executable, str(ROOT / "tests/recipes/rehearsal.py"), str(folder / "runs.json"), str(folder / "out")]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/recipes/rehearsal.py"),
+        str(folder / "runs.json"),
+        str(folder / "made"),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / "out").read_text())
+    return json.loads((folder / "made").read_text())
 
 
 @pytest.mark.parametrize(("name", "mode", "judge"), RUNS)
-def test_every_recipe_can_be_built_in_every_mode(made, name, mode, judge):
+def test_every_recipe_can_be_built_in_every_mode(
+    made: dict[str, dict[str, Any]], name: str, mode: str, judge: bool
+) -> None:
     run = made[f"{name} {mode} {judge}"]
     engine = "McoreEngineConfig" if name in MEGATRON else "FSDPEngineConfig"
     assert run["actor"]["engine"] == run["reference"]["engine"] == engine

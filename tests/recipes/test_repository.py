@@ -4,13 +4,13 @@ machine."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
+import runpy
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -42,15 +42,6 @@ def pins() -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_two_commands_of_the_readme_come_first_and_their_scripts_exist() -> None:
     first, second = (block.strip() for block in blocks("bash")[:2])
     assert first == "bash recipes/run_egrl_tiny_cpu.sh"
@@ -75,7 +66,7 @@ def test_the_readmes_python_examples_run(tmp_path: Path, monkeypatch: pytest.Mon
     photo = Item(images=(b"photo 0",))
     rows = [replace(pair, pair_id=str(i), query=photo, target=Item(text=pair.target.text)) for i in range(2)]
     assert content_id(rows[0], None) == content_id(rows[1], None) and not pair.query_id and not pair.target_id
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(reward, names)
     tcot = parse_tcot(
         '<thinking>a heron {"text_keywords": ["heron"]}</thinking><rethink>yes</rethink><answer>a</answer>'
@@ -89,9 +80,7 @@ def test_the_readmes_python_examples_run(tmp_path: Path, monkeypatch: pytest.Mon
         required=("text_keywords",) * 4,
         embeddings=torch.eye(2).repeat(2, 1),
     )
-    compute_score = names["compute_score"]
-    assert callable(compute_score)
-    score = compute_score(batch, weight=0.5)["score"]
+    score = names["compute_score"](batch, weight=0.5)["score"]
     assert torch.allclose(score, torch.full((4,), 1.5))
 
 
@@ -113,8 +102,8 @@ def test_the_pins_are_complete_for_every_python_and_name_no_host(minor: str) -> 
 
 
 def test_merging_resolutions_keeps_one_line_where_versions_agree(tmp_path: Path) -> None:
-    lock = load_script("lock_cpu")
-    merged = lock.merge({"3.10": ["a==1", "b==1"], "3.11": ["a==1", "b==2"], "3.12": ["a==1", "b==2", "c==1"]})
+    lock = runpy.run_path(str(ROOT / "scripts" / "lock_cpu.py"))
+    merged = lock["merge"]({"3.10": ["a==1", "b==1"], "3.11": ["a==1", "b==2"], "3.12": ["a==1", "b==2", "c==1"]})
     assert merged == [
         "a==1",
         "b==1 ; python_version == '3.10'",
@@ -123,14 +112,13 @@ def test_merging_resolutions_keeps_one_line_where_versions_agree(tmp_path: Path)
     ]
     written = tmp_path / "cpu.txt"
     written.write_text("# header\n" + "\n".join(merged) + "\n")
-    assert lock.read_pins(written, "3.11") == ["a==1", "b==2"]
-    assert lock.read_pins(ROOT / "requirements" / "cpu.txt", "3.11")
+    assert lock["read_pins"](written, "3.11") == ["a==1", "b==2"]
+    assert lock["read_pins"](ROOT / "requirements" / "cpu.txt", "3.11")
 
 
 def test_set_up_without_a_fitting_python_says_what_is_needed(tmp_path: Path) -> None:
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "requirements").mkdir()
     for name in ("scripts/setup_env.sh", "requirements/cpu.txt", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     result = subprocess.run(
         ["bash", str(tmp_path / "scripts" / "setup_env.sh")],
@@ -161,8 +149,7 @@ def test_equations_and_rules_lead_to_functions_and_tests_that_exist() -> None:
     text = "".join((ROOT / "docs" / name).read_text() for name in ("paper_map.md", "silent_faults.md"))
     tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
     functions = re.findall(r"`embedrl_verl\.([\w.]+)`", text)
-    assert len(tests) >= 10
-    assert len(functions) >= 10
+    assert len(tests) >= 10 and len(functions) >= 10
     for file, name in tests:
         source = (ROOT / file).read_text()
         assert not name or f"def {name}" in source, f"{file} has no {name}"

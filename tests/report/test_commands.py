@@ -16,7 +16,7 @@ import pytest
 from embedrl_verl import cli_data
 from embedrl_verl.cli import build_parser
 from embedrl_verl.data.parquet import SCHEMA
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests.report.inputs import Seen
 
 Command = Callable[..., int]

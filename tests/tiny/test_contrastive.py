@@ -1,31 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contrastive stage moves the Embedder, and corruption touches answers only."""
+"""The contrastive stage moves the Embedder."""
 
 from pathlib import Path
 
-import numpy as np
-import pytest
 import torch
 
-from embedrl_verl.embedder import Embedder
-from embedrl_verl.errors import ConfigError
-from embedrl_verl.tiny.contrastive import ContrastiveConfig, corrupt, embed_input, train_contrastive
-from embedrl_verl.tiny.digits import SFT_SCANS, make_samples
-from embedrl_verl.tiny.models import build_tiny_model
-from embedrl_verl.tiny.reasoner import tiny_limits
-
-
-def test_corruption_changes_digits_of_the_answer_alone() -> None:
-    tcot = '<thinking>{"bbox_2d":[0,250,1000,500]}</thinking><rethink>ok</rethink><answer>parcel 3071</answer>'
-    assert corrupt(tcot, 0.0, np.random.default_rng(0)) == tcot
-    wrong = corrupt(tcot, 1.0, np.random.default_rng(0))
-    assert wrong != tcot and wrong.split("<answer>")[0] == tcot.split("<answer>")[0]
-    assert wrong.startswith(tcot[: tcot.index("3071")]) and len(wrong) == len(tcot)
+from recipes.tiny_digits.canvas import TRAIN_SCANS
+from recipes.tiny_digits.contrastive import embed_input, load_embedder, train_contrastive
+from recipes.tiny_digits.models import build_tiny_model
+from recipes.tiny_digits.world import make_samples
 
 
 def test_training_brings_partners_together(tmp_path: Path) -> None:
-    embedder = Embedder.from_pretrained(build_tiny_model(tmp_path), limits=tiny_limits("qwen2_vl"))
-    samples = make_samples("digits_i2t", 4, scans=SFT_SCANS, seed=1)
+    embedder = load_embedder(build_tiny_model(tmp_path))
+    samples = make_samples("digits_i2t", 4, scans=TRAIN_SCANS, seed=1)
 
     def margin() -> float:
         query = embedder.embed([embed_input(s, "query", s.query.tcot, "qwen2_vl") for s in samples])
@@ -35,14 +23,5 @@ def test_training_brings_partners_together(tmp_path: Path) -> None:
         return float(similarity.diagonal().mean() - others.mean())
 
     before = margin()
-    train_contrastive(
-        embedder, samples, ContrastiveConfig(steps=40, families=1, warmup=3, raw_share=0.0, terse_share=0.0)
-    )
+    train_contrastive(embedder, samples, steps=60, families=1, raw_share=0.0)
     assert margin() > before + 0.05
-
-
-def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"must be in \[0, 1\]"):
-        ContrastiveConfig(raw_share=1.5)
-    with pytest.raises(ConfigError, match="must be positive"):
-        ContrastiveConfig(temperature=0.0)

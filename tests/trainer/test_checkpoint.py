@@ -17,8 +17,8 @@ from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import read_record
-from embedrl_verl.tiny.models import build_tiny_model
 from embedrl_verl.trainer.checkpoint import RECORD, check_run_record, model_digest, run_record, write_records
+from recipes.tiny_digits.models import build_tiny_model
 
 
 def write_run_record(folder: str, record: dict[str, Any]) -> None:

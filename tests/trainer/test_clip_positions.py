@@ -21,8 +21,8 @@ from embedrl_verl.data.prompts import load_prompt_media
 from embedrl_verl.data.video import FrameTimes, list_times
 from embedrl_verl.embedder.actor_positions import bind_positions
 from embedrl_verl.families import token_side
-from embedrl_verl.tiny.models import build_tiny_model
 from embedrl_verl.trainer.agent_loop import _ClipClient
+from recipes.tiny_digits.models import build_tiny_model
 
 pytest.importorskip("vllm")
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

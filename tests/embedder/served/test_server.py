@@ -33,8 +33,8 @@ from embedrl_verl.errors import EmbedderError
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.platforms.ports import free_port
-from embedrl_verl.tiny.environment import CPU_ENV
-from embedrl_verl.tiny.models import build_tiny_model
+from recipes.tiny_digits.environment import CPU_ENV
+from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import LIMITS, item, mixed_inputs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment of engines on a machine without a GPU, as recipes/run_egrl_tiny_cpu.sh exports it: for what starts
-them from Python (benchmarks, tests)."""
+"""The environment of engines on a machine without a GPU, as recipes/common.sh exports it: for what starts them from
+Python (tests, benchmarks). A file of its own, because it is needed before torch is imported."""
 
 CPU_ENV = {
     "VERL_PLATFORM": "cpu",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of real handwritten digits on a grid of cells, one cell = one visual token.
 
-The 1,797 scans of scikit-learn's `load_digits` (8 x 8 pixels) are split by index and never mixed: a scan is used
-either in training or in the held-out evaluation. A canvas is white paper; a strip of digits lies in one row of cells,
-so the true box of a strip, and the digit that each visual token shows, are known exactly.
+The 1,797 scans of scikit-learn's `load_digits` (8 x 8 pixels) are split by index: a scan is used either in training or
+in the held-out evaluation. A canvas is white paper; a strip of digits lies in one row of cells, so the true box of a
+strip, and the digit that each visual token shows, are known exactly.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
-from embedrl_verl.errors import ConfigError
-
 # Scan indices [first, past the last).
-SFT_SCANS = TRAIN_SCANS = (0, 1300)
+TRAIN_SCANS = (0, 1300)
 HELD_OUT_SCANS = (1300, 1797)
 _INK = 15.0  # darkness of full ink: scans hold 0..16
 
@@ -46,8 +44,6 @@ class ScanBox:
         labels = _scans()[1][span[0] : span[1]]
         self._rng = rng
         self._of_digit = [np.flatnonzero(labels == digit) + span[0] for digit in range(10)]
-        if any(len(scans) == 0 for scans in self._of_digit):
-            raise ConfigError(f"scan range must hold every digit 0-9; got {span}: take a wider range")
 
     def draw(self, code: str) -> list[int]:
         """One random scan index for each digit of `code`."""
@@ -71,21 +67,17 @@ class Grid:
     columns: int
     cell: int = 28
 
-    def box(self, strip: Strip, *, relative: bool = True) -> tuple[int, int, int, int]:
-        """True box (x1, y1, x2, y2) of a strip: 0..1000 of width and height, or pixels of the canvas."""
+    def box(self, strip: Strip, *, relative: bool = True) -> list[int]:
+        """True box [x1, y1, x2, y2] of a strip: 0..1000 of width and height, or pixels of the canvas."""
         edges = (strip.column, strip.row, strip.column + len(strip.scans), strip.row + 1)
         if not relative:
-            return tuple(edge * self.cell for edge in edges)  # type: ignore[return-value]
+            return [edge * self.cell for edge in edges]
         sizes = (self.columns, self.rows, self.columns, self.rows)
-        return tuple(round(1000 * edge / size) for edge, size in zip(edges, sizes, strict=True))  # type: ignore[return-value]
+        return [round(1000 * edge / size) for edge, size in zip(edges, sizes, strict=True)]
 
 
 def draw_canvas(grid: Grid, strips: Sequence[Strip], *, printed: str = "") -> Image.Image:
-    """Draw strips of scans, and optionally a printed line in the first row of cells, on white paper.
-
-    Returns:
-        A grey image (mode L) of (rows * cell) x (columns * cell) pixels, dark on white.
-    """
+    """Strips of scans, and a printed line in the first row of cells, dark on white: a grey image (mode L)."""
     paper = np.full((grid.rows * grid.cell, grid.columns * grid.cell), 255, dtype=np.uint8)
     for strip in strips:
         for offset, scan in enumerate(strip.scans):
@@ -108,7 +100,7 @@ def digit_of_cells(grid: Grid, strips: Sequence[Strip]) -> tuple[int, ...]:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode losslessly; the same bytes for the same pixels."""
+    """Encoded losslessly; the same bytes for the same pixels."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -16,33 +16,29 @@ Strips begin at the left edge and lie in one of two middle rows: boxes have the 
 a model of two layers finds the k-th digit at a fixed distance. Numbers come in families of four that differ in one or
 two digits, so that a single misread digit finds the wrong candidate.
 
-Three files: `sft.parquet` (for the cold start), `train.parquet` (contrastive stage and RL),
-`heldout.parquet` (scans that no stage trains on). Beside each lies a `.truths.jsonl` with the true T-CoTs:
-{"pair_id", "query": {"tcot", "cells"}, "target": {"tcot", "cells"}}; RL never reads it. `train_tcot.parquet` and
-`heldout_tcot.parquet` are the same pairs with their true T-CoTs in the records, as an annotator leaves them.
-
-Command: `python -m embedrl_verl.tiny.digits --out DIR [--family qwen2_vl] [--seed 0]`.
+Files: `sft.parquet` (cold start), `train.parquet` (contrastive stage and RL), `heldout.parquet` (scans that no stage
+trains on). Beside each lies a `.truths.jsonl` with what is known of both sides, which RL never reads.
+`train_tcot.parquet` and `heldout_tcot.parquet` are the same pairs with their true T-CoTs, as an annotator leaves them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import TypeAlias
 
 import numpy as np
+import typer
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
-from embedrl_verl.data.schema import Item, PairRecord, Side, Video
+from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side, Video
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.families import box_convention, token_side
-from embedrl_verl.tiny.canvas import (
+from embedrl_verl.families import Family, box_convention, token_side
+from recipes.tiny_digits.canvas import (
     HELD_OUT_SCANS,
-    SFT_SCANS,
     TRAIN_SCANS,
     Grid,
     ScanBox,
@@ -51,7 +47,6 @@ from embedrl_verl.tiny.canvas import (
     draw_canvas,
     png_bytes,
 )
-from embedrl_verl.tiny.models import TinyFamily
 
 FAMILY_SIZE = 4  # numbers that differ in one or two digits
 WORDS = ("parcel", "ticket", "receipt", "invoice", "locker", "report", "voucher", "permit")
@@ -83,54 +78,7 @@ class Sample:
         return self.query if side == "query" else self.target
 
 
-@dataclass(frozen=True)
-class WorldSize:
-    """Pairs a source in each file."""
-
-    sft: int = 2048
-    train: int = 512
-    heldout: int = 48
-
-    def __post_init__(self) -> None:
-        for name in ("sft", "train", "heldout"):
-            value = getattr(self, name)
-            if value < FAMILY_SIZE or value % FAMILY_SIZE:
-                raise ConfigError(f"{name} must be a positive multiple of {FAMILY_SIZE} (families); got {value}")
-
-
 _Side: TypeAlias = tuple[Item, Truth]
-
-
-@dataclass(frozen=True)
-class _Pen:
-    """Everything that drawing one file's pictures needs."""
-
-    rng: np.random.Generator
-    scans: ScanBox
-    family: TinyFamily
-
-    def grid(self, rows: int, columns: int) -> Grid:
-        return Grid(rows, columns, token_side(self.family))
-
-    def strip(self, code: str, *, row: int, column: int = 0) -> Strip:
-        return Strip(row, column, tuple(self.scans.draw(code)))
-
-    def row(self) -> int:
-        """One of the two middle rows of a canvas of four."""
-        return int(self.rng.integers(1, 3))
-
-    def picture(self, code: str) -> _Side:
-        """A picture of `code` alone."""
-        return self.boxed(self.grid(4, len(code)), [self.strip(code, row=self.row())], code)
-
-    def boxed(
-        self, grid: Grid, strips: Sequence[Strip], answer: str, *, asked: int = 0, text: str = "", printed: str = ""
-    ) -> _Side:
-        """A picture of strips whose T-CoT points at one of them."""
-        image = png_bytes(draw_canvas(grid, strips, printed=printed))
-        box = grid.box(strips[asked], relative=box_convention(self.family) == "relative_1000")
-        tcot = render_tcot({"bbox_2d": list(box)}, answer)
-        return Item(text, (image,), kind="page" if printed else None), Truth(tcot, digit_of_cells(grid, strips))
 
 
 def render_tcot(evidence: dict[str, list[int] | list[str]], answer: str) -> str:
@@ -149,6 +97,32 @@ def _text(text: str) -> _Side:
     return Item(text=text), Truth(render_tcot({"text_keywords": text.split()}, text))
 
 
+@dataclass(frozen=True)
+class _Pen:
+    """Draws the pictures of one source for one family."""
+
+    rng: np.random.Generator
+    scans: ScanBox
+    family: Family
+
+    def strip(self, code: str, *, row: int, column: int = 0) -> Strip:
+        return Strip(row, column, tuple(self.scans.draw(code)))
+
+    def picture(self, code: str, answer: str = "", printed: str = "") -> _Side:
+        """A picture of `code` in one of the two middle rows."""
+        return self.boxed([self.strip(code, row=int(self.rng.integers(1, 3)))], answer or code, printed=printed)
+
+    def boxed(
+        self, strips: Sequence[Strip], answer: str, *, asked: int = 0, text: str = "", printed: str = ""
+    ) -> _Side:
+        """A picture of strips whose T-CoT points at one of them."""
+        grid = Grid(4, len(strips[0].scans), token_side(self.family))
+        image = png_bytes(draw_canvas(grid, strips, printed=printed))
+        box = grid.box(strips[asked], relative=box_convention(self.family) == "relative_1000")
+        item = Item(text, (image,), kind="page" if printed else None)
+        return item, Truth(render_tcot({"bbox_2d": box}, answer), digit_of_cells(grid, strips))
+
+
 def _i2t(pen: _Pen, code: str) -> tuple[_Side, _Side]:
     return pen.picture(code), _text(code)
 
@@ -165,13 +139,12 @@ def _vqa(pen: _Pen, code: str) -> tuple[_Side, _Side]:
     asked = int(pen.rng.integers(2))
     other = "".join(str(digit) for digit in pen.rng.integers(10, size=len(code)))
     strips = [pen.strip(code if number == asked else other, row=1 + number) for number in range(2)]
-    text = ("upper", "lower")[asked]
-    return pen.boxed(pen.grid(4, len(code)), strips, code, asked=asked, text=text), _text(code)
+    return pen.boxed(strips, code, asked=asked, text=("upper", "lower")[asked]), _text(code)
 
 
 def _video(pen: _Pen, code: str) -> tuple[_Side, _Side]:
     """Four frames, two of them with two digits each. One visual token spans two frames (temporal patch)."""
-    grid = pen.grid(1, 4)
+    grid = Grid(1, 4, token_side(pen.family))
     keys = sorted(int(frame) for frame in pen.rng.choice(4, size=2, replace=False))
     shown = {keys[0]: [pen.strip(code[:2], row=0)], keys[1]: [pen.strip(code[2:], row=0, column=2)]}
     frames = [shown.get(number, []) for number in range(4)]
@@ -184,29 +157,22 @@ def _video(pen: _Pen, code: str) -> tuple[_Side, _Side]:
 
 def _page(pen: _Pen, code: str) -> tuple[_Side, _Side]:
     word = str(pen.rng.choice(WORDS))
-    strips = [pen.strip(code, row=pen.row())]
-    return pen.boxed(pen.grid(4, len(code)), strips, f"{word} {code}", printed=word), _text(f"{word} {code}")
+    return pen.picture(code, f"{word} {code}", printed=word), _text(f"{word} {code}")
 
 
-@dataclass(frozen=True)
-class _Source:
-    length: int  # digits of a number
-    instruction: str
-    make: Callable[[_Pen, str], tuple[_Side, _Side]]
-
-
-SOURCES: dict[str, _Source] = {
-    "digits_i2t": _Source(5, "Read the digits.", _i2t),
-    "digits_vqa": _Source(4, "Read the row", _vqa),
-    "digits_t2i": _Source(5, "Find the picture with these digits.", _t2i),
-    "digits_i2i": _Source(5, "Match the digits.", _i2i),
-    "digits_video": _Source(4, "Read the clip.", _video),
-    "digits_page": _Source(4, "Read the page.", _page),
+# By source: digits of a number, instruction, and what draws query and target of a number.
+SOURCES: dict[str, tuple[int, str, Callable[[_Pen, str], tuple[_Side, _Side]]]] = {
+    "digits_i2t": (5, "Read the digits.", _i2t),
+    "digits_vqa": (4, "Read the row", _vqa),
+    "digits_t2i": (5, "Find the picture with these digits.", _t2i),
+    "digits_i2i": (5, "Match the digits.", _i2i),
+    "digits_video": (4, "Read the clip.", _video),
+    "digits_page": (4, "Read the page.", _page),
 }
 
 
 def number_families(count: int, length: int, rng: np.random.Generator) -> list[str]:
-    """Draw `count` different numbers, families of `FAMILY_SIZE` adjacent: a base and near copies of it."""
+    """`count` different numbers, families of `FAMILY_SIZE` adjacent: a base and near copies of it."""
     numbers: list[str] = []
     base = rng.integers(10, size=length)
     while len(numbers) < count:
@@ -223,44 +189,40 @@ def number_families(count: int, length: int, rng: np.random.Generator) -> list[s
 
 
 def make_samples(
-    source: str, count: int, *, scans: tuple[int, int], seed: int, family: TinyFamily = "qwen2_vl", name: str = "train"
+    source: str, count: int, *, scans: tuple[int, int], seed: int, family: Family = "qwen2_vl", name: str = "train"
 ) -> list[Sample]:
-    """Make `count` pairs of one source from the scans of one index range.
+    """`count` pairs of one source from the scans of one index range; the same seed gives the same bytes.
 
-    Args:
-        source: a key of `SOURCES`.
-        count: number of pairs.
-        scans: scan indices [first, past the last).
-        seed: the same seed gives the same bytes.
-        family: decides the cell size (28 or 32 px) and the box units of the true T-CoTs.
-        name: first part of the pair ids.
+    `family` decides the cell size (28 or 32 px) and the box units of the true T-CoTs; `name` begins the pair ids.
     """
-    task = SOURCES[source]
+    length, instruction, make = SOURCES[source]
     rng = np.random.default_rng([seed, *scans, list(SOURCES).index(source)])
     pen = _Pen(rng, ScanBox(scans, rng), family)
     samples = []
-    for index, code in enumerate(number_families(count, task.length, rng)):
-        (query, query_truth), (target, target_truth) = task.make(pen, code)
-        content = f"{source}:{target.text or code}"
-        record = PairRecord(f"{name}-{source}-{index}", source, task.instruction, query, target, content)
+    for index, code in enumerate(number_families(count, length, rng)):
+        (query, query_truth), (target, target_truth) = make(pen, code)
+        target_id = f"{source}:{target.text or code}"
+        record = PairRecord(f"{name}-{source}-{index}", source, instruction, query, target, target_id)
         samples.append(Sample(record, query_truth, target_truth))
     return samples
 
 
+def annotated(sample: Sample) -> PairRecord:
+    """The record with the true T-CoT on both sides."""
+    sides = {side: replace(getattr(sample.record, side), tcot=sample.truth(side).tcot) for side in SIDES}
+    return replace(sample.record, **sides)
+
+
 def write_world(
-    out_dir: str | Path, *, seed: int = 0, family: TinyFamily = "qwen2_vl", size: WorldSize | None = None
+    out: Path, *, seed: int = 0, family: Family = "qwen2_vl", sft: int = 2048, train: int = 512, heldout: int = 48
 ) -> dict[str, Path]:
-    """Write the files with their T-CoTs; returns name -> parquet path."""
-    size = size or WorldSize()
-    out = Path(out_dir)
+    """Write the files; returns name -> parquet path. `sft`, `train`, `heldout`: pairs a source in each."""
+    if any(count < FAMILY_SIZE or count % FAMILY_SIZE for count in (sft, train, heldout)):
+        raise ConfigError(f"pairs a source must be a multiple of {FAMILY_SIZE}; got {sft}, {train} and {heldout}")
     out.mkdir(parents=True, exist_ok=True)
-    plan = {
-        "sft": (size.sft, SFT_SCANS),
-        "train": (size.train, TRAIN_SCANS),
-        "heldout": (size.heldout, HELD_OUT_SCANS),
-    }
+    files = {"sft": (sft, TRAIN_SCANS), "train": (train, TRAIN_SCANS), "heldout": (heldout, HELD_OUT_SCANS)}
     paths = {}
-    for number, (name, (count, scans)) in enumerate(plan.items()):
+    for number, (name, (count, scans)) in enumerate(files.items()):
         samples = [
             sample
             for source in SOURCES
@@ -279,23 +241,8 @@ def write_world(
     return paths
 
 
-def annotated(sample: Sample) -> PairRecord:
-    """The record with the true T-CoT on both sides."""
-    record = sample.record
-    return replace(
-        record,
-        query=replace(record.query, tcot=sample.query.tcot),
-        target=replace(record.target, tcot=sample.target.tcot),
-    )
-
-
-def read_samples(path: str | Path) -> list[Sample]:
-    """The pairs of one of the world's files with their truths.
-
-    Raises:
-        DataError: the file of truths belongs to other pairs.
-    """
-    path = Path(path)
+def read_samples(path: Path) -> list[Sample]:
+    """The pairs of one of the world's files with their truths."""
     samples = []
     with path.with_suffix(".truths.jsonl").open(encoding="utf-8") as lines:
         for record, line in zip(read_pairs(path), lines, strict=True):
@@ -305,21 +252,15 @@ def read_samples(path: str | Path) -> list[Sample]:
                     f"{path}: truths must be in the order of the pairs; got {truth['pair_id']} beside "
                     f"{record.pair_id}: write the world again"
                 )
-            sides = [Truth(truth[side]["tcot"], tuple(truth[side]["cells"])) for side in ("query", "target")]
-            samples.append(Sample(record, *sides))
+            samples.append(Sample(record, *(Truth(truth[side]["tcot"], tuple(truth[side]["cells"])) for side in SIDES)))
     return samples
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: write the digits world."""
-    parser = argparse.ArgumentParser(prog="python -m embedrl_verl.tiny.digits", description=write_world.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--family", choices=get_args(TinyFamily), default="qwen2_vl")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    for name, path in write_world(args.out, seed=args.seed, family=args.family).items():
+def main(out: Path, family: Family = "qwen2_vl", seed: int = 0) -> None:
+    """Write the digits world to the folder OUT."""
+    for name, path in write_world(out, seed=seed, family=family).items():
         print(f"{name}: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The digits world is what it claims to be: real scans, never shared between splits, with true T-CoTs."""
 
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,34 +12,29 @@ from embedrl_verl.data.media import load_item
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES, input_kind
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.families import token_side
+from embedrl_verl.families import FAMILIES, Family, token_side
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
 from embedrl_verl.tcot import cut_evidence, format_reward, parse_tcot
-from embedrl_verl.tiny.canvas import HELD_OUT_SCANS, SFT_SCANS, TRAIN_SCANS, Grid, ScanBox, Strip, draw_canvas
-from embedrl_verl.tiny.digits import (
+from recipes.tiny_digits.canvas import HELD_OUT_SCANS, TRAIN_SCANS, Grid, ScanBox, Strip, draw_canvas
+from recipes.tiny_digits.world import (
     FAMILY_SIZE,
     SOURCES,
     Sample,
-    WorldSize,
     cut_short,
     make_samples,
     number_families,
     read_samples,
     write_world,
 )
-from embedrl_verl.tiny.models import TinyFamily
-
-FAMILIES: tuple[TinyFamily, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-def samples_of(source: str, family: TinyFamily = "qwen2_vl", count: int = 12) -> list[Sample]:
+def samples_of(source: str, family: Family = "qwen2_vl", count: int = 12) -> list[Sample]:
     return make_samples(source, count, scans=HELD_OUT_SCANS, seed=5, family=family)
 
 
 def test_scans_of_training_and_held_out_never_meet() -> None:
-    assert TRAIN_SCANS[1] <= HELD_OUT_SCANS[0] and SFT_SCANS[1] <= TRAIN_SCANS[1]
-    assert HELD_OUT_SCANS[1] == len(load_digits().target) == 1797
-    for span in (SFT_SCANS, TRAIN_SCANS, HELD_OUT_SCANS):
+    assert TRAIN_SCANS[1] <= HELD_OUT_SCANS[0] and HELD_OUT_SCANS[1] == len(load_digits().target) == 1797
+    for span in (TRAIN_SCANS, HELD_OUT_SCANS):
         drawn = ScanBox(span, np.random.default_rng(0)).draw("0123456789" * 20)
         assert all(span[0] <= scan < span[1] for scan in drawn)
         assert "".join(str(load_digits().target[scan]) for scan in drawn) == "0123456789" * 20
@@ -48,23 +42,24 @@ def test_scans_of_training_and_held_out_never_meet() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("source", SOURCES)
-def test_true_tcots_are_well_formed_and_carry_the_evidence_of_their_kind(source: str, family: TinyFamily) -> None:
+def test_true_tcots_are_well_formed_and_carry_the_evidence_of_their_kind(source: str, family: Family) -> None:
     for sample in samples_of(source, family):
-        for side, truth in zip(SIDES, (sample.query, sample.target), strict=True):
-            tcot = parse_tcot(truth.tcot, num_frames=4, num_images=1)
+        for side in SIDES:
+            tcot = parse_tcot(sample.truth(side).tcot, num_frames=4, num_images=1)
             assert format_reward(tcot, EVIDENCE_KEY_OF_KIND[input_kind(sample.record, side)]) == 1.0
-            assert tcot.answer == sample.record.target_id.split(":")[1]
+            assert tcot.answer == sample.record.target_id.split(":")[1], "same content, same target id"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("source", ["digits_i2t", "digits_vqa", "digits_page"])
-def test_the_true_box_cuts_exactly_the_strip(source: str, family: TinyFamily) -> None:
+def test_the_true_box_cuts_exactly_the_strip(source: str, family: Family) -> None:
     cell = token_side(family)
     for sample in samples_of(source, family):
         item = load_item(sample.record.query, None)
         cells = np.array(sample.query.cells).reshape(item.images[0].height // cell, -1)
         answer = [int(digit) for digit in parse_tcot(sample.query.tcot).answer if digit.isdigit()]
         row = next(row for row in range(len(cells)) if cells[row].tolist() == answer)
+        assert item.text == {"digits_vqa": ("upper", "lower")[row - 1]}.get(source, "")
         (crop,) = cut_evidence(parse_tcot(sample.query.tcot), images=item.images, frames=(), family=family).images
         strip = np.asarray(item.images[0])[row * cell : (row + 1) * cell]
         assert np.array_equal(np.asarray(crop), strip)
@@ -86,64 +81,37 @@ def test_numbers_differ_and_families_differ_in_one_or_two_digits() -> None:
         assert all(1 <= sum(a != b for a, b in zip(base, one, strict=True)) <= 2 for one in near)
 
 
-def test_same_content_same_target_id() -> None:
-    by_id = defaultdict(set)
-    for source in SOURCES:
-        for sample in samples_of(source):
-            by_id[sample.record.target_id].add(parse_tcot(sample.target.tcot).answer)
-    assert all(len(answers) == 1 for answers in by_id.values())
-
-
 def test_pictures_are_dark_on_white_and_follow_the_scan() -> None:
     grid = Grid(2, 3)
     image = np.asarray(draw_canvas(grid, [Strip(1, 0, (0, 1))]))
     assert image.shape == (56, 84)
-    assert (image[:28] == 255).all() and (image[28:, 56:] == 255).all()
-    assert image[28:, :28].min() < 60
+    assert (image[:28] == 255).all() and (image[28:, 56:] == 255).all() and image[28:, :28].min() < 60
     assert not np.array_equal(image, np.asarray(draw_canvas(grid, [Strip(1, 0, (0, 2))])))
     assert (np.asarray(draw_canvas(grid, [], printed="no"))[:28] < 128).any()
 
 
-def test_a_world_is_reproduced_bit_by_bit_and_read_back(tmp_path: Path) -> None:
-    size = WorldSize(sft=4, train=8, heldout=4)
-    first = write_world(tmp_path / "a", seed=2, size=size)
-    again = write_world(tmp_path / "b", seed=2, size=size)
-    other = write_world(tmp_path / "c", seed=3, size=size)
-    names = ("sft", "train", "heldout")
-    for name in names:
-        samples = read_samples(first[name])
-        assert samples == read_samples(again[name]) != read_samples(other[name])
-        assert len(samples) == getattr(size, name) * len(SOURCES)
-    assert len({s.record.pair_id for name in names for s in read_samples(first[name])}) == 16 * len(SOURCES)
-
-
-def test_annotated_files_hold_the_same_pairs_with_their_true_tcots(tmp_path: Path) -> None:
-    paths = write_world(tmp_path, size=WorldSize(4, 8, 4))
-    for name in ("train", "heldout"):
-        records = list(read_pairs(paths[f"{name}_tcot"]))
+def test_a_world_is_reproduced_bit_by_bit_and_its_annotated_files_hold_the_same_pairs(tmp_path: Path) -> None:
+    size = {"sft": 4, "train": 8, "heldout": 4}
+    paths = write_world(tmp_path / "a", seed=2, **size)
+    again, other = write_world(tmp_path / "b", seed=2, **size), write_world(tmp_path / "c", seed=3, **size)
+    for name, count in size.items():
         samples = read_samples(paths[name])
-        assert [(r.query.tcot, r.target.tcot) for r in records] == [(s.query.tcot, s.target.tcot) for s in samples]
-        bare = [replace(r, query=replace(r.query, tcot=""), target=replace(r.target, tcot="")) for r in records]
-        assert bare == [s.record for s in samples]
-
-
-def test_truths_of_other_pairs_are_refused(tmp_path: Path) -> None:
-    path = write_world(tmp_path, size=WorldSize(4, 4, 4))["sft"]
-    truths = path.with_suffix(".truths.jsonl")
+        assert samples == read_samples(again[name]) != read_samples(other[name])
+        assert len({s.record.pair_id for s in samples}) == count * len(SOURCES)
+        if name != "sft":
+            records = list(read_pairs(paths[f"{name}_tcot"]))
+            assert [(r.query.tcot, r.target.tcot) for r in records] == [(s.query.tcot, s.target.tcot) for s in samples]
+            bare = [replace(r, query=replace(r.query, tcot=""), target=replace(r.target, tcot="")) for r in records]
+            assert bare == [s.record for s in samples]
+    truths = paths["sft"].with_suffix(".truths.jsonl")
     lines = truths.read_text().splitlines(keepends=True)
     truths.write_text("".join([*lines[1:], lines[0]]))
     with pytest.raises(DataError, match="truths must be in the order of the pairs; got sft-digits_i2t-1"):
-        read_samples(path)
-
-
-def test_sizes_that_break_families_are_refused() -> None:
-    with pytest.raises(ConfigError, match="heldout must be a positive multiple of 4.*got 6"):
-        WorldSize(heldout=6)
-    with pytest.raises(ConfigError, match="must hold every digit"):
-        ScanBox((0, 5), np.random.default_rng(0))
+        read_samples(paths["sft"])
+    with pytest.raises(ConfigError, match="must be a multiple of 4"):
+        write_world(tmp_path, heldout=6)
 
 
 def test_a_short_answer_keeps_the_evidence_and_the_words() -> None:
     tcot = '<thinking>{"bbox_2d":[0,250,1000,500]}</thinking><rethink>ok</rethink><answer>parcel 3071</answer>'
     assert cut_short(tcot) == tcot.replace("3071", "3")
-    assert cut_short(cut_short(tcot)) == cut_short(tcot)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contrastive training of the tiny Embedder on input + true T-CoT + evidence, and on the raw input.
+
+Symmetric InfoNCE over batches of one data source, put together from whole families of near numbers, so that every pair
+has hard negatives. Two kinds of batches:
+
+- `tcot`: input, true T-CoT and the evidence that it points at, on both sides;
+- `raw`: the input alone on both sides, so that the baseline without T-CoT is a trained one too.
+
+No T-CoT has a short or a wrong answer: an Embedder that saw short answers read the pictures itself, and could not tell
+poor T-CoTs from good ones in RL.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from transformers import AutoProcessor
+
+from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.media import LoadedItem, load_item
+from embedrl_verl.data.schema import SIDES, Item, Side
+from embedrl_verl.embedder import Embedder, EmbedInput, info_nce
+from embedrl_verl.embedder.batching import pack_rows
+from embedrl_verl.embedder.forward import embed_packed
+from embedrl_verl.embedder.loading import family_of_config, load_config
+from embedrl_verl.families import Family
+from embedrl_verl.tcot import cut_evidence, parse_tcot
+from recipes.tiny_digits.muon import MuonAdamW
+from recipes.tiny_digits.reasoner import tiny_limits
+from recipes.tiny_digits.world import FAMILY_SIZE, Sample, read_samples
+
+TEMPERATURE = 0.05
+RAW_SHARE = 0.4  # of the batches
+
+
+@cache
+def _loaded(item: Item) -> LoadedItem:
+    return load_item(item, None)
+
+
+def load_embedder(path: Path) -> Embedder:
+    """A tiny Embedder with the limits of the digits world."""
+    return Embedder.from_pretrained(path, limits=tiny_limits(family_of_config(load_config(path))))
+
+
+def embed_input(sample: Sample, side: Side, tcot: str | None, family: Family) -> EmbedInput:
+    """What the Embedder reads of one side: the input alone, or with a T-CoT and the evidence that it points at."""
+    item = _loaded(sample.record.item(side))
+    if tcot is None:
+        return EmbedInput(item)
+    parsed = parse_tcot(tcot, num_frames=len(item.frames) or None, num_images=len(item.images) or None)
+    evidence = cut_evidence(parsed, images=item.images, frames=item.frames, family=family)
+    return EmbedInput(item, parsed, evidence.images)
+
+
+def train_contrastive(
+    embedder: Embedder,
+    samples: Sequence[Sample],
+    *,
+    seed: int = 0,
+    steps: int = 400,
+    families: int = 8,
+    raw_share: float = RAW_SHARE,
+) -> None:
+    """Train in place.
+
+    Args:
+        samples: pairs grouped by source, families adjacent, as `read_samples` gives them.
+        families: families of near numbers in a batch; pairs = families * FAMILY_SIZE.
+        raw_share: share of the batches without T-CoT.
+    """
+    rng = np.random.default_rng(seed)
+    by_source: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_source[sample.record.data_source].append(sample)
+    sources = list(by_source)
+    optimizer = MuonAdamW(embedder.model, total=steps)
+    losses: dict[str, list[float]] = {"raw": [], "tcot": []}
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        pairs = by_source[sources[int(rng.integers(len(sources)))]]
+        count = min(families, len(pairs) // FAMILY_SIZE)
+        starts = FAMILY_SIZE * rng.choice(len(pairs) // FAMILY_SIZE, size=count, replace=False)
+        batch = [pairs[start + i] for start in starts for i in range(FAMILY_SIZE)]
+        view = "raw" if rng.random() < raw_share else "tcot"
+        if view == "tcot":
+            rng.random(2 * len(SIDES) * len(batch))  # drawn for faults in T-CoTs once; the published runs have them
+        loss = batch_loss(embedder, batch, with_tcot=view == "tcot")
+        optimizer.step(loss)
+        losses[view].append(loss.item())
+        if step % 50 == 0 or step == steps:
+            shown = ", ".join(f"loss {name} {np.mean(values[-20:]):.3f}" for name, values in losses.items() if values)
+            print(f"contrastive: step {step}, {shown}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def batch_loss(embedder: Embedder, batch: Sequence[Sample], *, with_tcot: bool) -> torch.Tensor:
+    """InfoNCE of a batch; pairs with an equal query or an equal target are no negatives of each other."""
+    processor = embedder.processor
+    rows = [
+        processor.encode(embed_input(s, side, s.truth(side).tcot if with_tcot else None, processor.family))
+        for side in SIDES
+        for s in batch
+    ]
+    query, target = embed_packed(embedder.model.model, pack_rows(rows)).split(len(batch))
+    same_query, same_target = torch.tensor([content_id(s.record, None) for s in batch]).T
+    return info_nce(query, target, temperature=TEMPERATURE, query_content=same_query, target_content=same_target)
+
+
+def main(model: Path, world: Path, out: Path, seed: int = 0) -> None:
+    """Train the tiny MODEL on the WORLD and write the Embedder to OUT."""
+    embedder = load_embedder(model)
+    train_contrastive(embedder, read_samples(world / "train.parquet"), seed=seed)
+    embedder.model.save_pretrained(out)
+    AutoProcessor.from_pretrained(model).save_pretrained(out)
+    print(f"wrote the Embedder to {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
