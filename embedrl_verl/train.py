@@ -39,7 +39,7 @@ def run(config: Any) -> None:
     from embedrl_verl.doctor import check_ray_cpus
     from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
     from embedrl_verl.platforms.needs import check_needs
-    from embedrl_verl.progress import ProgressLine, metrics_file
+    from embedrl_verl.progress import metrics_file, progress_line
     from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
     from embedrl_verl.trainer.judge_config import check_judge
     from embedrl_verl.trainer.preflight import check_embedder, check_reward_function
@@ -66,7 +66,7 @@ def run(config: Any) -> None:
     check_ray_cpus(config)
     fork_ray_workers(config)
     join_cluster(config)
-    with ProgressLine(metrics_file(config)):
+    with progress_line(metrics_file(config)):
         run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
 
 

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl import cli_data
+from embedrl_verl.cli import main
 from embedrl_verl.data import inspection
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.tiny.models import build_tiny_model
 from tests.data.clips import write_clip
 
@@ -26,9 +23,7 @@ MakePair = Callable[..., PairRecord]
 
 def check(*arguments: object) -> int:
     """Exit code of `embedrl data check ARGUMENTS`."""
-    parser = argparse.ArgumentParser()
-    cli_data.add_parser(parser.add_subparsers(dest="command"))
-    return cli_data.run(parser.parse_args(["data", "check", *map(str, arguments)]))
+    return main(["data", "check", *map(str, arguments)])
 
 
 def test_sound_file_gives_a_table_and_zero(
@@ -156,14 +151,21 @@ def test_overlong_prompts_are_listed_with_their_length(
     assert "row 1, pair 'long', field target: prompt has " in line and line.endswith("tokens, over the limit of 400")
 
 
-def test_length_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs --tokenizer"):
-        check(tmp_path / "f.parquet", "--max-prompt-length", 100)
-
-
-def test_the_parser_is_there_without_torch() -> None:
-    code = "import sys, embedrl_verl.cli_data; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-prompt-length", 100), "needs --tokenizer DIR, the Reasoner's folder"),
+        (("--tokenizer", "/nope"), "--tokenizer /nope: cannot be loaded"),
+        (("--family", "llava"), "got 'llava'"),
+        (("--image-min-tokens", 900), "image tokens must satisfy 1 <= minimum <= maximum; got 900 and 768"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(
+    tmp_path: Path, pair: MakePair, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
+) -> None:
+    write_pairs([pair("a")], tmp_path / "f.parquet")
+    assert check(tmp_path / "f.parquet", *options) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_few_records_are_held_at_a_time(
@@ -183,10 +185,23 @@ def test_a_few_records_are_held_at_a_time(
 
     monkeypatch.setattr(inspection, "scan_pairs", scan)
     assert check(tmp_path / "f.parquet", "--media-root", root) == 0
-    assert most <= 3 * inspection.default_threads() + 4  # one more of each thread while it hands its result over
+    assert most <= 3 * default_threads() + 4  # one more of each thread while it hands its result over
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, pair: MakePair) -> None:
-    write_pairs([pair("a")], tmp_path / "f.parquet")
-    with pytest.raises(ConfigError, match="--tokenizer /nope: cannot be loaded"):
-        check(tmp_path / "f.parquet", "--tokenizer", "/nope")
+def test_threads_keep_the_order_and_read_only_a_little_ahead() -> None:
+    read: list[int] = []
+
+    def inputs() -> Iterator[int]:
+        for number in range(1000):
+            read.append(number)
+            yield number
+
+    results = in_threads(lambda number: number * 2, inputs(), threads=3)
+    assert [next(results) for _ in range(5)] == [0, 2, 4, 6, 8]
+    assert len(read) <= 5 + 2 * 3 + 1
+    assert list(results) == [2 * number for number in range(5, 1000)]
+
+
+def test_an_error_in_a_thread_is_not_lost() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda number: 1 // number, [1, 0, 1], threads=2))
