@@ -53,8 +53,8 @@ def grpo_advantages(score: Tensor, group: Tensor) -> Tensor:
 
     size = per_group(torch.ones_like(score))
     advantage = score - (per_group(score) / size)[ids]
-    advantage = advantage / ((per_group(advantage**2) / (size - 1)).sqrt()[ids] + _EPSILON)
-    return advantage.masked_fill(~known | (size[ids] < 2), torch.nan)
+    # A row that is alone divides by 0 / 0, which is NaN.
+    return advantage / ((per_group(advantage**2) / (size - 1)).sqrt()[ids] + _EPSILON)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,20 +19,24 @@ from embedrl_verl.tiny.models import build_tiny_model
 from tests.data.clips import write_clip
 
 MakePair = Callable[..., PairRecord]
+Check = Callable[..., tuple[int, list[str]]]
 
 
-def check(*arguments: object) -> int:
-    """Exit code of `embedrl data check ARGUMENTS`."""
-    return main(["data", "check", *map(str, arguments)])
+@pytest.fixture
+def check(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> Check:
+    """`embedrl data check` of records: exit code, and the lines that it prints."""
+
+    def run(records: Iterable[PairRecord], *options: object) -> tuple[int, list[str]]:
+        write_pairs(list(records), tmp_path / "f.parquet")
+        words = ["data", "check", tmp_path / "f.parquet", "--media-root", root, *options]
+        return main(list(map(str, words))), capsys.readouterr().out.splitlines()
+
+    return run
 
 
-def test_sound_file_gives_a_table_and_zero(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = [pair("a", "vqa", query=Item(images=("a.png",))), pair("b", "vqa"), pair("c", "text")]
-    write_pairs(records, tmp_path / "f.parquet")
-    assert check(tmp_path / "f.parquet", "--media-root", root) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_sound_file_gives_a_table_and_zero(check: Check, pair: MakePair) -> None:
+    code, lines = check([pair("a", "vqa", query=Item(images=("a.png",))), pair("b", "vqa"), pair("c", "text")])
+    assert code == 0
     assert [line.split() for line in lines[:3]] == [
         ["data", "source", "pairs", "bad", "rows", "queries", "targets", "same", "kinds"],
         ["text", "1", "0", "1", "1", "0.0%", "query_text", ">", "target_text", "(1)"],
@@ -45,7 +49,7 @@ def test_sound_file_gives_a_table_and_zero(
 
 
 def test_the_table_counts_queries_and_targets_and_ids_that_contradict_them_are_noted(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
+    check: Check, pair: MakePair
 ) -> None:
     photo, dog = Item(images=("a.png",)), Item(text="a dog")
     captions = [
@@ -54,30 +58,23 @@ def test_the_table_counts_queries_and_targets_and_ids_that_contradict_them_are_n
         pair("2", "captions", target=Item(text="a car")),
     ]
     numbered = [pair(f"n{i}", "numbered", query=Item(text=f"q{i}"), target=dog, target_id=f"row-{i}") for i in range(3)]
-    write_pairs(captions + numbered, tmp_path / "f.parquet")
-    assert check(tmp_path / "f.parquet", "--media-root", root) == 0
-    lines = capsys.readouterr().out.splitlines()
+    code, lines = check(captions + numbered)
     table = {line.split()[0]: line.split()[1:6] for line in lines[1:3]}
     assert table == {"captions": ["3", "0", "2", "3", "33.3%"], "numbered": ["3", "0", "3", "3", "0.0%"]}
     (note,) = [line for line in lines if line.startswith("NOTE")]
-    assert note.startswith(
+    assert code == 0 and note.startswith(
         "NOTE numbered: equal content of the target stands under different target_ids (2 ids too many)"
     )
 
 
-def test_a_source_of_few_negatives_is_noted(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_of_few_negatives_is_noted(check: Check, pair: MakePair) -> None:
     some = [pair(f"{i}", "one", query=Item(text=f"q{i}"), target=Item(text=f"t{i}")) for i in range(4)]
-    write_pairs([replace(one, query_id="0") for one in some], tmp_path / "f.parquet")
-    assert check(tmp_path / "f.parquet", "--media-root", root) == 0
-    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE")]
-    assert note.startswith("NOTE one: two of its pairs have the same query or target 100% of the time")
+    code, lines = check(replace(one, query_id="0") for one in some)
+    (note,) = [line for line in lines if line.startswith("NOTE")]
+    assert code == 0 and note.startswith("NOTE one: two of its pairs have the same query or target 100% of the time")
 
 
-def test_every_bad_row_is_listed_and_the_exit_code_is_three(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_bad_row_is_listed_and_the_exit_code_is_three(check: Check, root: Path, pair: MakePair) -> None:
     (root / "link.png").symlink_to(root.parent / "outside.png")
     (root / "empty.mp4").write_bytes(b"")
     bad = [
@@ -91,34 +88,26 @@ def test_every_bad_row_is_listed_and_the_exit_code_is_three(
     records = [pair(path, query=Item(images=(path,))) for path, _ in bad]
     records += [pair("clip", target=Item(video=Video(path="empty.mp4"))), pair("ok"), pair("ok", "other")]
     records += [pair("negative", negatives=(Item(text="fine"), Item(images=("gone.png",))))]
-    write_pairs(records, tmp_path / "f.parquet")
-    assert check(tmp_path / "f.parquet", "--media-root", root) == 3
-    out = capsys.readouterr().out
+    code, lines = check(records)
+    out = "\n".join(lines)
     for row, (path, reason) in enumerate(bad):
-        (line,) = [line for line in out.splitlines() if f"row {row}," in line and line.startswith("BAD")]
+        (line,) = [line for line in lines if f"row {row}," in line and line.startswith("BAD")]
         assert f"pair '{path}', field query: media path '{path}'" in line and reason in line
     assert "row 6, pair 'clip', field target: media path 'empty.mp4': not a readable video" in out
     assert "row 8, pair 'ok': pair_id must be unique;" in out and "row 7 has it too" in out
     assert "row 9, pair 'negative', field negatives[1]: media path 'gone.png'" in out
-    assert out.splitlines()[-1] == "9 pairs, 9 problem(s)"
+    assert code == 3 and lines[-1] == "9 pairs, 9 problem(s)"
 
 
-def test_a_clip_of_an_unknown_codec_is_a_bad_row(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clip_of_an_unknown_codec_is_a_bad_row(check: Check, root: Path, pair: MakePair) -> None:
     good = write_clip(root / "good.mp4").read_bytes()
     (root / "strange.mp4").write_bytes(good.replace(b"avc1", b"zz99"))
-    records = [pair(name, target=Item(video=Video(path=f"{name}.mp4"))) for name in ("good", "strange")]
-    write_pairs(records, tmp_path / "f.parquet")
-    assert check(tmp_path / "f.parquet", "--media-root", root) == 3
-    out = capsys.readouterr().out
-    assert "row 1, pair 'strange', field target: media path 'strange.mp4': its codec is unknown" in out
-    assert out.splitlines()[-1] == "2 pairs, 1 problem(s)"
+    code, lines = check(pair(name, target=Item(video=Video(path=f"{name}.mp4"))) for name in ("good", "strange"))
+    assert "row 1, pair 'strange', field target: media path 'strange.mp4': its codec is unknown" in "\n".join(lines)
+    assert code == 3 and lines[-1] == "2 pairs, 1 problem(s)"
 
 
-def test_malformed_rows_and_files_are_problems_too(
-    tmp_path: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_malformed_rows_and_files_are_problems_too(check: Check, tmp_path: Path, pair: MakePair) -> None:
     row = {
         "pair_id": "p",
         "data_source": "s",
@@ -128,27 +117,25 @@ def test_malformed_rows_and_files_are_problems_too(
         "target_id": "",
     }
     whole = {**row, "pair_id": "q", "target": {"text": "t"}}
-    pq.write_table(pa.Table.from_pylist([row, whole]), tmp_path / "partner.parquet")
-    pq.write_table(pa.Table.from_pylist([{"pair_id": "p"}]), tmp_path / "column.parquet")
-    pq.write_table(pa.Table.from_pylist([{**whole, "instruction": 5}]), tmp_path / "type.parquet")
-    assert check(tmp_path / "partner.parquet", tmp_path / "column.parquet", tmp_path / "type.parquet") == 3
-    out = capsys.readouterr().out
+    tables = {"partner": [row, whole], "column": [{"pair_id": "p"}], "type": [{**whole, "instruction": 5}]}
+    for name, rows in tables.items():
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    code, lines = check([pair("ok")], *(tmp_path / f"{name}.parquet" for name in (*tables, "gone")))
+    out = "\n".join(lines)
     assert "partner.parquet, row 0: field target: null; a pair needs both sides" in out
     assert "column.parquet: column 'data_source' is missing" in out
     assert "type.parquet, field instruction: must be string; got int64" in out
-    assert out.splitlines()[-1] == "1 pairs, 3 problem(s)"
+    assert "gone.parquet" in out and code == 3 and lines[-1] == "2 pairs, 4 problem(s)"
 
 
-def test_overlong_prompts_are_listed_with_their_length(
-    tmp_path: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = build_tiny_model(tmp_path / "model")
-    write_pairs([pair("short"), pair("long", target=Item(text="word " * 500))], tmp_path / "f.parquet")
-    options = ["--tokenizer", model, "--prompt-style", "compact", "--max-prompt-length"]
-    assert check(tmp_path / "f.parquet", *options, 4000) == 0
-    assert check(tmp_path / "f.parquet", *options, 400) == 3
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BAD")]
-    assert "row 1, pair 'long', field target: prompt has " in line and line.endswith("tokens, over the limit of 400")
+def test_overlong_prompts_are_listed_with_their_length(check: Check, tmp_path: Path, pair: MakePair) -> None:
+    records = [pair("short"), pair("long", target=Item(text="word " * 500))]
+    options = ["--tokenizer", build_tiny_model(tmp_path / "model"), "--prompt-style", "compact", "--max-prompt-length"]
+    assert check(records, *options, 4000)[0] == 0
+    code, lines = check(records, *options, 400)
+    (line,) = [line for line in lines if line.startswith("BAD")]
+    assert code == 3 and line.endswith("tokens, over the limit of 400")
+    assert "row 1, pair 'long', field target: prompt has " in line
 
 
 @pytest.mark.parametrize(
@@ -161,16 +148,13 @@ def test_overlong_prompts_are_listed_with_their_length(
     ],
 )
 def test_options_that_cannot_work_are_refused(
-    tmp_path: Path, pair: MakePair, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
 ) -> None:
-    write_pairs([pair("a")], tmp_path / "f.parquet")
-    assert check(tmp_path / "f.parquet", *options) == 2
+    assert main(["data", "check", str(tmp_path / "f.parquet"), *map(str, options)]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_few_records_are_held_at_a_time(
-    tmp_path: Path, root: Path, pair: MakePair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_records_are_held_at_a_time(check: Check, pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents carry their pages as bytes: a file may be larger than the memory."""
     alive: weakref.WeakSet[PairRecord] = weakref.WeakSet()
     most = 0
@@ -184,7 +168,7 @@ def test_a_few_records_are_held_at_a_time(
             yield row, record
 
     monkeypatch.setattr(inspection, "scan_pairs", scan)
-    assert check(tmp_path / "f.parquet", "--media-root", root) == 0
+    assert check([])[0] == 0
     assert most <= 3 * default_threads() + 4  # one more of each thread while it hands its result over
 
 

@@ -13,7 +13,6 @@ import torch
 
 from embedrl_verl.cli import main
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import RewardDump, dump_name, write_reward_dump
 from embedrl_verl.rewards.functions import NEEDS, no_judge
 from embedrl_verl.rewards.trial import (
@@ -42,49 +41,39 @@ def compute_score(batch, *, weight=1.0):
 """
 
 
-def _batch(**change):
+@pytest.fixture
+def batch(make_batch):
     """Two pairs with two rollouts a side: q0 q0 q1 q1 t0 t0 t1 t1."""
-    side, pair, rollout = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).T
-    vectors = torch.eye(8)[pair] + 0.3 * torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
-    arguments = {
-        "side": side,
-        "pair": pair,
-        "rollout": rollout,
-        "content": pair,
-        "tcots": [parse_tcot(WELL_FORMED if i % 2 else "words " * 200) for i in range(8)],
-        "required": ["text_keywords"] * 8,
-        "embeddings": torch.nn.functional.normalize(vectors, dim=1),
-        "lengths": torch.arange(8),
-    }
-    return RewardBatch.build(**{**arguments, **change})
-
-
-def _write(folder, step, parts, *, function="the run's own", kwargs=None, **change):
-    batch = _batch(**change)
-    rows = [
-        {"pair_id": f"bird-{pair}", "data_source": "birds", "text": tcot.text, "num_images": 0, "num_frames": 0}
-        for pair, tcot in zip(batch.pair.tolist(), batch.tcots, strict=True)
-    ]
-    parts = parts or no_judge.compute_score(batch)
-    path = folder / "rollouts" / dump_name(step)
-    write_reward_dump(path, batch, parts, rows=rows, function=function, kwargs=kwargs)
+    tcots = [parse_tcot(WELL_FORMED if i % 2 else "words " * 200) for i in range(8)]
+    return make_batch(2, 2, rows=torch.arange(8), tcots=tcots, lengths=torch.arange(8))
 
 
 @pytest.fixture
-def run(tmp_path):
+def write(tmp_path, batch, rows_of):
+    """Dumps a step; without parts they are those of no_judge."""
+
+    def dump(step, parts=None, *, function="the run's own", **change):
+        parts = parts or no_judge.compute_score(batch, **change.get("kwargs", {}))
+        path = tmp_path / "rollouts" / dump_name(step)
+        write_reward_dump(path, batch, parts, rows=rows_of(batch), function=function, **change)
+
+    return dump
+
+
+@pytest.fixture
+def run(tmp_path, write):
     """A run with three dumped steps; step 2 has made-up scores, the others those of no_judge."""
     for step in (1, 2, 10):
-        _write(tmp_path, step, {"score": torch.tensor(OLD)} if step == 2 else None)
+        write(step, {"score": torch.tensor(OLD)} if step == 2 else None)
     (tmp_path / "mine.py").write_text(MINE)
     return tmp_path
 
 
 @pytest.fixture
-def tuned(tmp_path):
+def tuned(tmp_path, write):
     """A run of no_judge that went on with other kwargs after its first step."""
-    for step, kwargs in ((1, {"gamma": 0.3}), (2, {"gamma": 0.5, "accuracy": "all"})):
-        parts = no_judge.compute_score(_batch(), **kwargs)
-        _write(tmp_path, step, parts, function=f"{SPEC}:compute_score", kwargs=kwargs)
+    write(1, function=f"{SPEC}:compute_score", kwargs={"gamma": 0.3})
+    write(2, function=f"{SPEC}:compute_score", kwargs={"gamma": 0.5, "accuracy": "all"})
     return tmp_path
 
 
@@ -121,7 +110,7 @@ def test_numbers_by_hand(run, reported):
     assert report["all"] == {**step, "step": "all"}
     assert [(c["side"], c["rollout"]) for c in report["changes"]] == [("query", n) for n in (0, 1)] * 2
     first = report["changes"][0]
-    assert (first["pair_id"], first["data_source"], first["score"]) == ("bird-0", "birds", [1, 0])
+    assert (first["pair_id"], first["data_source"], first["score"]) == ("p0", "s", [1, 0])
     assert first["advantage"] == pytest.approx([2**-0.5, -(2**-0.5)], abs=1e-5)
     assert first["text"] == "words " * 200
 
@@ -157,22 +146,22 @@ def test_kwargs_of_ones_own_and_other_functions_leave_the_runs_alone(tuned, repo
     assert "kwargs:" not in printed(SPEC, "--dump", tuned, "--kwargs", "gamma=0.9")
 
 
-def test_a_file_is_the_runs_own_however_it_is_spelt(tmp_path, reported, monkeypatch):
+def test_a_file_is_the_runs_own_however_it_is_spelt(tmp_path, write, batch, reported, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("mine.py", "other.py"):
         (tmp_path / name).write_text(MINE + "\nagain = compute_score\n")
-    score = 0.5 * _batch().rollout.float()
+    score = 0.5 * batch.rollout.float()
     score[4] = NAN
-    _write(tmp_path, 1, {"score": score}, function=f"file://{tmp_path}/mine.py:compute_score", kwargs={"weight": 0.5})
+    write(1, {"score": score}, function=f"file://{tmp_path}/mine.py:compute_score", kwargs={"weight": 0.5})
     for spec in ("mine.py", "./mine.py:compute_score", f"{tmp_path}/mine.py", f"file://{tmp_path}/mine.py"):
         assert reported(spec, "--dump", tmp_path)["all"]["identical"], spec
     for spec in ("mine.py:again", "other.py"):
         assert not reported(spec, "--dump", tmp_path)["all"]["identical"], spec
 
 
-def test_kwargs_of_the_run_that_the_function_no_longer_takes_are_named(tmp_path, capsys):
+def test_kwargs_of_the_run_that_the_function_no_longer_takes_are_named(tmp_path, write, capsys):
     (tmp_path / "mine.py").write_text(MINE)
-    _write(tmp_path, 1, None, function=f"{tmp_path}/mine.py:compute_score", kwargs={"old": 1})
+    write(1, {"score": torch.zeros(8)}, function=f"{tmp_path}/mine.py:compute_score", kwargs={"old": 1})
     assert main(["reward", "try", f"{tmp_path}/mine.py", "--dump", str(tmp_path)]) == 2
     assert "with the run's reward_kwargs {'old': 1} (--kwargs sets others) failed" in capsys.readouterr().err
 
@@ -184,7 +173,7 @@ def test_the_tables(run, printed):
     assert [line[0] for line in lines if line and line[0] in ("1", "2", "10", "all")] == ["1", "2", "10", "all"]
     assert "tried:   " in out and "{'weight': 0.5}" in out and "run had: the run's own" in out
     assert "parts (mean): length 3.5000" in out
-    assert out.count(", advantage ") == 2 and "pair bird-0, query, rollout 0: score 1.0000 -> 0.0000" in out
+    assert out.count(", advantage ") == 2 and "pair p0, query, rollout 0: score 1.0000 -> 0.0000" in out
     shown = [line for line in out.splitlines() if line.startswith("    words")]
     assert 0 < len(shown) <= 6 and max(map(len, shown)) <= 114
 
