@@ -9,6 +9,7 @@ function's; NaN is an unknown row, or a number that does not exist (nothing know
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,11 +164,10 @@ def try_on_run(
     Returns:
         What `--json` prints: function, kwargs_of_run, run, dump, steps, all (see `summarise`), changes.
     """
-    wanted = None if steps is None else parse_steps(steps)
+    wanted = [] if steps is None else parse_steps(steps)
     given = parse_kwargs([word for word in kwargs or () if word])
     function, where = load_reward_function(spec)
-    found = find_dumps(run)
-    dumps = [(step, path) for step, path in found if wanted is None or _is_in(step, wanted)]
+    dumps = [(step, path) for step, path in find_dumps(run) if steps is None or _is_in(step, wanted)]
     if not dumps:
         raise ConfigError(f"--steps {steps} names no dumped step of {run}")
     scored, tried, ran, of_run = [], set(), set(), False
@@ -191,15 +191,17 @@ def try_on_run(
     }
 
 
-def parse_steps(text: str) -> list[tuple[int, int]]:
-    """ "1,5-10" as [(1, 1), (5, 10)]."""
-    ranges = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
-            raise ConfigError(f"--steps must be a list like 1,5-10; got {text!r}")
-        ranges.append((int(first), int(last or first)))
-    return ranges
+def parse_steps(text: str) -> list[range]:
+    """ "1,5-10" as [range(1, 2), range(5, 11)]."""
+    found = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in text.split(",")]
+    if None in found:
+        raise ConfigError(f"--steps must be a list like 1,5-10; got {text!r}")
+    return [range(int(one[1]), int(one[2] or one[1]) + 1) for one in found if one]
+
+
+def _is_in(step: str, wanted: Sequence[range]) -> bool:
+    number = step.split(".")[0]  # "9.1" is a part of step 9
+    return number.isdecimal() and any(int(number) in some for some in wanted)
 
 
 def parse_kwargs(assignments: Sequence[str]) -> dict[str, Any]:
@@ -223,11 +225,6 @@ def _called(function: str, kwargs: Mapping[str, Any] | None) -> str:
     return f"{function} {dict(kwargs)}" if kwargs else function
 
 
-def _is_in(step: str, ranges: list[tuple[int, int]]) -> bool:
-    number = step.split(".")[0]
-    return number.isdecimal() and any(first <= int(number) <= last for first, last in ranges)
-
-
 def print_functions() -> None:
     """Print the ready-made functions and what they need."""
     for name, needs in NEEDS.items():
@@ -238,15 +235,8 @@ def print_functions() -> None:
 
 def print_json(report: dict[str, Any]) -> None:
     """Print a report of `try_on_run`; NaN becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [plain(entry) for entry in value]
-        return None if value != value else value
-
-    print(json.dumps(plain(report), indent=1, allow_nan=False))
+    without_nan = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    print(json.dumps(without_nan, indent=1, allow_nan=False))
 
 
 def print_tables(report: dict[str, Any]) -> None:

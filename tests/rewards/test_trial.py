@@ -188,7 +188,7 @@ def test_kwargs_are_read_as_hydra_does():
 
 
 def test_steps_are_a_list_of_numbers_and_ranges():
-    assert parse_steps("1,5-10, 12") == [(1, 1), (5, 10), (12, 12)]
+    assert parse_steps("1,5-10, 12") == [range(1, 2), range(5, 11), range(12, 13)]
     for text in ("", "a", "1-", "1,,2", "-3", "1-2-3"):
         with pytest.raises(ConfigError, match="--steps must be a list like 1,5-10"):
             parse_steps(text)
