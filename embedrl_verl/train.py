@@ -33,7 +33,7 @@ def run(config: Any) -> None:
     from embedrl_verl.plan.preflight import preflight
     from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
     from embedrl_verl.platforms.ray_cpus import check_ray_cpus
-    from embedrl_verl.progress import ProgressLine, metrics_file
+    from embedrl_verl.progress import metrics_file, progress_line
 
     mode = config.trainer.v1.trainer_mode
     if not _is_registered(mode):
@@ -49,7 +49,7 @@ def run(config: Any) -> None:
     check_ray_cpus(config)
     fork_ray_workers(config)
     join_cluster(config)
-    with ProgressLine(metrics_file(config)):
+    with progress_line(metrics_file(config)):
         run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
 
 

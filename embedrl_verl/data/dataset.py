@@ -32,11 +32,12 @@ from torch.utils.data import Dataset
 from verl.utils.fs import copy_to_local
 
 from embedrl_verl.data.identity import content_id, records_digest
-from embedrl_verl.data.inspection import LocatedPair, PairFacts, PairInspector, default_threads, locate_pairs
+from embedrl_verl.data.inspection import LocatedPair, PairFacts, PairInspector, locate_pairs
 from embedrl_verl.data.lengths import PromptMeter
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, Item, Video, input_kind
 from embedrl_verl.data.settings import DataSettings, resolve_family
+from embedrl_verl.data.threads import default_threads
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.families import Family, token_side
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND

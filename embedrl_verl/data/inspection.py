@@ -6,7 +6,6 @@ The training data set and `embedrl data check` share this code: the first stops 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -187,11 +186,6 @@ class PairInspector:
             return self.inspect(pair)
         except MediaError as error:
             return error
-
-
-def default_threads() -> int:
-    """Threads for decoding: one a core, 16 at most."""
-    return min(16, os.cpu_count() or 1)
 
 
 def _paths(item: Item) -> list[str]:

@@ -191,7 +191,8 @@ def test_a_dump_holds_the_rows_and_gives_the_same_rewards_again(tmp_path):
     dump = read_reward_dump(tmp_path / "3.rewards.safetensors")
     assert [row["pair_id"] for row in dump.rows] == [row.pair_id for row in rows]
     assert dump.function == "mine.py:compute_score" and dump.kwargs == {"weight": 0.2, "of": {"k": [1, None]}}
-    again = _margin(dump.batch())["score"]
+    assert dump.batch.tcots == scored.batch.tcots
+    again = _margin(dump.batch)["score"]
     assert again.nan_to_num(9).equal(scored.parts["score"].nan_to_num(9))
 
 
