@@ -10,8 +10,7 @@ from torch import Tensor
 from verl.trainer.ppo.reward import get_custom_reward_fn
 
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.embedder.loading import check_profile, load_config
-from embedrl_verl.embedder.profiles import resolve_profile
+from embedrl_verl.embedder.profiles import fitting_profile
 from embedrl_verl.embedder.sentence import check_sentence_model, has_profile
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.contract import load_reward_function
@@ -82,4 +81,4 @@ def check_embedder(config: EmbedderConfig) -> None:
         check_sentence_model(config.path)
         if not has_profile(config):
             return
-    check_profile(config.path, load_config(config.path), resolve_profile(config.path, config.profile))
+    fitting_profile(config.path, config.profile)
