@@ -73,6 +73,23 @@ def deal(
     return fill(plan, int(most), multiple)
 
 
+def output_of(batches: list[MicroBatch], results: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """What verl takes of a rank that has embedded `count` rows; the results of its fillers are left out.
+
+    Args:
+        results: of each micro-batch: "embeddings" (b, D), and with a loss "loss" (a scalar) and "metrics".
+    """
+    losses: list[float] = []
+    metrics: dict[str, list[Any]] = {}
+    for batch, result in zip(batches, results, strict=True):
+        if batch.real and "loss" in result:
+            losses.append(float(result["loss"]))
+            for name, value in result["metrics"].items():
+                metrics.setdefault(name, []).append(value)
+    embeddings = restore(batches, [result["embeddings"] for result in results], count)
+    return {"model_output": {"embeddings": embeddings}, "loss": losses or [0.0], "metrics": metrics}
+
+
 @contextmanager
 def explained_out_of_memory(*, rows: int, tokens: int, training: bool) -> Iterator[None]:
     """Turns running out of memory on one micro-batch into an EmbedderError that names its size and the keys to lower.
@@ -182,9 +199,7 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         batches = deal(rows, data, group)
         if not forward_only:
             self._prepare_unused_parts()
-        embeddings: list[torch.Tensor] = []
-        losses: list[float] = []
-        metrics: dict[str, list[Any]] = {}
+        results: list[dict[str, Any]] = []
         for number, batch in enumerate(batches, 1):
             packed = pack_rows([rows[i] for i in batch.rows], get_device_id())
             tokens = packed.input_ids.numel()
@@ -194,15 +209,12 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
                 explained_out_of_memory(rows=len(batch.rows), tokens=tokens, training=not forward_only),
             ):
                 vectors = self.module(packed.input_ids, packed.position_ids, packed.last, packed.media)
+                result: dict[str, Any] = {}
                 if loss_function is not None:
                     part = tu.index_select_tensor_dict(others, batch.rows).to(get_device_id())
-                    loss, values = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
+                    loss, metrics = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
                     if not forward_only:
                         (loss if batch.real else 0.0 * loss).backward()
-            embeddings.append(vectors.detach().float().cpu())
-            if batch.real and loss_function is not None:
-                losses.append(loss.item())
-                for name, value in values.items():
-                    metrics.setdefault(name, []).append(value)
-        vectors = restore(batches, embeddings, len(rows))
-        return {"model_output": {"embeddings": vectors}, "loss": losses or [0.0], "metrics": metrics}
+                    result = {"loss": loss.detach(), "metrics": metrics}
+            results.append({"embeddings": vectors.detach().float().cpu(), **result})
+        return output_of(batches, results, len(rows))

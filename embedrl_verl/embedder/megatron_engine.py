@@ -31,8 +31,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 
-from embedrl_verl.embedder.batching import MicroBatch, RowBatch, pad_rows, pool_last, restore, unit
-from embedrl_verl.embedder.engine import MODEL_TYPE, ROW_FIELDS, deal, rows_of
+from embedrl_verl.embedder.batching import MicroBatch, RowBatch, pad_rows, pool_last, unit
+from embedrl_verl.embedder.engine import MODEL_TYPE, ROW_FIELDS, deal, output_of, rows_of
 from embedrl_verl.errors import ConfigError, EmbedderError
 
 try:
@@ -140,11 +140,12 @@ class MegatronEmbeddingEngine(MegatronEngine):  # type: ignore[misc]  # verl is 
         def loss_of(batch: MicroBatch, pooled: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
             """Loss of a micro-batch from (B, 1, D), times their number, by which Megatron divides."""
             vectors = unit(pooled[:, 0])
-            loss, values = vectors.new_zeros(()), {}
+            result: dict[str, Any] = {"embeddings": vectors.detach()}
+            loss = vectors.new_zeros(())
             if loss_function is not None:
                 part = tu.index_select_tensor_dict(others, batch.rows).to(get_device_id())
-                loss, values = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
-            result = {"embeddings": vectors.detach(), "loss": loss.detach(), "metrics": values}
+                loss, metrics = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
+                result |= {"loss": loss.detach(), "metrics": metrics}
             return (loss if batch.real else 0.0 * loss) * len(batches), result
 
         try:
@@ -161,13 +162,4 @@ class MegatronEmbeddingEngine(MegatronEngine):  # type: ignore[misc]  # verl is 
             self._rows = None
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return {}
-        losses: list[float] = []
-        metrics: dict[str, list[Any]] = {}
-        for batch, result in zip(batches, results, strict=True):
-            if not batch.real or loss_function is None:
-                continue
-            losses.append(result["loss"].item())
-            for name, value in result["metrics"].items():
-                metrics.setdefault(name, []).append(value)
-        embeddings = restore(batches, [result["embeddings"] for result in results], len(rows))
-        return {"model_output": {"embeddings": embeddings}, "loss": losses or [0.0], "metrics": metrics}
+        return output_of(batches, results, len(rows))

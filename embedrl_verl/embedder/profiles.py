@@ -94,8 +94,8 @@ def resolve_profile(path: str | Path, name: str = "auto") -> EmbedderProfile:
 
 def fitting_profile(path: str | Path, profile: str | EmbedderProfile = "auto") -> EmbedderProfile:
     """The profile, after proof that the checkpoint can be read out as it says: family, token and embedding matrix."""
-    profile = resolve_profile(path, profile) if isinstance(profile, str) else profile
     config = load_config(path)
+    profile = resolve_profile(path, profile) if isinstance(profile, str) else profile
     family = family_of_config(config)
     if profile.families and family not in profile.families:
         raise EmbedderError(

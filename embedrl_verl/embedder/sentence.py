@@ -225,7 +225,7 @@ def _text_of(messages: Sequence[dict[str, Any]]) -> str:
     return "\n".join(part["text"] for message in messages for part in message["content"] if part["type"] == "text")
 
 
-class SentenceActor:
+class _SentenceActor:
     """Embeds rows that arrive one by one, at most `batch_size` at a time, while rollouts still run."""
 
     def __init__(self, config: EmbedderConfig) -> None:
@@ -258,7 +258,7 @@ def start_sentence_actor(config: EmbedderConfig) -> Any:
             f"has {free:g} left; set it to 0, or add a GPU"
         )
     return (
-        ray.remote(SentenceActor)
+        ray.remote(_SentenceActor)
         .options(name=ACTOR, num_cpus=1, num_gpus=wanted, max_concurrency=4096, max_restarts=3, max_task_retries=3)
         .remote(config)
     )

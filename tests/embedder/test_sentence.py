@@ -20,9 +20,9 @@ from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.embedder import Embedder, EmbedInput
 from embedrl_verl.embedder.sentence import (
     NOT_FINITE,
-    SentenceActor,
     SentenceClient,
     SentenceModel,
+    _SentenceActor,
     has_profile,
     refuse_media,
     start_sentence_actor,
@@ -177,7 +177,7 @@ def test_one_bad_row_takes_no_other_along(text_model, monkeypatch):
 
 def test_rows_that_arrive_one_by_one_are_embedded_in_batches(text_model):
     config = section(text_model, batch_size=4)
-    actor, client = SentenceActor(config), SentenceClient(config, max_frames=8)
+    actor, client = _SentenceActor(config), SentenceClient(config, max_frames=8)
     sizes: list[int] = []
     embed_batch = actor._model.embed
     actor._model.embed = lambda rows: sizes.append(len(rows)) or embed_batch(rows)  # type: ignore[method-assign]
