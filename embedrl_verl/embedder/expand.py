@@ -60,20 +60,15 @@ class PromptExpander:
             first, *others = prompt.split(f"{VISION_START}{VIDEO_PAD}{VISION_END}")
             stamps = [_time_stamps(times.seconds, patch_frames) for _, times in videos]
             prompt = first + "".join(stamp + text for stamp, text in zip(stamps, others, strict=True))
-        queues = {
-            self._image_id: iter([(grid, 1.0) for grid in grids]),
-            self._video_id: iter(clip_media(self._family, clips, steps)),
+        media = {
+            self._image_id: [(grid, 1.0) for grid in grids],
+            self._video_id: clip_media(self._family, clips, steps),
         }
+        sizes = {pad: iter([t * h * w for (t, h, w), _ in some]) for pad, some in media.items()}
         tokens: list[int] = []
-        media: list[tuple[int, Grid, float]] = []
         for token in self._tokenizer(prompt, add_special_tokens=False)["input_ids"]:
-            if token not in queues:
-                tokens.append(token)
-                continue
-            grid, step = next(queues[token])
-            media.append((len(tokens), grid, step))
-            tokens += [token] * (grid[0] * grid[1] * grid[2])
-        return torch.tensor(tokens), mrope_positions(len(tokens), media)
+            tokens += [token] * (next(sizes[token]) if token in sizes else 1)
+        return torch.tensor(tokens), mrope_positions(tokens, media)
 
     def pixels(
         self, images: Sequence[Image.Image], videos: Sequence[Clip], dtype: torch.dtype = torch.float32

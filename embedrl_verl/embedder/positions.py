@@ -25,28 +25,40 @@ from embedrl_verl.families import Family, facts_of
 
 Grid = tuple[int, int, int]
 """(t, h, w) of a medium in merged tokens."""
+Medium = tuple[Grid, float]
+"""Its grid, and the steps of the time axis between its temporal patches (1.0 for an image)."""
 
 
-def mrope_positions(length: int, media: Sequence[tuple[int, Grid, float]]) -> torch.Tensor:
+def mrope_positions(tokens: Sequence[int], media: Mapping[int, Sequence[Medium]]) -> torch.Tensor:
     """Positions of one prompt: int64 (4, L), the index of the token, then time, height and width.
 
     Args:
-        length: L, tokens with placeholders expanded.
-        media: in reading order: index of a medium's first placeholder, its grid, and the time step between temporal
-            patches (1.0 for images).
+        tokens: L ids, placeholders expanded.
+        media: id of a placeholder -> the media that it stands for, in reading order.
     """
-    positions = np.empty((4, length), np.int64)
-    positions[0] = np.arange(length)
-    cursor, start = 0, 0
-    for offset, (t, h, w), time_step in media:
-        positions[1:, cursor:offset] = np.arange(start, start + offset - cursor)
-        start += offset - cursor
+    positions = np.empty((4, len(tokens)), np.int64)
+    positions[0] = np.arange(len(tokens))
+    queues = {pad: list(waiting) for pad, waiting in media.items()}
+    place = behind = start = 0
+    while place < len(tokens):
+        waiting = queues.get(tokens[place])
+        if not waiting:  # text; also a placeholder that the policy itself has sampled
+            place += 1
+            continue
+        (t, h, w), time_step = waiting.pop(0)
+        positions[1:, behind:place] = np.arange(start, start + place - behind)
+        start += place - behind
         grid = np.indices((t, h, w)).reshape(3, -1)
         grid[0] = (grid[0] * time_step).astype(np.int64)
-        cursor = offset + t * h * w
-        positions[1:, offset:cursor] = start + grid
+        behind = place + t * h * w
+        if behind > len(tokens):
+            break
+        positions[1:, place:behind] = start + grid
         start += int(grid.max()) + 1
-    positions[1:, cursor:] = np.arange(start, start + length - cursor)
+        place = behind
+    if behind > len(tokens) or any(queues.values()):
+        raise ValueError(f"a row must have the placeholders of its media, {list(media.values())}; it has fewer")
+    positions[1:, behind:] = np.arange(start, start + len(tokens) - behind)
     return torch.from_numpy(positions)
 
 
@@ -57,7 +69,7 @@ def time_steps_a_second(config: PretrainedConfig) -> float:
     return float(config.vision_config.tokens_per_second)
 
 
-def clip_media(family: str, clips: Sequence[Grid], time_steps: Sequence[float]) -> list[tuple[Grid, float]]:
+def clip_media(family: str, clips: Sequence[Grid], time_steps: Sequence[float]) -> list[Medium]:
     """Grid and time step of each medium that clips are to a family: a patch behind a time stamp is one of its own.
 
     `time_steps`: of each clip, steps of its time axis between temporal patches.
@@ -114,24 +126,12 @@ class _ActorPositions:
             if second_per_grid_ts is None:
                 raise ValueError("a clip of this family needs second_per_grid_ts; the processor gave none")
             steps = [float(second) * self._per_second for second in second_per_grid_ts]
-        queues = {
+        media = {
             self._image_id: [(grid, 1.0) for grid in images],
             self._video_id: clip_media(self._family, videos, steps),
         }
-        media: list[tuple[int, Grid, float]] = []
-        place = 0
-        while place < len(tokens):
-            waiting = queues.get(tokens[place])
-            if not waiting:  # text; also a placeholder that the policy itself has sampled
-                place += 1
-                continue
-            grid, step = waiting.pop(0)
-            media.append((place, grid, step))
-            place += grid[0] * grid[1] * grid[2]
-        if place != len(tokens) or any(queues.values()):
-            raise ValueError(f"a row must have the placeholders of its media, {images} and {videos}; it has fewer")
         positions = torch.zeros(3, 1, len(shown), dtype=torch.int64)
-        positions[:, 0, shown] = mrope_positions(len(tokens), media)[1:]
+        positions[:, 0, shown] = mrope_positions(tokens, media)[1:]
         return positions, None
 
     def _grids(self, grid_thw: torch.Tensor | None) -> list[Grid]:

@@ -22,7 +22,6 @@ from embedrl_verl.embedder.batching import (
     restore,
     unit,
 )
-from embedrl_verl.embedder.positions import mrope_positions
 from embedrl_verl.errors import EmbedderError
 
 
@@ -81,7 +80,7 @@ def test_a_rank_without_rows_is_refused():
 
 def row(length: int) -> Encoded:
     media = {"pixel_values": torch.full((4, 2), float(length)), "image_grid_thw": torch.tensor([[1, 2, 2]])}
-    return Encoded(torch.arange(1, length + 1), mrope_positions(length, []), media if length > 2 else {})
+    return Encoded(torch.arange(1, length + 1), torch.arange(length).repeat(4, 1), media if length > 2 else {})
 
 
 def test_packed_rows_follow_one_another_and_padding_is_on_the_right():
