@@ -115,7 +115,7 @@ def plain(checkpoint: str, pairs: int, budget: int) -> tuple[Callable[[], float]
     """One pass over everything."""
     from embedrl_verl.embedder import info_nce
     from embedrl_verl.embedder.batching import pack_rows
-    from embedrl_verl.embedder.forward import embed_packed
+    from embedrl_verl.embedder.model import embed_packed
 
     embedder = Embedder.from_pretrained(checkpoint, limits=LIMITS)
     queries, targets = inputs_of(pairs)

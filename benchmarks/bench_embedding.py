@@ -88,13 +88,13 @@ def worker_client(checkpoint: str, budget: int) -> Any:
 
     from embedrl_verl.config.schema import EmbedderConfig
     from embedrl_verl.embedder.client import EmbedderClient
-    from embedrl_verl.embedder.worker import build_embedder_worker_group
+    from embedrl_verl.embedder.worker import start_embedder_worker_group
 
     ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
     run_config = OmegaConf.create({"trainer": {"ray_wait_register_center_timeout": 300}})
     config = EmbedderConfig(path=checkpoint, dtype="float32", max_tokens_per_gpu=budget)
     pool = RayResourcePool(process_on_nodes=[1], use_gpu=True, max_colocate_count=1)
-    return EmbedderClient(build_embedder_worker_group(run_config, config, pool))
+    return EmbedderClient(start_embedder_worker_group(run_config, config, pool)[0])
 
 
 def main(argv: list[str] | None = None) -> None:

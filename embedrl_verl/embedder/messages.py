@@ -2,11 +2,8 @@
 """The one message builder: what an Embedder reads of an item, its T-CoT and the evidence (method section 3).
 
 Contrastive training, reward, evaluation and serving all call `build_messages`, so the Embedder sees the same thing
-everywhere. Order of the user turn: media, instruction and text, the `<thinking>` block, evidence crops and key frames
-as images, the rest of the T-CoT, the suffix. A T-CoT without `</thinking>` is given whole, evidence after it.
-
-Text can hold anything, also what a policy wrote; control tokens in it are broken up, so that it can neither forge a
-turn nor add media placeholders.
+everywhere. Text can hold anything, also what a policy wrote: control tokens in it are broken up, so that it can neither
+forge a turn nor add media placeholders.
 """
 
 from __future__ import annotations
@@ -49,9 +46,10 @@ def build_messages(
 ) -> list[dict[str, Any]]:
     """Chat messages whose content parts are {"type": "image" | "video" | "text", ...} in reading order.
 
-    A video part holds its frames as a list of images and their "times" (`FrameTimes`). With a tail in the profile the
-    last message is the assistant's, and the embedding is read at its end; without one, at the end of the opened
-    assistant turn.
+    User turn: media, instruction and text, the `<thinking>` block, evidence as images, the rest of the T-CoT, the
+    suffix. A T-CoT without `</thinking>` is given whole, evidence after it. A video part holds its frames as a list of
+    images and their "times" (`FrameTimes`). The embedding is read at the end of the profile's tail, which is the
+    assistant's message; without a tail, at the end of the opened assistant turn.
     """
     messages: list[dict[str, Any]] = []
     instruction = item.instruction.strip()
@@ -110,7 +108,7 @@ def _placeholder(part: dict[str, Any], *, bare: bool = False) -> str:
 
 
 def _ends_in_punctuation(text: str) -> bool:
-    """Whether nothing is to be added: in any script, by Unicode category; true of an empty text too."""
+    """In any script, by Unicode category; true of an empty text too."""
     return not text or unicodedata.category(text[-1]).startswith("P")
 
 

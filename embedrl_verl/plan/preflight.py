@@ -16,8 +16,7 @@ from torch import Tensor
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.rules import check_family, check_files, check_run_config, has_judge
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.embedder.loading import check_profile, load_config
-from embedrl_verl.embedder.profiles import resolve_profile
+from embedrl_verl.embedder.profiles import fitting_profile
 from embedrl_verl.embedder.sentence import check_sentence_model, has_profile
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge.settings import check_judge
@@ -123,4 +122,4 @@ def check_embedder(config: EmbedderConfig) -> None:
         check_sentence_model(config.path)
         if not has_profile(config):
             return
-    check_profile(config.path, load_config(config.path), resolve_profile(config.path, config.profile))
+    fitting_profile(config.path, config.profile)

@@ -28,7 +28,7 @@ from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import Item
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder import EmbedInput
-from embedrl_verl.embedder.actor_positions import bind_positions
+from embedrl_verl.embedder.positions import bind_positions
 from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.families import Family, facts_of

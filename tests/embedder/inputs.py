@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.identity import NO_QUERY, ContentId
 from embedrl_verl.data.media import LoadedItem, MediaLimits
 from embedrl_verl.embedder import EmbedInput
@@ -23,6 +25,12 @@ TCOT = (
     '<thinking>Two digits at the left. {"bbox_2d": [[0, 0, 500, 1000]]}</thinking>\n'
     "<rethink>The box holds both.</rethink>\n<answer>4 2</answer>"
 )
+
+
+def section(path: object, family: str = "qwen2_vl", **settings: Any) -> EmbedderConfig:
+    """The section `embedrl.embedder` for a tiny checkpoint, in float32 and with the limits of `LIMITS`."""
+    limits = {name: value for name, value in dataclasses.asdict(LIMITS[family]).items() if name.endswith("_tokens")}
+    return EmbedderConfig(**{"path": str(path), "dtype": "float32", **limits, **settings})
 
 
 def picture(seed: int, height: int = 56, width: int = 112) -> Image.Image:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.utils.generic import is_flash_attention_requested
 
-from embedrl_verl.embedder.batching import PackedRows, pack_rows
+from embedrl_verl.embedder.batching import RowBatch, pack_rows
 from embedrl_verl.embedder.processor import EmbedProcessor, Encoded
 from embedrl_verl.errors import MediaError, PluginError
 from embedrl_verl.platforms import patches, varlen
@@ -66,7 +66,7 @@ def vision_calls(inner: torch.nn.Module) -> list[int]:
     return calls
 
 
-def media_of(packed: PackedRows) -> list[torch.Tensor | None]:
+def media_of(packed: RowBatch) -> list[torch.Tensor | None]:
     return [packed.media.get(name) for name in MEDIA]
 
 
