@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from embedrl_verl.contrastive.rows import PairRows
 from embedrl_verl.data.video import even_indices
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow
+from embedrl_verl.stage1.rows import PairRows
 
 Embed = Callable[[Sequence[Encoded]], torch.Tensor]
 

@@ -35,7 +35,6 @@ from verl.utils.dataset.rl_dataset import collate_fn
 import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.config.served_length import bound_served_lengths
-from embedrl_verl.contrastive.rows import PairRows, read_training_pairs
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.disk import TRACKER
 from embedrl_verl.data.sampler import PairBatchSampler
@@ -51,6 +50,7 @@ from embedrl_verl.platforms import plugin
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import dump_name
+from embedrl_verl.stage1.rows import PairRows, read_training_pairs
 from embedrl_verl.trainer import checks
 from embedrl_verl.trainer.anchors import AnchorSet
 from embedrl_verl.trainer.batch_reward import (

@@ -6,7 +6,6 @@ The step folder's record is about the Reasoner, the one in its folder `embedder`
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.config import EmbedRLConfig
-from embedrl_verl.data.files import write_atomically
-from embedrl_verl.export.record import RECORD_FILE
+from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
 
 
 def sources_of(pair_sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -70,13 +68,12 @@ def _write(
     settings: Mapping[str, Any],
     scores: Mapping[str, Any],
 ) -> None:
-    record = {
-        "stage": stage,
-        "step": step,
-        "base_model": base_model,
-        "data": data,
-        "settings": dict(settings),
-        "scores": {name: float(value) for name, value in scores.items()},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
+    record = TrainingRecord(
+        stage=stage,
+        step=step,
+        base_model=base_model,
+        data=tuple(DataSource(**one) for one in data),
+        settings=dict(settings),
+        scores={name: float(value) for name, value in scores.items()},
+    )
+    write_record(folder, record)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.config.compose import compose
-from embedrl_verl.contrastive.settings import Stage1Config, load_stage1_config
+from embedrl_verl.stage1.settings import Stage1Config, load_stage1_config
 from tests.recipes.calls import recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ STAND_IN = (
     + """
 case "$*" in
     "- "*) exit "${HAS_EMB:-1}" ;;
-    *embedrl_verl.contrastive*)
+    *embedrl_verl.stage1*)
         mkdir -p "$OUT/checkpoints"
         echo 7 >"$OUT/checkpoints/latest_checkpointed_iteration.txt"
         ;;
@@ -48,8 +48,8 @@ def run(tmp_path: Path, name: str, *arguments: str, **variables: str) -> tuple[i
 
 
 def config_of(call: list[str]) -> Stage1Config:
-    """The checked configuration of a call of `embedrl_verl.contrastive`."""
-    return load_stage1_config(compose(call[call.index("embedrl_verl.contrastive") + 1 :], "embedder_trainer"))
+    """The checked configuration of a call of `embedrl_verl.stage1`."""
+    return load_stage1_config(compose(call[call.index("embedrl_verl.stage1") + 1 :], "embedder_trainer"))
 
 
 def test_a_dry_run_passes_the_settings_on_and_needs_no_gpu(tmp_path):
@@ -79,8 +79,8 @@ def test_a_model_without_the_token_gets_a_copy_first_and_the_result_is_exported(
     )
     assert code == 0
     names = [next(part for part in call if part.startswith("embedrl_verl")) for call in calls if call[0] != "-"]
-    assert names == ["embedrl_verl.cli"] * (not has_emb) + ["embedrl_verl.contrastive", "embedrl_verl.cli"]
-    train = next(call for call in calls if "embedrl_verl.contrastive" in call)
+    assert names == ["embedrl_verl.cli"] * (not has_emb) + ["embedrl_verl.stage1", "embedrl_verl.cli"]
+    train = next(call for call in calls if "embedrl_verl.stage1" in call)
     assert train[:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     assert config_of(train).embedder.path == ("some/model" if has_emb else f"{tmp_path}/base")
     assert calls[-1][2:5] == ["export", f"{tmp_path}/checkpoints/global_step_7", "--kind"]
@@ -91,7 +91,7 @@ def test_several_nodes_need_to_know_each_other(tmp_path):
     code, _, printed = run(tmp_path, "run_embedder_contrastive.sh", **several)
     assert code == 2 and "NODE_RANK=0..1 and MASTER_ADDR" in printed
     code, calls, _ = run(tmp_path, "run_embedder_contrastive.sh", **several, NODE_RANK="1", MASTER_ADDR="10.0.0.1")
-    train = next(call for call in calls if "embedrl_verl.contrastive" in call)
+    train = next(call for call in calls if "embedrl_verl.stage1" in call)
     assert code == 0 and train[4:10] == ["--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.1"]
     assert "embedrl_verl.cli" not in calls[-1], "only the first node exports"
 
@@ -105,7 +105,7 @@ def test_another_family_or_seed_does_not_train_the_models_of_an_earlier_one(tmp_
 def test_the_tiny_recipe_trains_two_that_differ_in_the_input_alone(tmp_path):
     code, calls, printed = run(tmp_path, "run_embedder_tiny_cpu.sh", SEED="3", STEPS="7")
     assert code == 0, printed
-    first, second = (config_of(call) for call in calls if "embedrl_verl.contrastive" in call)
+    first, second = (config_of(call) for call in calls if "embedrl_verl.stage1" in call)
     assert {first.data.tcot, second.data.tcot} == {True, False}
     assert first.contrastive.total_steps == 7 and first.contrastive.seed == second.contrastive.seed == 3
     assert first.embedder == second.embedder
