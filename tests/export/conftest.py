@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.tiny.models import build_tiny_model
 
@@ -29,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=580,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return root
@@ -59,3 +60,12 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def model_copy(saved_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """The same in a folder that the test may change."""
     return lambda *args, **options: Path(shutil.copytree(saved_model(*args, **options), tmp_path / "step" / "embedder"))
+
+
+@pytest.fixture(scope="session")
+def exported(saved_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`exported(family)`: the folder of an exported tiny Embedder."""
+    root = tmp_path_factory.mktemp("exported")
+    return lambda family: (
+        root / family if (root / family).exists() else export_checkpoint(saved_model(family), root / family).folder
+    )
