@@ -34,7 +34,7 @@ from embedrl_verl.data.disk import TRACKER, sha256_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.export.record import RECORD_FILE
+from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
 
 RECORD = "run.json"
 # Keys that change where and how fast the Embedder runs, not its vectors.
@@ -192,8 +192,8 @@ def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -
     folder, config, embedrl = Path(step_folder), trainer.config, trainer.embedrl
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RECORD, json.dumps(trainer.run_record, indent=2) + "\n")
-    pairs = sorted(Counter(trainer.train_dataset.pair_sources).items())
-    common = {"step": trainer.global_steps, "data": [{"source": name, "pairs": count} for name, count in pairs]}
+    counts = sorted(Counter(trainer.train_dataset.pair_sources).items())
+    common = {"step": trainer.global_steps, "data": tuple(DataSource(*one) for one in counts)}
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     settings = {
         "embedder": embedrl.embedder.path,
@@ -209,8 +209,9 @@ def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -
         "max_response_length": config.data.max_response_length,
         "seed": config.data.get("seed") or 0,
     }
-    reasoner = {"stage": "egrl", "base_model": config.actor_rollout_ref.model.path, "settings": settings}
-    _write_record(folder, {**common, **reasoner, "scores": dict(scores)})
+    base = str(config.actor_rollout_ref.model.path)
+    record = TrainingRecord(stage="egrl", base_model=base, settings=settings, scores=dict(scores), **common)
+    write_record(folder, record)
     training = trainer.embedder_training
     if training is None:
         return
@@ -218,14 +219,10 @@ def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -
     kept = {name: value for name, value in dataclasses.asdict(embedrl.embedder.train).items() if name not in hidden}
     # With an average, Hit@1 of the probe set is the average's; the checkpoint's weights are the trained ones.
     known = training.last_hit1 is not None and not training.averaged
-    embedder = {"stage": "embedder", "base_model": embedrl.embedder.path, "settings": {"inside": "EG-RL", **kept}}
     probe = {"hit@1 (anchors)": training.last_hit1} if known else {}
-    _write_record(folder / "embedder", {**common, **embedder, "scores": probe})
-
-
-def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
+    base, settings = str(embedrl.embedder.path), {"inside": "EG-RL", **kept}
+    record = TrainingRecord(stage="embedder", base_model=base, settings=settings, scores=probe, **common)
+    write_record(folder / "embedder", record)
 
 
 # ---------------------------------------------------------------------- which checkpoints stay

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from embedrl_verl.config.schema import EmbedderTrainConfig
-from embedrl_verl.contrastive.rows import PairRows
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.video import even_indices
 from embedrl_verl.embedder.client import EmbedderClient
@@ -33,6 +32,7 @@ from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.embedder.two_pass import NoNegativesError, NoPairsError, contrastive_gradients
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow
+from embedrl_verl.stage1.rows import PairRows
 from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, Row, ScoredRows
 
 logger = logging.getLogger(__name__)

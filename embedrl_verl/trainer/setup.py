@@ -21,7 +21,6 @@ from verl.utils.dataset.rl_dataset import collate_fn
 import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config, rules
 from embedrl_verl.config.compose import bound_served_lengths
-from embedrl_verl.contrastive.rows import PairRows, read_training_pairs
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.data.settings import DataSettings, resolve_family
@@ -32,6 +31,7 @@ from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
+from embedrl_verl.stage1.rows import PairRows, read_training_pairs
 from embedrl_verl.trainer.checkpoint import check_run_record, run_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, ProbeSet, refuse_trained_checkpoint
 from embedrl_verl.trainer.reward_stage import EmbedderGuidedRewardManager

@@ -25,10 +25,10 @@ def main(checkpoint: str, out: str, dtype: str) -> None:
     """Run every case on this rank's share of its pairs."""
     from torch.distributed.tensor import DTensor
 
-    from embedrl_verl.contrastive.rows import EncodedPair, rows_of_pairs
-    from embedrl_verl.contrastive.step import two_pass_step
     from embedrl_verl.embedder.settings import processor_for
     from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
+    from embedrl_verl.stage1.rows import EncodedPair, rows_of_pairs
+    from embedrl_verl.stage1.step import two_pass_step
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Gradients are not clipped and weights hardly move, so that cases follow one another.
@@ -53,13 +53,12 @@ def main(checkpoint: str, out: str, dtype: str) -> None:
     for name, pairs in contrastive_cases().items():
         encoded = [
             EncodedPair(
-                i,
                 processor.encode(query),
                 processor.encode(target),
                 tuple(processor.encode(one) for one in negatives),
                 contents,
             )
-            for i, (query, target, negatives, contents) in enumerate(pairs)
+            for query, target, negatives, contents in pairs
         ]
         # Uneven on purpose: the first rank has all but two pairs.
         places = list(range(len(pairs)))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,29 +11,12 @@ import torch.distributed as dist
 from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.config.schema import EmbedderTrainConfig
-from embedrl_verl.contrastive.rows import Rows, unmask_ids
 from embedrl_verl.embedder.engine import tensordict_of
 from embedrl_verl.embedder.info_nce import ContrastiveLayout
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.embedder.two_pass import GRADIENT, contrastive_gradients
 from embedrl_verl.errors import EmbedderError
-
-
-@dataclass(frozen=True, eq=False)
-class _Gathered:
-    """Rows of all ranks, and which of them are this rank's (queries and targets apart)."""
-
-    query: torch.Tensor
-    target: torch.Tensor
-    layout: ContrastiveLayout
-    own_query: slice
-    own_target: slice
-
-
-def embed_local(worker: Any, rows: list[Encoded]) -> torch.Tensor:
-    """Vectors float32 (n, D) of this rank's rows, on the CPU; all ranks must call it together."""
-    vectors: torch.Tensor = worker.infer_batch(tensordict_of(rows))["embeddings"]
-    return vectors
+from embedrl_verl.stage1.rows import Rows
 
 
 def two_pass_step(worker: Any, batch: Rows, config: EmbedderTrainConfig) -> dict[str, float]:
@@ -52,24 +34,31 @@ def two_pass_step(worker: Any, batch: Rows, config: EmbedderTrainConfig) -> dict
         NoNegativesError: on all ranks alike; nothing was changed.
         EmbedderError: a row without a finite vector, or a gradient norm that is not finite.
     """
-    gathered = _gather(embed_local(worker, batch.rows), batch)
-    failed = int((~gathered.query.isfinite().all(dim=1)).sum() + (~gathered.target.isfinite().all(dim=1)).sum())
-    if failed:
+    vectors = embed_local(worker, batch.rows)
+    own = len(batch.layout.query_pair)
+    queries, targets, layouts = zip(*gather((vectors[:own], vectors[own:], batch.layout)), strict=True)
+    names = ("query_pair", "target_pair", "query_content", "target_content")
+    layout = ContrastiveLayout(*(torch.cat([getattr(one, name) for one in layouts]) for name in names))
+    query, target = torch.cat(queries), torch.cat(targets)
+    if failed := int((~torch.cat([query, target]).isfinite().all(dim=1)).sum()):
         raise EmbedderError(
-            f"{failed} of {len(gathered.query) + len(gathered.target)} vectors are not finite, so the loss would be "
-            "NaN; the checkpoint is broken, or overflows in this dtype (try embedrl.embedder.dtype=float32), or the "
-            "learning rate is too high"
+            f"{failed} of {len(query) + len(target)} vectors are not finite, so the loss would be NaN; the checkpoint "
+            "is broken, or overflows in this dtype (try embedrl.embedder.dtype=float32), or the learning rate is too "
+            "high"
         )
     gradients = contrastive_gradients(
-        gathered.query,
-        gathered.target,
-        gathered.layout,
+        query,
+        target,
+        layout,
         temperature=config.temperature,
         symmetric=config.symmetric,
         matryoshka_dims=config.matryoshka_dims,
     )
+    rank = dist.get_rank()
+    of_query = gradients.query.split([len(one) for one in queries])[rank]
+    of_target = gradients.target.split([len(one) for one in targets])[rank]
     data = tensordict_of(batch.rows)
-    data[GRADIENT] = torch.cat([gradients.query[gathered.own_query], gradients.target[gathered.own_target]])
+    data[GRADIENT] = torch.cat([of_query, of_target])
     tu.assign_non_tensor(data, update_lr_scheduler=True)
     metrics = tu.get(worker.train_batch(data), "metrics")
     norm = float(metrics["grad_norm"])
@@ -81,27 +70,14 @@ def two_pass_step(worker: Any, batch: Rows, config: EmbedderTrainConfig) -> dict
     return {**gradients.metrics, "grad_norm": norm, "lr": float(metrics["lr"])}
 
 
+def embed_local(worker: Any, rows: list[Encoded]) -> torch.Tensor:
+    """Vectors float32 (n, D) of this rank's rows, on the CPU; all ranks must call it together."""
+    vectors: torch.Tensor = worker.infer_batch(tensordict_of(rows))["embeddings"]
+    return vectors
+
+
 def gather(value: Any) -> list[Any]:
     """`value` of every rank, by rank."""
     received: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(received, value)
     return received
-
-
-def _gather(vectors: torch.Tensor, batch: Rows) -> _Gathered:
-    queries = len(batch.layout.query_pair)
-    parts = gather((vectors[:queries], vectors[queries:], batch.layout, batch.bare))
-    rank = dist.get_rank()
-    before_query = sum(len(part[0]) for part in parts[:rank])
-    before_target = sum(len(part[1]) for part in parts[:rank])
-    names = ("query_pair", "target_pair", "query_content", "target_content")
-    return _Gathered(
-        torch.cat([part[0] for part in parts]),
-        torch.cat([part[1] for part in parts]),
-        unmask_ids(
-            ContrastiveLayout(*(torch.cat([getattr(part[2], name) for part in parts]) for name in names)),
-            torch.cat([part[3] for part in parts]),
-        ),
-        slice(before_query, before_query + queries),
-        slice(before_target, before_target + len(vectors) - queries),
-    )

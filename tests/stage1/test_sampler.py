@@ -9,8 +9,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from embedrl_verl.contrastive.sampler import SubBatchPlan
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.stage1.sampler import SubBatchPlan
 
 SOURCES = ["a"] * 40 + ["b"] * 24 + ["film"] * 16
 
@@ -84,9 +84,8 @@ def test_the_share_of_raw_batches_is_kept():
         (["a"] * 8 + ["b"] * 3, {}, r"too few in b \(3 pairs\)"),
         (["a"] * 8, {"weights": {"a": 0.1}}, r"too few in a \(8 pairs\).*raise the source's weight"),
         (["a"] * 8, {"weights": {"c": 1.0}}, "source_weights names c; the data has a"),
-        (["film"] * 40, {}, "all sources are videos"),
+        (["film"] * 40, {}, "at most 1 video sub-batch"),
         (["a"] * 4, {}, "has no batch of 8 pairs"),
-        ([], {}, "too few in the empty data set"),
     ],
 )
 def test_what_cannot_fill_batches_is_named(sources, settings, message):

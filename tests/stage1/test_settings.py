@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
-from embedrl_verl.contrastive.settings import ContrastiveConfig, load_stage1_config
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.stage1.settings import ContrastiveConfig, load_stage1_config
 
 REQUIRED = ("data.train_files=[x.parquet]", "embedrl.embedder.path=model", "contrastive.out=run")
 
