@@ -186,7 +186,7 @@ def _add_embedder(staging: Path, profile: str) -> dict[str, Any]:
     processor = EmbedProcessor.from_pretrained(staging, profile)
     dim = int(config.get_text_config().hidden_size)
     write_sentence_files(sentence_files(processor, family_of_config(config), dim), staging)
-    item = LoadedItem("TEXT", "", (), (), None, None)
+    item = LoadedItem("TEXT", "", (), ())
     prompt = processor.prompt_text(EmbedInput(item))
     image = f"{VISION_START}{IMAGE_PAD}{VISION_END}" if processor.profile.chat else f"{IMAGE_PAD} "
     return {

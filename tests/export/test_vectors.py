@@ -85,7 +85,7 @@ def test_videos_need_their_frame_rate_where_the_model_knows_time(family, engines
     vectors = []
     for one in inputs:
         number = len(one.item.frames)
-        metadata = {"fps": one.item.fps, "total_num_frames": number, "frames_indices": list(range(number))}
+        metadata = {"fps": one.item.times.fps, "total_num_frames": number, "frames_indices": list(range(number))}
         messages = build_messages(one.item, one.tcot, one.evidence)
         vectors.append(encode(model, [messages], processing_kwargs={"video": {"video_metadata": [metadata]}})[0])
     assert cosines(torch.stack(vectors), embedder.embed(inputs)).min() >= 0.999
