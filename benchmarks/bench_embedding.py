@@ -54,7 +54,7 @@ def make_items(count: int, side: int) -> list[EmbedInput]:
     items = []
     for i in range(count):
         images = [(), (picture(2, 4),), (picture(2, 2), picture(1, 3), picture(2, 3))][i % 3]
-        loaded = LoadedItem(f"which digits are written {'here ' * (i % 9)}", "Find the same.", images, (), None, None)
+        loaded = LoadedItem(f"which digits are written {'here ' * (i % 9)}", "Find the same.", images, ())
         tcot = parse_tcot(TCOT) if i % 2 else None
         items.append(EmbedInput(loaded, tcot, (picture(1, 2),) if tcot else ()))
     return items

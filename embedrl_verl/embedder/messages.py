@@ -8,13 +8,13 @@ forge a turn nor add media placeholders.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from embedrl_verl.embedder.profiles import EMB_TOKEN, EMBED_RL, EmbedderProfile
+from embedrl_verl.tcot.harmless import break_tokens
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-# Of every family, not of one tokenizer: the exported template follows the same rule and must give the same string.
-_CONTROL = re.compile(r"<(\|\w+\||" + EMB_TOKEN.strip("<>") + ")>")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def build_messages(
 
     content: list[dict[str, Any]] = []
     if item.frames and not profile.frames_as_images:
-        content.append({"type": "video", "video": list(item.frames), "times": item.frame_times})
+        content.append({"type": "video", "video": list(item.frames), "times": item.times})
     images = [*item.images, *(item.frames if profile.frames_as_images else ())]
     content += [{"type": "image", "image": image} for image in images]
     text = " ".join(part for part in (instruction, item.text) if part)
@@ -117,4 +115,5 @@ def _lines(*parts: str) -> str:
 
 
 def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": _CONTROL.sub(r"< \1 >", text)}
+    # Of every family, not of one tokenizer: the exported template follows the same rule and must give the same string.
+    return {"type": "text", "text": break_tokens(text, EMB_TOKEN.strip("<>"))}

@@ -12,6 +12,7 @@ from PIL import Image
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.identity import NO_QUERY, ContentId
 from embedrl_verl.data.media import LoadedItem, MediaLimits
+from embedrl_verl.data.video import list_times
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.tcot import parse_tcot
 
@@ -46,7 +47,7 @@ def item(
     instruction: str = "",
     fps: float = 2.0,
 ) -> LoadedItem:
-    return LoadedItem(text, instruction, images, frames, fps if frames else None, None)
+    return LoadedItem(text, instruction, images, frames, list_times(fps, len(frames)) if frames else None)
 
 
 def mixed_inputs(count: int) -> list[EmbedInput]:

@@ -69,7 +69,11 @@ def test_videos_need_their_frame_rate_where_the_model_knows_time(family, engines
         frames += frames[-1:] * (len(frames) % 2)
         one = dataclasses.replace(one, item=dataclasses.replace(one.item, frames=frames))
         inputs.append(one)
-        metadata = {"fps": one.item.fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+        metadata = {
+            "fps": one.item.times.fps,
+            "total_num_frames": len(frames),
+            "frames_indices": list(range(len(frames))),
+        }
         messages = build_messages(one.item, one.tcot, one.evidence)
         vectors.append(encode(model, [messages], processing_kwargs={"video": {"video_metadata": [metadata]}})[0])
     assert len(inputs) == 3

@@ -16,6 +16,7 @@ from PIL import Image
 
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.media import LoadedItem
+from embedrl_verl.data.video import list_times
 from embedrl_verl.embedder.loading import load_config
 from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor
@@ -149,4 +150,4 @@ def _image(width: int, height: int) -> Image.Image:
 
 
 def _item(text: str, images: tuple[Image.Image, ...] = (), frames: tuple[Image.Image, ...] = ()) -> LoadedItem:
-    return LoadedItem(text, "Represent the probe.", images, frames, 2.0 if frames else None, None)
+    return LoadedItem(text, "Represent the probe.", images, frames, list_times(2.0, len(frames)) if frames else None)

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Media in the rows are counted before they are read, and refused where they cannot fit."""
+"""Media in the rows are counted before they are read, and refused where they cannot fit; a video is decoded once."""
 
 import logging
 import os
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl.data import inspection, memory
-from embedrl_verl.data.inspection import locate_pairs
-from embedrl_verl.data.memory import check_memory, embedded_bytes
+from embedrl_verl.data import inspection, prompts
+from embedrl_verl.data.identity import content_id
+from embedrl_verl.data.inspection import LocatedPair, PairInspector, check_memory, embedded_bytes, locate_pairs
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ResourceError
 from embedrl_verl.platforms.memory import Memory
+from tests.data.clips import write_clip
 
 NOISE = os.urandom(1 << 16)
 
@@ -33,13 +36,16 @@ def files(tmp_path):
 
 
 def machine(monkeypatch, size):
-    monkeypatch.setattr(memory, "machine_memory", lambda: Memory(available=0, total=size))
+    monkeypatch.setattr(inspection, "machine_memory", lambda: Memory(available=0, total=size))
 
 
-def test_media_bytes_are_counted_wherever_they_stand_and_paths_are_not(files):
+def test_media_bytes_are_counted_wherever_they_stand_and_paths_and_other_columns_are_not(files, tmp_path):
     for file in files[:2]:
         assert embedded_bytes(file) == pytest.approx(10 * len(NOISE), rel=0.01)
-    assert embedded_bytes(files[2]) < 1000
+    table = pq.read_table(files[2])
+    other = pa.array([{"path": None, "bytes": NOISE}] * table.num_rows)
+    pq.write_table(table.append_column("thumbnail", other), tmp_path / "d.parquet")
+    assert embedded_bytes(files[2]) < 1000 and embedded_bytes(str(tmp_path / "d.parquet")) < 1000
 
 
 def test_what_cannot_fit_is_refused_before_it_is_read(files, monkeypatch):
@@ -49,13 +55,6 @@ def test_what_cannot_fit_is_refused_before_it_is_read(files, monkeypatch):
         with pytest.raises(ResourceError, match=r"a\.parquet and the files beside it .*--media files"):
             locate_pairs(files)
     assert len(locate_pairs(files[:1])[0]) == 10
-
-
-def test_columns_that_nobody_reads_do_not_count(files, tmp_path):
-    table = pq.read_table(files[2])
-    other = pa.array([{"path": None, "bytes": NOISE}] * table.num_rows)
-    pq.write_table(table.append_column("thumbnail", other), tmp_path / "d.parquet")
-    assert embedded_bytes(tmp_path / "d.parquet") < 1000
 
 
 def test_every_process_of_a_machine_counts(files, monkeypatch):
@@ -76,10 +75,20 @@ def test_much_is_said_and_little_is_not(files, monkeypatch, caplog):
     assert "training keeps them in memory" in caplog.text
 
 
-def test_a_file_that_cannot_be_read_is_left_to_the_reader(tmp_path):
-    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(pa.ArrowException):
-        embedded_bytes(tmp_path / "torn.parquet")
-    check_memory([tmp_path / "torn.parquet", tmp_path / "none.parquet"])
-    _, problems = locate_pairs([str(tmp_path / "torn.parquet")])
-    assert "not a readable parquet file" in problems[0].message
+def test_a_file_that_cannot_be_read_is_a_problem_and_the_others_are_read(tmp_path):
+    folder = tmp_path / "set"
+    write_pairs([record(0, text="t")], folder / "part-00001.parquet")
+    (folder / "part-00000.parquet").write_bytes(b"PAR1 torn")
+    pairs, problems = locate_pairs([str(tmp_path / "none.parquet"), str(folder)])
+    assert [pair.record.pair_id for pair in pairs] == ["p0"]
+    assert ["not a readable parquet file" in problem.message for problem in problems] == [True, True]
+
+
+def test_a_video_file_is_decoded_once_and_its_frames_are_counted(tmp_path, monkeypatch):
+    write_clip(tmp_path / "c.mp4", pts=range(3))
+    load = Mock(side_effect=prompts.load_frames)
+    monkeypatch.setattr(prompts, "load_frames", load)
+    pair = LocatedPair("f", 0, record(0, video=Video(path="c.mp4")))
+    facts = PairInspector(DataSettings(), "qwen2_vl", str(tmp_path), None).inspect(pair)
+    assert load.call_count == 1 and facts.file_frames == {"query": 0, "target": 2}
+    assert facts.content == content_id(pair.record, tmp_path)
