@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
-    from embedrl_verl.embedder.served.command import server_arguments, server_command, server_options, shell_line
+    from embedrl_verl.embedder.served.command import prompt_template, server_arguments, server_command, shell_line
     from embedrl_verl.embedder.settings import processor_for
 
     on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
@@ -77,10 +77,14 @@ def run(args: argparse.Namespace) -> int:
             extra_args=tuple(args.vllm_arg),
         ),
     )
-    options = server_options(config, processor_for(config, max_frames=args.max_frames), on_cpu=on_cpu)
-    args.template.write_text(options.template, encoding="utf-8")
-    template = args.template.resolve()
-    command = server_command(server_arguments(options, template, host=args.host, port=args.port, plain_input=True))
+    processor = processor_for(config, max_frames=args.max_frames)
+    args.template.write_text(prompt_template(processor), encoding="utf-8")
+    command = server_command(
+        server_arguments(config, processor, on_cpu=on_cpu, plain_input=True),
+        args.template.resolve(),
+        host=args.host,
+        port=args.port,
+    )
     if args.only_print:
         print(shell_line(command))
         return 0

@@ -18,8 +18,8 @@ import torch
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.embedder.sentence_actor import start_sentence_actor
-from embedrl_verl.embedder.served.fleet import ServerFleet
-from embedrl_verl.embedder.served.handshake import check_servers
+from embedrl_verl.embedder.served.client import check_servers
+from embedrl_verl.embedder.served.servers import ServerFleet
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.embedder.streaming import QueuedVectors
 from embedrl_verl.errors import ConfigError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.judge.style import JUDGE_STYLES
+from embedrl_verl.judge.prompt import JUDGE_STYLES
 
 _OURS = ("model", "messages", "max_tokens", "temperature", "structured_outputs")
 

@@ -26,10 +26,9 @@ from typing import Any
 
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.judge import judge_prompt, load_judge_style, parse_choice
+from embedrl_verl.judge import judge_prompt, judge_style, parse_choice
 from embedrl_verl.rewards import Side
 from embedrl_verl.tcot import TCoT, parse_tcot
-from embedrl_verl.tcot.styles import fill
 from embedrl_verl.tiny.digits import FAMILY_SIZE, Sample, cut_short, read_samples
 from embedrl_verl.tiny.judge_model import END, IGNORED, JudgeSize, TinyJudge
 from embedrl_verl.tiny.optim import MuonAdamW
@@ -192,7 +191,7 @@ def _gap(judged: str, candidate: str) -> float:
 
 def drill(level: Level, judge: TinyJudge, rng: random.Random) -> tuple[list[int], list[int]]:
     """Tokens and labels of one drill: lines of a list, numbered at random; every line that repeats one has a label."""
-    style = load_judge_style(STYLE)
+    style = judge_style(STYLE)
     keys: list[str] = []
     while len(keys) < level.keys:
         digits = rng.randint(max(1, level.digits - 1), level.digits)
@@ -202,12 +201,12 @@ def drill(level: Level, judge: TinyJudge, rng: random.Random) -> tuple[list[int]
     ids, labels = [], []
     for line in range(level.lines):
         key = keys[line] if line < level.keys else rng.choice(keys)
-        text = fill(style.candidate, number=numbers[key], text=key)
+        text = style.candidate(numbers[key], key)
         asked = judge.ids(text[: text.rindex(numbers[key])])
         answer = judge.ids(numbers[key])
-        ids += asked + answer + judge.ids(style.candidates)
+        ids += asked + answer + judge.ids(style.join)
         known = answer[0] if line >= level.keys else IGNORED
-        labels += [IGNORED] * (len(asked) - 1) + [known, IGNORED] + [IGNORED] * len(judge.ids(style.candidates))
+        labels += [IGNORED] * (len(asked) - 1) + [known, IGNORED] + [IGNORED] * len(judge.ids(style.join))
     return ids, labels
 
 

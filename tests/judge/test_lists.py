@@ -6,7 +6,7 @@ import torch
 
 from embedrl_verl.judge import judge_lists
 from embedrl_verl.rewards import RewardBatch
-from tests.judge.batches import make_batch, tcot_of
+from tests.judge.fakes import make_batch, tcot_of
 
 
 def canonical(lists, order=None):
