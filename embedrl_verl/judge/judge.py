@@ -36,6 +36,8 @@ UNREADABLE = "image unreadable"
 AT_ONCE = 4
 """Lists whose images are loaded and whose prompts are written at the same time, each in a thread."""
 LONGEST_WORDS = 500
+_KEY_FIX = "; name the variable of its key in embedrl.judge.api_key_env"
+_MODEL_FIX = "; a server that lists no models needs embedrl.judge.model"
 _POSITIONS = 12  # of which the log shows the bias
 # Decimals, ranges and negative numbers are read as a whole, so that no part of them passes for a choice.
 _NUMBER = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*")
@@ -72,13 +74,11 @@ class Judgement:
     def metrics(self) -> dict[str, float]:
         """Numbers for the log, each with the prefix `judge/`; a mean over no row is left out.
 
-        `hit_rate/mean`, `/query`, `/target` and `blind_rate/...`, what a judge that cannot read would hit on the same
-        lists (the own pair's share of each), both over the rows that were judged; `hit_above_blind`, the difference of
-        their means. `unknown_rate` of the rows with a list, `unknown/<cause>` their counts, `rows_without_list`. By
-        position p, up to the 12th: `picked_at/<p>` share of picks, `own_at/<p>` share of lists in which the own pair
-        stands there, both over judged rows whose list is that long, and `hit_at/<p>` hit rate of the picks there. A
-        judge without position bias picks where own candidates are. `requests`, `retries`, `seconds`,
-        `requests_per_second`.
+        `blind_rate` is what a judge that cannot read would hit on the same lists (the own pair's share of each); it and
+        `hit_rate` are over the rows that were judged. `unknown_rate` is of the rows with a list. By position p:
+        `picked_at/<p>` share of picks, `own_at/<p>` share of lists in which the own pair stands there, both over judged
+        rows whose list is that long, and `hit_at/<p>` hit rate of the picks there. A judge without position bias picks
+        where own candidates are.
         """
         rows = len(self.scores)
         length, side = torch.zeros(2, rows, dtype=torch.int64)
@@ -180,11 +180,11 @@ class ListwiseJudge:
                 try:
                     await self._meet(deadline)
                 except ServerError as error:
-                    unknown = self._unknown(error, hint=self._model is None)
+                    fix = _KEY_FIX if error.status in (401, 403) else _MODEL_FIX if error.status else ""
+                    unknown = self._unknown(error.cause, str(error), fix)
                     answers = {row: unknown for listed in lists for row in listed.rows}
                 else:
                     answers = await self._ask_all(batch, lists, write, deadline)
-        self._check(answers)
         scores, picks = torch.full((len(batch),), torch.nan), torch.zeros(len(batch), dtype=torch.int64)
         for listed in lists:
             for row in listed.rows:
@@ -195,7 +195,7 @@ class ListwiseJudge:
             scores=scores,
             picks=picks,
             lists=tuple(lists),
-            causes=Counter(answer.cause for answer in answers.values() if isinstance(answer, _Unknown)),
+            causes=self._causes(answers),
             requests=self.pool.requests - requests,
             retries=self.pool.retries - retries,
             seconds=time.monotonic() - start,
@@ -212,10 +212,8 @@ class ListwiseJudge:
             if error.transient or self.settings.model is None:
                 raise
         if self.settings.model is None and not models:
-            raise EmbedRLError(
-                f"GET /v1/models of {', '.join(self.pool.urls)} must list a model; it lists none. "
-                "Name it in embedrl.judge.model"
-            )
+            urls = ", ".join(self.pool.urls)
+            raise EmbedRLError(f"GET /v1/models of {urls} must list a model; got none. Name it in embedrl.judge.model")
         self._model = self.settings.model or str(models[0]["id"])
         self._is_vllm = any(model.get("owned_by") == "vllm" for model in models)
         constrained = self._is_vllm and self.settings.constrained
@@ -232,7 +230,7 @@ class ListwiseJudge:
                 async with gate:
                     prompt = await asyncio.to_thread(write, listed)
             except MediaError as error:
-                return dict.fromkeys(listed.rows, self._noted(_Unknown(UNREADABLE, str(error))))
+                return dict.fromkeys(listed.rows, self._unknown(UNREADABLE, str(error)))
             asked = (
                 self._ask(prompt.messages(batch.tcots[row]), len(listed), deadline, affinity=number)
                 for row in listed.rows
@@ -273,7 +271,7 @@ class ListwiseJudge:
                     f"it; set embedrl.judge.constrained=False. It said: {error}"
                 ) from error
         except ServerError as error:
-            return self._unknown(error)
+            return self._unknown(error.cause, str(error), _KEY_FIX if error.status in (401, 403) else "")
         try:
             choice = answer["choices"][0]
             text, reason = choice["message"]["content"], choice.get("finish_reason")
@@ -284,34 +282,26 @@ class ListwiseJudge:
             return _Unknown(CUT_OFF)
         return parse_choice(text, n) or _Unknown(NO_NUMBER)
 
-    def _unknown(self, error: ServerError, *, hint: bool = False) -> _Unknown:
-        """The failure of a request, with the key that may fix it."""
-        fix = ""
-        if error.status in (401, 403):
-            fix = "; name the variable of its key in embedrl.judge.api_key_env"
-        elif hint and error.status is not None:
-            fix = "; a server that lists no models needs embedrl.judge.model"
-        return self._noted(_Unknown(error.cause, f"{error}{fix}"))
+    def _unknown(self, cause: str, words: str, fix: str = "") -> _Unknown:
+        """The first of each cause is logged once a run, with the key that may fix it."""
+        if cause not in self._logged:
+            self._logged.add(cause)
+            _LOG.warning("judge: rows are unknown: %s%s", words, fix)
+        return _Unknown(cause, f"{words}{fix}")
 
-    def _noted(self, unknown: _Unknown) -> _Unknown:
-        """Log the first of each cause in a run."""
-        if unknown.cause not in self._logged:
-            self._logged.add(unknown.cause)
-            _LOG.warning("judge: rows are unknown: %s", unknown.words)
-        return unknown
-
-    def _check(self, answers: Mapping[int, int | _Unknown]) -> None:
-        """Stop the step if too many rows are unknown."""
+    def _causes(self, answers: Mapping[int, int | _Unknown]) -> Counter[str]:
+        """How many rows are unknown for which cause; too many stop the step."""
         unknown = [answer for answer in answers.values() if isinstance(answer, _Unknown)]
-        if len(unknown) <= self.settings.max_unknown_share * len(answers):
-            return
-        causes = Counter(one.cause for one in unknown).most_common()
-        words = next((one.words for cause, _ in causes for one in unknown if one.cause == cause and one.words), "")
-        raise EmbedRLError(
-            f"the judge left {len(unknown)} of {len(answers)} rows unknown, more than embedrl.judge.max_unknown_share="
-            f"{self.settings.max_unknown_share}. Causes: {'; '.join(f'{count} x {cause}' for cause, count in causes)}. "
-            f"Servers: {', '.join(self.pool.urls)}" + (f". The first failure: {words[:LONGEST_WORDS]}" if words else "")
-        )
+        causes, allowed = Counter(one.cause for one in unknown), self.settings.max_unknown_share
+        if len(unknown) > allowed * len(answers):
+            counted = "; ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+            words = next((one.words for one in sorted(unknown, key=lambda one: -causes[one.cause]) if one.words), "")
+            raise EmbedRLError(
+                f"the judge left {len(unknown)} of {len(answers)} rows unknown, more than "
+                f"embedrl.judge.max_unknown_share={allowed}. Causes: {counted}. Servers: {', '.join(self.pool.urls)}"
+                + (f". The first failure: {words[:LONGEST_WORDS]}" if words else "")
+            )
+        return causes
 
 
 def parse_choice(text: str, n: int) -> int | None:
