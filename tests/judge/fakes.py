@@ -79,14 +79,15 @@ def judge_at(*urls, pool=None, **settings):
     return ListwiseJudge(quick_pool(*urls, **(pool or {})), JudgeSettings(**{"style": "compact", **settings}))
 
 
-def run(answer, batch=None, *, call=None, steps=1, **settings):
+def run(answer, batch=None, *, step=0, steps=1, instructions=None, show=None, **settings):
     """Judge with a server that answers so; the last step's judgement, and the server."""
+    batch = make_batch() if batch is None else batch
 
     async def main():
         async with FakeServer(answer) as server:
             judge = judge_at(server.url, **settings)
-            for step in range(steps):
-                found = await judge.judge(make_batch() if batch is None else batch, step=step, **(call or {}))
+            for number in range(step, step + steps):
+                found = await judge.judge(batch, step=number, instructions=instructions, images=show)
             return found, server
 
     return asyncio.run(main())

@@ -56,29 +56,22 @@ def test_scores_belong_to_their_rows_however_the_batch_is_ordered():
 
 def test_a_judge_that_always_says_one_hits_at_the_blind_rate():
     hits, batch = 0, make_batch(pairs=40, rollouts=2)
-
-    async def steps():
-        nonlocal hits
-        async with FakeServer(says(lambda body: "1")) as server:
-            judge = judge_at(server.url, shared_lists=False)
-            for step in range(5):
-                found = await judge.judge(batch, step=step)
-                metrics = found.metrics()
-                hits += int(found.scores.sum())
-                assert metrics["judge/picked_at/1"] == 1.0 and metrics["judge/picked_at/2"] == 0.0
-                assert metrics["judge/hit_at/1"] == metrics["judge/own_at/1"] == metrics["judge/hit_rate/mean"]
-                assert metrics["judge/blind_rate/mean"] == pytest.approx(2 / 6)
-                assert metrics["judge/hit_above_blind"] == pytest.approx(metrics["judge/hit_rate/mean"] - 1 / 3)
-
-    asyncio.run(steps())
+    for step in range(5):
+        found, _ = run(says(lambda body: "1"), batch, step=step, shared_lists=False)
+        metrics = found.metrics()
+        hits += int(found.scores.sum())
+        assert metrics["judge/picked_at/1"] == 1.0 and metrics["judge/picked_at/2"] == 0.0
+        assert metrics["judge/hit_at/1"] == metrics["judge/own_at/1"] == metrics["judge/hit_rate/mean"]
+        assert metrics["judge/blind_rate/mean"] == pytest.approx(2 / 6)
+        assert metrics["judge/hit_above_blind"] == pytest.approx(metrics["judge/hit_rate/mean"] - 1 / 3)
     assert abs(hits - 800 / 3) < 2.576 * math.sqrt(800 * 2 / 9)  # the 99% interval of a binomial
 
 
 @pytest.mark.parametrize("vllm", [True, False])
 def test_the_request_is_what_the_settings_say_and_constrained_for_vllm_only(vllm):
     settings = {"extra_body": {"top_p": 0.5}, "max_tokens": 3, "temperature": 0.25, "style": "paper"}
-    call = {"instructions": [f"Find it, {row // 4}." for row in range(48)]}
-    _, server = run(says(lambda body: "1", vllm=vllm), call=call, steps=2, **settings)
+    instructions = [f"Find it, {row // 4}." for row in range(48)]
+    _, server = run(says(lambda body: "1", vllm=vllm), instructions=instructions, steps=2, **settings)
     asked = chats(server)
     assert len(server.bodies) == 2 * 48 + 1 and {body["model"] for body in asked} == {"served"}  # asked for once
     assert {(body["top_p"], body["max_tokens"], body["temperature"]) for body in asked} == {(0.5, 3, 0.25)}
@@ -93,35 +86,7 @@ def test_the_request_is_what_the_settings_say_and_constrained_for_vllm_only(vllm
 
 def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="48 rows; got 3"):
-        run(says(reading), call={"instructions": ["a"] * 3})
-
-
-def test_512_rollouts_run_at_the_limit_and_no_request_blocks_the_event_loop():
-    """A judge in a thread of its own says nothing to anybody until 64 ask at once. A call that blocks the event loop
-    would wait for the other 63 in vain. Times: benchmarks/bench_judge.py."""
-    until, ready, stop = time.monotonic() + 60, [], threading.Event()
-
-    async def chat(body):
-        while ready[0].most < 64 and time.monotonic() < until:
-            await asyncio.sleep(0.01)
-        return reply("1")
-
-    async def serve():
-        async with FakeServer(says(chat=chat)) as server:
-            ready.append(server)
-            await asyncio.to_thread(stop.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    while not ready:
-        time.sleep(0.01)
-    try:
-        judge = judge_at(ready[0].url, style="paper", pool={"limit": 64, "timeout_s": 120})
-        found = asyncio.run(judge.judge(make_batch(pairs=32, rollouts=8), step=0))
-    finally:
-        stop.set()
-        thread.join()
-    assert ready[0].most == 64 and found.requests == 513 and not found.causes
+        run(says(reading), instructions=["a"] * 3)
 
 
 def test_judge_and_pool_import_no_trainer_and_no_model_library():
@@ -206,14 +171,7 @@ def test_some_unknown_rows_leave_the_others_alone():
         run(says(pick), max_unknown_share=0.1)
 
 
-def test_a_dead_judge_stops_the_step_with_its_cause():
-    start = time.monotonic()
-    with pytest.raises(EmbedRLError, match="48 x no server is up"):
-        asyncio.run(judge_at(free_url(), deadline_s=2).judge(make_batch(), step=0))
-    assert time.monotonic() - start < 25
-
-
-def test_the_deadline_ends_the_stage():
+def test_the_deadline_ends_the_stage_and_a_dead_judge_stops_it_with_its_cause():
     async def slow(body):
         await asyncio.sleep(30 if "2" in judged_line(body) else 0)
         return reply(reading(body))
@@ -221,6 +179,10 @@ def test_the_deadline_ends_the_stage():
     start = time.monotonic()
     found, _ = run(says(chat=slow), deadline_s=8)
     assert found.causes == {"deadline": 8} and time.monotonic() - start < 25
+    start = time.monotonic()
+    with pytest.raises(EmbedRLError, match="48 x no server is up"):
+        asyncio.run(judge_at(free_url(), deadline_s=2).judge(make_batch(), step=0))
+    assert time.monotonic() - start < 25
 
 
 def test_rows_without_a_list_are_no_failures():
@@ -303,7 +265,7 @@ def test_images_are_asked_for_once_a_list_some_at_a_time_and_outside_of_the_loop
             now -= 1
         return [f"data:image/png;base64,{row:04d}"] if row % 2 == 0 else None
 
-    found, server = run(says(lambda body: "1"), images=wanted, call={"images": images})
+    found, server = run(says(lambda body: "1"), show=images, images=wanted)
     if not wanted:
         assert not asked
         return
@@ -320,12 +282,12 @@ def test_an_unreadable_image_makes_its_list_unknown_and_no_other():
             raise MediaError("a.png must be an image; got 3 bytes. Replace the file")
         return None
 
-    found, _ = run(says(reading), images=True, call={"images": images}, max_unknown_share=0.5)
+    found, _ = run(says(reading), show=images, images=True, max_unknown_share=0.5)
     (unknown,) = [listed for listed in found.lists if listed.rows[0] == 0]
     assert dict(found.causes) == {"image unreadable": len(unknown.rows)}
     assert {row for row in range(48) if math.isnan(found.scores[row])} == set(unknown.rows)
     with pytest.raises(EmbedRLError, match=r"4 x image unreadable.*The first failure: a\.png must be"):
-        run(says(reading), images=True, call={"images": images}, max_unknown_share=0.0)
+        run(says(reading), show=images, images=True, max_unknown_share=0.0)
 
 
 ONE = """3| 3 |3.|(3)|[3]|**3**|#3|Candidate 3|Answer: 3|answer:3|The answer is 3.|03|3 - the same number

@@ -109,7 +109,7 @@ def test_what_would_be_read_without_the_prompt_is_refused_with_the_way_to_ask(as
     assert re.search(rf"{reason}.*/v1/embeddings: a text, or a list of texts", answer.json()["error"]["message"])
 
 
-def test_settings_are_vllms_and_none_cuts_or_changes_the_prompt(client, seen):
+def test_no_setting_cuts_or_changes_the_prompt(client, seen):
     every = set(EmbeddingChatRequest.model_fields)
     cutting = {"truncate_prompt_tokens", "continue_final_message", "chat_template", "chat_template_kwargs"}
     assert every > SETTINGS and not SETTINGS & (cutting | {"add_generation_prompt", "add_special_tokens"})

@@ -117,7 +117,8 @@ def server_pid(url: str) -> int:
     return next(one.pid for one in listening if one.pid is not None)
 
 
-def test_the_vectors_are_the_embedders(config, server, expected):
+def test_a_server_that_fits_is_accepted_and_its_vectors_are_the_embedders(config, server, expected):
+    check_servers(config, processor_for(config), [server.url])
     results, _ = embed(config, mixed_inputs(ROWS), [server.url])
     assert worst(results, expected) >= 0.999
     assert float((expected[:-1] * expected[1:]).sum(dim=1).min()) < 0.99  # else anything would pass
@@ -135,10 +136,6 @@ def test_a_bare_text_has_the_embedders_vector_or_is_refused(server, embedder):
         assert float((found * wanted).sum(dim=1).min()) >= 0.999
     refused = ask([1, 2, 3])
     assert refused.status_code == 400 and "input must be a text or a list of texts" in refused.text
-
-
-def test_a_server_that_fits_passes_the_handshake(config, server):
-    check_servers(config, processor_for(config), [server.url])
 
 
 @pytest.mark.parametrize(
