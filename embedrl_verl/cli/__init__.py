@@ -154,7 +154,7 @@ def serve_embedder(
     import torch
 
     from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
-    from embedrl_verl.embedder.served.command import server_arguments, server_command, server_options, shell_line
+    from embedrl_verl.embedder.served.command import prompt_template, server_arguments, server_command, shell_line
     from embedrl_verl.embedder.settings import processor_for
 
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
@@ -174,10 +174,10 @@ def serve_embedder(
             extra_args=tuple(vllm_arg or ()),
         ),
     )
-    options = server_options(config, processor_for(config, max_frames=max_frames), on_cpu=on_cpu)
-    template.write_text(options.template, encoding="utf-8")
-    arguments = server_arguments(options, template.resolve(), host=host, port=port, plain_input=True)
-    command = server_command(arguments)
+    processor = processor_for(config, max_frames=max_frames)
+    template.write_text(prompt_template(processor), encoding="utf-8")
+    arguments = server_arguments(config, processor, on_cpu=on_cpu, plain_input=True)
+    command = server_command(arguments, template.resolve(), host=host, port=port)
     if only_print:
         print(shell_line(command))
         return 0

@@ -175,8 +175,8 @@ def start_streamed_embedder(run_config: Any, config: EmbedderConfig) -> Streamed
 
 
 def _start_servers(run_config: Any, config: EmbedderConfig) -> StreamedEmbedder:
-    from embedrl_verl.embedder.served.fleet import ServerFleet
-    from embedrl_verl.embedder.served.handshake import check_servers
+    from embedrl_verl.embedder.served.client import check_servers
+    from embedrl_verl.embedder.served.servers import ServerFleet
 
     processor = processor_for(config, max_frames=DataSettings.from_config(run_config.data).max_frames)
     if config.server.urls:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from embedrl_verl.config.schema import JudgeConfig
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.judge.listwise import ListwiseJudge
+from embedrl_verl.judge.judge import ListwiseJudge
 from embedrl_verl.serving import PoolSettings, ServerPool
 
 PLACEHOLDER = "http://judge"

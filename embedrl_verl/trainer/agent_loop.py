@@ -32,7 +32,7 @@ from embedrl_verl.embedder.positions import bind_positions
 from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.families import Family, facts_of
-from embedrl_verl.serving.clips import processor_arguments
+from embedrl_verl.serving.vllm import processor_arguments
 from embedrl_verl.tcot import cut_evidence, parse_tcot
 from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, ROW_INFO, raw_key
 

@@ -84,7 +84,7 @@ def test_a_key_is_read_from_its_variable_and_a_variable_that_is_not_set_is_refus
     with pytest.raises(ConfigError, match="embedrl.judge.api_key_env names SOME_KEY, which is not set"):
         stage(config)
     monkeypatch.setenv("SOME_KEY", "secret")
-    assert stage(config)._judge.pool._headers == {"Authorization": "Bearer secret"}
+    assert stage(config)._judge.pool._api_key == "secret"
 
 
 def test_the_pool_has_the_limits_of_the_configuration() -> None:

@@ -5,6 +5,7 @@ A list holds every rollout of the own pair on the other side, and of each of the
 Pairs with the same query or the same target are false negatives and never listed, nor are rows without embedding.
 
 Lists depend on embeddings, pair identities, side, step and seed alone, never on where a row stands in the batch.
+Shapes: R rows and C columns of one direction's similarity, P pairs, G rows of a pair, u lists (units) of a block.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from embedrl_verl.data.identity import shares_content
 from embedrl_verl.rewards import SIDES, RewardBatch, Side
 from embedrl_verl.rewards.retrieval import Direction
 
-# Cells of S looked at in one go: 64 MiB as float32.
 _BLOCK_CELLS = 2**24
+"""Cells of S looked at in one go: 64 MiB as float32."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def judge_lists(
     shared: bool = True,
     identity: Sequence[str] | None = None,
 ) -> list[JudgeList]:
-    """The lists of a step, sorted by side and pair.
+    """The lists of a step, sorted by side and pair; a row without embedding, without partner or without another pair
+    to choose from is in none.
 
     Args:
         seed, step: with the pair's identity and the side they decide the order of a list.
@@ -67,12 +69,6 @@ def judge_lists(
             order than another. False: a list for every row, hardest by that row, order drawn with its rollout too.
         identity: N names, equal for rows of the same pair and for no others, the same in every run. Default: the
             numbers in `batch.pair`, which a caller may give out differently from step to step.
-
-    Returns:
-        Lists; a row without embedding, without partner or without another pair to choose from is in none.
-
-    Raises:
-        ValueError: hard_pairs is below 1, or `identity` does not name the pairs.
     """
     if hard_pairs < 1:
         raise ValueError(f"hard_pairs must be 1 or more, or there is nothing to choose from; got {hard_pairs}")
@@ -96,16 +92,14 @@ def judge_lists(
 def _rank_pairs(batch: RewardBatch, identity: Sequence[str] | None) -> tuple[list[str], Tensor]:
     """Sorted names of the pairs, and (N,) int64: which of them each row's pair is."""
     pairs = batch.pair.tolist()
-    if identity is None:
-        identity = [str(pair) for pair in pairs]
-    if len(identity) != len(pairs):
-        raise ValueError(f"identity must name all {len(pairs)} rows; got {len(identity)} names")
-    links = set(zip(pairs, identity, strict=True))
-    if len(links) != len(set(pairs)) or len(links) != len(set(identity)):
-        raise ValueError(
-            f"identity must have one name for each pair; got {len(set(identity))} names for {len(set(pairs))} pairs"
-        )
+    identity = [str(pair) for pair in pairs] if identity is None else list(identity)
+    links = set(zip(pairs, identity, strict=False))
     names = sorted(set(identity))
+    if len(identity) != len(pairs) or not len(links) == len(set(pairs)) == len(names):
+        raise ValueError(
+            f"identity must have one name for each pair, for all {len(pairs)} rows; got {len(identity)} names, "
+            f"{len(names)} different ones for {len(set(pairs))} pairs"
+        )
     number = {name: i for i, name in enumerate(names)}
     return names, torch.tensor([number[name] for name in identity])
 
@@ -115,9 +109,7 @@ def _find(
 ) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
     """For every list of one direction, in the order of pairs and rollouts: its pair, rows, own and other candidates.
 
-    Args:
-        rank: (N,) int64, pair of every row of the batch, in 0..P-1.
-        content: (P, K) int64, contents of every pair.
+    `rank` is (N,) int64, the pair (0..P-1) of every row of the batch; `content` (P, K) int64.
     """
     columns = _members(rank[way.cols], way.col_valid, len(content))
     prompts = _members(rank[way.rows], way.row_valid, len(content))
@@ -133,8 +125,10 @@ def _find(
     height = max(1, _BLOCK_CELLS // max(1, units.shape[1] * len(cols)))
     for start in range(0, len(units), height):
         block = slice(start, start + height)
-        best = _best_over(way.similarity, units[block])
-        hard = _hardest(best, columns, shares_content(content[pair[block]], content), hard_pairs)
+        none = (units[block] < 0)[..., None]
+        cells = way.similarity[units[block].clamp(min=0)].nan_to_num_(nan=-torch.inf).masked_fill_(none, -torch.inf)
+        hidden = shares_content(content[pair[block]], content)
+        hard = _hardest(cells.amax(dim=1), columns, hidden, hard_pairs)
         for p, unit, others in zip(pair[block].tolist(), units[block].tolist(), hard.tolist(), strict=True):
             listed = [cols[j] for j in others if j >= 0]
             if listed:
@@ -142,7 +136,7 @@ def _find(
 
 
 def _members(pair: Tensor, valid: Tensor, pairs: int) -> Tensor:
-    """(P, K) int64: which valid entries (R,) are of each pair, in their order (that of rollouts), then -1."""
+    """(P, G) int64: which valid entries (R,) are of each pair, in their order (that of rollouts), then -1."""
     entries = valid.nonzero()[:, 0]
     entries = entries[pair[entries].argsort(stable=True)]
     count = torch.bincount(pair[entries], minlength=pairs)
@@ -152,28 +146,10 @@ def _members(pair: Tensor, valid: Tensor, pairs: int) -> Tensor:
     return table
 
 
-def _best_over(similarity: Tensor, units: Tensor) -> Tensor:
-    """(u, C) best similarity of every column over a unit's rows (u, G), where -1 = none; -inf where unknown."""
-    cells = similarity[units.clamp(min=0)].nan_to_num_(nan=-torch.inf)
-    none = units < 0
-    if none.any():
-        cells.masked_fill_(none[..., None], -torch.inf)
-    return cells.amax(dim=1)
-
-
 def _hardest(best: Tensor, columns: Tensor, hidden: Tensor, hard_pairs: int) -> Tensor:
     """(u, k) int64: for every unit the best column of each of its hardest pairs, hardest first; of equals the earlier;
-    -1 where there are fewer pairs.
-
-    Args:
-        best: (u, C).
-        columns: (P, K) columns of the pairs, -1 = none.
-        hidden: (u, P) bool, pairs that are no candidates.
-    """
-    cells = best[:, columns.clamp(min=0)]  # (u, P, K)
-    none = columns < 0
-    if none.any():
-        cells.masked_fill_(none, -torch.inf)
+    -1 where there are fewer pairs. `best` is (u, C), `columns` (P, G), `hidden` (u, P) pairs that are no candidates."""
+    cells = best[:, columns.clamp(min=0)].masked_fill_(columns < 0, -torch.inf)  # (u, P, G)
     peak, slot = cells.max(dim=2)  # of equals the first
     peak.masked_fill_(hidden, -torch.inf)
     chosen = []

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server's process is watched, restarted within bounds, and ends with its owner; here the server is a few lines."""
+"""A server is watched, started again within bounds, and ends with its owner; here it is a few lines. What is said of
+servers never ends a run."""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,15 +15,16 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 
-from embedrl_verl.embedder.served import guard, process
-from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.embedder.served import guard, servers
+from embedrl_verl.embedder.served.servers import ServerFleet, ServerProcess
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.serving import PoolSettings, ServerPool
 from tests.processes import alive
-from tests.serving.fakes import free_url
+from tests.serving.fakes import free_url, quick_pool
 
 # Answers every GET with its own process id and that of a child that would outlive it; a POST, after a while, with the
 # first as JSON. Their length is said: an answer that is cut off is none.
@@ -47,12 +50,20 @@ import subprocess, sys, time
 subprocess.Popen([sys.executable, *sys.argv[1:]], stdin=subprocess.PIPE)
 time.sleep(600)
 """
+# Speaks no HTTP.
+GARBAGE = """
+import socket, sys
+with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listener:
+    while True:
+        with listener.accept()[0] as one:
+            one.recv(1000), one.sendall(b"garbage\\r\\n\\r\\n")
+"""
 
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "LOOK_S", 0.05)
-    monkeypatch.setattr(process, "PROBE_S", 0.3)
+    monkeypatch.setattr(servers, "LOOK_S", 0.05)
+    monkeypatch.setattr(servers, "PROBE_S", 0.3)
 
 
 @pytest.fixture
@@ -87,10 +98,6 @@ def answers(url: str) -> bool:
         return False
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> bool:
     until = time.monotonic() + within_s
     while time.monotonic() < until:
@@ -100,35 +107,26 @@ def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> bool:
     return False
 
 
-def test_a_server_that_dies_is_started_again_at_the_same_place(start, url):
+def test_a_server_that_dies_is_started_again_and_answers_the_requests_of_the_one_before(start, url):
     server = start()
     server.wait_ready()
     first = pids(url)
-    os.kill(first[0], signal.SIGKILL)
-    assert eventually(lambda: not any(map(alive, first))), "what the server had started outlived it"
-    assert eventually(lambda: server.restarts == 1 and answers(url))
-    assert pids(url)[0] != first[0] and server.failure is None
-
-
-def test_requests_of_a_server_that_is_killed_are_answered_by_the_one_that_comes_after_it(start, url):
-    server = start()
-    server.wait_ready()
-    first = pids(url)[0]
 
     async def answered_by() -> list[int]:
-        async with ServerPool([url], PoolSettings(limit=4, backoff_s=0.1, probe_interval_s=0.2)) as pool:
+        async with quick_pool(url, limit=4, backoff_s=0.1, probe_interval_s=0.2) as pool:
 
             async def ask(number: int) -> int:
                 pid = await pool.post("/", {}, deadline=time.monotonic() + 60)
                 if number == 0:
-                    os.kill(first, signal.SIGKILL)  # 3 others are under way, 8 have not been sent
+                    os.kill(first[0], signal.SIGKILL)  # 3 others are under way, 8 have not been sent
                 return int(pid)
 
             return await asyncio.gather(*(ask(number) for number in range(12)))
 
-    answers = asyncio.run(answered_by())
-    assert server.restarts == 1
-    assert set(answers) == {first, pids(url)[0]}
+    answered = asyncio.run(answered_by())
+    assert eventually(lambda: not any(map(alive, first))), "what the server had started outlived it"
+    assert server.restarts == 1 and server.failure is None
+    assert set(answered) == {first[0], pids(url)[0]} and pids(url)[0] != first[0]
 
 
 def test_a_server_that_hangs_is_started_again(start, url):
@@ -141,22 +139,29 @@ def test_a_server_that_hangs_is_started_again(start, url):
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(start, url, monkeypatch):
-    monkeypatch.setattr(process, "MAX_RESTARTS", 1)
+    monkeypatch.setattr(servers, "MAX_RESTARTS", 1)
     server = start()
     for restarts in range(2):
-        assert eventually(lambda: server.restarts == restarts and answers(url) and server._ready)  # noqa: B023
+        server.wait_ready()
+        assert eventually(lambda: server.restarts == restarts and answers(url))  # noqa: B023
         os.kill(pids(url)[0], signal.SIGKILL)
     assert eventually(lambda: server.failure is not None)
     assert "1 restarts" in server.failure and "a line of the log" in server.failure
 
 
-def test_one_that_never_comes_up_is_reported_with_the_end_of_its_log(start):
-    with pytest.raises(EmbedderError, match=r"(?s)ended with status 3.*no such model"):
-        start("print('no such model', flush=True); raise SystemExit(3)").wait_ready()
-    with pytest.raises(
-        EmbedderError, match=r"did not answer within 1 s of its start \(embedrl.embedder.server.startup_s"
-    ):
-        start("import time; time.sleep(600)", startup_s=1).wait_ready()
+@pytest.mark.parametrize(
+    ("code", "startup_s", "said"),
+    [
+        ("print('no such model', flush=True); raise SystemExit(3)", 20, r"(?s)ended with status 3.*no such model"),
+        ("import time; time.sleep(600)", 1, r"did not answer within 1 s of its start \(embedrl.*server.startup_s"),
+        (GARBAGE, 2, "did not answer within 2 s"),
+    ],
+)
+def test_one_that_never_comes_up_is_reported_with_the_end_of_its_log_and_not_tried_again(code, startup_s, said, start):
+    server = start(code, startup_s=startup_s)
+    with pytest.raises(EmbedderError, match=said):
+        server.wait_ready()
+    assert server.restarts == 0
 
 
 def test_stopping_ends_what_the_server_has_started(start, url):
@@ -175,8 +180,9 @@ def test_a_server_does_not_outlive_an_owner_that_is_killed(url, with_its_childre
     started = pids(url)
     assert all(map(alive, started))
     if with_its_children:  # as Ray does
-        for child in children(owner.pid):
-            os.kill(child, signal.SIGKILL)
+        children = Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
     owner.kill()
     owner.wait()
     assert eventually(lambda: not any(map(alive, started)))
@@ -191,16 +197,24 @@ def test_what_does_not_heed_sigterm_is_killed():
     assert child.wait(timeout=60) == -signal.SIGKILL
 
 
-def test_another_program_on_the_port_ends_the_wait_and_not_the_watcher(start):
-    """It speaks no HTTP: the server is given up in time, with its cause."""
-    garbage = """
-import socket, sys
-with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listener:
-    while True:
-        with listener.accept()[0] as one:
-            one.recv(1000), one.sendall(b"garbage\\r\\n\\r\\n")
-"""
-    server = start(garbage, startup_s=2)
-    assert eventually(lambda: server.failure is not None, within_s=30), "the watcher is gone"
-    with pytest.raises(EmbedderError, match="did not answer within 2 s"):
-        server.wait_ready()
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ray.exceptions.ActorDiedError(), "is lost \\(ActorDiedError\\)"),
+        (ray.exceptions.GetTimeoutError(), "says nothing within"),
+    ],
+)
+def test_the_loss_of_one_servers_process_is_told_and_is_no_error(monkeypatch, error, said):
+    def get(answer, timeout):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(servers.ray, "get", get)
+    states = [(2, None), error]
+    fleet = ServerFleet.__new__(ServerFleet)
+    fleet._restarts = [0, 0]
+    fleet._actors = [SimpleNamespace(state=SimpleNamespace(remote=lambda i=i: states[i])) for i in (0, 1)]
+    first, (restarts, failure) = fleet.states()
+    assert first == (2, None) and restarts == 0
+    assert re.search(said, failure)
