@@ -36,9 +36,9 @@ def run(config: Any) -> None:
     from verl.utils.device import auto_set_device
 
     from embedrl_verl.config import load_embedrl_config
-    from embedrl_verl.doctor import check_ray_cpus
     from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
     from embedrl_verl.platforms.needs import check_needs
+    from embedrl_verl.platforms.ray_cpus import check_ray_cpus
     from embedrl_verl.progress import ProgressLine, metrics_file
     from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
     from embedrl_verl.trainer.judge_config import check_judge
@@ -63,9 +63,9 @@ def run(config: Any) -> None:
     if has_judge(config):
         check_judge(embedrl.judge)
     check_home()
+    join_cluster(config)
     check_ray_cpus(config)
     fork_ray_workers(config)
-    join_cluster(config)
     with ProgressLine(metrics_file(config)):
         run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms.memory import machine_memory
+from embedrl_verl.platforms.machine import machine_memory
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30

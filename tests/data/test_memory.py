@@ -14,7 +14,7 @@ from embedrl_verl.data.memory import check_memory, embedded_bytes
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms.memory import Memory
+from embedrl_verl.platforms.machine import Memory
 
 NOISE = os.urandom(1 << 16)
 
