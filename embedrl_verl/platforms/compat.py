@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package uses of the inside of verl, vLLM, transformers and Ray, none of which has a stability promise.
+"""What this package uses of the inside of verl, vLLM and others, none of which has a stability promise.
 
 `TABLE` states every method that our subclasses override, every function that `patches` replaces, and every attribute
 and private function that is read, with its parameters in the releases below, our files that depend on it, and why. A
@@ -219,6 +219,9 @@ transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe
 transformers.configuration_utils.PreTrainedConfig
   in platforms/patches.py, embedder/engine.py: the attention of a model
     _attn_implementation
+transfer_queue.interface
+  in platforms/cluster.py: one controller for a Ray cluster, so a second run in it is refused
+    "TransferQueueController"
 ray._private.services
   in platforms/cluster.py: will ray.init join a cluster?
     canonicalize_bootstrap_address(addr, temp_dir=None)
@@ -302,7 +305,10 @@ def parameters_of(owner: str, name: str, root: Path | None = None) -> str | None
 
 
 def _named(node: ast.AST) -> str | None:
-    """The name that a node binds: a class, an import, the target of an assignment (attributes of objects too)."""
+    """The name that a node binds: a class, an import, the target of an assignment (attributes of objects too); or a
+    text, in quotes."""
+    if isinstance(node, ast.Constant):
+        return f'"{node.value}"'
     if isinstance(node, ast.ClassDef):
         return node.name
     if isinstance(node, ast.alias):

@@ -192,6 +192,18 @@ def test_when_the_server_ends_so_does_what_it_has_forked(another, end):
     assert Path(server.python).exists() is (end is not ForkServer.close)
 
 
+def test_nobody_waits_for_a_worker_of_ray_which_ends_with_the_server(another, tmp_path):
+    script = tmp_path / "ray" / "_private" / "workers" / "default_worker.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("import os, sys, time\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
+    os.mkfifo(tmp_path / "number")
+    server = another()
+    assert run(server, "-u", str(script), str(tmp_path / "number")).returncode == 0
+    process = os.pidfd_open(int((tmp_path / "number").read_text()))
+    server.close()
+    assert ends(process)
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "files", "reason"),
     [

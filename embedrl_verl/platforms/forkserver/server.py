@@ -232,11 +232,7 @@ def _end_at_once() -> None:
     if vars(sys.modules["__main__"]) is not globals():
         vars(sys.modules["__main__"]).clear()  # writes files that were left open
     gc.collect()
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        print(f"{error} while standard output was written", file=sys.stderr)
-        os._exit(_exit_status[0] or 120)
+    sys.stdout.flush()  # an error here is left to the interpreter, which ends with status 120
     os._exit(_exit_status[0])
 
 
