@@ -307,7 +307,7 @@ def parameters_of(owner: str, name: str, root: Path | None = None) -> str | None
 def _named(node: ast.AST) -> str | None:
     """The name that a node binds: a class, an import, the target of an assignment (attributes of objects too); or a
     text, in quotes."""
-    if isinstance(node, ast.Constant):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return f'"{node.value}"'
     if isinstance(node, ast.ClassDef):
         return node.name
