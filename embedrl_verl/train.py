@@ -46,9 +46,9 @@ def run(config: Any) -> None:
     make_paths_absolute(config)
     preflight(config, starts=True)
     check_home()
+    join_cluster(config)
     check_ray_cpus(config)
     fork_ray_workers(config)
-    join_cluster(config)
     with progress_line(metrics_file(config)):
         run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
 

@@ -27,7 +27,7 @@ from embedrl_verl.data.schema import SIDES, PairRecord, Side
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import DataError, MediaError, ResourceError
 from embedrl_verl.families import Family, token_side
-from embedrl_verl.platforms.memory import machine_memory
+from embedrl_verl.platforms.machine import machine_memory
 
 if TYPE_CHECKING:  # imports verl, which only counting needs
     from embedrl_verl.data.lengths import PromptMeter

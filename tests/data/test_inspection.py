@@ -16,7 +16,7 @@ from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms.memory import Memory
+from embedrl_verl.platforms.machine import Memory
 from tests.data.clips import write_clip
 
 NOISE = os.urandom(1 << 16)

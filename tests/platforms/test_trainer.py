@@ -10,14 +10,13 @@ import pytest
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms import weight_socket
-from embedrl_verl.platforms.weight_socket import SOCKETS, claim_weight_sockets
+from embedrl_verl.platforms import trainer
+from embedrl_verl.platforms.trainer import SOCKETS, claim_weight_sockets
 
 HOLDER = """
-import sys
-from pathlib import Path
-from embedrl_verl.platforms.weight_socket import claim_weight_sockets
-claim = claim_weight_sockets("01000000", folder=Path(sys.argv[1]))
+import fcntl, sys
+claim = open(sys.argv[1] + "/rl-colocate-zmq-01000000.embedrl.lock", "w")
+fcntl.flock(claim, fcntl.LOCK_EX)
 print("holds", flush=True)
 sys.stdin.read()
 """
@@ -26,9 +25,8 @@ sys.stdin.read()
 @pytest.fixture
 def other_run(tmp_path):
     """Another process that holds the sockets of job 01000000; closing its stdin ends it."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], **pipes) as process:
         assert process.stdout.readline() == b"holds\n"
         yield process
         process.kill()
@@ -37,22 +35,19 @@ def other_run(tmp_path):
 def test_a_second_run_of_the_same_job_number_is_refused_and_told_what_to_do(other_run, tmp_path):
     with pytest.raises(ResourceError, match=r"(?s)job id 01000000.*/tmp of its own"):
         claim_weight_sockets("01000000", folder=tmp_path, wait_s=0.2)
-
-
-def test_jobs_of_one_cluster_do_not_wait_for_each_other(other_run, tmp_path):
-    claim_weight_sockets("02000000", folder=tmp_path, wait_s=0).close()
+    claim_weight_sockets("02000000", folder=tmp_path, wait_s=0).close()  # another job of one cluster
 
 
 def test_a_run_that_was_killed_leaves_nothing_behind_that_stops_the_next(other_run, tmp_path):
     other_run.kill()
     other_run.wait()
-    claim_weight_sockets("01000000", folder=tmp_path, wait_s=5).close()
+    claim = claim_weight_sockets("01000000", folder=tmp_path, wait_s=0)
+    with pytest.raises(ResourceError):
+        claim_weight_sockets("01000000", folder=tmp_path, wait_s=0)
+    claim.close()
 
 
 def test_a_run_waits_for_one_that_is_ending(other_run, tmp_path, caplog, monkeypatch):
-    with pytest.raises(ResourceError):
-        claim_weight_sockets("01000000", folder=tmp_path, wait_s=0)
-    caplog.clear()
     sleep = time.sleep
 
     def end_the_other(seconds):
@@ -60,14 +55,13 @@ def test_a_run_waits_for_one_that_is_ending(other_run, tmp_path, caplog, monkeyp
             other_run.stdin.close()
         sleep(seconds)
 
-    monkeypatch.setattr(weight_socket.time, "sleep", end_the_other)
+    monkeypatch.setattr(trainer.time, "sleep", end_the_other)
     claim_weight_sockets("01000000", folder=tmp_path, wait_s=30).close()
     assert caplog.text.count("waiting up to 30 s") == 1
 
 
 def test_a_lock_of_another_user_can_be_taken(tmp_path):
-    path = tmp_path / "rl-colocate-zmq-01000000.embedrl.lock"
-    path.touch(mode=0o444)
+    (tmp_path / "rl-colocate-zmq-01000000.embedrl.lock").touch(mode=0o444)
     with claim_weight_sockets("01000000", folder=tmp_path, wait_s=0) as claim:
         assert not claim.writable()
 
