@@ -48,7 +48,7 @@ def require_version(name: str, found: str | None, expected: str, needed_for: str
 # parameters.
 _TEXT = """
 verl.trainer.ppo.v1.trainer_base.PPOTrainer
-  in platforms/trainer.py, trainer/setup.py: worker classes of this package, and modes of other names than verl's own
+  in platforms/trainer.py: worker classes of this package, and a mode of another name than verl's own
     __init__(self, config)
     _init_resource_pool_mgr(self)
     role_worker_mapping
@@ -233,7 +233,7 @@ ray._private.utils
   in platforms/ray_cpus.py: the CPUs that ray.init will count
     get_num_cpus(override_docker_cpu_warning=ENV_DISABLE_DOCKER_CPU_WARNING, truncate=True)
 ray._private.worker
-  in embedder/served/fleet.py: the folder of Ray's logs
+  in embedder/served/servers.py: the folder of Ray's logs
     _global_node
 ray.actor
   in platforms/forkserver/server.py: ids of actor classes are drawn while modules are imported
