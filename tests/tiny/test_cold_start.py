@@ -45,9 +45,7 @@ def test_prompts_are_token_by_token_those_of_the_rollout(reasoner: Reasoner, sam
 
 
 @pytest.mark.parametrize("terse", [False, True])
-def test_labels_are_the_tcot_and_the_digits_of_visual_tokens(
-    reasoner: Reasoner, samples: list[Sample], terse: bool
-) -> None:
+def test_labels_are_the_tcot_and_the_digits_of_visual_tokens(reasoner, samples, terse):
     tokenizer = reasoner.processor.tokenizer
     for sample in samples:
         row, labels = make_lesson(reasoner, Prompt(sample.record, "query"), sample.query, terse=terse)

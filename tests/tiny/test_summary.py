@@ -83,9 +83,7 @@ seed0  0.350   0.450  0.550  0.750   0.350   0.450  0.550   0.237  0.688    0.70
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_command_prints_a_line_a_run_and_writes_both_files(
-    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prints_a_line_a_run_and_writes_both_files(count, tmp_path, capsys):
     folders = [write_run(tmp_path / f"seed{i}", 8 + i, 16, 24 - i) for i in range(count)]
     main(folders)
     out = folders[0] if count == 1 else tmp_path
