@@ -76,9 +76,9 @@ def test_smoothing_keeps_steps_and_a_straight_line() -> None:
 
 TABLE = """\
 Held-out pairs: every query against all targets of its data source. first, last = tenth of the RL steps
-      Hit@1                        NDCG@5                 reward         answers  right   s a  reward
-run     raw  before  after   true     raw  before  after   first   last   before  after  step   stage
------------------------------------------------------------------------------------------------------
+       Hit@1                        NDCG@5                 reward         answers  right   s a  reward
+run      raw  before  after   true     raw  before  after   first   last   before  after  step   stage
+------------------------------------------------------------------------------------------------------
 seed0  0.350   0.450  0.550  0.750   0.350   0.450  0.550   0.237  0.688    0.700  0.700  4.00   12.5%"""
 
 
