@@ -68,12 +68,12 @@ def a_text_and_a_picture() -> list[Sample]:
     return make_samples("digits_t2i", 4, scans=TRAIN_SCANS, seed=1)[:2]
 
 
-def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path: Path) -> None:
+def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path, capsys):
     reasoner = Reasoner(build_tiny_model(tmp_path / "model", seed=1))
     lessons = a_text_and_a_picture()
     options = {"batch_size": 4, "warmup": 5, "check_every": 20, "habit_steps": 0}
     accuracy = train_cold_start(reasoner, lessons, lessons, max_steps=200, **options)
-    assert accuracy >= 0.9
+    assert accuracy >= 0.9 and "step 200" not in capsys.readouterr().out
     reasoner.save(tmp_path / "trained")
     again = Reasoner(tmp_path / "trained")
     prompts = [Prompt(s.record, "target") for s in lessons]

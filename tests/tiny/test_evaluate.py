@@ -47,9 +47,9 @@ def stands_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_query_meets_the_targets_of_its_own_source_only(embedder: Embedder, stands_in: Callable[..., None]) -> None:
-    own = torch.eye(4)
-    # Every query of the second source points at the target of the first one's same place, far more than at its own.
-    stands_in(torch.cat([own, 2 * own + 0.1]), torch.cat([own, own]))
+    own, other = torch.eye(4), torch.eye(4)[[1, 2, 3, 0]]
+    # Every query of the second source points at a target of the first one, too, and as much as at its own.
+    stands_in(torch.cat([own, 2 * other + 0.1]), torch.cat([own, other]))
     hit1 = score_view(embedder, samples_of("digits_i2t", "digits_t2i"))["hit1"]
     assert hit1 == {"digits_i2t": 1.0, "digits_t2i": 1.0, "all": 1.0}
 
