@@ -30,7 +30,7 @@ from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.parquet import read_pairs, write_pairs
 from embedrl_verl.data.schema import SIDES
-from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.embedder.served.servers import ServerProcess
 from embedrl_verl.families import token_side
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.serving import PoolSettings, ServerPool

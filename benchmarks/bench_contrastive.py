@@ -73,14 +73,14 @@ def inputs_of(pairs: int, *, alike: bool = False) -> tuple[list[EmbedInput], lis
 def two_passes(checkpoint: str, pairs: int, budget: int, *, alike: bool = False) -> tuple[Callable[[], float], Any]:
     """The step of stage 1 on one rank."""
     from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
-    from embedrl_verl.contrastive.__main__ import _alone
-    from embedrl_verl.contrastive.rows import EncodedPair, rows_of_pairs
-    from embedrl_verl.contrastive.step import two_pass_step
     from embedrl_verl.data.identity import ContentId
     from embedrl_verl.embedder.settings import processor_for
     from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
+    from embedrl_verl.stage1.__main__ import one_rank
+    from embedrl_verl.stage1.rows import EncodedPair, rows_of_pairs
+    from embedrl_verl.stage1.step import two_pass_step
 
-    _alone()
+    one_rank()
     train = EmbedderTrainConfig(
         enable=True,
         lr=LEARNING_RATE,
@@ -102,7 +102,7 @@ def two_passes(checkpoint: str, pairs: int, budget: int, *, alike: bool = False)
     processor = processor_for(config)
     encode = processor.encode
     encoded = [
-        EncodedPair(i, encode(q), encode(t), (), (ContentId(i, i),))
+        EncodedPair(encode(q), encode(t), (), (ContentId(i, i),))
         for i, (q, t) in enumerate(zip(*inputs_of(pairs, alike=alike), strict=True))
     ]
     rows = rows_of_pairs(encoded, range(pairs))
@@ -115,7 +115,7 @@ def plain(checkpoint: str, pairs: int, budget: int) -> tuple[Callable[[], float]
     """One pass over everything."""
     from embedrl_verl.embedder import info_nce
     from embedrl_verl.embedder.batching import pack_rows
-    from embedrl_verl.embedder.forward import embed_packed
+    from embedrl_verl.embedder.model import embed_packed
 
     embedder = Embedder.from_pretrained(checkpoint, limits=LIMITS)
     queries, targets = inputs_of(pairs)

@@ -54,7 +54,7 @@ def make_items(count: int, side: int) -> list[EmbedInput]:
     items = []
     for i in range(count):
         images = [(), (picture(2, 4),), (picture(2, 2), picture(1, 3), picture(2, 3))][i % 3]
-        loaded = LoadedItem(f"which digits are written {'here ' * (i % 9)}", "Find the same.", images, (), None, None)
+        loaded = LoadedItem(f"which digits are written {'here ' * (i % 9)}", "Find the same.", images, ())
         tcot = parse_tcot(TCOT) if i % 2 else None
         items.append(EmbedInput(loaded, tcot, (picture(1, 2),) if tcot else ()))
     return items
@@ -88,13 +88,13 @@ def worker_client(checkpoint: str, budget: int) -> Any:
 
     from embedrl_verl.config.schema import EmbedderConfig
     from embedrl_verl.embedder.client import EmbedderClient
-    from embedrl_verl.embedder.worker import build_embedder_worker_group
+    from embedrl_verl.embedder.worker import start_embedder_worker_group
 
     ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
     run_config = OmegaConf.create({"trainer": {"ray_wait_register_center_timeout": 300}})
     config = EmbedderConfig(path=checkpoint, dtype="float32", max_tokens_per_gpu=budget)
     pool = RayResourcePool(process_on_nodes=[1], use_gpu=True, max_colocate_count=1)
-    return EmbedderClient(build_embedder_worker_group(run_config, config, pool))
+    return EmbedderClient(start_embedder_worker_group(run_config, config, pool)[0])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,8 +24,7 @@ from multiprocessing.connection import Connection
 import torch
 from aiohttp import web
 
-from embedrl_verl.judge import JudgeSettings, ListwiseJudge, judge_lists, judge_prompt
-from embedrl_verl.judge.judgement import Judgement
+from embedrl_verl.judge import Judgement, JudgeSettings, ListwiseJudge, judge_lists, judge_prompt
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.serving import PoolSettings, ServerPool
 from embedrl_verl.tcot import parse_tcot
@@ -134,7 +133,7 @@ def main() -> None:
     judge = ListwiseJudge(ServerPool(urls, PoolSettings(limit=arguments.limit)), JudgeSettings(images=bool(shown)))
     print(f"{len(batch)} rows, limit {arguments.limit}, latency {arguments.latency} s, servers {arguments.servers}\n")
     columns = ["round", "best possible s", "stage s", "ratio (target)", "blocked ms (target)", "busy ms", "lists ms"]
-    columns += ["prompts ms", "in flight"]
+    columns += ["prompts ms"]
     print("|".join(["", *columns, ""]))
     print("|" + "---|" * len(columns))
     for number in range(arguments.rounds):
@@ -145,7 +144,7 @@ def main() -> None:
         numbers = [f"{best:.2f}", f"{found.seconds:.2f}", f"{found.seconds / best:.2f} ({TARGET_RATIO})"]
         numbers.append(f"{1000 * blocked:.0f} ({1000 * TARGET_BLOCKED:.0f})")
         numbers += [f"{1000 * seconds:.0f}" for seconds in (busy, lists_s, prompts_s)]
-        print("|".join(["", str(number), *numbers, str(judge.pool.stats().most_in_flight), ""]))
+        print("|".join(["", str(number), *numbers, ""]))
     for process in processes:
         process.terminate()
 

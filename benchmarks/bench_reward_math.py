@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from embedrl_verl.rewards import OutcomeReward, RewardBatch, outcome_reward, similarity_matrix, total_reward
-from embedrl_verl.rewards.contract import load_reward_function
 from embedrl_verl.rewards.functions import NEEDS
+from embedrl_verl.rewards.load import load_reward_function
 from embedrl_verl.tcot import parse_tcot
 
 FULL_LOOP_ROWS, SAMPLED_ROWS, TORCH_ROWS = 4096, 64, 256

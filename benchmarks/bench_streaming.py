@@ -36,9 +36,9 @@ from aiohttp import web
 from tiny_run import overrides
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
-from embedrl_verl.embedder.served.command import server_arguments, server_command, server_options
-from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.embedder.served.command import prompt_template, server_arguments, server_command
 from embedrl_verl.embedder.served.requests import PATH
+from embedrl_verl.embedder.served.servers import ServerProcess
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.progress import read_metrics
@@ -179,10 +179,10 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
         server=EmbedderServerConfig(max_model_len=MAX_MODEL_LEN),
         **limits,
     )
-    options = server_options(config, processor_for(config), on_cpu=True)
+    processor = processor_for(config)
     template, port = folder / "template.jinja", free_port(HOST)
-    template.write_text(options.template)
-    command = server_command(server_arguments(options, template, host=HOST, port=port))
+    template.write_text(prompt_template(processor))
+    command = server_command(server_arguments(config, processor, on_cpu=True), template, host=HOST, port=port)
     url = f"http://{HOST}:{port}"
     environment = {**os.environ, **CPU_ENV, "VLLM_SERVER_DEV_MODE": "1"}
     server = ServerProcess(command, environment, url, folder / "server.log", startup_s=900)

@@ -19,11 +19,8 @@ import psutil
 from embedrl_verl import __version__
 from embedrl_verl.errors import EmbedRLError
 from embedrl_verl.platforms import needs
-from embedrl_verl.platforms.memory import machine_memory
-from embedrl_verl.platforms.ray_cpus import check_ray_cpus
-from embedrl_verl.platforms.versions import VERL_VERSION, VLLM_VERSION, installed_version, require_version
-
-__all__ = ["Finding", "check_ray_cpus", "findings", "main", "run"]
+from embedrl_verl.platforms.compat import VERL_VERSION, VLLM_VERSION, installed_version, require_version
+from embedrl_verl.platforms.machine import driver_problem, machine_memory
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "verl.plugins", "embedrl"
 GIB = 1024**3
@@ -55,8 +52,8 @@ def package_findings(*, on_cpu: bool) -> list[Finding]:
     """The packages of `needs.table`; one that only some settings need may be missing."""
     lines = []
     for need, _ in needs.table(on_cpu=on_cpu):
-        if need.package.startswith("vllm") or need.module.startswith("torch."):
-            continue  # has a line of its own, is part of another
+        if need.package.startswith("vllm"):
+            continue  # has a line of its own
         name, problem = need.package.split("|")[0], need.problem()
         if need.reason == "every run" or problem is None:
             lines.append(Finding(name, problem or str(need.installed()), ok=problem is None))
@@ -100,7 +97,7 @@ def _platform_findings() -> list[Finding]:
     count = torch.cuda.device_count()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
     lines = [Finding("GPUs", f"{count} ({names})" if count else "none")]
-    driver = needs.driver_problem()
+    driver = driver_problem()
     if driver is not None and chosen != "cpu":
         return [Finding("platform", chosen), Finding("driver", driver, ok=False)]
     if chosen == "cpu":

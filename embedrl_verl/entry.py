@@ -14,6 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from embedrl_verl.errors import ConfigError, EmbedRLError
 
 
+def is_dry_run() -> bool:
+    """Whether the environment asks for the plan alone (DRY_RUN=1)."""
+    return os.environ.get("DRY_RUN", "") not in ("", "0")
+
+
 def run_entry(entry: Callable[[], None]) -> None:
     """Run a hydra main; a refusal of this package or of hydra becomes one message and its exit code."""
     # hydra must neither change the working directory nor write a log folder, and must let errors through to us.
@@ -24,18 +29,13 @@ def run_entry(entry: Callable[[], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         entry()
-    except (HydraException, OmegaConfBaseException) as error:
-        _refuse(ConfigError(str(error)), error)
     except Exception as error:
-        own = _own_error(error)
+        hydras = isinstance(error, (HydraException, OmegaConfBaseException))
+        own = ConfigError(str(error)) if hydras else _own_error(error)
         if own is None:
             raise
-        _refuse(own, error)
-
-
-def _refuse(own: EmbedRLError, error: BaseException) -> None:
-    print(f"\n{type(own).__name__}: {own}", file=sys.stderr, flush=True)
-    raise SystemExit(own.exit_code) from error
+        print(f"\n{type(own).__name__}: {own}", file=sys.stderr, flush=True)
+        raise SystemExit(own.exit_code) from error
 
 
 def _own_error(error: BaseException) -> EmbedRLError | None:

@@ -24,12 +24,10 @@ InputKind: TypeAlias = Literal[
     "target_page",
     "target_video",
 ]
-EvidenceKey: TypeAlias = Literal["text_keywords", "bbox_2d", "key_frames"]
 
-EVIDENCE_KEYS: tuple[EvidenceKey, ...] = ("text_keywords", "bbox_2d", "key_frames")
-
-# A text query that looks for a video has no frames to point at: its evidence are the words of the text.
-EVIDENCE_KEY_OF_KIND: Mapping[InputKind, EvidenceKey] = MappingProxyType(
+# Keys are those of `embedrl_verl.tcot.evidence`. A text query that looks for a video has no frames to point at: its
+# evidence are the words of the text.
+EVIDENCE_KEY_OF_KIND: Mapping[InputKind, str] = MappingProxyType(
     {
         "query_text": "text_keywords",
         "query_image": "bbox_2d",

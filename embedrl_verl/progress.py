@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -33,9 +34,7 @@ def metrics_file(config: Any) -> Path | None:
     verl truncates the file at every start. An earlier part is kept as `<name>.<n>` so that resuming loses nothing.
     """
     path = metrics_path(config)
-    if path is None:
-        return None
-    if path.is_file() and path.stat().st_size > 0:
+    if path is not None and path.is_file() and path.stat().st_size > 0:
         number = 1
         while path.with_name(f"{path.name}.{number}").exists():
             number += 1
@@ -88,57 +87,50 @@ def describe_left_out(metrics: dict[str, float]) -> str:
     return f"left out, longer than data.max_prompt_length: {'; '.join(parts)}" if parts else ""
 
 
-class ProgressLine:
-    """Context manager that follows the metrics file while the run goes on; without a file it does nothing."""
+@contextmanager
+def progress_line(path: Path | None, *, interval: float = 1.0) -> Iterator[None]:
+    """Follow the metrics file, every `interval` seconds, while the run goes on; without a file do nothing."""
+    if path is None:
+        yield
+        return
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(path, stop, interval), daemon=True, name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
-    def __init__(self, path: Path | None, *, interval: float = 1.0) -> None:
-        self._path = path
-        self._interval = interval
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> ProgressLine:
-        if self._path is not None:
-            self._thread = threading.Thread(target=self._follow, args=(self._path,), daemon=True, name="progress")
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _follow(self, path: Path) -> None:
-        bar: tqdm[Any] | None = None
-        offset = 0
-        latest: dict[str, float] = {}
-        said = False
-        while True:
-            last_look = self._stop.is_set()
-            if path.is_file():
-                with path.open() as handle:
-                    handle.seek(offset)
-                    lines = handle.read()
-                complete = lines.rfind("\n") + 1
-                offset += len(lines[:complete].encode())
-                for line in lines[:complete].splitlines():
-                    entry = json.loads(line)
-                    latest.update(entry["data"])
-                    if not said and (left_out := describe_left_out(latest)):
-                        said = True
-                        tqdm.write(left_out)
-                    if entry["step"] == 0:
-                        tqdm.write(f"before training  {describe(latest)}")
-                        continue
-                    if bar is None:
-                        total = int(latest.get("embedrl/total_steps", 0)) or None
-                        bar = tqdm(total=total, initial=entry["step"] - 1, desc="EG-RL", unit="step", leave=True)
-                    bar.set_postfix_str(describe(latest), refresh=False)
-                    bar.update(entry["step"] - bar.n)
-            if last_look:
-                break
-            self._stop.wait(self._interval)
-        if bar is not None:
-            bar.close()
+def _follow(path: Path, stop: threading.Event, interval: float) -> None:
+    bar: tqdm[Any] | None = None
+    offset = 0
+    latest: dict[str, float] = {}
+    reported = False
+    while True:
+        is_last = stop.is_set()  # before the look: what is there at the end is read all the same
+        if path.is_file():
+            with path.open("rb") as handle:
+                handle.seek(offset)
+                whole = handle.read().rpartition(b"\n")[0]
+            offset += len(whole) + bool(whole)
+            for line in whole.splitlines():
+                entry = json.loads(line)
+                latest.update(entry["data"])
+                if not reported and (left_out := describe_left_out(latest)):
+                    reported = True
+                    tqdm.write(left_out)
+                if entry["step"] == 0:
+                    tqdm.write(f"before training  {describe(latest)}")
+                    continue
+                if bar is None:
+                    total = int(latest.get("embedrl/total_steps", 0)) or None
+                    bar = tqdm(total=total, initial=entry["step"] - 1, desc="EG-RL", unit="step", leave=True)
+                bar.set_postfix_str(describe(latest), refresh=False)
+                bar.update(entry["step"] - bar.n)
+        if is_last:
+            break
+        stop.wait(interval)
+    if bar is not None:
+        bar.close()

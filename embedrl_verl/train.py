@@ -5,9 +5,9 @@ The same run can be started by verl's own entry point, because the installed plu
 
     python -m verl.trainer.main_ppo --config-dir <folder of egrl_trainer.yaml> --config-name egrl_trainer ...
 
-This one adds what a person wants around it: the configuration checked before any process starts, a plan without
-starting anything (DRY_RUN=1), the machine's resources checked, one progress line, and errors as one message with an
-exit code (2 configuration, 3 data, 4 anything else that this package refuses).
+This one adds what a person wants around it: everything checked before any process starts, the plan alone (DRY_RUN=1),
+one progress line, and errors as one message with an exit code (2 configuration, 3 data, 4 anything else that this
+package refuses).
 """
 
 from __future__ import annotations
@@ -19,30 +19,21 @@ from typing import Any
 
 import hydra
 
-from embedrl_verl.entry import run_entry
+from embedrl_verl.entry import is_dry_run, run_entry
 from embedrl_verl.errors import PluginError
 from embedrl_verl.platforms.forkserver import fork_ray_workers, fork_server
 
 
 def run(config: Any) -> None:
-    """Check everything that can be checked here, then hand over to verl's own `run_ppo`.
-
-    Raises:
-        EmbedRLError: something that this package refuses; errors of the trainer process are raised as themselves.
-    """
+    """Check everything that can be checked here, then hand over to verl's own `run_ppo`, whose errors are raised as
+    themselves."""
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
-    from embedrl_verl.config import load_embedrl_config
-    from embedrl_verl.doctor import check_ray_cpus
+    from embedrl_verl.plan.preflight import preflight
     from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
-    from embedrl_verl.platforms.needs import check_needs
-    from embedrl_verl.progress import ProgressLine, metrics_file
-    from embedrl_verl.trainer.checks import check_files, check_run_config, has_judge
-    from embedrl_verl.trainer.judge_config import check_judge
-    from embedrl_verl.trainer.preflight import check_embedder, check_reward_function
+    from embedrl_verl.platforms.ray_cpus import check_ray_cpus
+    from embedrl_verl.progress import metrics_file, progress_line
 
     mode = config.trainer.v1.trainer_mode
     if not _is_registered(mode):
@@ -53,29 +44,18 @@ def run(config: Any) -> None:
         )
     auto_set_device(config)
     make_paths_absolute(config)
-    check_run_config(config)
-    check_needs(config)
-    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-    check_files(config)
-    embedrl = load_embedrl_config(config)
-    check_reward_function(config, judge=has_judge(config), raw=embedrl.reward.raw_embeddings)
-    check_embedder(embedrl.embedder)
-    if has_judge(config):
-        check_judge(embedrl.judge)
+    preflight(config, starts=True)
     check_home()
+    join_cluster(config)
     check_ray_cpus(config)
     fork_ray_workers(config)
-    join_cluster(config)
-    with ProgressLine(metrics_file(config)):
+    with progress_line(metrics_file(config)):
         run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
 
 
 def _is_registered(mode: str) -> bool:
-    """Whether verl knows a trainer mode.
-
-    verl's register is in the training stack, which this process needs for nothing else and imports for many seconds:
-    it is asked for modes of others only. Ours are in it wherever verl has loaded the plugin.
-    """
+    """Whether verl knows a trainer mode. Its register is asked for modes of others only: it is in the training stack,
+    which this process needs for nothing else and imports for many seconds."""
     plugin = sys.modules.get("embedrl_verl.platforms.plugin")
     if plugin is not None and mode in plugin.TRAINER_MODES:
         return True
@@ -84,13 +64,9 @@ def _is_registered(mode: str) -> bool:
     return mode in TRAINER_REGISTRY
 
 
-def _is_dry_run() -> bool:
-    return os.environ.get("DRY_RUN", "") not in ("", "0")
-
-
 @hydra.main(config_path="config", config_name="egrl_trainer", version_base=None)
 def _main(config: Any) -> None:
-    if _is_dry_run():
+    if is_dry_run():
         from embedrl_verl.plan import print_plan
 
         print_plan(config)
@@ -100,7 +76,7 @@ def _main(config: Any) -> None:
 
 def main() -> None:
     """Entry point: runs, and turns every refusal into one message and its exit code."""
-    with contextlib.nullcontext() if _is_dry_run() else fork_server():
+    with contextlib.nullcontext() if is_dry_run() else fork_server():
         run_entry(_main)
 
 

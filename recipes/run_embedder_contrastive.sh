@@ -43,7 +43,7 @@ OVERRIDES=(
 [[ -z "$MEDIA_ROOT" ]] || OVERRIDES+=("data.media_root='$MEDIA_ROOT'")
 
 if is_dry_run; then
-    DRY_RUN=1 "$PYTHON" -m embedrl_verl.contrastive "embedrl.embedder.path='$MODEL_PATH'" "${OVERRIDES[@]}" "$@"
+    DRY_RUN=1 "$PYTHON" -m embedrl_verl.stage1 "embedrl.embedder.path='$MODEL_PATH'" "${OVERRIDES[@]}" "$@"
     exit
 fi
 
@@ -70,7 +70,7 @@ if ((NNODES > 1)); then
 else
     LAUNCH+=(--standalone)
 fi
-"$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m embedrl_verl.contrastive \
+"$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m embedrl_verl.stage1 \
     "embedrl.embedder.path='$MODEL_PATH'" "${OVERRIDES[@]}" "$@"
 
 if ((${NODE_RANK:-0} == 0)); then

@@ -32,7 +32,7 @@ train_one() {
     local name=$1 tcot=$2 child
     shift 2
     trap 'kill "${child:-}" 2>/dev/null || true' TERM
-    "$PYTHON" -m embedrl_verl.contrastive \
+    "$PYTHON" -m embedrl_verl.stage1 \
         "data.train_files=['$OUT/world/train_tcot.parquet']" \
         "data.val_files=['$OUT/world/heldout_tcot.parquet']" \
         "data.tcot=$tcot" \

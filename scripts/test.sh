@@ -34,6 +34,7 @@ code=0
 # A file's tests stay together: many share what is made once for a file.
 "$PYTHON" -m pytest -m "not e2e and not nightly" -n "${TEST_WORKERS:-$(workers)}" --dist loadfile --durations=10 || code=$?
 "$PYTHON" -m pytest -m "e2e and not nightly" --durations=10 || code=$?
+bash scripts/newest_verl.sh # tells what the newest verl has moved; never fails, its head says why
 # Of their files only: to collect the whole tree once more takes 14 s.
 echo "Left to 'bash scripts/test.sh -m nightly':"
 "$PYTHON" -m pytest -m nightly --collect-only -q $(grep -rl --include="*.py" "mark.nightly" tests) || true

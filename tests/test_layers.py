@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "embedrl_verl"
 PURE = ("errors", "kinds", "tcot", "rewards", "evaluation")
 # Whatever else needs verl asks one of these.
-VERL = ("contrastive", "data", "doctor", "embedder", "plan", "platforms", "train", "trainer")
+VERL = ("data", "doctor", "embedder", "plan", "platforms", "stage1", "train", "trainer")
 
 
 def imports(file: Path) -> set[str]:

@@ -6,7 +6,7 @@ import time
 
 from omegaconf import OmegaConf
 
-from embedrl_verl.progress import ProgressLine, describe, metrics_file, read_metrics
+from embedrl_verl.progress import describe, metrics_file, progress_line, read_metrics
 
 
 def _line(step, **data):
@@ -38,7 +38,7 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path):
 def test_without_the_file_logger_there_is_no_line():
     config = OmegaConf.create({"trainer": {"logger": "console", "project_name": "p", "experiment_name": "e"}})
     assert metrics_file(config) is None
-    with ProgressLine(None):
+    with progress_line(None):
         pass
 
 
@@ -47,7 +47,7 @@ def test_the_line_outlives_a_number_that_was_not_finite(tmp_path, capfd):
     path.write_text(
         "".join(_line(step, **{"embedrl/reward/mean": value}) for step, value in ((1, 0.3), (2, None), (3, 0.4)))
     )
-    with ProgressLine(path, interval=0.01):
+    with progress_line(path, interval=0.01):
         pass  # what is there at the end is read all the same
     shown = capfd.readouterr()
     assert "Traceback" not in shown.err and "reward 0.400" in shown.err
@@ -58,7 +58,7 @@ def test_pairs_that_are_too_long_are_said_once_with_their_sources(tmp_path, capf
     left_out |= {"data/left_out/train/c": 4, "data/left_out/val": 8, "data/pairs/val": 24, "data/left_out/val/c": 8}
     path = tmp_path / "metrics.jsonl"
     path.write_text(_line(0, **left_out) + _line(1, **left_out))
-    with ProgressLine(path, interval=0.01):
+    with progress_line(path, interval=0.01):
         pass
     shown = capfd.readouterr()
     wanted = "16 of 48 training pairs (a%2Fb 12, c 4); 8 of 24 validation pairs (c 8)"
@@ -67,7 +67,7 @@ def test_pairs_that_are_too_long_are_said_once_with_their_sources(tmp_path, capf
 
 def test_the_line_shows_every_step_that_was_written(tmp_path, capfd):
     path = tmp_path / "metrics.jsonl"
-    with ProgressLine(path, interval=0.01):
+    with progress_line(path, interval=0.01):
         path.write_text(_line(0, **{"val-core/all/hit@1": 0.5}))
         with path.open("a") as handle:
             for step in (1, 2):

@@ -34,7 +34,7 @@ def rows_of(folder: str, count: int, words: int) -> list[Any]:
     for number in range(count):
         pixels = random.integers(0, 256, (112, 112, 3), dtype=np.uint8)
         images = (Image.fromarray(pixels),) if number % 2 else ()
-        item = LoadedItem(TEXT * (words + number), "Find it.", images, (), None, None)
+        item = LoadedItem(TEXT * (words + number), "Find it.", images, ())
         rows.append(processor.encode(EmbedInput(item)))
     return rows
 

@@ -13,26 +13,19 @@ is one of three things:
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
-from PIL import Image
-
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.families import Family
 from embedrl_verl.serving import ServerError, ServerPool
-from embedrl_verl.serving.clips import request_arguments
-from embedrl_verl.serving.sampling import NEUTRAL_SAMPLING
-from embedrl_verl.serving.server import RETRIED
+from embedrl_verl.serving.vllm import NEUTRAL_SAMPLING, clip_part, image_part, request_arguments
 
 CHAT = "/v1/chat/completions"
-_RUN_LENGTHS = 3  # zlib's Z_RLE: half of the default's time, and no larger on photos
 _LOOK_S = 0.5
 _SETTINGS_WRONG = (401, 403, 404, 405)
 _TRIES_BESIDE_OTHERS, _TRIES_ALONE = 3, 5
@@ -145,11 +138,17 @@ class ServerBackend:
         """
         await self.pool.__aenter__()
         try:
-            self.model = await self._model()
-            version = await self._get("/version")
+            listed = await self.pool.models(deadline=time.monotonic() + self.patience_s)
         except ServerError as error:
-            raise ServersLost(f"{error}. Is a server running there? Start it, then run the command again") from error
-        self.is_vllm = isinstance(version, dict) and "version" in version
+            if error.status in (401, 403):
+                raise ConfigError(f"{error}. Check the key") from error
+            if error.status is None:
+                raise ServersLost(
+                    f"{error}. Is a server running there? Start it, then run the command again"
+                ) from error
+            listed = []  # the server has no such page
+        self.model = self._model([str(entry["id"]) for entry in listed])
+        self.is_vllm = any(entry.get("owned_by") == "vllm" for entry in listed)
         if self.videos == "auto":
             self.videos = "video_url" if self.is_vllm else "images"
         self._watch = asyncio.get_running_loop().create_task(self._look())
@@ -188,7 +187,7 @@ class ServerBackend:
                     raise ServersLost(self._why_lost()) from error
                 if error.status in _SETTINGS_WRONG:
                     raise ConfigError(f"{error}. Check --url, --model and the key") from error
-                if error.status is not None and 400 <= error.status < 500 and error.status not in RETRIED:
+                if not error.transient and error.status is not None:
                     return Refused(error.cause, str(error))
                 tries += 1
                 if tries >= _TRIES_BESIDE_OTHERS and self._answered > answered:
@@ -208,10 +207,7 @@ class ServerBackend:
             self._watch.cancel()
         await self.pool.aclose()
 
-    async def _model(self) -> str:
-        answer = await self._get("/v1/models")
-        listed = answer.get("data") if isinstance(answer, dict) else None
-        names = [str(entry["id"]) for entry in listed if "id" in entry] if isinstance(listed, list) else []
+    def _model(self, names: list[str]) -> str:
         if self.model is None:
             if len(names) != 1:
                 raise ConfigError(f"name the model (--model): {', '.join(self.pool.urls)} list {names or 'none'}")
@@ -222,24 +218,12 @@ class ServerBackend:
             )
         return self.model
 
-    async def _get(self, path: str) -> Any:
-        """The answer, or None if the server has no such page."""
-        try:
-            return await self.pool.get(path, deadline=time.monotonic() + self.patience_s)
-        except ServerError as error:
-            if error.status in (401, 403):
-                raise ConfigError(f"{error}. Check the key") from error
-            if error.status is None:
-                raise
-            return None
-
     async def _look(self) -> None:
         """Close the pool, so that waiting requests end, when no server was up for `patience_s`."""
         since: float | None = None
         while True:
             now = time.monotonic()
-            stats = self.pool.stats()
-            since = None if any(server.up for server in stats.servers) else since or now
+            since = None if any(server.up for server in self.pool.servers) else since or now
             if since is not None and now - since > self.patience_s:
                 self._down_since = since
                 await self.pool.aclose()
@@ -247,7 +231,7 @@ class ServerBackend:
             await asyncio.sleep(_LOOK_S)
 
     def _why_lost(self) -> str:
-        errors = "; ".join(f"{server.url}: {server.last_error}" for server in self.pool.stats().servers)
+        errors = "; ".join(f"{server.url}: {server.last_error}" for server in self.pool.servers)
         return f"no server was up for {self.patience_s:g} s ({errors}). Start them, then run the command again"
 
 
@@ -276,24 +260,10 @@ def encode(messages: Messages, *, videos: str) -> Messages:
 
 def _encoded(part: Mapping[str, Any], videos: str) -> list[dict[str, Any]]:
     if part["type"] == "image":
-        return [_image_url(part["image"])]
+        return [image_part(part["image"])]
     if part["type"] == "video":
-        if videos == "images":
-            return [_image_url(frame) for frame in part["video"]]
-        # The frames' media type is vLLM's name for a list of frames; it opens them whatever their format.
-        frames = ",".join(_png(frame) for frame in part["video"])
-        return [{"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}]
+        return [image_part(frame) for frame in part["video"]] if videos == "images" else [clip_part(part["video"])]
     return [dict(part)]
-
-
-def _image_url(image: Image.Image) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(image)}"}}
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1, compress_type=_RUN_LENGTHS)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _parts(messages: Messages) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from embedrl_verl.annotate.backends import Refused, Reply, Request, Sampling, Se
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import Family
-from embedrl_verl.serving.clips import processor_arguments
+from embedrl_verl.serving.vllm import processor_arguments
 
 _GATHER_S = 0.05
 

@@ -19,14 +19,14 @@ from importlib import resources
 from typing import Any, TypeAlias
 
 import yaml
-from PIL import Image
 
-from embedrl_verl.data.media import MediaLimits, fit_image, load_item, to_rgb
+from embedrl_verl.data.media import MediaLimits, fit_clip, fit_image, load_item
 from embedrl_verl.data.schema import PairRecord, Side, input_kind
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import Family, token_side
 from embedrl_verl.tcot import build_prompt
 from embedrl_verl.tcot.harmless import break_control
+from embedrl_verl.tcot.prompts import style_words
 from embedrl_verl.tcot.styles import fill
 
 Messages: TypeAlias = list[dict[str, Any]]
@@ -117,8 +117,7 @@ def again_template() -> dict[str, str]:
 
 def templates_digest(style: str) -> str:
     """SHA-256 of all texts that a question is made of, so that answers to other wordings do not mix."""
-    texts = resources.files("embedrl_verl.tcot").joinpath("templates").joinpath(f"{style}.yaml").read_text("utf-8")
-    return hashlib.sha256((texts + json.dumps(again_template(), sort_keys=True)).encode()).hexdigest()
+    return hashlib.sha256((style_words(style) + json.dumps(again_template(), sort_keys=True)).encode()).hexdigest()
 
 
 def gold_answer_of(record: PairRecord, side: Side) -> str | None:
@@ -140,11 +139,3 @@ def fit_parts(content: Any, limits: MediaLimits) -> Any:
         else:
             parts.append(part)
     return parts
-
-
-def fit_clip(frames: Sequence[Image.Image], limits: MediaLimits) -> list[Image.Image]:
-    """Frames at the size that the first one calls for; an odd clip repeats its last frame, since a visual token spans
-    two. The same pixels as `embedrl_verl.data.prompts.load_prompt_media` (which needs torch)."""
-    first = fit_image(frames[0], limits, is_frame=True)
-    fitted = [first] + [to_rgb(frame).resize(first.size, Image.Resampling.BICUBIC) for frame in frames[1:]]
-    return fitted + fitted[-1:] * (len(fitted) % 2)

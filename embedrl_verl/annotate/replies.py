@@ -27,9 +27,8 @@ from embedrl_verl.data.identity import normalise_text
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import DataError
 from embedrl_verl.families import Family, box_convention
-from embedrl_verl.kinds import EvidenceKey
 from embedrl_verl.tcot import TCoT, cut_evidence, parse_tcot
-from embedrl_verl.tcot.boxes import RELATIVE_SIZE
+from embedrl_verl.tcot.evidence.boxes import RELATIVE_SIZE
 
 EvidenceLevel: TypeAlias = Literal["off", "usable", "strict"]
 LEVELS: tuple[EvidenceLevel, ...] = get_args(EvidenceLevel)
@@ -47,7 +46,7 @@ class Checked:
 
 
 def check_tcot(
-    text: str, *, item: Item, prompt: Prompt, required: EvidenceKey, family: Family, level: EvidenceLevel, cut_off: bool
+    text: str, *, item: Item, prompt: Prompt, required: str, family: Family, level: EvidenceLevel, cut_off: bool
 ) -> Checked:
     """Read a reply.
 
@@ -88,7 +87,7 @@ def _keywords(tcot: TCoT, item: Item) -> tuple[list[str], int]:
     return wrong, len(tcot.text_keywords) - len(missing)
 
 
-def _places(tcot: TCoT, prompt: Prompt, family: Family, required: EvidenceKey) -> tuple[list[str], int]:
+def _places(tcot: TCoT, prompt: Prompt, family: Family, required: str) -> tuple[list[str], int]:
     """Problems of boxes or key frames, and how many pieces can be cut."""
     wrong: list[str] = []
     if required == "bbox_2d":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration: the hydra files and the typed section `embedrl`."""
+"""The settings of a run: defaults in the YAML files, types in `schema`, what must fit together in `rules`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ __all__ = ["EmbedRLConfig", "load_embedrl_config", "parse_embedrl_section"]
 
 
 def load_embedrl_config(config: Any) -> EmbedRLConfig:
-    """The section `embedrl` of a whole run configuration (DictConfig), checked and typed.
-
-    Raises:
-        ConfigError: the section is missing or has an unknown key or a bad value.
-    """
+    """The section `embedrl` of a whole run configuration (DictConfig), as `parse_embedrl_section`."""
     from omegaconf import OmegaConf
 
     if "embedrl" not in config:
@@ -24,7 +20,7 @@ def load_embedrl_config(config: Any) -> EmbedRLConfig:
             "the configuration has no section `embedrl`; compose it from embedrl_verl's egrl_trainer.yaml "
             "(python -m embedrl_verl.train, or --config-dir with its folder)"
         )
-    section = OmegaConf.to_container(config.embedrl, resolve=True)
-    if not isinstance(section, dict):
-        raise ConfigError(f"embedrl must be a section with keys; got {section!r}")
-    return parse_embedrl_section({str(key): value for key, value in section.items()})
+    plain = OmegaConf.to_container(config.embedrl, resolve=True)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"embedrl must be a section with keys; got {plain!r}")
+    return parse_embedrl_section({str(key): value for key, value in plain.items()})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration of a run from hydra overrides, without hydra's command line."""
+"""The configuration of a run from hydra overrides, and the keys that follow from others."""
 
 from __future__ import annotations
 
@@ -27,8 +27,17 @@ def compose(overrides: Sequence[str], config_name: str = "egrl_trainer") -> Any:
         reasons: list[str] = []
         cause: BaseException | None = error
         while cause is not None:
-            text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-            if text not in reasons:
-                reasons.append(text)
+            reasons.append(str(cause).strip().partition("\n")[0] or type(cause).__name__)
             cause = cause.__cause__
-        raise ConfigError(f"the configuration cannot be composed: {'; '.join(reasons)}") from error
+        raise ConfigError(f"the configuration cannot be composed: {'; '.join(dict.fromkeys(reasons))}") from error
+
+
+def bound_served_lengths(config: Any) -> None:
+    """Set the `max_model_len` of rollout and judge to prompt_length + response_length (tokens), unless it is set.
+
+    verl hands vLLM `max_model_len` alone. Where it is null, verl takes the checkpoint's own limit; vLLM then wants room
+    in its cache for one sequence of that length (262,144 tokens for Qwen3-VL, 36 GiB for the 8B model).
+    """
+    for rollout in (config.actor_rollout_ref.rollout, config.reward.reward_model.rollout):
+        if rollout.max_model_len is None:
+            rollout.max_model_len = int(rollout.prompt_length) + int(rollout.response_length)

@@ -1,344 +1,388 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `embedrl` of a run's configuration as frozen, checked dataclasses.
+"""The sections `embedrl`, `data.embedrl` and stage 1's `data` and `contrastive` as frozen, checked values.
 
-verl leaves custom top-level sections untyped, so a misspelt key would be ignored there. Here it is an error, and every
-value is checked before any process starts.
+Here are types, ranges, and what excludes what within a section; an unknown key is an error. The defaults, with what
+each key means, stand in egrl_trainer.yaml and embedder_trainer.yaml alone: a key that is not given is filled in from
+there. Imports nothing heavy, so that every room may import it. What must fit across sections is in `rules`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
+from typing_extensions import Self
 
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import FACTS, FAMILIES
 
 _T = TypeVar("_T")
+_S = TypeVar("_S", bound="Section")
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_checked: Callable[[type[_S]], type[_S]] = dataclass(frozen=True, kw_only=True, config=_STRICT)  # type: ignore[assignment]
+_WORDS = {"tuple_type": "must be a list", "bool_type": "must be True or False", "dict_type": "must be a section"}
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelow1 = Annotated[float, Field(ge=0, lt=1)]
+# YAML and hydra give lists.
+_as_tuple = BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)
+Listed: TypeAlias = Annotated[tuple[_T, ...], _as_tuple]
+Rule: TypeAlias = tuple[str, bool, str]
 
 
-def _require(condition: bool, key: str, rule: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"embedrl.{key} must be {rule}; got {value!r}")
+def _named(what: str) -> BeforeValidator:
+    def check(given: object) -> object:
+        if given is None or given in ("", [], ()):
+            raise ValueError(f"must be {what}")
+        return given
+
+    return BeforeValidator(check)
 
 
-@dataclass(frozen=True)
-class EmbedderTrainConfig:
+@cache
+def yaml_of(name: str) -> dict[str, Any]:
+    """A file of this folder as it is written: no interpolation, no defaults list."""
+    values: dict[str, Any] = yaml.safe_load(files("embedrl_verl.config").joinpath(f"{name}.yaml").read_text("utf-8"))
+    return values
+
+
+@_checked
+class Section:
+    """A section of the configuration. Called with some of its keys, it has the YAML's values for the others."""
+
+    where: ClassVar[str]
+    file: ClassVar[str]
+
+    if TYPE_CHECKING:  # the keys are checked when it is called
+
+        def __init__(self, **values: Any) -> None: ...
+
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        found = yaml_of(cls.file)
+        for key in cls.where.split("."):
+            found = found[key]
+        return {field.name: found[field.name] for field in fields(cls) if field.name in found}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _fill_in(cls, given: Any, make: Callable[[Any], Self]) -> Self:
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping):
+            return cls(**given)
+        if not isinstance(given, ArgsKwargs):
+            raise ConfigError(f"{cls.where} must be a section with keys; got {given!r}")
+        named, keys = given.kwargs or {}, [field.name for field in fields(cls)]
+        unknown = [key for key in named if key not in keys]
+        if unknown:
+            raise ConfigError(f"{cls.where} has no key {', '.join(unknown)}; its keys are {', '.join(keys)}")
+        try:
+            return make(ArgsKwargs(given.args, {**cls._defaults(), **named}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join([cls.where, *map(str, first["loc"])])
+            words = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+            rule = _WORDS.get(first["type"], words)
+            raise ConfigError(f"{key} {rule}; got {first['input']!r}") from None
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        for key, holds, rule in self.rules():
+            if not holds:
+                raise ConfigError(f"{self.where}.{key} must be {rule}; got {getattr(self, key)!r}")
+        return self
+
+    def rules(self) -> list[Rule]:
+        """(key, whether its value holds beside the others, what it must be)."""
+        return []
+
+
+def section(where: str, file: str = "egrl_trainer") -> Callable[[type[_S]], type[_S]]:
+    """A class decorator: the section at `where`, whose defaults stand in `file`."""
+
+    def make(cls: type[_S]) -> type[_S]:
+        cls.where, cls.file = where, file
+        return _checked(cls)
+
+    return make
+
+
+@section("embedrl.embedder.train")
+class EmbedderTrainConfig(Section):
     """How the Embedder is trained: in stage 1, and in EG-RL if `enable` is set (method section 5)."""
 
-    enable: bool = False
-    every: int = 1
-    rollouts: str = "best"
-    lr: float = 1e-5
-    lr_scheduler: str = "constant"
-    min_lr_ratio: float = 0.0
-    warmup_steps: int = 10
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    temperature: float = 0.02
-    symmetric: bool = True
-    matryoshka_dims: tuple[int, ...] = ()
-    lora_rank: int = 0
-    lora_alpha: int = 0
-    lora_target_modules: str = "all-linear"
-    lora_exclude_modules: str = ".*visual.*"
-    lora_adapter_path: str | None = None
-    gradient_checkpointing: bool = True
-    max_tokens_per_gpu: int = 16384
-    ema_decay: float = 0.0
-    anchor_files: tuple[str, ...] = ()
-    anchor_pairs: int = 64
-    max_anchor_drop: float = 0.1
-    seed: int = 0
+    enable: bool
+    every: Count
+    rollouts: Literal["best", "random", "all"]
+    lr: Positive
+    lr_scheduler: Literal["constant", "cosine"]
+    min_lr_ratio: Fraction
+    warmup_steps: Natural
+    weight_decay: NonNegative
+    clip_grad: Positive
+    temperature: Positive
+    symmetric: bool
+    matryoshka_dims: Listed[Count]
+    lora_rank: Natural
+    lora_alpha: Natural
+    lora_target_modules: str
+    lora_exclude_modules: str
+    lora_adapter_path: str | None
+    gradient_checkpointing: bool
+    max_tokens_per_gpu: Count
+    ema_decay: FractionBelow1
+    anchor_files: Listed[str]
+    anchor_pairs: Count
+    max_anchor_drop: Fraction
+    seed: Natural
 
-    def __post_init__(self) -> None:
-        def require(condition: bool, key: str, rule: str) -> None:
-            _require(condition, f"embedder.train.{key}", rule, getattr(self, key))
-
-        for name in ("every", "anchor_pairs", "max_tokens_per_gpu"):
-            require(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("lr", "temperature", "clip_grad"):
-            require(getattr(self, name) > 0, name, "positive")
-        for name in ("warmup_steps", "weight_decay", "lora_rank", "lora_alpha", "seed"):
-            require(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("ema_decay", "max_anchor_drop", "min_lr_ratio"):
-            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
-        require(self.ema_decay < 1, "ema_decay", "below 1 (0 = off)")
-        require(self.rollouts in ("best", "random", "all"), "rollouts", "best, random or all")
-        require(self.lr_scheduler in ("constant", "cosine"), "lr_scheduler", "constant or cosine")
-        require(all(dim >= 1 for dim in self.matryoshka_dims), "matryoshka_dims", "a list of positive numbers")
-        require(not self.lora_rank or self.lora_alpha > 0, "lora_alpha", "positive with a lora_rank")
-        require(not (self.lora_adapter_path and not self.lora_rank), "lora_rank", "the adapter's rank, with a path")
+    def rules(self) -> list[Rule]:
+        return [
+            ("lora_alpha", self.lora_alpha > 0 or not self.lora_rank, "positive with a lora_rank"),
+            ("lora_rank", self.lora_rank > 0 or not self.lora_adapter_path, "the adapter's rank, with a path"),
+        ]
 
 
-@dataclass(frozen=True)
-class EmbedderServerConfig:
-    """Stock vLLM pooling servers: those at `urls`, or without any `servers` that the run starts in a pool of their own.
+@_checked
+class Requests(Section):
+    """How requests go to OpenAI-style servers."""
 
-    `limit` counts requests in flight over all servers and agent-loop workers; `deadline_s` bounds a row, with retries.
-    """
-
-    urls: tuple[str, ...] = ()
-    api_key_env: str | None = None
-    servers: int = 1
-    n_gpus_per_server: int = 1
-    max_model_len: int = 32768
-    gpu_memory_utilization: float = 0.9
-    startup_s: float = 900.0
-    extra_args: tuple[str, ...] = ()
-    limit: int = 256
-    timeout_s: float = 120.0
-    retries: int = 3
-    backoff_s: float = 0.5
-    deadline_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        def require(condition: bool, key: str, rule: str) -> None:
-            _require(condition, f"embedder.server.{key}", rule, getattr(self, key))
-
-        for name in ("servers", "max_model_len", "limit"):
-            require(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("n_gpus_per_server", "retries", "backoff_s"):
-            require(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("startup_s", "timeout_s", "deadline_s"):
-            require(getattr(self, name) > 0, name, "a positive number of seconds")
-        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1")
-        require(all(one.startswith("-") for one in self.extra_args), "extra_args", "a list of --option=value")
+    urls: Listed[str]
+    api_key_env: str | None
+    limit: Count
+    timeout_s: Positive
+    retries: Natural
+    backoff_s: NonNegative
+    deadline_s: Positive
 
 
-@dataclass(frozen=True)
-class SentenceConfig:
-    """A SentenceTransformer as Embedder, on `n_gpus` of its own.
+@section("embedrl.embedder.server")
+class EmbedderServerConfig(Requests):
+    """Stock vLLM pooling servers: those at `urls`, or without any `servers` that the run starts."""
 
-    `query_prompt` and `target_prompt` name prompts of the model; None: its own for queries and documents, if it has
-    them; "": none.
-    """
+    servers: Count
+    n_gpus_per_server: Natural
+    max_model_len: Count
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
+    startup_s: Positive
+    extra_args: Listed[str]
 
-    n_gpus: int = 1
-    batch_size: int = 32
-    query_prompt: str | None = None
-    target_prompt: str | None = None
-
-    def __post_init__(self) -> None:
-        _require(self.n_gpus in (0, 1), "embedder.sentence.n_gpus", "0 or 1", self.n_gpus)
-        _require(self.batch_size >= 1, "embedder.sentence.batch_size", "1 or more", self.batch_size)
+    def rules(self) -> list[Rule]:
+        options = all(one.startswith("-") for one in self.extra_args)
+        return [("extra_args", options, "a list of --option=value")]
 
 
-BACKENDS = ("worker", "server", "sentence_transformers")
+@section("embedrl.embedder.sentence")
+class SentenceConfig(Section):
+    """A SentenceTransformer as Embedder."""
+
+    n_gpus: Annotated[int, Field(ge=0, le=1)]
+    batch_size: Count
+    query_prompt: str | None
+    target_prompt: str | None
 
 
-@dataclass(frozen=True)
-class EmbedderConfig:
-    """Which Embedder scores the T-CoTs, and how it runs. Token counts are visual tokens unless the name says text.
+@_checked
+class MediaTokens(Section):
+    """Visual tokens of an image and of a video frame."""
 
-    `nnodes` x `n_gpus_per_node` devices of its own; 0 = on the actor's (backend worker).
-    """
+    image_min_tokens: Count
+    image_max_tokens: Count
+    frame_min_tokens: Count
+    frame_max_tokens: Count
 
-    path: str | None = None
-    profile: str = "auto"
-    backend: str = "worker"
-    strategy: str = "fsdp2"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    dtype: str = "bfloat16"
-    attn_implementation: str = "torch_varlen"
-    offload: bool = True
-    max_tokens_per_gpu: int = 16384
-    max_text_tokens: int = 480
-    image_min_tokens: int = 128
-    image_max_tokens: int = 768
-    frame_min_tokens: int = 128
-    frame_max_tokens: int = 300
-    nnodes: int = 1
-    n_gpus_per_node: int = 0
-    server: EmbedderServerConfig = field(default_factory=EmbedderServerConfig)
-    sentence: SentenceConfig = field(default_factory=SentenceConfig)
-    train: EmbedderTrainConfig = field(default_factory=EmbedderTrainConfig)
-
-    def __post_init__(self) -> None:
-        _require(bool(self.path), "embedder.path", "a Hugging Face folder or hub id (set EMBEDDER_PATH)", self.path)
-        _require(self.backend in BACKENDS, "embedder.backend", f"one of {', '.join(BACKENDS)}", self.backend)
-        _require(
-            self.backend == "worker" or not self.train.enable,
-            "embedder.backend",
-            "worker with train.enable=True: servers and sentence-transformers models do not get trained weights",
-            self.backend,
-        )
-        strategies = ("fsdp2", "fsdp", "megatron")
-        _require(self.strategy in strategies, "embedder.strategy", f"one of {', '.join(strategies)}", self.strategy)
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            value = getattr(self, name)
-            _require(value >= 1, f"embedder.{name}", "1 or more", value)
-            _require(
-                value == 1 or self.strategy == "megatron", f"embedder.{name}", "1 without strategy=megatron", value
-            )
-        _require(
-            self.dtype == "bfloat16" or self.strategy != "megatron",
-            "embedder.dtype",
-            "bfloat16 with strategy=megatron (verl's engine has no other)",
-            self.dtype,
-        )
-        _require(self.dtype in ("bfloat16", "float32"), "embedder.dtype", "bfloat16 or float32", self.dtype)
-        for name in ("max_tokens_per_gpu", "max_text_tokens", "image_min_tokens", "frame_min_tokens"):
-            _require(getattr(self, name) > 0, f"embedder.{name}", "positive", getattr(self, name))
-        _require(self.nnodes >= 1, "embedder.nnodes", "1 or more", self.nnodes)
-        _require(self.n_gpus_per_node >= 0, "embedder.n_gpus_per_node", "0 or more", self.n_gpus_per_node)
-        for kind in ("image", "frame"):
-            low, high = getattr(self, f"{kind}_min_tokens"), getattr(self, f"{kind}_max_tokens")
-            _require(low <= high, f"embedder.{kind}_max_tokens", f"at least {kind}_min_tokens ({low})", high)
+    def rules(self) -> list[Rule]:
+        image, frame = self.image_min_tokens, self.frame_min_tokens
+        return [
+            ("image_max_tokens", self.image_max_tokens >= image, f"at least image_min_tokens ({image})"),
+            ("frame_max_tokens", self.frame_max_tokens >= frame, f"at least frame_min_tokens ({frame})"),
+        ]
 
 
-@dataclass(frozen=True)
-class EvidenceConfig:
+@section("embedrl.embedder")
+class EmbedderConfig(MediaTokens):
+    """Which Embedder scores the T-CoTs, and how it runs."""
+
+    path: Annotated[str, _named("a Hugging Face folder or hub id (set EMBEDDER_PATH)")]
+    profile: str
+    backend: Literal["worker", "server", "sentence_transformers"]
+    strategy: Literal["fsdp2", "fsdp", "megatron"]
+    tensor_model_parallel_size: Count
+    pipeline_model_parallel_size: Count
+    dtype: Literal["bfloat16", "float32"]
+    attn_implementation: str
+    offload: bool
+    max_tokens_per_gpu: Count
+    max_text_tokens: Count
+    nnodes: Count
+    n_gpus_per_node: Natural
+    server: EmbedderServerConfig
+    sentence: SentenceConfig
+    train: EmbedderTrainConfig
+
+    def rules(self) -> list[Rule]:
+        megatron = self.strategy == "megatron"
+        return [
+            *super().rules(),
+            (
+                "backend",
+                self.backend == "worker" or not self.train.enable,
+                "worker with train.enable=True: servers and sentence-transformers models do not get trained weights",
+            ),
+            *(
+                (key, megatron or getattr(self, key) == 1, "1 without strategy=megatron")
+                for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+            ),
+            (
+                "dtype",
+                self.dtype == "bfloat16" or not megatron,
+                "bfloat16 with strategy=megatron (verl's engine has no other)",
+            ),
+        ]
+
+
+@section("embedrl.evidence")
+class EvidenceConfig(Section):
     """What may be cut from the original media (pixels of the original; method section 2)."""
 
-    max_items: int = 8
-    min_side: int = 10
-    max_aspect: float = 50.0
-
-    def __post_init__(self) -> None:
-        _require(self.max_items >= 0, "evidence.max_items", "0 or more", self.max_items)
-        _require(self.min_side >= 1, "evidence.min_side", "1 or more pixels", self.min_side)
-        _require(self.max_aspect >= 1, "evidence.max_aspect", "1 or more", self.max_aspect)
+    max_items: Natural
+    min_side: Count
+    max_aspect: Annotated[float, Field(ge=1)]
 
 
-@dataclass(frozen=True)
-class RewardStageConfig:
-    """How the reward stage treats failures, how often it looks at the rollout queue (seconds), and whether each
-    prompt's input is also embedded without a T-CoT."""
+@section("embedrl.reward")
+class RewardStageConfig(Section):
+    """The reward stage."""
 
-    max_failed_share: float = 0.1
-    poll_interval: float = 0.5
-    raw_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        share = self.max_failed_share
-        _require(0 <= share < 1, "reward.max_failed_share", "at least 0 and below 1", share)
-        _require(0 < self.poll_interval <= 60, "reward.poll_interval", "in (0, 60] seconds", self.poll_interval)
+    max_failed_share: FractionBelow1
+    poll_interval: Annotated[float, Field(gt=0, le=60)]
+    raw_embeddings: bool
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    """The listwise judge of the process reward (method section 4, paper eq. 4). It runs where `urls` name servers or
-    `reward.reward_model.enable` lets verl start them.
-    """
+@section("embedrl.judge")
+class JudgeConfig(Requests):
+    """The listwise judge of the process reward (method section 4, paper eq. 4)."""
 
-    urls: tuple[str, ...] = ()
-    model: str | None = None
-    api_key_env: str | None = None
-    style: str = "paper"
-    images: bool = False
-    hard_pairs: int = 4
-    shared_lists: bool = True
-    constrained: bool = True
-    max_tokens: int = 8
-    temperature: float = 0.0
-    limit: int = 256
-    timeout_s: float = 60.0
-    retries: int = 3
-    backoff_s: float = 0.5
-    deadline_s: float = 300.0
-    max_unknown_share: float = 0.5
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    model: str | None
+    style: Literal["paper", "compact"]
+    images: bool
+    hard_pairs: Count
+    shared_lists: bool
+    constrained: bool
+    max_tokens: Count
+    temperature: NonNegative
+    max_unknown_share: Fraction
+    extra_body: dict[str, Any]
+    seed: Natural
 
-    def __post_init__(self) -> None:
-        for name in ("hard_pairs", "max_tokens", "limit"):
-            _require(getattr(self, name) >= 1, f"judge.{name}", "1 or more", getattr(self, name))
-        for name in ("temperature", "retries", "backoff_s", "seed"):
-            _require(getattr(self, name) >= 0, f"judge.{name}", "0 or more", getattr(self, name))
-        for name in ("timeout_s", "deadline_s"):
-            _require(getattr(self, name) > 0, f"judge.{name}", "a positive number of seconds", getattr(self, name))
-        share = self.max_unknown_share
-        _require(0 <= share <= 1, "judge.max_unknown_share", "between 0 and 1", share)
+    def rules(self) -> list[Rule]:
+        ours = ("model", "messages", "max_tokens", "temperature", "structured_outputs")
+        named = self.model is None or bool(self.model.strip())
+        without = f"without {', '.join(ours)}, which have keys of their own or none"
+        return [
+            ("model", named, "a name, or null to ask the server"),
+            ("extra_body", not set(self.extra_body) & set(ours), without),
+        ]
 
 
-@dataclass(frozen=True)
-class RolloutConfig:
-    """`request_seeds`: each training rollout is sampled with a seed of its own, made of data.seed, step, pair, side and
-    rollout, so that a run that is broken off and resumed goes on with the rollouts it would have had.
-    `min_probs_correlation`: below it for two steps a synchronous run stops (`trainer.same_policy`)."""
+@section("embedrl.rollout")
+class RolloutConfig(Section):
+    """Rollouts of training."""
 
-    request_seeds: bool = False
-    min_probs_correlation: float = 0.9
-
-    def __post_init__(self) -> None:
-        value = self.min_probs_correlation
-        _require(0 <= value < 1, "rollout.min_probs_correlation", "at least 0 and below 1", value)
+    request_seeds: bool
+    min_probs_correlation: FractionBelow1
 
 
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Retrieval metrics of a validation pass: Hit@1 and NDCG@ndcg_k, and whether the best checkpoint is kept."""
+@section("embedrl.validation")
+class ValidationConfig(Section):
+    """Retrieval metrics of a validation pass."""
 
-    ndcg_k: int = 5
-    keep_best: bool = True
-
-    def __post_init__(self) -> None:
-        _require(self.ndcg_k >= 1, "validation.ndcg_k", "1 or more", self.ndcg_k)
+    ndcg_k: Count
+    keep_best: bool
 
 
-@dataclass(frozen=True)
-class EmbedRLConfig:
+@section("embedrl")
+class EmbedRLConfig(Section):
     """The whole section `embedrl`."""
 
     embedder: EmbedderConfig
-    evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
-    reward: RewardStageConfig = field(default_factory=RewardStageConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evidence: EvidenceConfig
+    reward: RewardStageConfig
+    judge: JudgeConfig
+    rollout: RolloutConfig
+    validation: ValidationConfig
 
 
-def build_section(cls: type[_T], section: Mapping[str, Any], path: str) -> _T:
-    """A frozen dataclass from the plain mapping of a section; sections may hold sections.
+@section("data.embedrl")
+class MediaConfig(MediaTokens):
+    """How prompts are written, how large media may be, which pairs share a batch."""
 
-    Raises:
-        ConfigError: an unknown key, a wrong type, or what the dataclass itself refuses; the message names the key.
-    """
-    hints = get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(section) - known)
-    if unknown:
-        raise ConfigError(f"{path} has no key {', '.join(unknown)}; its keys are {', '.join(sorted(known))}")
-    values: dict[str, Any] = {}
-    for name, value in section.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{path}.{name} must be a section with keys; got {value!r}")
-            values[name] = build_section(hint, value, f"{path}.{name}")  # type: ignore[arg-type]
-            continue
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if get_origin(hint) is tuple:
-            inner = get_args(hint)[0]
-            if not isinstance(value, (list, tuple)) or not all(type(one) is inner for one in value):
-                raise ConfigError(f"{path}.{name} must be a list of {inner.__name__}; got {value!r}")
-            values[name] = tuple(value)
-            continue
-        if get_origin(hint) is dict:
-            inner = get_args(hint)[1]
-            if inner is Any and isinstance(value, Mapping):
-                values[name] = dict(value)
-                continue
-            if not isinstance(value, Mapping) or not all(type(one) in (inner, int) for one in value.values()):
-                raise ConfigError(f"{path}.{name} must be a section of {inner.__name__} values; got {value!r}")
-            values[name] = {str(key): inner(one) for key, one in value.items()}
-            continue
-        allowed = hint if isinstance(hint, type) else get_args(hint)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
-            raise ConfigError(f"{path}.{name} must be of type {hint}; got {value!r}")
-        values[name] = value
-    return cls(**values)
+    family: str
+    prompt_style: Literal["paper", "compact"]
+    few_shot: bool
+    max_frames: Count
+    pairs_together: Count
+
+    @classmethod
+    def from_config(cls, data_config: Mapping[str, Any]) -> Self:
+        """Of verl's section `data` (a dict or DictConfig); without `embedrl` the defaults."""
+        return cls(**dict(data_config.get("embedrl") or {}))
+
+    def rules(self) -> list[Rule]:
+        known = ("auto", *(kind for facts in FACTS.values() for kind in facts.model_types))
+        return [*super().rules(), ("family", self.family in known, f"auto or one of {', '.join(FAMILIES)}")]
+
+
+@section("data", "embedder_trainer")
+class Stage1DataConfig(Section):
+    """The pairs of stage 1."""
+
+    train_files: Annotated[Listed[str], _named("one or more parquet files of pair records")]
+    val_files: Listed[str]
+    media_root: str | None
+    tcot: bool
+
+
+@section("contrastive", "embedder_trainer")
+class ContrastiveConfig(Section):
+    """Batches and the course of a run of stage 1."""
+
+    out: Annotated[str, _named("a folder to write to")]
+    batch_pairs: Annotated[int, Field(ge=2)]  # a pair alone has no negatives
+    sub_batch_pairs: Count
+    max_video_sub_batches: Count
+    source_weights: dict[str, Positive]
+    raw_share: Fraction
+    epochs: Count
+    total_steps: Count | None
+    test_freq: Natural
+    save_freq: Natural
+    keep_checkpoints: Count
+    log_freq: Count
+    num_workers: Natural
+    seed: Natural
+    resume: bool
+    max_empty_batches: Count
+
+    def rules(self) -> list[Rule]:
+        divides = self.batch_pairs % self.sub_batch_pairs == 0
+        return [("batch_pairs", divides, f"a multiple of sub_batch_pairs ({self.sub_batch_pairs})")]
 
 
 def parse_embedrl_section(section: Mapping[str, Any]) -> EmbedRLConfig:
-    """Check the plain mapping of the section `embedrl` and return it typed.
-
-    Raises:
-        ConfigError: an unknown key, a wrong type or a value outside its range; the message names the key.
-    """
-    if "embedder" not in section:
-        raise ConfigError("embedrl.embedder is missing; set at least embedrl.embedder.path")
-    return build_section(EmbedRLConfig, section, "embedrl")
+    """The plain mapping of the section `embedrl`, checked and typed; ConfigError names the key, the rule, the value."""
+    return EmbedRLConfig(**section)

@@ -31,12 +31,13 @@ import numpy as np
 from torch.utils.data import Dataset
 from verl.utils.fs import copy_to_local
 
-from embedrl_verl.data.identity import content_id, records_digest
-from embedrl_verl.data.inspection import LocatedPair, PairFacts, PairInspector, default_threads, locate_pairs
+from embedrl_verl.data.identity import records_digest
+from embedrl_verl.data.inspection import LocatedPair, PairFacts, PairInspector, locate_pairs
 from embedrl_verl.data.lengths import PromptMeter
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, Item, Video, input_kind
 from embedrl_verl.data.settings import DataSettings, resolve_family
+from embedrl_verl.data.threads import default_threads
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.families import Family, token_side
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
@@ -61,11 +62,6 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         pair_sources, pair_ids, contents: data source, id and `ContentId` of each pair.
         overlong: pairs left out, with the tokens of the sides that are too long; left_out: their number by source.
         fingerprint: hash of the pairs and their content, in order.
-
-    Raises:
-        ConfigError: unknown key in `data.embedrl`, no Qwen-VL processor, or a family that is not the processor's.
-        DataError: malformed records, media that cannot be used, or a source of which no pair is left; the message names
-            them.
     """
 
     def __init__(
@@ -83,22 +79,15 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         files = [data_files] if isinstance(data_files, str) else list(data_files)
         local_files = [copy_to_local(src=file, cache_dir=config.get("cache_dir")) for file in files]
         pairs, problems = locate_pairs(local_files)
-        _raise_if_any([problem.message for problem in problems], local_files)
+        _raise_if_any([problem.message for problem in problems], local_files[0])
         if not pairs:
             raise DataError(f"no pair records in {', '.join(local_files)}")
         pairs = _select(pairs, max_samples, config, shuffle=_is_shuffled(files, config))
-        meter = PromptMeter(tokenizer, processor, self.family, config)
-        facts = self._inspect(pairs, meter, config)
-        limit = int(config.get("max_prompt_length", 1024))
-        self.overlong = {
-            str(pair): sides for pair, found in zip(pairs, facts, strict=True) if (sides := found.overlong(limit))
-        }
-        self.left_out: dict[str, int] = {}
-        self._report_overlong(limit, pairs)
-        kept = [(pair, found) for pair, found in zip(pairs, facts, strict=True) if str(pair) not in self.overlong]
+        facts = self._inspect(pairs, PromptMeter(tokenizer, processor, self.family, config), config)
+        kept = self._without_overlong(pairs, facts, int(config.get("max_prompt_length", 1024)))
         self._pairs = [pair for pair, _ in kept]
         self._file_frames = [found.file_frames for _, found in kept]
-        self.contents = [content_id(pair.record, self.media_root) for pair in self._pairs]
+        self.contents = [found.content for _, found in kept]
         self.pair_sources = [pair.record.data_source for pair in self._pairs]
         self.pair_ids = [pair.record.pair_id for pair in self._pairs]
         self.fingerprint = records_digest([pair.record for pair in self._pairs], self.media_root)[:16]
@@ -107,28 +96,36 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         count_all = config.get("filter_overlong_prompts", True)
         inspector = PairInspector(self.settings, self.family, self.media_root, meter if count_all else None)
         results = list(inspector.inspect_all(pairs, default_threads()))
-        _raise_if_any([str(result) for result in results if isinstance(result, DataError)], [p.file for p in pairs])
+        _raise_if_any([str(result) for result in results if isinstance(result, DataError)], pairs[0].file)
         if not count_all:  # the processor is still proved to take fitted media as they are
             PairInspector(self.settings, self.family, self.media_root, meter).inspect(pairs[0])
         return [result for result in results if isinstance(result, PairFacts)]
 
-    def _report_overlong(self, limit: int, pairs: Sequence[LocatedPair]) -> None:
-        if not self.overlong:
-            return
-        total = Counter(pair.record.data_source for pair in pairs)
+    def _without_overlong(
+        self, pairs: list[LocatedPair], facts: list[PairFacts], limit: int
+    ) -> list[tuple[LocatedPair, PairFacts]]:
+        """The pairs whose prompts fit; the others are reported, and a source of which none is left is an error."""
+        found = list(zip(pairs, facts, strict=True))
+        self.overlong = {str(pair): sides for pair, one in found if (sides := one.overlong(limit))}
         self.left_out = dict(Counter(pair.record.data_source for pair in pairs if str(pair) in self.overlong))
-        listed = [f"{name} ({_lengths(sides)})" for name, sides in list(self.overlong.items())[:SHOWN]]
-        message = (
-            f"{len(self.overlong)} of {len(pairs)} pairs have a prompt over data.max_prompt_length={limit} tokens and "
-            f"are left out: {'; '.join(listed)}{'; ...' if len(self.overlong) > SHOWN else ''}"
-        )
-        gone = [source for source, count in self.left_out.items() if count == total[source]]
-        if gone:
-            raise DataError(
-                f"{message}. Nothing is left of {', '.join(sorted(gone))}: raise data.max_prompt_length, lower "
-                "data.embedrl.*_max_tokens, or leave the source out"
+        if self.overlong:
+            listed = [
+                f"{name} ({', '.join(f'{side} {tokens}' for side, tokens in sides.items())})"
+                for name, sides in list(self.overlong.items())[:SHOWN]
+            ]
+            message = (
+                f"{len(self.overlong)} of {len(pairs)} pairs have a prompt over data.max_prompt_length={limit} tokens "
+                f"and are left out: {'; '.join(listed)}{'; ...' if len(self.overlong) > SHOWN else ''}"
             )
-        logger.warning(message)
+            total = Counter(pair.record.data_source for pair in pairs)
+            gone = sorted(source for source, count in self.left_out.items() if count == total[source])
+            if gone:
+                raise DataError(
+                    f"{message}. Nothing is left of {', '.join(gone)}: raise data.max_prompt_length, lower "
+                    "data.embedrl.*_max_tokens, or leave the source out"
+                )
+            logger.warning(message)
+        return [(pair, one) for pair, one in found if str(pair) not in self.overlong]
 
     @property
     def first_video(self) -> str | None:
@@ -144,7 +141,7 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         pair, side = self._pairs[index // 2], SIDES[index % 2]
-        record = pair.record
+        record, content = pair.record, self.contents[index // 2]
         kind = input_kind(record, side)
         partner = record.target if side == "query" else record.query
         messages = prompt_messages(
@@ -164,8 +161,8 @@ class TCoTDataset(Dataset[dict[str, Any]]):
             "extra_info": {"index": index, "pair_id": record.pair_id, "side": side},
             "embedrl_pair_id": record.pair_id,
             "embedrl_side": side,
-            "embedrl_query_content": self.contents[index // 2].query,
-            "embedrl_target_content": self.contents[index // 2].target,
+            "embedrl_query_content": content.query,
+            "embedrl_target_content": content.target,
             "embedrl_kind": kind,
             "embedrl_required": EVIDENCE_KEY_OF_KIND[kind],
             "embedrl_row": f"{pair.file}:{pair.row}",
@@ -176,11 +173,7 @@ class TCoTDataset(Dataset[dict[str, Any]]):
     async def process_multi_modal_info(
         cls, messages: list[dict[str, Any]], image_patch_size: int, config: Any
     ) -> tuple[list[Any] | None, list[Any] | None, None]:
-        """Called by verl's agent loops: (images, videos, audios) of a prompt, fitted to the limits of `data.embedrl`.
-
-        Raises:
-            MediaError: a medium has become unreadable since the data set was checked.
-        """
+        """For verl's agent loops: (images, videos, audios) of a prompt, fitted to the limits of `data.embedrl`."""
         limits = DataSettings.from_config(config).limits(2 * image_patch_size)
         loop = asyncio.get_running_loop()
         images, videos = await loop.run_in_executor(None, load_prompt_media, messages, limits, media_root_of(config))
@@ -188,19 +181,18 @@ class TCoTDataset(Dataset[dict[str, Any]]):
 
 
 def row_item(row: Mapping[str, Any]) -> Item:
-    """The item of a row (column `embedrl_item`), from which its original media can be loaded."""
+    """The item of a row (column `embedrl_item`: the queue makes dicts and lists of data classes and tuples)."""
     values = dict(row["embedrl_item"])
     video = values["video"]
     values["images"] = tuple(values["images"])
     if video is not None:
-        values["video"] = Video(frames=tuple(video["frames"]), path=video["path"], fps=video["fps"])
+        values["video"] = Video(**{**video, "frames": tuple(video["frames"])})
     return Item(**values)
 
 
 def media_root_of(config: Any) -> str | None:
     """`data.media_root`; None if unset or empty."""
-    root = config.get("media_root")
-    return str(root) if root else None
+    return str(config.get("media_root") or "") or None
 
 
 def _check_token_side(family: Family, processor: Any) -> None:
@@ -233,15 +225,11 @@ def _select(pairs: list[LocatedPair], max_samples: int, config: Any, *, shuffle:
     return [pairs[index] for index in sorted(chosen)]
 
 
-def _raise_if_any(messages: list[str], files: Sequence[str]) -> None:
+def _raise_if_any(messages: list[str], file: str) -> None:
     if messages:
         more = f"\n... and {len(messages) - SHOWN} more" if len(messages) > SHOWN else ""
         raise DataError(
-            f"{len(messages)} row(s) cannot be used; `embedrl data check {files[0]}` lists them:\n"
+            f"{len(messages)} row(s) cannot be used; `embedrl data check {file}` lists them:\n"
             + "\n".join(messages[:SHOWN])
             + more
         )
-
-
-def _lengths(sides: Mapping[Any, int]) -> str:
-    return ", ".join(f"{side} {tokens}" for side, tokens in sides.items())

@@ -18,11 +18,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 @contextmanager
 def disk_errors(where: str | Path) -> Iterator[None]:
-    """Turn what the system says of a disk that is full or cannot be written into an error that says what to do.
-
-    Raises:
-        ResourceError: names the place.
-    """
+    """Turn what the system says of a disk that is full or cannot be written into an error that says what to do."""
     try:
         yield
     except OSError as error:
@@ -34,11 +30,7 @@ def disk_errors(where: str | Path) -> Iterator[None]:
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """SHA-256 of a file in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:

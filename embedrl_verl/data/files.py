@@ -69,6 +69,14 @@ def media_root_of(path: str | Path) -> str | None:
     return None if root is None else str(folder / root)  # an absolute path stays as it is
 
 
+def common_media_root(paths: Iterable[str | Path]) -> str | None:
+    """The media root that the data cards of these files and folders agree on; None if they name none."""
+    roots = {root for path in paths if (root := media_root_of(path)) is not None}
+    if len(roots) > 1:
+        raise ConfigError(f"the inputs have different media roots ({', '.join(sorted(roots))}); do one at a time")
+    return roots.pop() if roots else None
+
+
 def begin_work(folder: str | Path, command: Sequence[str]) -> Path:
     """Make `_work/` in a data set folder and note the command that finishes it. Returns the path of `_work/`.
 

@@ -23,19 +23,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from embedrl_verl.data.disk import sha256_of
 from embedrl_verl.data.media import resolve_media_path
 from embedrl_verl.data.schema import Item, Media, PairRecord
-from embedrl_verl.errors import MediaError
+from embedrl_verl.errors import DataError, MediaError
 
 if TYPE_CHECKING:  # commands that only hash need not wait for torch
     from torch import Tensor
 
-CHUNK = 1 << 20
 ANSWER_ID = "answer:"
 """How converters begin the `target_id` of a short answer, which is text."""
 TEXT_ID = "content-text:"
 MEDIA_ID = "content-media:"
-_CONTENT = hashlib.sha256(b"content").digest()
 STATED_CONTENT = re.compile(rf"(?:{TEXT_ID}|{MEDIA_ID})([0-9a-f]{{32}})")
 NO_QUERY = -1
 """`ContentId.query` of what answers no query, a hard negative."""
@@ -81,21 +80,17 @@ def content_id(record: PairRecord, media_root: str | Path | None) -> ContentId:
 
     Ids of a source and contents live in separate spaces: a target with a source's `target_id` never equals one without,
     and so with `query_id`. An id made by `stated_content_id` stands for the content.
-
-    Raises:
-        MediaError: a medium that has to be hashed is missing or refused.
     """
-    query = _stated(record.query_id)
+    query, target = _stated(record.query_id), _stated(record.target_id)
     if query is None:
         item = record.item("query")
-        query = _to_int64(_item_digest(item, media_root, normalise_text(item.instruction)))
-    target = _stated(record.target_id)
+        query = _item_id(item, media_root, normalise_text(item.instruction))
     return ContentId(query, target_content(record.target, media_root) if target is None else target)
 
 
 def target_content(item: Item, media_root: str | Path | None) -> int:
-    """Id of a target's or hard negative's own content, whatever ids its record states; errors as `content_id`."""
-    return _to_int64(_item_digest(item, media_root))
+    """Id of a target's or hard negative's own content, whatever ids its record states."""
+    return _item_id(item, media_root)
 
 
 def stated_content_id(texts: Sequence[str], images: Sequence[bytes] = (), frames: Sequence[bytes] = ()) -> str:
@@ -106,8 +101,7 @@ def stated_content_id(texts: Sequence[str], images: Sequence[bytes] = (), frames
         images: SHA-256 of each image's bytes, in order.
         frames: SHA-256 of each frame's bytes, or the one of the video file.
     """
-    kind = MEDIA_ID if images or frames else TEXT_ID
-    return kind + _content_digest(texts, _media_parts(images, frames)).hex()[:32]
+    return (MEDIA_ID if images or frames else TEXT_ID) + _content_digest(texts, images, frames).hex()[:32]
 
 
 def normalise_text(text: str) -> str:
@@ -117,21 +111,14 @@ def normalise_text(text: str) -> str:
 
 
 def media_digest(media: Media, media_root: str | Path | None) -> bytes:
-    """SHA-256 of the encoded bytes, whether they come as bytes or in a file.
-
-    Raises:
-        MediaError: the path is refused, or the file is missing or cannot be read.
-    """
+    """SHA-256 of the encoded bytes, whether they come as bytes or in a file."""
     if isinstance(media, bytes):
         return hashlib.sha256(media).digest()
-    digest = hashlib.sha256()
+    path = resolve_media_path(media, media_root)
     try:
-        with open(resolve_media_path(media, media_root), "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise MediaError(f"media path {media!r}: cannot be read ({error})") from error
-    return digest.digest()
+        return bytes.fromhex(sha256_of(path))
+    except DataError as error:
+        raise MediaError(f"media path {media!r}: {error}") from error
 
 
 def _stated(name: str) -> int | None:
@@ -142,28 +129,19 @@ def _stated(name: str) -> int | None:
     return _to_int64(bytes.fromhex(stated[1]) if stated else _digest([b"id", name.encode()]))
 
 
-def _item_digest(item: Item, media_root: str | Path | None, *before: str) -> bytes:
+def _item_id(item: Item, media_root: str | Path | None, *before: str) -> int:
     """Of an item's text, after the texts `before`, and media."""
     video: tuple[Media, ...] = ()
     if item.video is not None:
         video = item.video.frames if item.video.path is None else (item.video.path,)
     images = [media_digest(media, media_root) for media in item.images]
     frames = [media_digest(media, media_root) for media in video]
-    return _content_digest((*before, normalise_text(item.text)), _media_parts(images, frames))
+    return _to_int64(_content_digest((*before, normalise_text(item.text)), images, frames))
 
 
-def _content_digest(texts: Sequence[str], media: list[bytes]) -> bytes:
-    """`_digest` of b"content", texts and media, without the list: it runs twice for every pair of a data set."""
-    digests = _CONTENT
-    for text in texts:
-        digests += hashlib.sha256(text.encode()).digest()
-    for part in media:
-        digests += hashlib.sha256(part).digest()
-    return hashlib.sha256(digests).digest()
-
-
-def _media_parts(images: Sequence[bytes], frames: Sequence[bytes]) -> list[bytes]:
-    return [b"image" + digest for digest in images] + [b"frame" + digest for digest in frames]
+def _content_digest(texts: Sequence[str], images: Sequence[bytes], frames: Sequence[bytes]) -> bytes:
+    media = [b"image" + digest for digest in images] + [b"frame" + digest for digest in frames]
+    return _digest([b"content", *(text.encode() for text in texts), *media])
 
 
 def _digest(parts: list[bytes]) -> bytes:
@@ -178,15 +156,14 @@ def _to_int64(digest: bytes) -> int:
 def records_digest(records: Iterable[PairRecord], media_root: str | Path | None) -> str:
     """Changes with the order of records and with any of their fields; of a medium in a file, with its path and size."""
 
-    def plain(media: object) -> str:
+    def plain(media: Media) -> str:
         if isinstance(media, bytes):
             return hashlib.sha256(media).hexdigest()
-        assert isinstance(media, str), type(media)
         return f"{media}:{resolve_media_path(media, media_root).stat().st_size}"
 
     def item(one: Item) -> dict[str, object]:
         clip = one.video
-        video = clip and [plain(part) for part in (clip.frames or (clip.path,))] + [clip.fps]
+        video = clip and [plain(part) for part in (clip.frames or (clip.path or "",))] + [clip.fps]
         media = {"images": [plain(image) for image in one.images], "video": video}
         return {"text": one.text, "instruction": one.instruction, "kind": one.kind, "tcot": one.tcot, **media}
 

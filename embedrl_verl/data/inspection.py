@@ -6,6 +6,7 @@ The training data set and `embedrl data check` share this code: the first stops 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,20 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from embedrl_verl.data.files import pair_files
-from embedrl_verl.data.media import load_frames, load_item, resolve_media_path
-from embedrl_verl.data.memory import check_memory
-from embedrl_verl.data.parquet import scan_pairs
-from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
-from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side
+from embedrl_verl.data.identity import ContentId, content_id
+from embedrl_verl.data.media import load_item, resolve_media_path
+from embedrl_verl.data.parquet import SCHEMA, scan_pairs
+from embedrl_verl.data.prompts import frames_of_file, load_prompt_media, prompt_messages
+from embedrl_verl.data.schema import SIDES, PairRecord, Side
 from embedrl_verl.data.settings import DataSettings
-from embedrl_verl.errors import DataError, MediaError
+from embedrl_verl.errors import DataError, MediaError, ResourceError
 from embedrl_verl.families import Family, token_side
+from embedrl_verl.platforms.machine import machine_memory
 
 if TYPE_CHECKING:  # imports verl, which only counting needs
     from embedrl_verl.data.lengths import PromptMeter
+
+logger = logging.getLogger(__name__)
+GIB = 1 << 30
+SAID_FROM = 0.1
+"""Share of the machine's memory from which media in the rows are worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What only decoding can tell, by side: frames of a video file (0 without), prompt tokens (None: not counted)."""
+    """What only reading the media can tell: by side the frames of a video file (0 without) and the prompt's tokens
+    (None: not counted), and which contents the pair is of."""
 
     file_frames: dict[Side, int]
     tokens: dict[Side, int | None]
+    content: ContentId
 
     def overlong(self, max_prompt_length: int) -> dict[Side, int]:
         """Sides whose prompt is over the limit, with their tokens."""
@@ -68,20 +79,12 @@ def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]
 
     Args:
         files: parquet files, or data set folders, which stand for their parts.
-
-    Raises:
-        ResourceError: the media in their rows do not fit into the machine's memory.
     """
-    pairs: list[LocatedPair] = []
-    problems: list[Problem] = []
     files = list(files)
-    check_memory(part for file in files for part in _readable_parts(file))
-    for found in scan_located(files):
-        if isinstance(found, Problem):
-            problems.append(found)
-        else:
-            pairs.append(found)
-    return pairs, problems
+    check_memory(files)
+    found = list(scan_located(files))
+    pairs = [one for one in found if isinstance(one, LocatedPair)]
+    return pairs, [one for one in found if isinstance(one, Problem)]
 
 
 def scan_located(files: Iterable[str]) -> Iterator[LocatedPair | Problem]:
@@ -94,36 +97,68 @@ def scan_located(files: Iterable[str]) -> Iterator[LocatedPair | Problem]:
             yield Problem(file, None, str(error))
             continue
         for part in parts:
-            yield from _scan_part(part, first_with)
-
-
-def _parts(file: str) -> list[str]:
-    """The parts of a folder, or the file itself, which need not be there; DataError as `pair_files`."""
-    return [str(part) for part in pair_files([file])] if Path(file).is_dir() else [file]
-
-
-def _readable_parts(file: str) -> list[str]:
-    try:
-        return _parts(file)
-    except DataError:  # the scan says why
-        return []
+            try:
+                yield from _scan_part(part, first_with)
+            except DataError as error:
+                yield Problem(part, None, str(error))
 
 
 def _scan_part(file: str, first_with: dict[str, tuple[str, int]]) -> Iterator[LocatedPair | Problem]:
-    try:
-        for row, record in scan_pairs(file):
-            if isinstance(record, DataError):
-                yield Problem(file, row, str(record))
-                continue
-            pair = LocatedPair(file, row, record)
-            first = first_with.setdefault(record.pair_id, (file, row))
-            if first == (file, row):
-                yield pair
-            else:
-                message = f"{pair}: pair_id must be unique; {first[0]}, row {first[1]} has it too"
-                yield Problem(file, row, message, record.data_source)
-    except DataError as error:
-        yield Problem(file, None, str(error))
+    for row, record in scan_pairs(file):
+        if isinstance(record, DataError):
+            yield Problem(file, row, str(record))
+            continue
+        pair = LocatedPair(file, row, record)
+        first = first_with.setdefault(record.pair_id, (file, row))
+        if first == (file, row):
+            yield pair
+        else:
+            message = f"{pair}: pair_id must be unique; {first[0]}, row {first[1]} has it too"
+            yield Problem(file, row, message, record.data_source)
+
+
+def _parts(file: str) -> list[str]:
+    """The parts of a folder, or the file itself, which need not be there."""
+    return [str(part) for part in pair_files([file])] if Path(file).is_dir() else [file]
+
+
+def embedded_bytes(path: str) -> int:
+    """Bytes of media in the rows of a parquet file, from its footer alone. Equal media of a row group may count once,
+    so that it takes at least so much to hold them."""
+    footer = pq.read_metadata(path)
+    groups = (footer.row_group(group) for group in range(footer.num_row_groups))
+    columns = (group.column(column) for group in groups for column in range(group.num_columns))
+    held = 0
+    for column in columns:
+        names = column.path_in_schema.split(".")
+        if names[-1] == "bytes" and names[0] in SCHEMA.names:  # other columns are not read
+            held += column.total_uncompressed_size
+    return held
+
+
+def check_memory(files: Iterable[str]) -> None:
+    """Warn when the media in the rows of files, which training keeps in memory, take much of the machine's (or
+    container's); refuse what cannot fit. Every process of a `torchrun` on the machine holds them. Files that cannot be
+    read are left to whoever reads their rows."""
+    held, named = 0, ""
+    for file in files:
+        try:
+            here = sum(map(embedded_bytes, _parts(file)))
+        except (OSError, pa.ArrowException, DataError):
+            continue
+        held += here
+        named = named or (file if here else "")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    total = machine_memory().total
+    text = (
+        f"media in the rows of {named} and the files beside it take {held / GIB:.1f} GiB in each of {processes} "
+        f"process(es), and training keeps them in memory; the machine has {total / GIB:.1f} GiB. Media in files of "
+        "their own are read when they are needed: convert the data again with --media files"
+    )
+    if held * processes > total:
+        raise ResourceError(text)
+    if held * processes > SAID_FROM * total:
+        logger.warning(text)
 
 
 @dataclass(frozen=True)
@@ -136,33 +171,32 @@ class PairInspector:
     meter: PromptMeter | None
 
     def inspect(self, pair: LocatedPair) -> PairFacts:
-        """Facts of a pair.
-
-        Raises:
-            MediaError: an image or a video is missing, refused or unreadable; the message names file, row and field.
-            ConfigError: the processor does not take fitted media as they are.
-        """
-        file_frames: dict[Side, int] = {}
+        """Facts of a pair; the MediaError of a medium that cannot be used names file, row and field."""
+        record, field = pair.record, ""
+        frames: dict[Side, int] = {}
         tokens: dict[Side, int | None] = {}
-        field = ""
         try:
             for side in SIDES:
                 field = side
-                file_frames[side], tokens[side] = self._inspect_side(pair.record, side)
-            for index, item in enumerate(pair.record.negatives):
+                frames[side], tokens[side] = self._side(record, side)
+            for index, item in enumerate(record.negatives):
                 field = f"negatives[{index}]"
                 load_item(item, self.media_root, max_frames=self.settings.max_frames)
+            content = content_id(record, self.media_root)
         except MediaError as error:
             raise MediaError(f"{pair}, field {field}: {error}") from error
-        return PairFacts(file_frames, tokens)
+        return PairFacts(frames, tokens, content)
 
-    def _inspect_side(self, record: PairRecord, side: Side) -> tuple[int, int | None]:
-        item, settings = record.item(side), self.settings
-        for path in _paths(item):
-            resolve_media_path(path, self.media_root)
-        count = 0
-        if item.video is not None and item.video.path is not None:
-            count = len(load_frames(item.video, self.media_root, settings.max_frames)[0])
+    def _side(self, record: PairRecord, side: Side) -> tuple[int, int | None]:
+        """Frames of a video file, and tokens of the prompt."""
+        settings, video = self.settings, record.item(side).video
+        limits = settings.limits(token_side(self.family))
+        file_frames = 0
+        if video is not None and video.path is not None:
+            file_frames = frames_of_file(video.path, video.fps, limits, self.media_root)
+        for frame in video.frames if video else ():  # also those that no prompt draws
+            if isinstance(frame, str):
+                resolve_media_path(frame, self.media_root)
         messages = prompt_messages(
             record,
             side,
@@ -170,33 +204,20 @@ class PairInspector:
             style=settings.prompt_style,
             few_shot=settings.few_shot,
             max_frames=settings.max_frames,
-            file_frames=count,
+            file_frames=file_frames,
         )
-        limits = settings.limits(token_side(self.family))
         images, videos = load_prompt_media(messages, limits, self.media_root)
-        return count, self.meter.count(messages, images, videos) if self.meter else None
+        return file_frames, self.meter.count(messages, images, videos) if self.meter else None
 
     def inspect_all(self, pairs: Sequence[LocatedPair], threads: int) -> Iterator[PairFacts | MediaError]:
         """Facts or the error of every pair, in order; decoding runs in threads."""
+
+        def facts_or_error(pair: LocatedPair) -> PairFacts | MediaError:
+            try:
+                return self.inspect(pair)
+            except MediaError as error:
+                return error
+
         with ThreadPoolExecutor(threads) as pool:
-            results = pool.map(self._facts_or_error, pairs)
+            results = pool.map(facts_or_error, pairs)
             yield from tqdm(results, total=len(pairs), desc="checking pairs", unit="pair", disable=None)
-
-    def _facts_or_error(self, pair: LocatedPair) -> PairFacts | MediaError:
-        try:
-            return self.inspect(pair)
-        except MediaError as error:
-            return error
-
-
-def default_threads() -> int:
-    """Threads for decoding: one a core, 16 at most."""
-    return min(16, os.cpu_count() or 1)
-
-
-def _paths(item: Item) -> list[str]:
-    """All media paths of an item, also of frames that no prompt draws."""
-    media = list(item.images)
-    if item.video is not None:
-        media += [*item.video.frames, *([item.video.path] if item.video.path else [])]
-    return [reference for reference in media if isinstance(reference, str)]

@@ -44,11 +44,7 @@ class PromptMeter:
     def from_pretrained(cls, path: str, family: str) -> PromptMeter:
         """Load the tokenizer and the image processor of a Reasoner, no weights, for a command's `--tokenizer`.
 
-        Args:
-            family: of the Reasoner, or "auto".
-
-        Raises:
-            ConfigError: the folder cannot be loaded, has no image processor, or is of another or no known family.
+        `family`: of the Reasoner, or "auto".
         """
         from verl.utils.tokenizer import hf_processor, hf_tokenizer  # heavy
 
@@ -63,25 +59,21 @@ class PromptMeter:
     def count(
         self, messages: Messages, images: Sequence[Image.Image] | None, videos: Sequence[VideoInput] | None
     ) -> int:
-        """Tokens of the prompt with its media expanded, generation prompt included.
-
-        Raises:
-            ConfigError: the processor resizes a fitted image or frame.
-        """
+        """Tokens of the prompt with its media expanded, generation prompt included."""
         if not images and not videos:  # quickly measured, and seldom the same
-            return self._measure(messages, images, videos)
-        outline = _outline(messages, images, videos)
+            return self._measure(messages, (), ())
+        outline = _outline(messages, images or (), videos or ())
         if outline not in self._counted:
-            self._counted[outline] = self._measure(messages, images, videos)
+            self._counted[outline] = self._measure(messages, images or (), videos or ())
         return self._counted[outline]
 
-    def _measure(
-        self, messages: Messages, images: Sequence[Image.Image] | None, videos: Sequence[VideoInput] | None
-    ) -> int:
+    def _measure(self, messages: Messages, images: Sequence[Image.Image], videos: Sequence[VideoInput]) -> int:
         features: dict[str, Any] = {}
-        ids = self._builder.build_initial_tokens(messages, images=images, videos=videos, mm_inputs_out=features)
-        self._check_sizes("image", [(image.height, image.width) for image in images or ()], features, "image_grid_thw")
-        self._check_sizes("frame", [video.shape[2:] for video, _ in videos or ()], features, "video_grid_thw")
+        ids = self._builder.build_initial_tokens(
+            messages, images=images or None, videos=videos or None, mm_inputs_out=features
+        )
+        self._check_sizes("image", [(image.height, image.width) for image in images], features, "image_grid_thw")
+        self._check_sizes("frame", [video.shape[2:] for video, _ in videos], features, "video_grid_thw")
         return len(ids)
 
     def _check_sizes(self, name: str, sizes: Sequence[Sequence[int]], features: dict[str, Any], grid_name: str) -> None:
@@ -96,19 +88,16 @@ class PromptMeter:
                 )
 
 
-def _outline(messages: Messages, images: Sequence[Image.Image] | None, videos: Sequence[VideoInput] | None) -> bytes:
+def _outline(messages: Messages, images: Sequence[Image.Image], videos: Sequence[VideoInput]) -> bytes:
     """A digest of everything in a prompt but its pixels."""
     words = [
-        [message["role"], content]
+        (message["role"], content)
         if isinstance(content := message["content"], str)
-        else [
-            message["role"],
-            *[{name: part[name] for name in part if name not in ("image", "video")} for part in content],
-        ]
+        else (message["role"], [{key: part[key] for key in part if key not in ("image", "video")} for part in content])
         for message in messages
     ]
-    sizes = [image.size for image in images or ()]
-    clips = [(tuple(frames.shape), metadata) for frames, metadata in videos or ()]
+    sizes = [image.size for image in images]
+    clips = [(tuple(frames.shape), metadata) for frames, metadata in videos]
     return hashlib.sha256(repr((words, sizes, clips)).encode()).digest()
 
 

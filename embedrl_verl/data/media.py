@@ -15,7 +15,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,22 +46,15 @@ class LoadedItem:
         text, instruction, kind: as in `Item`.
         images: the images in order.
         frames: the sampled frames of the video in order; key frame k (from 1) is `frames[k - 1]`.
-        fps: frames per second of `frames`; None without a video.
-        times: when `frames` stand in their clip; None: evenly from 0, `fps` a second.
+        times: when `frames` stand in their clip; None without a video.
     """
 
     text: str
     instruction: str
     images: tuple[Image.Image, ...]
     frames: tuple[Image.Image, ...]
-    fps: float | None
-    kind: str | None
     times: FrameTimes | None = None
-
-    @property
-    def frame_times(self) -> FrameTimes:
-        """When the frames stand in their clip."""
-        return self.times or list_times(self.fps or DEFAULT_FPS, len(self.frames))
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +66,6 @@ class MediaLimits:
         image_min_tokens, image_max_tokens: tokens of one image.
         frame_min_tokens, frame_max_tokens: tokens of one video frame (before frames are merged in twos).
         max_frames: frames drawn from a video.
-
-    Raises:
-        ConfigError: a value is not positive, or a minimum is above its maximum.
     """
 
     token_side: int
@@ -120,9 +110,6 @@ def smart_resize(height: int, width: int, *, token_side: int, min_tokens: int, m
 
     Each side is rounded to the nearest multiple (halves to even), then both are scaled down or up together until
     the tokens, (height / token_side) * (width / token_side), lie within the limits.
-
-    Raises:
-        MediaError: a side is not positive, or one side is over 200 times the other.
     """
     if min(height, width) < 1:
         raise MediaError(f"an image must have at least 1x1 pixels; got {width}x{height}")
@@ -143,11 +130,7 @@ def smart_resize(height: int, width: int, *, token_side: int, min_tokens: int, m
 
 
 def fit_image(image: Image.Image, limits: MediaLimits, is_frame: bool = False) -> Image.Image:
-    """The RGB image as a model with these limits reads it; a processor with wider limits leaves it as it is.
-
-    Raises:
-        MediaError: sides differ by more than a factor of 200.
-    """
+    """The RGB image as a model with these limits reads it; a processor with wider limits leaves it as it is."""
     low, high = limits.tokens(is_frame=is_frame)
     height, width = smart_resize(
         image.height, image.width, token_side=limits.token_side, min_tokens=low, max_tokens=high
@@ -156,12 +139,16 @@ def fit_image(image: Image.Image, limits: MediaLimits, is_frame: bool = False) -
     return rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
-    """Absolute path of a media reference, after proof that it is a file inside the media root.
+def fit_clip(frames: Sequence[Image.Image], limits: MediaLimits) -> list[Image.Image]:
+    """Frames at the size that the first one calls for; an odd clip repeats its last frame, since a visual token spans
+    two."""
+    first = fit_image(frames[0], limits, is_frame=True)
+    fitted = [first] + [to_rgb(frame).resize(first.size, Image.Resampling.BICUBIC) for frame in frames[1:]]
+    return fitted + fitted[-1:] * (len(fitted) % 2)
 
-    Raises:
-        MediaError: no media root; an absolute path; a path that leaves the root by `..` or a symbolic link; no file.
-    """
+
+def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
+    """Absolute path of a media reference, after proof that it is a file inside the media root."""
     if media_root is None:
         raise MediaError(
             f"media path {path!r} needs a media root, and none is set; set data.media_root (commands: --media-root)"
@@ -187,14 +174,9 @@ def resolve_media_path(path: str, media_root: str | Path | None) -> Path:
 
 @contextmanager
 def image_errors(name: str, source: Path | io.BytesIO) -> Iterator[None]:
-    """Turn what Pillow raises on an image that is too large or broken into one error.
+    """Turn what Pillow raises on an image that is too large or broken into a MediaError that begins with `name`.
 
-    Args:
-        name: of the image, for the message.
-        source: as given to Pillow.
-
-    Raises:
-        MediaError: names the image and the cause.
+    `source` is what was given to Pillow.
     """
     try:
         yield
@@ -208,14 +190,9 @@ def image_errors(name: str, source: Path | io.BytesIO) -> Iterator[None]:
 
 
 def load_image(media: Media, media_root: str | Path | None) -> Image.Image:
-    """Decode one image completely: RGB, full resolution. Of an animation, the first frame.
-
-    Raises:
-        MediaError: path refused or missing, not an image of `IMAGE_FORMATS`, corrupt, truncated, or too many pixels.
-    """
-    name = describe(media)
+    """Decode one image completely: RGB, full resolution. Of an animation, the first frame."""
     source = resolve_media_path(media, media_root) if isinstance(media, str) else io.BytesIO(media)
-    with image_errors(name, source), Image.open(source, formats=IMAGE_FORMATS) as image:
+    with image_errors(describe(media), source), Image.open(source, formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise MediaError(f"{image.width}x{image.height} is over the limit of {MAX_PIXELS} pixels")
         return decode_rgb(image)
@@ -228,9 +205,6 @@ def load_frames(
 
     A file is sampled at `video.fps` (2.0 if unset) as `embedrl_verl.data.video.read_video` describes; of a list of
     frames all are kept, or `max_frames` of them.
-
-    Raises:
-        MediaError: as `load_image`; a video without frames.
     """
     if video.path is not None:
         full = resolve_media_path(video.path, media_root)
@@ -248,17 +222,10 @@ def drawn_frames(video: Video, max_frames: int) -> tuple[tuple[Media, ...], Fram
 
 
 def load_item(item: Item, media_root: str | Path | None, *, max_frames: int = 8) -> LoadedItem:
-    """Decode all media of an item.
-
-    Raises:
-        MediaError: naming the path (or the bytes) and the reason.
-    """
-    frames: tuple[Image.Image, ...] = ()
-    times: FrameTimes | None = None
-    if item.video is not None:
-        frames, times = load_frames(item.video, media_root, max_frames)
+    """Decode all media of an item; a MediaError names the path (or the bytes) and the reason."""
+    frames, times = load_frames(item.video, media_root, max_frames) if item.video else ((), None)
     images = tuple(load_image(media, media_root) for media in item.images)
-    return LoadedItem(item.text, item.instruction, images, frames, times.fps if times else None, item.kind, times)
+    return LoadedItem(item.text, item.instruction, images, frames, times, item.kind)
 
 
 def describe(media: Media) -> str:

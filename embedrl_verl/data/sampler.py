@@ -48,10 +48,6 @@ class PairBatchSampler(Sampler[int]):
             batches come in the order of their last pairs.
         pairs_together: length of the runs of neighbouring pairs of one source that are never separated; counted from
             the source's first pair, what is left over at its end is not used.
-
-    Raises:
-        ConfigError: `batch_size` is odd or below 2, the seed is negative, a batch is not a whole number of runs, or a
-            source cannot fill one batch.
     """
 
     def __init__(
@@ -63,20 +59,23 @@ class PairBatchSampler(Sampler[int]):
             )
         if seed < 0:
             raise ConfigError(f"data.seed must not be negative; got {seed}")
-        if pairs_together < 1 or (batch_size // 2) % pairs_together:
+        self._pairs = need = batch_size // 2
+        if pairs_together < 1 or need % pairs_together:
             raise ConfigError(
-                f"data.embedrl.pairs_together must divide the {batch_size // 2} pairs of a batch; got {pairs_together}"
+                f"data.embedrl.pairs_together must divide the {need} pairs of a batch; got {pairs_together}"
             )
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.pairs_together = pairs_together
-        self.epoch = 0
-        self.fingerprint = dataset.fingerprint
+        self.shuffle, self.epoch = shuffle, 0
+        # What a position is a position in.
+        self.identity: dict[str, Any] = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "pairs_together": pairs_together,
+            "shuffle": shuffle,
+            "data": dataset.fingerprint,
+        }
         pairs_of: dict[str, list[int]] = defaultdict(list)
         for pair, source in enumerate(dataset.pair_sources):
             pairs_of[source].append(pair)
-        need = batch_size // 2
         short = [f"{source} ({len(pairs)})" for source, pairs in sorted(pairs_of.items()) if len(pairs) < need]
         if short or not pairs_of:
             raise ConfigError(
@@ -90,20 +89,18 @@ class PairBatchSampler(Sampler[int]):
 
     def __len__(self) -> int:
         """Prompts in an epoch, a multiple of the batch size."""
-        need = self.batch_size // 2
-        return sum(runs.size // need for runs in self._runs_of.values()) * self.batch_size
+        return sum(runs.size // self._pairs for runs in self._runs_of.values()) * 2 * self._pairs
 
     def __iter__(self) -> Iterator[int]:
         return _PairIterator(self)
 
     def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Prompt indices of an epoch, int64 (len(self),)."""
-        rng = np.random.default_rng([self.seed, epoch])
-        need = self.batch_size // 2
+        rng = np.random.default_rng([self.identity["seed"], epoch])
         blocks = []
         for runs in self._runs_of.values():
             pairs = (rng.permutation(runs) if self.shuffle else runs).reshape(-1)
-            blocks.append(pairs[: len(pairs) // need * need].reshape(-1, need))
+            blocks.append(pairs[: len(pairs) // self._pairs * self._pairs].reshape(-1, self._pairs))
         pairs_BP = np.concatenate(blocks)  # B batches, P pairs
         pairs_BP = rng.permutation(pairs_BP) if self.shuffle else pairs_BP[pairs_BP[:, -1].argsort()]
         return np.stack([2 * pairs_BP, 2 * pairs_BP + 1], axis=-1).reshape(-1)
@@ -117,8 +114,7 @@ class _PairIterator(Iterator[int]):
         self._start(sampler.epoch, 0)
 
     def _start(self, epoch: int, yielded: int) -> None:
-        self._epoch = epoch
-        self._yielded = yielded
+        self._epoch, self._yielded = epoch, yielded
         self._order = self._sampler.order(epoch)
         self._sampler.epoch = epoch + (yielded >= len(self._order))
 
@@ -126,21 +122,16 @@ class _PairIterator(Iterator[int]):
         if self._yielded >= len(self._order):
             self._sampler.epoch = self._epoch + 1
             raise StopIteration
-        index = int(self._order[self._yielded])
         self._yielded += 1
-        return index
+        return int(self._order[self._yielded - 1])
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and position, and what they are a position in."""
-        return {"epoch": self._epoch, "yielded": self._yielded, **self._identity()}
+        return {"epoch": self._epoch, "yielded": self._yielded, **self._sampler.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position.
-
-        Raises:
-            ConfigError: seed, batch size or data have changed, so the position means something else.
-        """
-        for name, value in self._identity().items():
+        """Go on from a saved position; of another seed, batch size or data it would mean something else."""
+        for name, value in self._sampler.identity.items():
             if state_dict.get(name) != value:
                 raise ConfigError(
                     f"cannot resume: the checkpoint's {name} is {state_dict.get(name)!r} and this run's is {value!r}; "
@@ -148,13 +139,3 @@ class _PairIterator(Iterator[int]):
                     "data.embedrl.pairs_together, or start a new run"
                 )
         self._start(state_dict["epoch"], state_dict["yielded"])
-
-    def _identity(self) -> dict[str, Any]:
-        sampler = self._sampler
-        return {
-            "seed": sampler.seed,
-            "batch_size": sampler.batch_size,
-            "pairs_together": sampler.pairs_together,
-            "shuffle": sampler.shuffle,
-            "data": sampler.fingerprint,
-        }

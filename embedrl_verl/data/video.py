@@ -44,10 +44,8 @@ TRUNCATED_BELOW = 0.9
 class FrameTimes:
     """When the frames of a sample stand in their clip, as video metadata of transformers and vLLM say it.
 
-    Attributes:
-        rate: units a second; of a clip with a constant rate its frames a second.
-        indices: of each frame, in units from the first frame that is shown.
-        total: units of the whole clip.
+    `rate`: units a second, of a clip with a constant rate its frames a second; `indices`: of each frame, in units from
+    the first frame that is shown; `total`: units of the whole clip.
     """
 
     rate: float
@@ -105,11 +103,8 @@ def sample_count(total: int, native_fps: float, fps: float, max_frames: int) -> 
 class Stamps:
     """Time stamps of the frames that a player shows, in their order.
 
-    Attributes:
-        pts: in units of `time_base`; None where the file tells none.
-        last: duration of the last frame in the same units; 0: unknown.
-        time_base: seconds.
-        rates: frames a second that the file claims, the likeliest first.
+    `pts`: in units of `time_base` (seconds), None where the file tells none; `last`: duration of the last frame in the
+    same units, 0 if unknown; `rates`: frames a second that the file claims, the likeliest first.
     """
 
     pts: tuple[int | None, ...]
@@ -167,15 +162,8 @@ def read_video(
 ) -> tuple[tuple[Image.Image, ...], FrameTimes]:
     """Decode the sampled frames (RGB, full resolution, of the first one's size) and tell when they stand in the clip.
 
-    Args:
-        path: an existing file.
-        name: the reference as the user wrote it, for messages.
-        fps: frames per second to sample.
-        max_frames: limit of the number of frames.
-        max_pixels: limit of one frame in pixels.
-
-    Raises:
-        MediaError: no video stream, an unknown codec, no frame, a frame over the limit, corrupt or truncated.
+    `name` is the reference as the user wrote it, for messages; `fps`: frames a second to sample, `max_frames` at most;
+    `max_pixels`: limit of one frame.
     """
     clip = _Clip(path, name, max_pixels)
     stamps = clip.read_packets()
@@ -227,11 +215,8 @@ class _Clip:
             return self._stamps(container, stream, stamps)
 
     def decode(self, wanted: Sequence[int], expected: int) -> tuple[tuple[Image.Image, ...], Stamps]:
-        """The frames `wanted`, as far as there are that many, and the stamps of all.
-
-        Raises:
-            MediaError: far fewer than `expected` frames can be decoded, or as `read_video`.
-        """
+        """The frames `wanted`, as far as there are that many, and the stamps of all; `expected`: how many frames the
+        packets promise."""
         chosen = frozenset(wanted)
         frames: dict[int, Image.Image] = {}
         size: tuple[int, int] | None = None

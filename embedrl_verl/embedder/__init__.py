@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Embedder: one message builder, prompt profiles, the processor, the forward pass and its loss.
 
-Imported here: everything that runs in one process. verl's side is imported by name only where verl runs: `engine` and
-`worker` (engine type `embedding_model`, worker group, driver-side client), `settings` (from a run's configuration).
+Imported here: everything that runs in one process. verl's side (`engine`, `worker`) is imported where verl runs.
 """
 
 from embedrl_verl.embedder.info_nce import info_nce

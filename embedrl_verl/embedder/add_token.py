@@ -16,17 +16,10 @@ from embedrl_verl.errors import EmbedderError
 
 
 def add_emb_token(path: str | Path, out: str | Path) -> int:
-    """Write a copy of a checkpoint whose tokenizer has `<emb>`; returns the token's id.
+    """Write a copy of a checkpoint with `<emb>` in its tokenizer to the new or empty folder `out`; returns its id.
 
     The new token's embedding starts as the mean of all others. Qwen checkpoints have spare rows in their embedding
     matrix; where there is none left, the matrix grows by 64 rows. Weights keep their dtype. The folder appears whole.
-
-    Args:
-        path: folder or hub id of a Qwen-VL generation checkpoint.
-        out: folder to write; must not exist, or be empty.
-
-    Raises:
-        EmbedderError: no such checkpoint, another family, it has the token already, or `out` holds something.
     """
     target = Path(out)
     if target.exists() and any(target.iterdir()):
@@ -35,12 +28,12 @@ def add_emb_token(path: str | Path, out: str | Path) -> int:
     if token_id(load_tokenizer(path), EMB_TOKEN) is not None:
         raise EmbedderError(f"{path}: the tokenizer has {EMB_TOKEN} already; use the checkpoint as it is")
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    tokenizer = processor.tokenizer
-    old_tokens = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": [EMB_TOKEN]}, replace_extra_special_tokens=False)
-    number = tokenizer.convert_tokens_to_ids(EMB_TOKEN)
-    dtype = getattr(config, "dtype", None) or torch.float32
-    model = load_generation_model(path, config=config, dtype=dtype)
+    old_tokens = len(processor.tokenizer)
+    processor.tokenizer.add_special_tokens(
+        {"additional_special_tokens": [EMB_TOKEN]}, replace_extra_special_tokens=False
+    )
+    number = int(processor.tokenizer.convert_tokens_to_ids(EMB_TOKEN))
+    model = load_generation_model(path, config=config, dtype=getattr(config, "dtype", None) or torch.float32)
     if number >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(number + 1, pad_to_multiple_of=64, mean_resizing=False)
     with torch.no_grad():
@@ -54,4 +47,4 @@ def add_emb_token(path: str | Path, out: str | Path) -> int:
         if target.exists():
             target.rmdir()  # empty, see above
         os.replace(unfinished, target)
-    return int(number)
+    return number

@@ -24,7 +24,7 @@ from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.embedder.two_pass import GRADIENT
 from embedrl_verl.embedder.worker import USE_AVERAGE
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.platforms.position_ids import rebuild_position_ids
+from embedrl_verl.platforms.training_worker import rebuild_position_ids
 
 NOT_FINITE = "the Embedder gave a vector that is not finite"
 

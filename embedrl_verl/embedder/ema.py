@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exponential moving average of the trained weights, kept on the CPU.
+"""An exponential moving average (EMA) of the trained weights, kept on the CPU.
 
 Works on whatever a rank holds of the parameters: plain tensors, FSDP2's shards or FSDP's flat ones. Weights that are
 not trained have no average.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -17,26 +18,19 @@ from embedrl_verl.errors import EmbedderError
 
 
 class ShadowWeights:
-    """The average of a module's trained parameters.
+    """The average of a module's trained parameters, which begins as they are now.
 
-    Args:
-        module: its parameters as they are now are the first value.
-        decay: share of the old average that an update keeps, in (0, 1).
+    `decay`: fraction of the old average that an update keeps, in (0, 1).
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
-        if not 0 < decay < 1:
-            raise EmbedderError(f"the decay of the average must lie in (0, 1); got {decay}")
         self._module = module
         self.decay = decay
         self._shadow = [value.detach().float().cpu().clone() for value in self._values()]
 
     def _values(self) -> list[torch.Tensor]:
-        """This rank's part of each trained parameter; writing into it changes the parameter.
-
-        verl moves weights off a GPU without waiting for them to arrive.
-        """
-        if torch.cuda.is_available():
+        """This rank's part of each trained parameter; writing into it changes the parameter."""
+        if torch.cuda.is_available():  # verl moves weights off a GPU without waiting for them to arrive
             torch.cuda.synchronize()
         values = [one.data for one in self._module.parameters() if one.requires_grad]
         return [one.to_local() if isinstance(one, DTensor) else one for one in values]
@@ -50,35 +44,28 @@ class ShadowWeights:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The module has the averaged weights inside the context, and its own again after it."""
-        values = self._values()
-        own = [value.detach().cpu().clone() for value in values]
-        self._write(values, self._shadow)
+        own = [value.detach().cpu().clone() for value in self._values()]
+        self._write(self._shadow)
         try:
             yield
         finally:
-            self._write(self._values(), own)
+            self._write(own)
 
     @torch.no_grad()
-    def _write(self, values: list[torch.Tensor], source: list[torch.Tensor]) -> None:
-        for value, new in zip(values, source, strict=True):
+    def _write(self, source: list[torch.Tensor]) -> None:
+        for value, new in zip(self._values(), source, strict=True):
             value.copy_(new)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Decay and averages, for `torch.save`."""
         return {"decay": self.decay, "shadow": self._shadow}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take over a saved average; the decay stays this run's.
-
-        Raises:
-            EmbedderError: it belongs to other parameters.
-        """
-        shadow = state["shadow"]
-        assert isinstance(shadow, list), type(shadow)
-        shapes, wanted = [tuple(one.shape) for one in shadow], [tuple(one.shape) for one in self._shadow]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved average of the same parameters; the decay stays this run's."""
+        shapes, wanted = ([tuple(one.shape) for one in some] for some in (state["shadow"], self._shadow))
         if shapes != wanted:
             raise EmbedderError(
                 f"the saved average has {len(shapes)} tensors and the model {len(wanted)} trained ones, or shapes "
                 "differ; resume with the same model, adapter and number of devices"
             )
-        self._shadow = [one.clone() for one in shadow]
+        self._shadow = [one.clone() for one in state["shadow"]]

@@ -9,8 +9,8 @@ weights at every layer of every pass. A rank that has fewer runs its shortest ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +24,9 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
-from embedrl_verl.embedder.batching import PackedRows, pack_rows, packed_batches
-from embedrl_verl.embedder.forward import embed_packed
+from embedrl_verl.embedder.batching import MicroBatch, RowBatch, budget_batches, fill, pack_rows, restore
 from embedrl_verl.embedder.loading import load_generation_model
-from embedrl_verl.embedder.memory import explained_out_of_memory
+from embedrl_verl.embedder.model import embed_packed
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import EmbedderError
 
@@ -38,13 +37,8 @@ INFERENCE = {"compute_loss": False}
 
 
 def rows_of(data: TensorDict) -> list[Encoded]:
-    """The rows of a batch: jagged `input_ids` (B, L), jagged `position_ids` (B, 4, L) and `multi_modal_inputs`.
-
-    Raises:
-        EmbedderError: a field is missing, or a row's parts do not fit together.
-    """
-    missing = sorted(set(ROW_FIELDS) - set(data.keys()))
-    if missing:
+    """The rows of a batch: jagged `input_ids` (B, L), jagged `position_ids` (B, 4, L) and `multi_modal_inputs`."""
+    if missing := sorted(set(ROW_FIELDS) - set(data.keys())):
         raise EmbedderError(
             f"a row for the Embedder needs the fields {', '.join(ROW_FIELDS)}; missing: {', '.join(missing)}"
         )
@@ -66,6 +60,58 @@ def tensordict_of(rows: list[Encoded]) -> TensorDict:
         },
         INFERENCE,
     )
+
+
+def deal(
+    rows: list[Encoded], data: TensorDict, group: Any, *, padded: bool = False, multiple: int = 1
+) -> list[MicroBatch]:
+    """This rank's micro-batches within the batch's `max_token_len_per_gpu`: as many as the rank of `group` that has
+    most, rounded up to `multiple`."""
+    plan = budget_batches([len(row) for row in rows], int(tu.get(data, "max_token_len_per_gpu")), padded=padded)
+    most = torch.tensor(len(plan), device=get_device_id())
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+    return fill(plan, int(most), multiple)
+
+
+def output_of(batches: list[MicroBatch], results: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """What verl takes of a rank that has embedded `count` rows; the results of its fillers are left out.
+
+    Args:
+        results: of each micro-batch: "embeddings" (b, D), and with a loss "loss" (a scalar) and "metrics".
+    """
+    losses: list[float] = []
+    metrics: dict[str, list[Any]] = {}
+    for batch, result in zip(batches, results, strict=True):
+        if batch.real and "loss" in result:
+            losses.append(float(result["loss"]))
+            for name, value in result["metrics"].items():
+                metrics.setdefault(name, []).append(value)
+    embeddings = restore(batches, [result["embeddings"] for result in results], count)
+    return {"model_output": {"embeddings": embeddings}, "loss": losses or [0.0], "metrics": metrics}
+
+
+@contextmanager
+def explained_out_of_memory(*, rows: int, tokens: int, training: bool) -> Iterator[None]:
+    """Turns running out of memory on one micro-batch into an EmbedderError that names its size and the keys to lower.
+
+    `training`: it keeps activations for gradients.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch's CPU allocator raises a plain RuntimeError
+        words = ("can't allocate memory", "not enough memory")
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(one in str(error) for one in words)
+        if not known:
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        key = "embedrl.embedder.train.max_tokens_per_gpu" if training else "embedrl.embedder.max_tokens_per_gpu"
+        more = ", train an adapter (train.lora_rank), keep train.gradient_checkpointing on" if training else ""
+        raise EmbedderError(
+            f"out of memory on a micro-batch of {rows} row(s) with {tokens} tokens ({first}). Lower {key}, or "
+            f"image_max_tokens and frame_max_tokens of embedrl.embedder{more}. The number of pairs does not matter: "
+            "memory is that of one micro-batch"
+        ) from error
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "cpu"])
@@ -96,7 +142,7 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         def forward(
             input_ids: torch.Tensor, position_ids: torch.Tensor, last: torch.Tensor, media: dict[str, torch.Tensor]
         ) -> torch.Tensor:
-            rows = PackedRows(input_ids, position_ids, last, media)
+            rows = RowBatch(input_ids, position_ids, last, media)
             return embed_packed(inner, rows, always_run_vision=several_ranks)
 
         module.forward = forward
@@ -148,43 +194,27 @@ class EmbeddingEngine(FSDPEngine):  # type: ignore[misc]  # verl is untyped
         Returns:
             {"model_output": {"embeddings": (n, D) float32 on the CPU}, "loss": list of floats, "metrics": lists}.
         """
-        rows = rows_of(data)
-        others = data.exclude(*ROW_FIELDS)
-        plan = packed_batches([len(row) for row in rows], int(tu.get(data, "max_token_len_per_gpu")))
+        rows, others = rows_of(data), data.exclude(*ROW_FIELDS)
         group = self.get_data_parallel_group()
-        total = torch.tensor(len(plan), device=get_device_id())
-        torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MAX, group=group)
-
+        batches = deal(rows, data, group)
         if not forward_only:
             self._prepare_unused_parts()
-        embeddings: torch.Tensor | None = None
-        losses: list[float] = []
-        metrics: dict[str, list[Any]] = {}
-        for number in range(int(total)):
-            real = number < len(plan)
-            batch = plan[number] if real else plan[-1][-1:]
-            last = number == int(total) - 1
-            sync = nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=last)
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad() if forward_only else nullcontext())
-                stack.enter_context(sync)
-                packed = pack_rows([rows[i] for i in batch], get_device_id())
-                stack.enter_context(
-                    explained_out_of_memory(rows=len(batch), tokens=packed.input_ids.numel(), training=not forward_only)
-                )
+        results: list[dict[str, Any]] = []
+        for number, batch in enumerate(batches, 1):
+            packed = pack_rows([rows[i] for i in batch.rows], get_device_id())
+            tokens = packed.input_ids.numel()
+            last = number == len(batches)
+            with (
+                torch.no_grad() if forward_only else self._gradient_sync_context(is_last_micro_batch=last),
+                explained_out_of_memory(rows=len(batch.rows), tokens=tokens, training=not forward_only),
+            ):
                 vectors = self.module(packed.input_ids, packed.position_ids, packed.last, packed.media)
+                result: dict[str, Any] = {}
                 if loss_function is not None:
-                    part = tu.index_select_tensor_dict(others, batch).to(get_device_id())
-                    loss, values = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
+                    part = tu.index_select_tensor_dict(others, batch.rows).to(get_device_id())
+                    loss, metrics = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
                     if not forward_only:
-                        (loss if real else 0.0 * loss).backward()
-            if not real:
-                continue
-            if embeddings is None:
-                embeddings = torch.empty(len(rows), vectors.shape[-1])
-            embeddings[batch] = vectors.detach().float().cpu()
-            if loss_function is not None:
-                losses.append(loss.item())
-                for name, value in values.items():
-                    metrics.setdefault(name, []).append(value)
-        return {"model_output": {"embeddings": embeddings}, "loss": losses or [0.0], "metrics": metrics}
+                        (loss if batch.real else 0.0 * loss).backward()
+                    result = {"loss": loss.detach(), "metrics": metrics}
+            results.append({"embeddings": vectors.detach().float().cpu(), **result})
+        return output_of(batches, results, len(rows))

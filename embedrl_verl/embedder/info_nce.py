@@ -5,12 +5,14 @@ Every row has one or more partners on the other side (same pair); the rows of ot
 those of pairs with the same target or the same query: pushing those away would teach that an answer is wrong because it
 was drawn twice, or because the question has another one too. `info_nce` is the plain case, row i beside row i;
 `contrastive_loss` takes any layout: several rollouts of a pair, hard negatives, Matryoshka dimensions.
+
+Shapes: Q query rows, T target rows, D numbers of a vector.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -34,9 +36,6 @@ class ContrastiveLayout:
         query_content: int64 (Q, 2), contents of the row's pair (`ContentId`: query, target); or (Q,), the target alone.
         target_content: int64 (T, 2) or (T,), the same of the target rows; a hard negative has `NO_QUERY` and its own
             content.
-
-    Raises:
-        EmbedderError: shapes or dtypes other than these, or a query without a pair.
     """
 
     query_pair: torch.Tensor
@@ -45,15 +44,11 @@ class ContrastiveLayout:
     target_content: torch.Tensor
 
     def __post_init__(self) -> None:
+        kinds = self.query_content.shape[1:]  # (2,) or ()
         for side in ("query", "target"):
             pair, content = getattr(self, f"{side}_pair"), getattr(self, f"{side}_content")
-            kinds = self.query_content.shape[1:]  # (2,) or ()
-            if (
-                pair.dim() != 1
-                or len(kinds) > 1
-                or content.shape != (*pair.shape, *kinds)
-                or {pair.dtype, content.dtype} != {torch.int64}
-            ):
+            one_length = pair.dim() == 1 and len(kinds) <= 1 and content.shape == (*pair.shape, *kinds)
+            if not one_length or {pair.dtype, content.dtype} != {torch.int64}:
                 raise EmbedderError(
                     f"{side}_pair and {side}_content must be int64 of one length; got {pair.dtype} "
                     f"{tuple(pair.shape)} and {content.dtype} {tuple(content.shape)}"
@@ -89,28 +84,16 @@ class ContrastiveLayout:
 
     def to(self, device: torch.device | str) -> ContrastiveLayout:
         """On another device."""
-        return ContrastiveLayout(
-            *(
-                value.to(device)
-                for value in (self.query_pair, self.target_pair, self.query_content, self.target_content)
-            )
-        )
+        return ContrastiveLayout(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class Contrast(NamedTuple):
-    """A loss and what it was made of.
+    """A loss and what it was made of."""
 
-    Attributes:
-        loss: scalar, differentiable.
-        hit1: share of the queries with negatives that rank a partner strictly above all of them; NaN without any.
-        negatives: negatives of a query, mean.
-        masked: pairs of rows that were kept from being negatives because their query or target is the same.
-    """
-
-    loss: torch.Tensor
-    hit1: float
-    negatives: float
-    masked: int
+    loss: torch.Tensor  # scalar, differentiable
+    hit1: float  # fraction of the queries with negatives that rank a partner strictly above all; NaN without any
+    negatives: float  # negatives of a query, mean
+    masked: int  # pairs of rows that are no negatives because their query or target is the same
 
 
 def contrastive_loss(
@@ -129,15 +112,10 @@ def contrastive_loss(
 
     Args:
         query, target: (Q, D) and (T, D), length 1, float; the maths is float32 at least.
-        layout: which rows belong together.
         temperature: of the softmax over cosines; positive.
         symmetric: average over both directions; else only query to target.
         matryoshka_dims: the loss is also taken over the first d numbers of the vectors (scaled to length 1 again) for
             each d, and averaged. D itself is always in.
-
-    Raises:
-        EmbedderError: shapes that do not fit the layout, a temperature that is not positive, a dimension outside 1..D,
-            or no row with a partner.
     """
     rows = (len(layout.query_pair), len(layout.target_pair))
     if query.dim() != 2 or target.dim() != 2 or (len(query), len(target)) != rows or query.shape[1] != target.shape[1]:
@@ -156,21 +134,22 @@ def contrastive_loss(
         raise EmbedderError(f"no query has a partner: the {rows[0]} queries and {rows[1]} targets share no pair")
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, target = query.to(dtype), target.to(dtype)
+    own = layout.target_pair != HARD_NEGATIVE
     losses = []
-    for dim in sorted({*matryoshka_dims, width}):
-        cut_query, cut_target = query, target
+    for dim in sorted({*matryoshka_dims, width}):  # the whole vectors come last
+        q, t = query, target
         if dim < width:
-            cut_query, cut_target = F.normalize(query[:, :dim], dim=1), F.normalize(target[:, :dim], dim=1)
-        logits = cut_query @ cut_target.T / temperature
+            q, t = F.normalize(query[:, :dim], dim=1), F.normalize(target[:, :dim], dim=1)
+        logits = q @ t.T / temperature
         loss = _one_way(logits, positives, negatives)
         if symmetric:
-            own = layout.target_pair >= 0
             loss = (loss + _one_way(logits.T[own], positives.T[own], negatives.T[own])) / 2
         losses.append(loss)
-    hit1 = _hit1(logits.detach(), positives, negatives)  # of the whole vectors, which come last
-    masked = ~positives & ~negatives
     return Contrast(
-        torch.stack(losses).mean(), hit1, float(negatives.sum(dim=1).float().mean()), int(masked.sum().item())
+        torch.stack(losses).mean(),
+        _hit1(logits.detach(), positives, negatives),
+        float(negatives.sum(dim=1).float().mean()),
+        int((~positives & ~negatives).sum()),
     )
 
 
@@ -185,11 +164,10 @@ def _one_way(logits: torch.Tensor, positives: torch.Tensor, negatives: torch.Ten
 
 
 def _hit1(logits: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor) -> float:
-    lowest = float("-inf")
-    best = logits.masked_fill(~positives, lowest).amax(dim=1)
-    rival = logits.masked_fill(~negatives, lowest).amax(dim=1)
+    best = logits.masked_fill(~positives, float("-inf")).amax(dim=1)
+    rival = logits.masked_fill(~negatives, float("-inf")).amax(dim=1)
     asked = positives.any(dim=1) & negatives.any(dim=1)  # to be the best of nothing is no hit
-    return float((best > rival)[asked].float().mean()) if asked.any() else float("nan")
+    return float((best > rival)[asked].float().mean())  # NaN of nothing
 
 
 def info_nce(
@@ -201,7 +179,7 @@ def info_nce(
     query_content: torch.Tensor | None = None,
     symmetric: bool = True,
 ) -> torch.Tensor:
-    """Mean cross-entropy of finding the own partner among the batch; row i matches row i.
+    """Mean cross-entropy of finding the own partner among the batch; row i matches row i. A scalar, 0 at best.
 
     Args:
         query, target: (N, D) vectors of length 1, float.
@@ -209,12 +187,6 @@ def info_nce(
         target_content, query_content: (N,) int64; equal numbers mark pairs with the same target, or the same query,
             which are never each other's negatives. Default: all differ.
         symmetric: average over both directions; else only query to target.
-
-    Returns:
-        Scalar tensor, 0 at best.
-
-    Raises:
-        EmbedderError: shapes that do not fit together, no rows, or a temperature that is not positive.
     """
     if query.shape != target.shape or query.dim() != 2 or not len(query):
         raise EmbedderError(

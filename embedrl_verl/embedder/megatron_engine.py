@@ -14,8 +14,9 @@ Four places of the bridge's model are changed, before Megatron wraps it, and its
 - **Hand-over.** Qwen2.5-VL's states keep the strides of a transposed (B, S) batch, which cannot be sent to the next
   pipeline stage; each stage's output is made contiguous.
 
-Rows are padded on the right in (B, S) batches, as under FSDP: attention is causal, so no mask is needed.
-Vectors exist on the last pipeline stage, of which verl collects the first tensor rank. Elsewhere the result is empty.
+Rows are padded on the right in (B, S) batches: attention is causal, so no mask is needed. Under sequence parallelism a
+rank holds a slice of the sequence, so S divides by the R tensor ranks. Vectors exist on the last pipeline stage, of
+which verl collects the first tensor rank; elsewhere the result is empty.
 """
 
 from __future__ import annotations
@@ -30,11 +31,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 
-from embedrl_verl.embedder.batching import PaddedRows, pad_rows, token_budget_batches
-from embedrl_verl.embedder.engine import MODEL_TYPE, ROW_FIELDS, rows_of
-from embedrl_verl.embedder.loading import family_of_config
-from embedrl_verl.embedder.packing import MicroBatch, check_engine_config, fill, pad_to, pool_last, restore, unit
-from embedrl_verl.embedder.processor import Encoded
+from embedrl_verl.embedder.batching import MicroBatch, RowBatch, pad_rows, pool_last, unit
+from embedrl_verl.embedder.engine import MODEL_TYPE, ROW_FIELDS, deal, output_of, rows_of
 from embedrl_verl.errors import ConfigError, EmbedderError
 
 try:
@@ -58,15 +56,8 @@ def _contiguous(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> t
 class MegatronEmbeddingEngine(MegatronEngine):  # type: ignore[misc]  # verl is untyped
     """Megatron engine whose model output is {"embeddings": float32 (rows, D)}, rows in the order of the batch."""
 
-    def __init__(self, model_config: Any, engine_config: Any, *arguments: Any, **others: Any) -> None:
-        """As verl's MegatronEngine.
-
-        Raises:
-            ConfigError: as `check_engine_config`.
-        """
-        check_engine_config(engine_config, family_of_config(model_config.hf_config))
-        self._rows: PaddedRows | None = None
-        super().__init__(model_config, engine_config, *arguments, **others)
+    _rows: RowBatch | None = None
+    """Of the micro-batch that runs."""
 
     def _build_tf_config(self) -> None:
         super()._build_tf_config()
@@ -75,15 +66,6 @@ class MegatronEmbeddingEngine(MegatronEngine):  # type: ignore[misc]  # verl is 
         if "mrope_section" in rope:
             self.provider.mrope_section = list(rope["mrope_section"])
         self.provider.register_pre_wrap_hook(self._adapt)
-
-    def _build_megatron_module(self) -> Any:
-        module = super()._build_megatron_module()
-        if self.tf_config.calculate_per_token_loss:
-            raise ConfigError(
-                "override_transformer_config.calculate_per_token_loss must be False for the Embedder: a loss counts "
-                "rows, not tokens; got True"
-            )
-        return module
 
     def _adapt(self, chunks: list[Any]) -> list[Any]:
         """Apply the changes of the module docstring to this rank's model chunks, not yet wrapped."""
@@ -125,7 +107,7 @@ class MegatronEmbeddingEngine(MegatronEngine):  # type: ignore[misc]  # verl is 
             pooled = reduce_from_tensor_model_parallel_region(pooled)
         return pooled[None], None
 
-    def _current(self) -> PaddedRows:
+    def _current(self) -> RowBatch:
         if self._rows is None:
             raise EmbedderError("the Embedder's model runs through forward_backward_batch only; call infer_batch")
         return self._rows
@@ -133,34 +115,42 @@ class MegatronEmbeddingEngine(MegatronEngine):  # type: ignore[misc]  # verl is 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool = False
     ) -> dict[str, Any]:
-        """Embed the rows; with a loss, also its gradients.
+        """As `EmbeddingEngine.forward_backward_batch`, `max_token_len_per_gpu` being rows x longest row.
 
-        Args:
-            data: as `tensordict_of`, with `max_token_len_per_gpu` (rows x longest row of a micro-batch).
-            loss_function: called on the last pipeline stage with model_output={"embeddings": (b, D)}, data (the other
-                columns of those b rows) and dp_group; returns (loss, metrics). Losses of micro-batches add up.
-
-        Returns:
-            {"model_output": {"embeddings": (n, D) float32 on the CPU}, "loss": list of floats, "metrics": lists} on the
-            last pipeline stage, {} on the others.
-
-        Raises:
-            EmbedderError: rows that do not fit together, or training without a loss.
+        The loss function is called on the last pipeline stage; on the others the result is {}.
         """
-        if loss_function is None and not forward_only:
-            raise EmbedderError("training needs a loss function, got None; call set_loss_fn before train_batch")
         rows, others = rows_of(data), data.exclude(*ROW_FIELDS)
-        batches = self._deal([len(row) for row in rows], int(tu.get(data, "max_token_len_per_gpu")))
-        step = partial(
-            self._forward_step,
-            rows=rows,
-            after=partial(
-                self._after, others=others, loss_function=loss_function, count=len(batches), forward_only=forward_only
-            ),
-        )
+        group = self.get_data_parallel_group()
+        interleaved = (mpu.get_virtual_pipeline_model_parallel_world_size() or 1) > 1
+        multiple = self.tf_config.microbatch_group_size_per_vp_stage if interleaved else 1
+        batches = deal(rows, data, group, padded=True, multiple=multiple)
+
+        def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            """One stage's pass over a micro-batch, and what the last stage does with its output."""
+            batch = next(iterator)
+            tensor_ranks = mpu.get_tensor_model_parallel_world_size()
+            self._rows = padded = pad_rows([rows[i] for i in batch.rows], get_device_id(), tensor_ranks)
+            media = {
+                name: value.to(self.param_dtype) if value.is_floating_point() else value
+                for name, value in padded.media.items()
+            }
+            output = model(input_ids=padded.input_ids, position_ids=None, attention_mask=None, **media)
+            return output, partial(loss_of, batch)
+
+        def loss_of(batch: MicroBatch, pooled: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            """Loss of a micro-batch from (B, 1, D), times their number, by which Megatron divides."""
+            vectors = unit(pooled[:, 0])
+            result: dict[str, Any] = {"embeddings": vectors.detach()}
+            loss = vectors.new_zeros(())
+            if loss_function is not None:
+                part = tu.index_select_tensor_dict(others, batch.rows).to(get_device_id())
+                loss, metrics = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
+                result |= {"loss": loss.detach(), "metrics": metrics}
+            return (loss if batch.real else 0.0 * loss) * len(batches), result
+
         try:
             results = get_forward_backward_func()(
-                forward_step_func=step,
+                forward_step_func=forward_step,
                 data_iterator=make_batch_generator(batches, vpp_size=len(self.module)),
                 model=self.module,
                 num_microbatches=len(batches),
@@ -172,56 +162,4 @@ class MegatronEmbeddingEngine(MegatronEngine):  # type: ignore[misc]  # verl is 
             self._rows = None
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return {}
-        losses: list[float] = []
-        metrics: dict[str, list[Any]] = {}
-        for batch, result in zip(batches, results, strict=True):
-            if not batch.real or loss_function is None:
-                continue
-            losses.append(result["loss"].item())
-            for name, value in result["metrics"].items():
-                metrics.setdefault(name, []).append(value)
-        embeddings = restore(batches, [result["embeddings"] for result in results], len(rows))
-        return {"model_output": {"embeddings": embeddings}, "loss": losses or [0.0], "metrics": metrics}
-
-    def _deal(self, lengths: list[int], max_tokens: int) -> list[MicroBatch]:
-        """This rank's micro-batches: as many as the data-parallel rank that has most, in whole pipeline groups."""
-        plan = token_budget_batches(lengths, max_tokens)
-        most = torch.tensor(len(plan), device=get_device_id())
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.get_data_parallel_group())
-        interleaved = (mpu.get_virtual_pipeline_model_parallel_world_size() or 1) > 1
-        return fill(plan, int(most), self.tf_config.microbatch_group_size_per_vp_stage if interleaved else 1)
-
-    def _forward_step(
-        self, iterator: Iterator[MicroBatch], model: Any, *, rows: list[Encoded], after: Callable[..., Any]
-    ) -> tuple[torch.Tensor, Callable[..., Any]]:
-        """One stage's pass over a micro-batch, and what the last stage does with its output."""
-        batch = next(iterator)
-        tensor_ranks = mpu.get_tensor_model_parallel_world_size()
-        self._rows = padded = pad_to(pad_rows([rows[i] for i in batch.rows], get_device_id()), tensor_ranks)
-        media = {
-            name: value.to(self.param_dtype) if value.is_floating_point() else value
-            for name, value in padded.media.items()
-        }
-        output = model(input_ids=padded.input_ids, position_ids=None, attention_mask=None, **media)
-        return output, partial(after, batch=batch)
-
-    def _after(
-        self,
-        pooled: torch.Tensor,
-        *,
-        batch: MicroBatch,
-        others: TensorDict,
-        loss_function: Callable[..., Any] | None,
-        count: int,
-        forward_only: bool,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Loss of a micro-batch from (B, 1, D), times `count`: Megatron divides it by the number of micro-batches."""
-        vectors = unit(pooled[:, 0])
-        result: dict[str, Any] = {"embeddings": vectors.detach()}
-        loss = vectors.new_zeros(())
-        if loss_function is not None:
-            part = tu.index_select_tensor_dict(others, batch.rows).to(get_device_id())
-            group = self.get_data_parallel_group()
-            loss, values = loss_function(model_output={"embeddings": vectors}, data=part, dp_group=group)
-            result |= {"loss": loss.detach(), "metrics": values}
-        return (loss if batch.real else 0.0 * loss) * count, result
+        return output_of(batches, results, len(rows))

@@ -2,22 +2,19 @@
 """The one message builder: what an Embedder reads of an item, its T-CoT and the evidence (method section 3).
 
 Contrastive training, reward, evaluation and serving all call `build_messages`, so the Embedder sees the same thing
-everywhere. Order of the user turn: media, instruction and text, the `<thinking>` block, evidence crops and key frames
-as images, the rest of the T-CoT, the suffix. A T-CoT without `</thinking>` is given whole, evidence after it.
-
-Text can hold anything, also what a policy wrote; control tokens in it are broken up, so that it can neither forge a
-turn nor add media placeholders.
+everywhere. Text can hold anything, also what a policy wrote: control tokens in it are broken up, so that it can neither
+forge a turn nor add media placeholders.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from embedrl_verl.embedder.profiles import EMB_TOKEN, EMBED_RL, EmbedderProfile
+from embedrl_verl.tcot.harmless import break_tokens
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-# Of every family, not of one tokenizer: the exported template follows the same rule and must give the same string.
-_CONTROL = re.compile(r"<(\|\w+\||" + EMB_TOKEN.strip("<>") + ")>")
 
 
 @dataclass(frozen=True)
@@ -49,9 +44,10 @@ def build_messages(
 ) -> list[dict[str, Any]]:
     """Chat messages whose content parts are {"type": "image" | "video" | "text", ...} in reading order.
 
-    A video part holds its frames as a list of images and their "times" (`FrameTimes`). With a tail in the profile the
-    last message is the assistant's, and the embedding is read at its end; without one, at the end of the opened
-    assistant turn.
+    User turn: media, instruction and text, the `<thinking>` block, evidence as images, the rest of the T-CoT, the
+    suffix. A T-CoT without `</thinking>` is given whole, evidence after it. A video part holds its frames as a list of
+    images and their "times" (`FrameTimes`). The embedding is read at the end of the profile's tail, which is the
+    assistant's message; without a tail, at the end of the opened assistant turn.
     """
     messages: list[dict[str, Any]] = []
     instruction = item.instruction.strip()
@@ -64,7 +60,7 @@ def build_messages(
 
     content: list[dict[str, Any]] = []
     if item.frames and not profile.frames_as_images:
-        content.append({"type": "video", "video": list(item.frames), "times": item.frame_times})
+        content.append({"type": "video", "video": list(item.frames), "times": item.times})
     images = [*item.images, *(item.frames if profile.frames_as_images else ())]
     content += [{"type": "image", "image": image} for image in images]
     text = " ".join(part for part in (instruction, item.text) if part)
@@ -110,7 +106,7 @@ def _placeholder(part: dict[str, Any], *, bare: bool = False) -> str:
 
 
 def _ends_in_punctuation(text: str) -> bool:
-    """Whether nothing is to be added: in any script, by Unicode category; true of an empty text too."""
+    """In any script, by Unicode category; true of an empty text too."""
     return not text or unicodedata.category(text[-1]).startswith("P")
 
 
@@ -119,4 +115,5 @@ def _lines(*parts: str) -> str:
 
 
 def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": _CONTROL.sub(r"< \1 >", text)}
+    # Of every family, not of one tokenizer: the exported template follows the same rule and must give the same string.
+    return {"type": "text", "text": break_tokens(text, EMB_TOKEN.strip("<>"))}

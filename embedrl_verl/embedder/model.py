@@ -13,23 +13,47 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from embedrl_verl.data.media import MediaLimits
-from embedrl_verl.embedder.batching import pack_rows, packed_batches
-from embedrl_verl.embedder.forward import embed_packed
-from embedrl_verl.embedder.loading import load_config, load_generation_model
+from embedrl_verl.embedder.batching import RowBatch, budget_batches, failed_rows, pack_rows, unit
+from embedrl_verl.embedder.loading import load_generation_model
 from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor, Encoded
 from embedrl_verl.embedder.profiles import EmbedderProfile
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.platforms import varlen
+from embedrl_verl.platforms.vision import embed_with_media
 
 MAX_BATCH_TOKENS = 16384
 WINDOW_BATCHES = 4
 """Rows are encoded and sorted in windows of so many batches: enough to sort well, few enough to hold their pixels."""
+
+
+def embed_packed(inner: Any, rows: RowBatch, *, always_run_vision: bool = False) -> torch.Tensor:
+    """The state after the final norm at the last token of each row: float32 (B, D), length 1 or NaN; differentiable.
+
+    One code path for the three Qwen-VL families, here and in verl's engines. The inner model's `last_hidden_state` is
+    read: `hidden_states[-1]` of the generation classes is the state before the norm since transformers 4.56.
+
+    Args:
+        inner: `.model` of a generation class.
+        rows: packed, on the model's device; positions that start again at 0 tell the attention where a row begins.
+        always_run_vision: also on a batch without media (FSDP with several ranks); the result does not enter.
+    """
+    embeds, deepstack = embed_with_media(inner, rows.input_ids, rows.media, always_run_vision=always_run_vision)
+    hidden = inner.language_model(
+        input_ids=None,
+        inputs_embeds=embeds,
+        position_ids=rows.position_ids,
+        attention_mask=None,
+        use_cache=False,
+        **deepstack,
+    ).last_hidden_state
+    return unit(hidden[0, rows.last])
 
 
 class Embedder:
@@ -56,15 +80,10 @@ class Embedder:
             path: folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL generation checkpoint.
             profile: how it is prompted; "auto" takes `embed_rl` if the tokenizer has `<emb>`.
             limits: sizes of media; None = those of the profile.
-            dtype, device, attn_implementation: of the model; vectors are float32 anyway.
-
-        Raises:
-            EmbedderError: the profile's token is missing, weights are missing, or an unsupported family.
+            dtype: of the model; vectors are float32 anyway.
         """
         processor = EmbedProcessor.from_pretrained(path, profile, limits, pixel_dtype=dtype)
-        model = load_generation_model(
-            path, config=load_config(path), dtype=dtype, attn_implementation=attn_implementation
-        )
+        model = load_generation_model(path, dtype=dtype, attn_implementation=attn_implementation)
         return cls(model.to(device).eval(), processor)
 
     @property
@@ -75,31 +94,23 @@ class Embedder:
     def embed(
         self, items: Sequence[EmbedInput], *, batch_size: int | None = None, max_batch_tokens: int = MAX_BATCH_TOKENS
     ) -> torch.Tensor:
-        """Embed inputs.
+        """Embed inputs: float32 (n, D) on the CPU, in the order of `items`, each of length 1.
+
+        MediaError or EmbedderError for an input that cannot be encoded; EmbedderError for vectors that are not finite.
 
         Args:
-            items: what to embed, in any order and mix of kinds.
             batch_size: most rows of one batch; None = only the token budget counts.
             max_batch_tokens: tokens of one batch.
-
-        Returns:
-            float32 (n, D) on the CPU, in the order of `items`, each of length 1.
-
-        Raises:
-            MediaError, EmbedderError: an input that cannot be encoded, or a vector that is not finite (with its index).
         """
-        vectors = torch.empty(len(items), self.dim)
+        parts = [torch.empty(0, self.dim)]
         with ThreadPoolExecutor(max_workers=1) as pool:  # encodes the next window while the model embeds this one
             windows = self._windows(items, max_batch_tokens)
             coming = pool.submit(next, windows, None)
-            while (window := coming.result()) is not None:
+            while (rows := coming.result()) is not None:
                 coming = pool.submit(next, windows, None)
-                start, rows = window
-                vectors[start : start + len(rows)] = self.embed_encoded(
-                    rows, batch_size=batch_size, max_batch_tokens=max_batch_tokens
-                )
-        failed = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if failed:
+                parts.append(self.embed_encoded(rows, batch_size=batch_size, max_batch_tokens=max_batch_tokens))
+        vectors = torch.cat(parts)
+        if failed := failed_rows(vectors):
             raise EmbedderError(
                 f"{len(failed)} of {len(items)} vectors are not finite (inputs {failed[:5]}); the checkpoint is broken "
                 "or overflows in this dtype, try float32"
@@ -112,20 +123,20 @@ class Embedder:
     ) -> torch.Tensor:
         """Embed encoded rows: float32 (n, D) on the CPU in their order; a failed row is NaN."""
         vectors = torch.empty(len(rows), self.dim)
-        for batch in packed_batches([len(row) for row in rows], max_batch_tokens, batch_size):
+        for batch in budget_batches([len(row) for row in rows], max_batch_tokens, batch_size):
             packed = pack_rows([rows[i] for i in batch], self.model.device)
             vectors[batch] = embed_packed(self.model.model, packed).cpu()
         return vectors
 
-    def _windows(self, items: Sequence[EmbedInput], max_batch_tokens: int) -> Iterator[tuple[int, list[Encoded]]]:
-        """Encoded stretches of `items` with the index of their first one."""
-        start, tokens = 0, 0
+    def _windows(self, items: Sequence[EmbedInput], max_batch_tokens: int) -> Iterator[list[Encoded]]:
+        """Consecutive stretches of `items`, encoded."""
         rows: list[Encoded] = []
+        tokens = 0
         for item in items:
             rows.append(self.processor.encode(item))
             tokens += len(rows[-1])
             if tokens >= WINDOW_BATCHES * max_batch_tokens:
-                yield start, rows
-                start, tokens, rows = start + len(rows), 0, []
+                yield rows
+                tokens, rows = 0, []
         if rows:
-            yield start, rows
+            yield rows

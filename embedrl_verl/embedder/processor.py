@@ -20,14 +20,10 @@ from transformers import AutoProcessor
 
 from embedrl_verl.data.media import MediaLimits, fit_image
 from embedrl_verl.embedder.expand import Clip, PromptExpander
-from embedrl_verl.embedder.loading import check_profile, family_of_config, load_config
-from embedrl_verl.embedder.messages import (
-    EmbedInput,
-    build_messages,
-    render_prompt,
-)
+from embedrl_verl.embedder.loading import family_of_config, load_config
+from embedrl_verl.embedder.messages import EmbedInput, build_messages, render_prompt
 from embedrl_verl.embedder.positions import time_steps_a_second
-from embedrl_verl.embedder.profiles import EmbedderProfile, resolve_profile
+from embedrl_verl.embedder.profiles import EmbedderProfile, fitting_profile
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.families import Family, token_side
 
@@ -44,9 +40,6 @@ class Encoded:
         position_ids: int64 (4, L): text position, then M-RoPE time, height and width.
         multi_modal_inputs: `pixel_values` (patches, C) with `image_grid_thw` (images, 3) in patches, and
             `pixel_values_videos` with `video_grid_thw` (videos, 3); keys of absent media are absent.
-
-    Raises:
-        EmbedderError: shapes or dtypes other than these.
     """
 
     input_ids: torch.Tensor
@@ -54,7 +47,7 @@ class Encoded:
     multi_modal_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ids, positions = self.input_ids, self.position_ids
+        ids, positions, media = self.input_ids, self.position_ids, self.multi_modal_inputs
         if ids.dim() != 1 or not len(ids) or ids.dtype != torch.int64:
             raise EmbedderError(f"input_ids must be int64 (L,), L >= 1; got {ids.dtype} {tuple(ids.shape)}")
         if positions.shape != (4, len(ids)) or positions.dtype != torch.int64:
@@ -62,9 +55,8 @@ class Encoded:
                 f"position_ids must be int64 (4, {len(ids)}); got {positions.dtype} {tuple(positions.shape)}"
             )
         for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
-            has_grid = grid in self.multi_modal_inputs
-            patches = int(self.multi_modal_inputs[grid].prod(dim=1).sum()) if has_grid else 0
-            have = len(self.multi_modal_inputs[pixels]) if pixels in self.multi_modal_inputs else 0
+            patches = int(media[grid].prod(dim=1).sum()) if grid in media else 0
+            have = len(media[pixels]) if pixels in media else 0
             if patches != have:
                 raise EmbedderError(f"{grid} stands for {patches} patches, {pixels} has {have}; encode the row again")
 
@@ -86,52 +78,26 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a pooling server is given: the prompt with one placeholder a medium, and the fitted media in order.
-
-    Attributes:
-        images: at the size at which the model reads them.
-        videos: per video uint8 (T, height, width, 3) and when its T frames stand in the clip.
-        messages: what the prompt was rendered from; media parts hold the same fitted images and frames.
-    """
+    """What a pooling server is given: the prompt with one placeholder a medium, and the fitted media in order."""
 
     prompt: str
-    images: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]  # at the size at which the model reads them
     videos: tuple[Clip, ...]
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[dict[str, Any], ...]  # of the prompt; media parts hold the same fitted images and frames
 
 
+@dataclass(eq=False)
 class EmbedProcessor:
-    """Turns inputs into `Encoded` rows for one checkpoint and profile."""
+    """Turns inputs into `Encoded` rows for one checkpoint and profile. Use `from_pretrained`."""
 
-    def __init__(
-        self,
-        processor: Any,
-        family: Family,
-        profile: EmbedderProfile,
-        limits: MediaLimits,
-        *,
-        max_length: int,
-        max_text_tokens: int = DEFAULT_TEXT_TOKENS,
-        tokens_per_second: float = 1.0,
-        pixel_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Use `from_pretrained`.
-
-        Args:
-            processor: the checkpoint's Hugging Face processor.
-            max_length: longest prompt in tokens.
-            max_text_tokens: tokens of item text that are kept.
-            tokens_per_second: time axis of videos (Qwen2.5-VL).
-            pixel_dtype: dtype of stored pixels; the model's own dtype loses nothing, since the model casts to it first.
-        """
-        self.profile = profile
-        self.limits = limits
-        self.max_length = max_length
-        self.max_text_tokens = max_text_tokens
-        self.tokenizer = processor.tokenizer
-        self.family = family
-        self._expander = PromptExpander(processor, family, tokens_per_second)
-        self._pixel_dtype = pixel_dtype
+    tokenizer: Any
+    family: Family
+    profile: EmbedderProfile
+    limits: MediaLimits
+    expander: PromptExpander
+    max_length: int  # longest prompt in tokens
+    max_text_tokens: int  # tokens of item text that are kept
+    pixel_dtype: torch.dtype  # the model's own loses nothing, since the model casts to it first
 
     @classmethod
     def from_pretrained(
@@ -149,38 +115,30 @@ class EmbedProcessor:
             path: folder or hub id.
             profile: a profile, its name, or "auto".
             limits: sizes of media; None = those of the profile.
-
-        Raises:
-            EmbedderError: the checkpoint and the profile do not fit; limits with another token side than the family's.
         """
+        profile = fitting_profile(path, profile)
         config = load_config(path)
-        chosen = resolve_profile(path, profile) if isinstance(profile, str) else profile
-        check_profile(path, config, chosen)
         family = family_of_config(config)
         side = token_side(family)
         if limits is None:
-            (image_min, image_max), (frame_min, frame_max) = chosen.image_tokens, chosen.frame_tokens
-            limits = MediaLimits(side, image_min, image_max, frame_min, frame_max)
+            limits = MediaLimits(side, *profile.image_tokens, *profile.frame_tokens)
         if limits.token_side != side:
             raise EmbedderError(f"{path}: limits.token_side must be {side} px for {family}; got {limits.token_side}")
-        positions = config.get_text_config().max_position_embeddings
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        longest = config.get_text_config().max_position_embeddings
         return cls(
-            AutoProcessor.from_pretrained(path, trust_remote_code=False),
-            family,
-            chosen,
-            limits,
-            max_length=min(positions, chosen.max_length or positions),
+            tokenizer=processor.tokenizer,
+            family=family,
+            profile=profile,
+            limits=limits,
+            expander=PromptExpander(processor, family, time_steps_a_second(config)),
+            max_length=min(longest, profile.max_length or longest),
             max_text_tokens=max_text_tokens,
-            tokens_per_second=time_steps_a_second(config),
             pixel_dtype=pixel_dtype,
         )
 
     def prepare(self, inputs: EmbedInput) -> Prepared:
-        """The prompt and fitted media of an input; item text is cut at `max_text_tokens`.
-
-        Raises:
-            MediaError: a medium with impossible sides.
-        """
+        """The prompt and fitted media of an input; item text is cut at `max_text_tokens`."""
         return self._prepare(inputs, self.max_text_tokens)
 
     def prompt_text(self, inputs: EmbedInput) -> str:
@@ -188,31 +146,20 @@ class EmbedProcessor:
         return self.prepare(inputs).prompt
 
     def encode(self, inputs: EmbedInput) -> Encoded:
-        """The row of one input.
-
-        Raises:
-            MediaError: a medium with impossible sides.
-            EmbedderError: too long even without any item text.
-        """
+        """The row of one input; MediaError for a medium with impossible sides, EmbedderError if it is too long."""
         prepared, tokens, positions = self.fit(inputs)
-        pixels = self._expander.pixels(prepared.images, prepared.videos, self._pixel_dtype)
-        return Encoded(tokens, positions, pixels)
+        return Encoded(tokens, positions, self.expander.pixels(prepared.images, prepared.videos, self.pixel_dtype))
 
     def fit(self, inputs: EmbedInput) -> tuple[Prepared, torch.Tensor, torch.Tensor]:
-        """What `encode` encodes, without pixels.
-
-        Returns:
-            Prompt and fitted media, input_ids int64 (L,) and position_ids int64 (4, L), L at most `max_length`.
-
-        Raises:
-            MediaError, EmbedderError: as `encode`.
-        """
-        prepared = self._prepare(inputs, self.max_text_tokens)
+        """What `encode` encodes, without pixels: prompt and fitted media, input_ids int64 (L,) and position_ids int64
+        (4, L), L at most `max_length`."""
+        prepared = self.prepare(inputs)
         tokens, positions = self._expand(prepared)
         excess = len(tokens) - self.max_length
         if excess <= 0:
             return prepared, tokens, positions
-        text_tokens = min(self._count(inputs.item.text), self.max_text_tokens)
+        text_tokens = len(self.tokenizer(inputs.item.text, add_special_tokens=False)["input_ids"])
+        text_tokens = min(text_tokens, self.max_text_tokens)
         if text_tokens > excess:
             # One token of slack: a cut can change how the tokens around it merge.
             prepared = self._prepare(inputs, text_tokens - excess - 1)
@@ -241,20 +188,13 @@ class EmbedProcessor:
 
     def _fit_frames(self, frames: list[Image.Image]) -> np.ndarray:
         """uint8 (T, height, width, 3), T even: frames at the first one's fitted size, the last repeated if T is odd."""
-        first = fit_image(frames[0], self.limits, is_frame=True)
-        fitted = [first]
-        for frame in frames[1:]:
-            other = fit_image(frame, self.limits, is_frame=True)
-            fitted.append(other if other.size == first.size else other.resize(first.size, Image.Resampling.BICUBIC))
-        if len(fitted) % 2:
-            fitted.append(fitted[-1])
-        return np.stack([np.asarray(frame) for frame in fitted])
+        fitted = [fit_image(frame, self.limits, is_frame=True) for frame in frames]
+        size = fitted[0].size
+        fitted = [one if one.size == size else one.resize(size, Image.Resampling.BICUBIC) for one in fitted]
+        return np.stack([np.asarray(one) for one in fitted + fitted[-1:] * (len(fitted) % 2)])
 
     def _expand(self, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._expander.tokens(prepared.prompt, prepared.images, prepared.videos)
-
-    def _count(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.expander.tokens(prepared.prompt, prepared.images, prepared.videos)
 
 
 def cut_text(tokenizer: Any, text: str, limit: int) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.errors import EmbedderError
 
 EMB_TOKEN = "<emb>"
@@ -26,38 +27,22 @@ EMB_TOKEN = "<emb>"
 
 @dataclass(frozen=True)
 class EmbedderProfile:
-    """The prompt of one family of checkpoints.
-
-    Attributes:
-        name: key in `PROFILES`.
-        chat: ChatML turns; False = one plain string with bare placeholders.
-        instruction_in_system: the instruction is the system turn; else it opens the user's text.
-        default_instruction: system turn of an item without an instruction (only with `instruction_in_system`).
-        end_instruction_with_stop: add "." to an instruction that ends without punctuation.
-        suffix: text after everything else of the user turn.
-        tail: what follows the opening of the assistant turn; the prompt ends here.
-        emb_token: the token that `tail` must be, checked against the tokenizer; None = any last token.
-        empty_text: stands for an item with neither text nor media.
-        frames_as_images: the checkpoint has never seen videos; each frame is an image.
-        image_tokens, frame_tokens: (minimum, maximum) visual tokens of one image and one frame.
-        families: model families that the profile fits; empty = all.
-        max_length: longest prompt in tokens; None = what the model's position table allows.
-    """
+    """The prompt of one family of checkpoints."""
 
     name: str
-    chat: bool = True
-    instruction_in_system: bool = False
-    default_instruction: str = ""
-    end_instruction_with_stop: bool = False
-    suffix: str = ""
-    tail: str = ""
-    emb_token: str | None = None
-    empty_text: str = ""
-    frames_as_images: bool = False
-    image_tokens: tuple[int, int] = (4, 1280)
-    frame_tokens: tuple[int, int] = (128, 300)
-    families: tuple[str, ...] = ()
-    max_length: int | None = None
+    chat: bool = True  # ChatML turns; False = one plain string with bare placeholders
+    instruction_in_system: bool = False  # the instruction is the system turn; else it opens the user's text
+    default_instruction: str = ""  # system turn of an item without an instruction
+    end_instruction_with_stop: bool = False  # add "." to an instruction that ends without punctuation
+    suffix: str = ""  # text after everything else of the user turn
+    tail: str = ""  # what follows the opening of the assistant turn; the prompt ends here
+    emb_token: str | None = None  # the token that `tail` must be, checked against the tokenizer; None = any last token
+    empty_text: str = ""  # stands for an item with neither text nor media
+    frames_as_images: bool = False  # the checkpoint has never seen videos; each frame is an image
+    image_tokens: tuple[int, int] = (4, 1280)  # (minimum, maximum) visual tokens of one image
+    frame_tokens: tuple[int, int] = (128, 300)  # the same of one frame
+    families: tuple[str, ...] = ()  # model families that the profile fits; empty = all
+    max_length: int | None = None  # longest prompt in tokens; None = what the model's position table allows
 
 
 EMBED_RL = EmbedderProfile(
@@ -68,50 +53,33 @@ EMBED_RL = EmbedderProfile(
     image_tokens=(128, 768),
     frame_tokens=(128, 300),
 )
-
-PROFILES: dict[str, EmbedderProfile] = {
-    profile.name: profile
-    for profile in (
-        EMBED_RL,
-        EmbedderProfile(
-            name="qwen3_vl_embedding",
-            instruction_in_system=True,
-            default_instruction="Represent the user's input.",
-            end_instruction_with_stop=True,
-            empty_text="NULL",
-            image_tokens=(4, 1800),
-            frame_tokens=(4, 768),
-            families=("qwen3_vl",),
-            max_length=8192,
-        ),
-        EmbedderProfile(
-            name="gme",
-            instruction_in_system=True,
-            default_instruction="You are a helpful assistant.",
-            tail="<|endoftext|>",
-            emb_token="<|endoftext|>",
-            frames_as_images=True,
-            image_tokens=(4, 1280),
-            families=("qwen2_vl",),
-        ),
-        EmbedderProfile(
-            name="vlm2vec_v2",
-            chat=False,
-            image_tokens=(4, 1280),
-            frame_tokens=(4, 768),
-            families=("qwen2_vl",),
-        ),
-    )
-}
+_QWEN3_VL_EMBEDDING = EmbedderProfile(
+    name="qwen3_vl_embedding",
+    instruction_in_system=True,
+    default_instruction="Represent the user's input.",
+    end_instruction_with_stop=True,
+    empty_text="NULL",
+    image_tokens=(4, 1800),
+    frame_tokens=(4, 768),
+    families=("qwen3_vl",),
+    max_length=8192,
+)
+_GME = EmbedderProfile(
+    name="gme",
+    instruction_in_system=True,
+    default_instruction="You are a helpful assistant.",
+    tail="<|endoftext|>",
+    emb_token="<|endoftext|>",
+    frames_as_images=True,
+    families=("qwen2_vl",),
+)
+_VLM2VEC_V2 = EmbedderProfile(name="vlm2vec_v2", chat=False, frame_tokens=(4, 768), families=("qwen2_vl",))
+PROFILES = {profile.name: profile for profile in (EMBED_RL, _QWEN3_VL_EMBEDDING, _GME, _VLM2VEC_V2)}
 
 
 def resolve_profile(path: str | Path, name: str = "auto") -> EmbedderProfile:
-    """The profile called `name`; with "auto", `embed_rl` if the tokenizer at `path` has `<emb>`.
-
-    Raises:
-        EmbedderError: an unknown name, or "auto" on a checkpoint without `<emb>`: nothing in a last-token checkpoint
-            tells how it was prompted, so it is not guessed.
-    """
+    """The profile called `name`; with "auto", `embed_rl` if the tokenizer at `path` has `<emb>`. Nothing in another
+    checkpoint tells how it was prompted, so it is not guessed."""
     if name != "auto":
         if name not in PROFILES:
             raise EmbedderError(f"embedder profile must be auto or one of {', '.join(PROFILES)}; got {name!r}")
@@ -124,12 +92,33 @@ def resolve_profile(path: str | Path, name: str = "auto") -> EmbedderProfile:
     )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; no code from the checkpoint is run.
+def fitting_profile(path: str | Path, profile: str | EmbedderProfile = "auto") -> EmbedderProfile:
+    """The profile, after proof that the checkpoint can be read out as it says: family, token and embedding matrix."""
+    config = load_config(path)
+    profile = resolve_profile(path, profile) if isinstance(profile, str) else profile
+    family = family_of_config(config)
+    if profile.families and family not in profile.families:
+        raise EmbedderError(
+            f"{path}: profile {profile.name} is for {', '.join(profile.families)}; this checkpoint is {family}"
+        )
+    if profile.emb_token is None:
+        return profile
+    number, rows = token_id(load_tokenizer(path), profile.emb_token), config.get_text_config().vocab_size
+    if number is None:
+        raise EmbedderError(
+            f"{path}: profile {profile.name} reads the embedding at the token {profile.emb_token}, which the tokenizer "
+            f"does not have. Add it (embedrl add-emb {path} --out FOLDER) and train with it, or choose another profile"
+        )
+    if number >= rows:
+        raise EmbedderError(
+            f"{path}: the token {profile.emb_token} has id {number}, but the embedding matrix has {rows} rows; "
+            "resize the model's token embeddings to the tokenizer and save again"
+        )
+    return profile
 
-    Raises:
-        EmbedderError: there is none that can be read.
-    """
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; no code from the checkpoint is run."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

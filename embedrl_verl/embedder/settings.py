@@ -20,7 +20,6 @@ def limits_for(config: EmbedderConfig, *, max_frames: int) -> MediaLimits:
     Raises:
         EmbedderError: no checkpoint at `path`, or one of another family.
     """
-    assert config.path is not None  # EmbedderConfig refuses a missing path
     return MediaLimits(
         token_side=token_side(family_of_config(load_config(config.path))),
         image_min_tokens=config.image_min_tokens,
@@ -37,7 +36,6 @@ def processor_for(config: EmbedderConfig, *, max_frames: int = 8) -> EmbedProces
     Raises:
         EmbedderError: the checkpoint and the profile do not fit.
     """
-    assert config.path is not None  # EmbedderConfig refuses a missing path
     return EmbedProcessor.from_pretrained(
         config.path,
         config.profile,

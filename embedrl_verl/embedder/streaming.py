@@ -6,188 +6,124 @@
 | worker | encodes the row | tokens and pixels | embeds all rows (`client.EmbedderClient`) |
 | server, sentence_transformers | has the row embedded while other rollouts still run | the vector | reads vectors |
 
-`RowBackend` is the agent loop's side, `QueuedVectors` the reward stage's.
+`RowBackend` is the agent loop's side. The trainer's is `start_streamed_embedder`, before the actor's start, which it
+then shares the time with; later `ready` gives the `QueuedVectors`.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 
 from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.embedder.batching import failed_rows, unit
+from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.messages import EmbedInput
-from embedrl_verl.embedder.processor import EmbedProcessor, Encoded
+from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError
 
+if TYPE_CHECKING:
+    from embedrl_verl.embedder.sentence import SentenceClient
+    from embedrl_verl.embedder.served.client import ServedEmbedder
+
+logger = logging.getLogger(__name__)
 VECTOR = "embeddings"
 NO_DIRECTION = "the Embedder gave a vector that is not finite or has no direction"
 
 
-class RowBackend(Protocol):
-    """Turns a finished row into what partition `embed` holds of it."""
-
-    def prepare(self, inputs: EmbedInput, side: str) -> Any:
-        """The blocking part, called in a thread; `side` is "query" or "target".
-
-        Raises:
-            MediaError, EmbedderError: the row cannot be embedded.
-        """
-
-    async def store(self, key: str, partition_id: str, prepared: Any) -> None:
-        """Put what the reward stage needs of the row into TransferQueue; returns when it is there.
-
-        Raises:
-            EmbedderError: it has no vector; the message is the cause alone, to count rows by.
-        """
-
-
-class EncodedRows:
-    """Backend `worker`: pixels and tokens."""
+class RowBackend:
+    """Turns a finished row into what partition `embed` holds of it. This one is backend `worker`: tokens and pixels."""
 
     def __init__(self, processor: EmbedProcessor) -> None:
         self._processor = processor
 
-    def prepare(self, inputs: EmbedInput, side: str) -> Encoded:
-        """Encode; both sides alike."""
+    def prepare(self, inputs: EmbedInput, side: str) -> Any:
+        """The blocking part, called in a thread; `side` is "query" or "target". MediaError or EmbedderError if the row
+        cannot be embedded."""
         return self._processor.encode(inputs)
 
-    async def fields(self, prepared: Encoded) -> TensorDict:
-        """As TransferQueue stores a row."""
-        return prepared.to_tensordict()
-
-    async def store(self, key: str, partition_id: str, prepared: Encoded) -> None:
-        """A put for each row: what rows hold differs in length."""
-        fields = await self.fields(prepared)
+    async def store(self, key: str, partition_id: str, prepared: Any) -> None:
+        """Put what the reward stage needs of the row into TransferQueue; returns when it is there. EmbedderError if it
+        has no vector; the message is the cause alone, to count rows by."""
+        # A put for each row: what rows hold differs in length.
+        fields = prepared.to_tensordict()
         await tq.async_kv_batch_put(keys=[key], partition_id=partition_id, fields=fields, tags=[{}])
 
 
-@dataclass(frozen=True)
-class _Put:
-    key: str
-    partition_id: str
-    fields: TensorDict
-    written: asyncio.Future[None]
+class EmbeddedRows(RowBackend):
+    """Backends `server` and `sentence_transformers`: the vector, of an Embedder that takes rows one by one.
 
-    @property
-    def kind(self) -> tuple[str, torch.Size]:
-        """Puts of the same kind can be one."""
-        return self.partition_id, self.fields[VECTOR].shape
-
-
-class VectorWriter:
-    """Puts vectors into TransferQueue; those that come while a put is under way go together in the next one.
-
-    A put takes four round trips whatever it holds. With one for each row, hundreds of rows queue up, and the last
-    rollouts wait for seconds.
+    A put takes four round trips whatever it holds. With one for each row, hundreds of rows would queue up, and the last
+    rollouts wait for seconds; so vectors that come while a put is under way go together in the next one.
     """
 
-    def __init__(self) -> None:
-        self._waiting: list[_Put] = []
-        self._writer: asyncio.Task[None] | None = None
-
-    async def put(self, key: str, partition_id: str, fields: TensorDict) -> None:
-        """Returns when the vector is in the queue. `fields` is a batch of one."""
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Put(key, partition_id, fields, written))
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._write())
-        await written
-
-    async def _write(self) -> None:
-        while self._waiting:
-            kind = self._waiting[0].kind
-            batch = [one for one in self._waiting if one.kind == kind]
-            self._waiting = [one for one in self._waiting if one.kind != kind]
-            failure: Exception | None = None
-            try:
-                await tq.async_kv_batch_put(
-                    keys=[one.key for one in batch],
-                    partition_id=batch[0].partition_id,
-                    fields=TensorDict(
-                        {VECTOR: torch.cat([one.fields[VECTOR] for one in batch])}, batch_size=[len(batch)]
-                    ),
-                    tags=[{} for _ in batch],
-                )
-            except Exception as error:  # goes to those who wait; the next batch is tried
-                failure = error
-            for written in (one.written for one in batch if not one.written.done()):  # done: its rollout was cancelled
-                if failure is None:
-                    written.set_result(None)
-                else:
-                    written.set_exception(failure)
-
-
-class Embeds(Protocol):
-    """An Embedder that takes rows one by one, as they come."""
-
-    def prepare(self, inputs: EmbedInput, side: str) -> Any: ...
-
-    async def embed(self, prepared: Any) -> torch.Tensor: ...
-
-
-class EmbeddedRowsBackend:
-    """Backends `server` and `sentence_transformers`: the vector."""
-
-    def __init__(self, embedder: Embeds) -> None:
+    def __init__(self, embedder: ServedEmbedder | SentenceClient) -> None:
         self._embedder = embedder
-        self._writer = VectorWriter()
+        self._put: Gatherer[tuple[str, str, torch.Tensor], None] = Gatherer(
+            _put, kind=lambda row: (row[1], len(row[2]))
+        )
 
     def prepare(self, inputs: EmbedInput, side: str) -> Any:
-        """As the Embedder's own."""
         return self._embedder.prepare(inputs, side)
 
-    async def fields(self, prepared: Any) -> TensorDict:
-        """Embed the row, wherever that happens."""
-        vector = await self._embedder.embed(prepared)
-        return TensorDict({VECTOR: vector[None].float()}, batch_size=[1])
-
     async def store(self, key: str, partition_id: str, prepared: Any) -> None:
-        """Together with other rows that have their vectors by then."""
-        await self._writer.put(key, partition_id, await self.fields(prepared))
+        vector = await self._embedder.embed(prepared)
+        await self._put((key, partition_id, vector.float()))
+
+
+async def _put(rows: list[tuple[str, str, torch.Tensor]]) -> list[None]:
+    """Vectors of one partition and width: (key, partition, (D,))."""
+    await tq.async_kv_batch_put(
+        keys=[key for key, _, _ in rows],
+        partition_id=rows[0][1],
+        fields=TensorDict({VECTOR: torch.stack([vector for _, _, vector in rows])}, batch_size=[len(rows)]),
+        tags=[{} for _ in rows],
+    )
+    return [None] * len(rows)
 
 
 def row_backend(config: EmbedderConfig, *, max_frames: int, processes: int) -> RowBackend:
-    """The backend of the section `embedrl.embedder` for one of `processes` agent-loop workers.
-
-    Raises:
-        EmbedderError, ConfigError: checkpoint and settings do not fit.
-    """
+    """The backend of the section `embedrl.embedder` for one of `processes` agent-loop workers."""
     if config.backend == "worker":
-        return EncodedRows(processor_for(config, max_frames=max_frames))
+        return RowBackend(processor_for(config, max_frames=max_frames))
     if config.backend == "server":
         from embedrl_verl.embedder.served.client import ServedEmbedder
 
-        return EmbeddedRowsBackend(
-            ServedEmbedder(config, processor_for(config, max_frames=max_frames), share=processes)
-        )
-    from embedrl_verl.embedder.sentence_actor import SentenceClient
+        return EmbeddedRows(ServedEmbedder(config, processor_for(config, max_frames=max_frames), share=processes))
+    from embedrl_verl.embedder.sentence import SentenceClient
 
-    return EmbeddedRowsBackend(SentenceClient(config, max_frames=max_frames))
+    return EmbeddedRows(SentenceClient(config, max_frames=max_frames))
 
 
 class QueuedVectors:
-    """Reads the vectors that agent loops have put into TransferQueue; stands where the worker's client would."""
+    """Reads the vectors that agent loops have put into TransferQueue; stands where the worker's client would.
+
+    Args:
+        owner: held for as long; Ray ends an actor that nobody holds, though agent loops find it by its name.
+        watch: called at every read.
+    """
+
+    def __init__(self, owner: Any = None, watch: Callable[[], None] = lambda: None) -> None:
+        self._owner, self._watch = owner, watch
 
     def embed_rows(
         self, keys: Sequence[str], partition_id: str, *, averaged: bool = False
     ) -> tuple[torch.Tensor, dict[int, str]]:
-        """float32 (N, D) at length 1 in the order of `keys`, NaN where a row failed, and why it did, by position.
-
-        Raises:
-            EmbedderError: no keys, keys that the partition does not have, vectors of different widths, or `averaged`
-                (these Embedders are frozen).
-        """
+        """float32 (N, D) at length 1 in the order of `keys`, NaN where a row failed, and why it did, by position."""
         if not keys or averaged:
             raise EmbedderError(
                 "rows of a frozen Embedder are read by their keys; got none, or an average was asked for"
             )
+        self._watch()
         data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[VECTOR])
         if len(data) != len(keys) or VECTOR not in set(data.keys()):
             raise EmbedderError(
@@ -200,9 +136,67 @@ class QueuedVectors:
             raise EmbedderError(
                 f"the vectors of a batch have different widths, {widths}: the servers hold different models"
             )
-        vectors = torch.stack(rows).float()
-        lengths = vectors.norm(dim=1)
-        failed = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
-        vectors = vectors / lengths[:, None]
-        vectors[failed] = float("nan")
-        return vectors, dict.fromkeys(failed, NO_DIRECTION)
+        vectors = unit(torch.stack(rows))
+        return vectors, dict.fromkeys(failed_rows(vectors), NO_DIRECTION)
+
+
+@dataclass(frozen=True)
+class StreamedEmbedder:
+    """An Embedder that is being started.
+
+    `ready` waits for it and checks it against the run's data sets: EmbedderError if it does not start or gives other
+    vectors than the Embedder, ConfigError if it does not take the media of the data.
+    """
+
+    where: str  # for the log
+    ready: Callable[[Sequence[Any]], QueuedVectors]
+
+
+def start_streamed_embedder(run_config: Any, config: EmbedderConfig) -> StreamedEmbedder | None:
+    """Start the Embedder of the section; None for backend `worker`.
+
+    Servers that the run starts are written into `run_config.embedrl.embedder.server.urls`, where agent loops read them.
+    """
+    if config.backend == "worker":
+        return None
+    if config.backend == "server":
+        return _start_servers(run_config, config)
+    from embedrl_verl.embedder.sentence import refuse_media, start_sentence_actor
+
+    actor = start_sentence_actor(config)
+
+    def ready(datasets: Sequence[Any]) -> QueuedVectors:
+        modalities, images, videos = ray.get(actor.takes.remote())
+        for dataset in datasets:
+            refuse_media(dataset, modalities, images=images, videos=videos, path=str(config.path))
+        return QueuedVectors(actor)
+
+    return StreamedEmbedder("sentence-transformers", ready)
+
+
+def _start_servers(run_config: Any, config: EmbedderConfig) -> StreamedEmbedder:
+    from embedrl_verl.embedder.served.client import check_servers
+    from embedrl_verl.embedder.served.servers import ServerFleet
+
+    processor = processor_for(config, max_frames=DataSettings.from_config(run_config.data).max_frames)
+    if config.server.urls:
+        check_servers(config, processor, config.server.urls)
+        return StreamedEmbedder(f"server(s) {', '.join(config.server.urls)}", lambda datasets: QueuedVectors())
+    fleet = ServerFleet(config, processor, on_cpu=run_config.trainer.device == "cpu")
+    run_config.embedrl.embedder.server.urls = fleet.urls
+    known: list[tuple[int, str | None]] = [(0, None)] * len(fleet.urls)
+
+    def watch() -> None:
+        """Say in the trainer's log what has become of the servers."""
+        found = fleet.states()
+        for url, before, (restarts, failure) in zip(fleet.urls, known, found, strict=True):
+            if before != (restarts, failure):
+                logger.warning("embedding server %s: %s", url, failure or f"started again {restarts} time(s) so far")
+        known[:] = found
+
+    def ready(datasets: Sequence[Any]) -> QueuedVectors:
+        fleet.wait_ready()
+        check_servers(config, processor, fleet.urls)
+        return QueuedVectors(fleet, watch)
+
+    return StreamedEmbedder(f"server(s) {', '.join(fleet.urls)}", ready)

@@ -21,7 +21,6 @@ def embedding_template(profile: EmbedderProfile, limits: MediaLimits, family: Fa
 
     Args:
         limits: by which it counts media.
-        family: of the model.
         longest: tokens beyond which the prompt is cut behind the template's back: what could lose its end is refused.
             0 = the reader refuses what is too long by itself, as vLLM does.
     """
@@ -42,14 +41,11 @@ def embedding_template(profile: EmbedderProfile, limits: MediaLimits, family: Fa
         "frames": limits.max_frames,
     }
     # Jinja does not join the surrogate pairs that JSON's own escapes are made of.
-    head = "".join(
-        f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in values.items()
-    )
-    return head + TEMPLATE_FILE.read_text(encoding="utf-8")
+    head = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in values.items()]
+    return "".join(head) + TEMPLATE_FILE.read_text(encoding="utf-8")
 
 
 @lru_cache
 def _punctuation() -> str:
     """Every character of Unicode's punctuation categories, which Jinja cannot ask for."""
-    every = map(chr, range(sys.maxunicode + 1))
-    return "".join(character for character in every if unicodedata.category(character).startswith("P"))
+    return "".join(one for one in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(one).startswith("P"))

@@ -13,7 +13,7 @@ Both passes must give the same vectors, so a model with dropout is refused (`ref
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,44 +36,30 @@ class NoPairsError(EmbedderError):
 
 @dataclass(frozen=True, eq=False)
 class ContrastiveGradients:
-    """The result of step 2.
+    """The result of step 2."""
 
-    Attributes:
-        loss: of the whole batch.
-        query, target: float32 (Q, D) and (T, D), d loss / d vector; zero for rows without a vector.
-        metrics: loss, hit@1, negatives a query, masked false negatives, rows without a vector, and the mean cosine of
-            partners.
-    """
-
-    loss: float
-    query: torch.Tensor
-    target: torch.Tensor
-    metrics: dict[str, float]
+    loss: float  # of the whole batch
+    query: torch.Tensor  # float32 (Q, D), d loss / d vector; zero for rows without a vector
+    target: torch.Tensor  # float32 (T, D), the same
+    metrics: dict[str, float]  # of the loss; rows without a vector; mean cosine of partners
 
 
 def contrastive_gradients(
     query: torch.Tensor,
     target: torch.Tensor,
     layout: ContrastiveLayout,
-    *,
-    temperature: float = 0.02,
-    symmetric: bool = True,
-    matryoshka_dims: Sequence[int] = (),
+    **options: Any,
 ) -> ContrastiveGradients:
     """Loss of a batch and its gradient in every vector.
 
     Args:
         query, target: (Q, D), (T, D) vectors of all ranks, detached; a row that is not finite has no part in the loss.
-        layout, temperature, symmetric, matryoshka_dims: as `contrastive_loss`.
-
-    Raises:
-        NoNegativesError: no row has a negative.
-        NoPairsError: no pair has vectors on both sides.
-        EmbedderError: the loss is not finite.
+        options: temperature, symmetric and matryoshka_dims of `contrastive_loss`.
     """
     have_query, have_target = query.isfinite().all(dim=1), target.isfinite().all(dim=1)
     kept = layout.select(have_query.cpu(), have_target.cpu())
-    if not len(kept.query_pair) or not kept.positives().any():
+    positives = kept.positives()
+    if not positives.any():
         raise NoPairsError(
             f"no pair has vectors on both sides: {int((~have_query).sum())} of {len(query)} queries and "
             f"{int((~have_target).sum())} of {len(target)} targets are not finite"
@@ -88,24 +74,15 @@ def contrastive_gradients(
     with torch.enable_grad():
         leaf_query = query[have_query].detach().float().requires_grad_()
         leaf_target = target[have_target].detach().float().requires_grad_()
-        contrast = contrastive_loss(
-            leaf_query,
-            leaf_target,
-            kept,
-            temperature=temperature,
-            symmetric=symmetric,
-            matryoshka_dims=matryoshka_dims,
-        )
+        contrast = contrastive_loss(leaf_query, leaf_target, kept, **options)
         loss = float(contrast.loss.detach())
         if not math.isfinite(loss):
-            raise EmbedderError(f"the contrastive loss must be finite; got {loss} at temperature {temperature}")
-        gradients = torch.autograd.grad(contrast.loss, [leaf_query, leaf_target])
-    full = []
-    for vectors, have, gradient in zip((query, target), (have_query, have_target), gradients, strict=True):
-        placed = torch.zeros(vectors.shape, dtype=torch.float32, device=vectors.device)
-        placed[have] = gradient
-        full.append(placed)
-    cosine = (leaf_query @ leaf_target.T).detach()[kept.positives().to(leaf_query.device)]
+            raise EmbedderError(f"the contrastive loss must be finite; got {loss} with {options}")
+        of_query, of_target = torch.autograd.grad(contrast.loss, [leaf_query, leaf_target])
+    query_gradient = torch.zeros_like(query, dtype=torch.float32)
+    target_gradient = torch.zeros_like(target, dtype=torch.float32)
+    query_gradient[have_query], target_gradient[have_target] = of_query, of_target
+    cosine = (leaf_query @ leaf_target.T).detach()[positives.to(query.device)]
     metrics = {
         "loss": loss,
         "hit@1": contrast.hit1,
@@ -114,7 +91,7 @@ def contrastive_gradients(
         "failed_rows": float((~have_query).sum() + (~have_target).sum()),
         "partner_cosine": float(cosine.mean()),
     }
-    return ContrastiveGradients(loss, full[0], full[1], metrics)
+    return ContrastiveGradients(loss, query_gradient, target_gradient, metrics)
 
 
 def surrogate_loss(
@@ -132,29 +109,18 @@ def surrogate_loss(
 
 
 def refuse_dropout(config: Any, where: str) -> None:
-    """Refuse a model configuration with dropout: the second pass would draw another mask than the first.
-
-    Args:
-        config: a transformers configuration; sub-configurations are looked into.
-        where: named in the message.
-
-    Raises:
-        ConfigError: a probability of dropout or stochastic depth above 0, with its name.
-    """
-    found = sorted(_dropouts(config.to_dict(), ""))
-    if found:
-        name, value = found[0]
+    """Refuse a transformers configuration with dropout or stochastic depth, also in its parts: the second pass would
+    draw another mask than the first. `where` is named in the message."""
+    for name, value in sorted(_dropouts(config.to_dict(), "")):
         raise ConfigError(
             f"{where}: training in two passes needs the same vectors in both, so dropout must be 0; got "
             f"{name}={value}. Set it to 0 in the checkpoint's config.json"
         )
 
 
-def _dropouts(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+def _dropouts(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += _dropouts(value, f"{prefix}{name}.")
+            yield from _dropouts(value, f"{prefix}{name}.")
         elif ("dropout" in str(name) or "drop_path" in str(name)) and isinstance(value, (int, float)) and value > 0:
-            found.append((f"{prefix}{name}", float(value)))
-    return found
+            yield f"{prefix}{name}", float(value)

@@ -37,18 +37,17 @@ from verl.workers.config import (
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
 from embedrl_verl.embedder.ema import ShadowWeights
 from embedrl_verl.embedder.engine import MODEL_TYPE
-from embedrl_verl.embedder.loading import check_profile, load_config
-from embedrl_verl.embedder.profiles import resolve_profile
+from embedrl_verl.embedder.loading import load_config
+from embedrl_verl.embedder.profiles import fitting_profile
 from embedrl_verl.embedder.two_pass import refuse_dropout, surrogate_loss
 from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.families import FACTS, facts_of
 from embedrl_verl.platforms.training_worker import NestedPositionIdsTrainingWorker
 
 CONTENTS = ("model", "optimizer", "extra")
-_PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
-
-
 USE_AVERAGE = "use_average"
 """Batch information for `infer_batch`: embed with the moving average of the weights."""
+_PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 class EmbedderWorker(NestedPositionIdsTrainingWorker):
@@ -67,7 +66,7 @@ class EmbedderWorker(NestedPositionIdsTrainingWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
-        """Load the weights anew, with a fresh optimizer and average."""
+        """Load the weights again, with a fresh optimizer and average."""
         super().reset()
         self.set_loss_fn(surrogate_loss)
         decay = self.config.extra_context.get("ema_decay", 0.0)
@@ -75,7 +74,7 @@ class EmbedderWorker(NestedPositionIdsTrainingWorker):
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def infer_batch(self, data: TensorDict) -> TensorDict:
-        """Embed rows, with the averaged weights if the batch says `use_average` (EmbedderError without an average)."""
+        """Embed rows, with the averaged weights if the batch says `use_average`."""
         averaged = tu.pop(data, key=USE_AVERAGE, default=False)
         if averaged and self.average is None:
             raise EmbedderError("there is no average of the weights: embedrl.embedder.train.ema_decay is 0")
@@ -103,12 +102,7 @@ class EmbedderWorker(NestedPositionIdsTrainingWorker):
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
     ) -> None:
-        """Load both.
-
-        Raises:
-            EmbedderError: written by another number of devices; or a run with an average goes on from a checkpoint
-                without one.
-        """
+        """Load both; EmbedderError if another number of devices wrote it, or the run's average is not there."""
         part = f"model_world_size_{self.world_size}_rank_{self.rank}.pt"
         if self.engine_config.strategy != "megatron" and not (Path(local_path) / part).is_file():
             found = sorted(path.name for path in Path(local_path).glob("model_world_size_*_rank_0.pt"))
@@ -134,33 +128,20 @@ class EmbedderWorker(NestedPositionIdsTrainingWorker):
 def worker_config(
     config: EmbedderConfig, *, ranks_per_node: int, total_steps: int = 1, save_contents: Sequence[str] = CONTENTS
 ) -> TrainingWorkerConfig:
-    """What an `EmbedderWorker` is built from. Shards lie within a node; nodes hold replicas.
+    """What an `EmbedderWorker` is built from; refuses what cannot run. Shards lie within a node; nodes hold replicas.
 
     A trained Embedder holds its weights in float32 whatever `dtype` says (small updates would be lost in bfloat16), and
     computes in `dtype`. A frozen one has an optimizer too, whose state is never allocated.
 
     Args:
-        config: the section `embedrl.embedder`.
         ranks_per_node: devices of the pool on one node.
         total_steps: updates of the whole run, for the learning rate's schedule.
         save_contents: parts of a checkpoint, in verl's names.
-
-    Raises:
-        ConfigError: another strategy than fsdp2 on a CPU; an adapter or average with megatron; training a model with
-            dropout, or from an adapter that is not there.
-        EmbedderError: the checkpoint and the profile do not fit.
     """
     assert config.path is not None  # EmbedderConfig refuses a missing path
-    train = config.train
-    on_cpu = get_device_name() == "cpu"
-    if config.strategy == "megatron" and train.enable and (train.lora_rank or train.ema_decay):
-        raise ConfigError(
-            "embedrl.embedder.strategy=megatron trains all weights and keeps no average; set train.lora_rank and "
-            f"train.ema_decay to 0 or use fsdp2; got {train.lora_rank} and {train.ema_decay}"
-        )
-    if on_cpu and config.strategy != "fsdp2":
-        raise ConfigError(f"embedrl.embedder.strategy must be fsdp2 on a CPU; got {config.strategy}")
-    check_profile(config.path, load_config(config.path), resolve_profile(config.path, config.profile))
+    train, on_cpu = config.train, get_device_name() == "cpu"
+    _check_strategy(config, on_cpu=on_cpu)
+    fitting_profile(config.path, config.profile)
     if train.enable:
         refuse_dropout(load_config(config.path), config.path)
         if train.lora_adapter_path:
@@ -182,6 +163,24 @@ def worker_config(
         checkpoint_config=CheckpointConfig(save_contents=list(save_contents), load_contents=list(CONTENTS)),
         extra_context={"ema_decay": train.ema_decay if train.enable else 0.0},
     )
+
+
+def _check_strategy(config: EmbedderConfig, *, on_cpu: bool) -> None:
+    train = config.train
+    if config.strategy == "megatron" and train.enable and (train.lora_rank or train.ema_decay):
+        raise ConfigError(
+            "embedrl.embedder.strategy=megatron trains all weights and keeps no average; set train.lora_rank and "
+            f"train.ema_decay to 0 or use fsdp2; got {train.lora_rank} and {train.ema_decay}"
+        )
+    if on_cpu and config.strategy != "fsdp2":
+        raise ConfigError(f"embedrl.embedder.strategy must be fsdp2 on a CPU; got {config.strategy}")
+    model_type = load_config(str(config.path)).model_type
+    if config.strategy == "megatron" and model_type not in facts_of(model_type).megatron:
+        converted = ", ".join(kind for facts in FACTS.values() for kind in facts.megatron)
+        raise ConfigError(
+            f"the Embedder under megatron must be one of {converted}, which Megatron-Bridge converts; got "
+            f"{model_type}. Choose fsdp2"
+        )
 
 
 def _check_adapter(folder: Path, train: EmbedderTrainConfig) -> None:
@@ -255,20 +254,11 @@ def _optimizer_config(config: EmbedderConfig, total_steps: int) -> OptimizerConf
 def start_embedder_worker_group(
     run_config: Any, config: EmbedderConfig, resource_pool: Any, *, total_steps: int = 1
 ) -> tuple[RayWorkerGroup, list[ray.ObjectRef]]:
-    """Start the Embedder on a pool, without waiting for its processes.
-
-    Args:
-        run_config: the whole configuration; only `trainer.ray_wait_register_center_timeout` is read.
-        config: the section `embedrl.embedder`.
-        resource_pool: verl's RayResourcePool, shared with other groups or its own.
-        total_steps: updates of the whole run, when the Embedder is trained.
+    """Start the Embedder on a pool (verl's RayResourcePool), without waiting for its processes.
 
     Returns:
         The group, and a reference for each rank that is ready when the rank holds its weights; `ray.get` raises what
         went wrong. What is called on the group before waits for that.
-
-    Raises:
-        ConfigError, EmbedderError: as `worker_config`, before any process starts.
     """
     init = RayClassWithInitArgs(
         cls=ray.remote(EmbedderWorker),
@@ -281,12 +271,3 @@ def start_embedder_worker_group(
         ray_wait_register_center_timeout=run_config.trainer.ray_wait_register_center_timeout,
     )
     return group, group.execute_all_async("reset")
-
-
-def build_embedder_worker_group(
-    run_config: Any, config: EmbedderConfig, resource_pool: Any, *, total_steps: int = 1
-) -> RayWorkerGroup:
-    """`start_embedder_worker_group`; returns when all ranks hold their weights."""
-    group, loaded = start_embedder_worker_group(run_config, config, resource_pool, total_steps=total_steps)
-    ray.get(loaded)
-    return group

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hit@k, recall@k, NDCG@k and MRR@k, with ties broken against the model.
 
-A candidate that ties with a better one (higher grade) ranks above it, so a collapsed model (all scores equal) gets no
-credit.
+Among equal scores the lowest grade ranks first, so a collapsed model (all scores equal) gets no credit.
 A candidate whose score is NaN is not retrieved: it is not in the ranking, and if relevant it still counts in the
 recall's and the ideal's denominator. So NaN also marks what is no candidate of a query (local candidate lists).
 """
@@ -46,8 +45,8 @@ def recall_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: Literal[
 def recall_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: bool = False) -> float | Tensor:
     """Share of the relevant candidates among the first k; 0 for a query without any. Arguments as in `hit_at_k`."""
     grades = _top_grades(scores, relevant, k)
-    found, all_of_them = (grades > 0).sum(dim=1).double(), (relevant > 0).sum(dim=1)
-    return _result(found / all_of_them.clamp(min=1), per_query)
+    found, there = (grades > 0).sum(dim=1).double(), (relevant > 0).sum(dim=1)
+    return _result(found / there.clamp(min=1), per_query)
 
 
 @overload
@@ -101,10 +100,9 @@ def _top_grades(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
         )
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}")
-    if relevant.dtype != torch.bool and not ((relevant >= 0) & (relevant < torch.inf)).all():
+    if not ((relevant >= 0) & (relevant < torch.inf)).all():
         raise ValueError("grades in relevant must be finite and at least 0 (0 = not relevant)")
-    width = min(k, scores.shape[1])
-    return torch.cat([_rank_block(scores[block], relevant[block].double(), width) for block in _blocks(scores)])
+    return torch.cat([_rank_block(scores[block], relevant[block].double(), k) for block in _blocks(scores)])
 
 
 def _blocks(matrix: Tensor) -> list[slice]:
@@ -113,17 +111,9 @@ def _blocks(matrix: Tensor) -> list[slice]:
 
 
 def _rank_block(scores: Tensor, grades: Tensor, k: int) -> Tensor:
+    """The first k grades of each row: by falling score, and among equal scores the lowest grade first."""
     missing = scores.isnan()
-    if missing.any():
-        scores, grades = scores.masked_fill(missing, -torch.inf), grades.masked_fill(missing, 0.0)
-    best, column = scores.topk(k, dim=1)
-    # The candidates that tie with the k-th score: they fill the last places, lowest grades first.
-    last = best[:, -1:]
-    tied = grades.masked_fill(scores != last, torch.inf).topk(k, dim=1, largest=False).values
-    above = best > last
-    place = torch.arange(k, device=scores.device) - above.sum(dim=1, keepdim=True)
-    # The others are in falling order of the score; among equal ones the lowest grade comes first.
-    ranked = grades.gather(1, column)
-    by_grade = ranked.argsort(dim=1, stable=True)
-    order = by_grade.gather(1, best.gather(1, by_grade).argsort(dim=1, descending=True, stable=True))
-    return torch.where(above, ranked.gather(1, order), tied.gather(1, place.clamp(min=0)))
+    scores, grades = scores.masked_fill(missing, -torch.inf), grades.masked_fill(missing, 0.0)
+    by_grade = grades.argsort(dim=1)
+    by_score = scores.gather(1, by_grade).argsort(dim=1, descending=True, stable=True)[:, :k]
+    return grades.gather(1, by_grade.gather(1, by_score))

@@ -70,13 +70,7 @@ def _t_quantile(confidence: float, degrees: int) -> float:
     """t with P(|T| < t) = confidence. With T = sqrt(degrees) tan(a), the density of a is proportional to
     cos(a)**(degrees - 1).
     """
-    steps = 2000
-    width = math.pi / 2 / steps
-    density = [math.cos(i * width) ** (degrees - 1) for i in range(steps + 1)]
-    area = [0.0]  # Simpson's rule over each pair of steps
-    for i in range(0, steps, 2):
-        area.append(area[-1] + width / 3 * (density[i] + 4 * density[i + 1] + density[i + 2]))
-    wanted = confidence * area[-1]
-    i = next(i for i, value in enumerate(area) if value >= wanted)
-    share = (wanted - area[i - 1]) / (area[i] - area[i - 1])
-    return math.sqrt(degrees) * math.tan((i - 1 + share) * 2 * width)
+    angles = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    area = torch.cumulative_trapezoid(angles.cos() ** (degrees - 1), angles)
+    place = int(torch.searchsorted(area, confidence * area[-1]))
+    return math.sqrt(degrees) * math.tan(float(angles[place + 1]))

@@ -17,22 +17,34 @@ from urllib.parse import unquote
 
 import torch
 
-from embedrl_verl.data.identity import ContentId, shares_content
+from embedrl_verl.data.identity import shares_content
 from embedrl_verl.evaluation.metrics import hit_at_k, ndcg_at_k
 
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """One embedded T-CoT: `session` counts the rollouts of a prompt from 0; `embedding` is (D,) float32 or None. `pair`
-    names the prompt, with the side, among those of its source.
+    """One embedded item.
+
+    Attributes:
+        source: data source.
+        side: 0 query, 1 target.
+        session: the rollout of the prompt, from 0.
+        content: ids of the pair's contents (`ContentId`), as many for all rows.
+        embedding: (D,) float; failed if None or not finite.
+        pair: names the prompt, with the side, among those of its source.
     """
 
     source: str
     side: int
     session: int
-    content: ContentId
+    content: tuple[int, ...]
     embedding: torch.Tensor | None
     pair: str = ""
+
+    @property
+    def vector(self) -> torch.Tensor | None:
+        """The embedding; None if the row has failed."""
+        return self.embedding if self.embedding is not None and self.embedding.isfinite().all() else None
 
 
 class RetrievalValidation:
@@ -58,42 +70,46 @@ class RetrievalValidation:
             a prompt the metrics are averaged over them. Empty when there are no rows.
         """
         known = {_identity(row) for row in self._rows}
-        rows = [*self._rows, *(row for row in expected if _identity(row) not in known)]
         by_source: dict[str, list[ValidationRow]] = defaultdict(list)
-        for row in rows:
+        for row in [*self._rows, *(row for row in expected if _identity(row) not in known)]:
             by_source[metric_name(row.source)].append(row)
         self._rows = []
         result: dict[str, float] = {}
-        means: dict[str, list[float]] = defaultdict(list)
+        of_sources: dict[str, list[float]] = defaultdict(list)
         for source, rows in sorted(by_source.items()):
-            result[f"val-aux/{source}/failed_rows"] = float(sum(row.embedding is None for row in rows))
+            result[f"val-aux/{source}/failed_rows"] = float(sum(row.vector is None for row in rows))
             sessions = sorted({row.session for row in rows})
             scores = [self._score([row for row in rows if row.session == session]) for session in sessions]
             for name in scores[0]:
-                values = [score[name] for score in scores]
-                result[f"val-core/{source}/{name}"] = sum(values) / len(values)
-                means[name].append(result[f"val-core/{source}/{name}"])
-        for name, values in means.items():
-            result[f"val-core/all/{name}"] = sum(values) / len(values)
-        return result
+                mean = _mean([score[name] for score in scores])
+                result[f"val-core/{source}/{name}"] = mean
+                of_sources[name].append(mean)
+        return result | {f"val-core/all/{name}": _mean(values) for name, values in of_sources.items()}
 
     def _score(self, rows: list[ValidationRow]) -> dict[str, float]:
-        queries = [row for row in rows if row.side == 0]
-        targets = [row for row in rows if row.side == 1]
-        names = ("hit@1", f"ndcg@{self._ndcg_k}")
-        if not queries or not targets:
-            return dict.fromkeys(names, 0.0)
-        width = next((row.embedding.numel() for row in rows if row.embedding is not None), 1)
-        similarity = _stack(queries, width) @ _stack(targets, width).T
-        relevant = shares_content(_contents(queries), _contents(targets))
-        return {
-            names[0]: float(hit_at_k(similarity, relevant, 1)),
-            names[1]: float(ndcg_at_k(similarity, relevant, self._ndcg_k)),
-        }
+        queries, targets = ([row for row in rows if row.side == side] for side in (0, 1))
+        hit, ndcg = 0.0, 0.0
+        if queries and targets:
+            width = next((len(row.vector) for row in rows if row.vector is not None), 1)
+            similarity = _vectors(queries, width) @ _vectors(targets, width).T
+            contents = (torch.tensor([row.content for row in side], dtype=torch.int64) for side in (queries, targets))
+            relevant = shares_content(*contents)
+            hit, ndcg = hit_at_k(similarity, relevant, 1), ndcg_at_k(similarity, relevant, self._ndcg_k)
+        return {"hit@1": hit, f"ndcg@{self._ndcg_k}": ndcg}
 
 
 def _identity(row: ValidationRow) -> tuple[str, int, int, str]:
     return row.source, row.side, row.session, row.pair
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _vectors(rows: list[ValidationRow], width: int) -> torch.Tensor:
+    """(rows, width) float32; a failed row is NaN, which the metrics count as not retrieved."""
+    failed = torch.full((width,), float("nan"))
+    return torch.stack([failed if row.vector is None else row.vector.float() for row in rows])
 
 
 def roster(dataset: Any, sessions: int) -> list[ValidationRow]:
@@ -103,10 +119,9 @@ def roster(dataset: Any, sessions: int) -> list[ValidationRow]:
         dataset: a `TCoTDataset`.
         sessions: rollouts of a prompt.
     """
-    pairs = zip(dataset.pair_sources, dataset.pair_ids, dataset.contents, strict=True)
     return [
         ValidationRow(source, side, session, content, None, pair_id)
-        for source, pair_id, content in pairs
+        for source, pair_id, content in zip(dataset.pair_sources, dataset.pair_ids, dataset.contents, strict=True)
         for side in (0, 1)
         for session in range(sessions)
     ]
@@ -143,16 +158,6 @@ def card_scores(metrics: Mapping[str, float]) -> dict[str, float]:
         kind, *rest = name.removeprefix("raw/").split("/")
         if kind == "val-core" and len(rest) == 2:
             source, metric = rest
-            named = "all" if source == "all" else repr(unquote(source)) if unquote(source) == "all" else unquote(source)
+            named = "'all'" if source != "all" and unquote(source) == "all" else unquote(source)
             scores[f"{metric} ({named}{', raw input' if name.startswith('raw/') else ''})"] = float(value)
     return scores
-
-
-def _contents(rows: list[ValidationRow]) -> torch.Tensor:
-    return torch.tensor([row.content for row in rows], dtype=torch.int64)
-
-
-def _stack(rows: list[ValidationRow], width: int) -> torch.Tensor:
-    """(rows, width) float32; a failed row is NaN, which the metrics count as not retrieved."""
-    missing = torch.full((width,), float("nan"))
-    return torch.stack([missing if row.embedding is None else row.embedding.float() for row in rows])

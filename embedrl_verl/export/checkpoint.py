@@ -15,15 +15,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.export.record import EMBEDDER_STAGES, REASONER_STAGES, TrainingRecord, read_record
+from embedrl_verl.export.record import TrainingRecord, read_record
 
 Kind = Literal["embedder", "reasoner"]
 Storage = Literal["fsdp", "files", "megatron"]
 _STEP = re.compile(r"global_step_(\d+)")
 _FOLDERS: dict[str, Kind] = {"actor": "reasoner", "embedder": "embedder"}
+_STAGES: dict[str | None, Kind] = {
+    **dict.fromkeys(("contrastive", "embedder"), "embedder"),
+    **dict.fromkeys(("sft", "rl", "egrl", "eg_rl", "grpo", "reasoner"), "reasoner"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Checkpoint:
         kind: what the model is.
         storage: how its weights are stored.
         huggingface: folder with config.json and the tokenizer's and processor's files.
-        record: what `training.json` says; None without the file.
+        record: what `training.json` says; empty without the file.
         step: training step by the record or the step folder's name; None = unknown.
     """
 
@@ -43,7 +47,7 @@ class Checkpoint:
     kind: Kind
     storage: Storage
     huggingface: Path
-    record: TrainingRecord | None
+    record: TrainingRecord
     step: int | None
 
 
@@ -57,65 +61,48 @@ def find_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
     Raises:
         ConfigError: no such folder, no configuration or weights in it, or a kind that cannot be told.
     """
-    if kind is not None and kind not in get_args(Kind):
-        raise ConfigError(f"kind must be {' or '.join(get_args(Kind))}; got {kind!r}")
+    if kind not in (None, *_FOLDERS.values()):
+        raise ConfigError(f"kind must be embedder or reasoner; got {kind!r}")
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"a checkpoint is a folder; {folder} is none. Name a folder such as .../global_step_40/actor")
-    inner = {_FOLDERS[name]: folder / name for name in _FOLDERS if (folder / name).is_dir()}
-    if inner and not _storage(folder):
+    inner: dict[str, Path] = {what: folder / name for name, what in _FOLDERS.items() if (folder / name).is_dir()}
+    if inner and not _weights(folder):
         if kind is None and len(inner) > 1:
             raise ConfigError(f"{folder} holds an actor and an embedder; say which with --kind reasoner or embedder")
         if kind is not None and kind not in inner:
             raise ConfigError(f"{folder} holds no {kind}, only: {', '.join(path.name for path in inner.values())}")
-        folder = inner[kind] if kind in inner else next(iter(inner.values()))
-    storage = _storage(folder)
-    if storage is None:
+        folder = inner[next(iter(inner)) if kind is None else kind]
+    weights = _weights(folder)
+    if weights is None:
         raise ConfigError(
             f"{folder} has no weights: neither model_world_size_*_rank_*.pt nor huggingface/*.safetensors nor "
             "model/dist_ckpt. Save 'model' in checkpoint.save_contents, or name another folder"
         )
-    huggingface = folder / "huggingface" if storage == "fsdp" or _has_files(folder / "huggingface") else None
-    huggingface = huggingface or folder / "model" / "huggingface"
+    storage, huggingface = weights
     if not (huggingface / "config.json").is_file():
         raise ConfigError(
             f"{folder} has no {huggingface.relative_to(folder)}/config.json, which verl writes beside the weights; "
             "copy that folder from another step of the same run"
         )
-    record = read_record(folder)
-    return Checkpoint(folder, _kind(folder, kind, record), storage, huggingface, record, _step(folder, record))
+    record = read_record(folder) or TrainingRecord()
+    known = kind or _FOLDERS.get(folder.resolve().name) or _STAGES.get(record.stage)
+    if known is None:
+        raise ConfigError(
+            f"{folder}: neither the folder's name (actor, embedder) nor a training.json tells what the model is; "
+            "add --kind embedder or --kind reasoner"
+        )
+    named = (_STEP.fullmatch(part.name) for part in (folder.resolve(), folder.resolve().parent))
+    step = next((int(match[1]) for match in named if match), None) if record.step is None else record.step
+    return Checkpoint(folder, "embedder" if known == "embedder" else "reasoner", storage, huggingface, record, step)
 
 
-def _storage(folder: Path) -> Storage | None:
+def _weights(folder: Path) -> tuple[Storage, Path] | None:
+    """How the weights are stored, and the folder of their configuration."""
+    megatron = folder / "model" / "huggingface"
     if any(folder.glob("model_world_size_*_rank_*.pt")):
-        return "fsdp"
-    if _has_files(folder / "huggingface") or _has_files(folder / "model" / "huggingface"):
-        return "files"
-    return "megatron" if (folder / "model" / "dist_ckpt").is_dir() or (folder / "dist_ckpt").is_dir() else None
-
-
-def _has_files(huggingface: Path) -> bool:
-    return any(huggingface.glob("*.safetensors"))
-
-
-def _step(folder: Path, record: TrainingRecord | None) -> int | None:
-    if record is not None and record.step is not None:
-        return record.step
-    named = (_STEP.fullmatch(path.name) for path in (folder.resolve(), folder.resolve().parent))
-    return next((int(match[1]) for match in named if match), None)
-
-
-def _kind(folder: Path, kind: str | None, record: TrainingRecord | None) -> Kind:
-    if kind is not None:
-        return "embedder" if kind == "embedder" else "reasoner"
-    name = folder.resolve().name
-    if name in _FOLDERS:
-        return _FOLDERS[name]
-    if record is not None and record.stage in EMBEDDER_STAGES:
-        return "embedder"
-    if record is not None and record.stage in REASONER_STAGES:
-        return "reasoner"
-    raise ConfigError(
-        f"{folder}: neither the folder's name (actor, embedder) nor a training.json tells what the model is; "
-        "add --kind embedder or --kind reasoner"
-    )
+        return "fsdp", folder / "huggingface"
+    for huggingface in (folder / "huggingface", megatron):
+        if any(huggingface.glob("*.safetensors")):
+            return "files", huggingface
+    return ("megatron", megatron) if (folder / "model" / "dist_ckpt").is_dir() else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adapters in a checkpoint: merged into the weights that they adapt.
+"""Low-rank adapters in a checkpoint: peft merges them into the weights that they adapt.
 
 In the state of a peft model a weight W is called `base_model.model.<module>.base_layer.weight`, and beside it are
 `lora_A` (r, in) and `lora_B` (out, r). Merged: W + alpha / r * B A, computed in float32 and rounded once to W's dtype.
@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.weights import check_weights
 
 META_FILE = "lora_train_meta.json"
 PREFIX = "base_model.model."
-_PART = re.compile(
-    r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<side>[AB])(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"
-)
+_PART = re.compile(r"(.+)(\.lora_(?:embedding_)?[AB])(?:\.default)?(\.weight)?")
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,30 @@ class Adapter:
 
     Attributes:
         rank, alpha, task_type: as peft's LoraConfig has them; the scale is alpha / rank.
-        linear: module -> (A (r, in), B (out, r)); of a convolution A is (r, in, *kernel), B (out, r, 1...).
-        tables: embedding module -> (A (r, rows), B (dim, r)).
+        weights: module, and what of it (`.lora_A`, `.weight`), -> tensor.
     """
 
     rank: int
     alpha: int
     task_type: str | None
-    linear: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    tables: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    weights: dict[tuple[str, str, str], torch.Tensor]
+
+    def config(self, base_model: str | None = None) -> LoraConfig:
+        """peft's configuration; `base_model`: its name, as it may be published."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=sorted({module for module, _, _ in self.weights}),
+            task_type=self.task_type,
+            base_model_name_or_path=base_model,
+            inference_mode=True,
+        )
+
+    def write(self, folder: Path, base_model: str | None) -> None:
+        """Write the adapter as peft does (`adapter_config.json`, `adapter_model.safetensors`)."""
+        self.config(base_model).save_pretrained(str(folder))
+        tensors = {PREFIX + "".join(name): tensor.contiguous() for name, tensor in self.weights.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def split_adapter(state: dict[str, torch.Tensor], folder: Path) -> tuple[dict[str, torch.Tensor], Adapter | None]:
@@ -45,101 +62,59 @@ def split_adapter(state: dict[str, torch.Tensor], folder: Path) -> tuple[dict[st
 
     Args:
         state: as `read_shards` gives it.
-        folder: the checkpoint, for its `lora_train_meta.json`.
+        folder: the checkpoint, for its `lora_train_meta.json`, which verl's checkpoint manager writes.
 
     Raises:
-        ConfigError: several adapters, half of one, or no (or another) rank and alpha in `lora_train_meta.json`.
+        ConfigError: no rank and alpha in `lora_train_meta.json`.
     """
-    sides: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
-    adapters: set[str] = set()
     base: dict[str, torch.Tensor] = {}
+    weights: dict[tuple[str, str, str], torch.Tensor] = {}
     for name, tensor in state.items():
-        plain = name.removeprefix(PREFIX)
-        part = _PART.fullmatch(plain)
-        if part is None:
-            base[plain.replace(".base_layer.", ".")] = tensor
-            continue
-        adapters.add(part["adapter"] or "default")
-        sides.setdefault((part["module"], part["table"] is not None), {})[part["side"]] = tensor
-    if not sides:
+        name = name.removeprefix(PREFIX)
+        if part := _PART.fullmatch(name):
+            weights[part[1], part[2], part[3] or ""] = tensor
+        else:
+            base[name.replace(".base_layer.", ".")] = tensor
+    if not weights:
         return base, None
-    if len(adapters) > 1:
-        raise ConfigError(f"{folder}: only one adapter can be merged; the checkpoint has {', '.join(sorted(adapters))}")
-    half = sorted(module for (module, _), both in sides.items() if set(both) != {"A", "B"})
-    if half:
-        raise ConfigError(f"{folder}: an adapter needs lora_A and lora_B; {', '.join(half[:5])} has only one of them")
-    pairs = {key: (both["A"], both["B"]) for key, both in sides.items()}
-    rank, alpha, task_type = _read_meta(folder / META_FILE)
-    for (module, _), (low, _high) in pairs.items():
-        if low.shape[0] != rank:
-            raise ConfigError(f"{folder / META_FILE}: r is {rank}, but {module} has rank {low.shape[0]}")
-    linear = {module: pair for (module, table), pair in pairs.items() if not table}
-    tables = {module: pair for (module, table), pair in pairs.items() if table}
-    return base, Adapter(rank, alpha, task_type, linear, tables)
-
-
-def merge_adapter(base: dict[str, torch.Tensor], adapter: Adapter) -> dict[str, torch.Tensor]:
-    """`base` with the adapter in it; other weights are the same objects.
-
-    Raises:
-        ConfigError: a module of the adapter has no weight in `base`, or one of another shape.
-    """
-    merged = dict(base)
-    scale = adapter.alpha / adapter.rank
-    updates = {
-        module: (high.float().flatten(1) @ low.float().flatten(1)).reshape(len(high), *low.shape[1:])
-        for module, (low, high) in adapter.linear.items()
-    }
-    updates |= {module: (high.float() @ low.float()).T for module, (low, high) in adapter.tables.items()}
-    for module, update in updates.items():
-        weight = base.get(f"{module}.weight")
-        if weight is None or weight.shape != update.shape:
-            found = "nothing" if weight is None else tuple(weight.shape)
-            raise ConfigError(f"the adapter of {module} needs a weight of {tuple(update.shape)}; the model has {found}")
-        merged[f"{module}.weight"] = (weight.float() + update * scale).to(weight.dtype)
-    return merged
-
-
-def write_adapter(adapter: Adapter, folder: Path, base_model: str | None) -> None:
-    """Write the adapter as peft does (`adapter_config.json`, `adapter_model.safetensors`).
-
-    Args:
-        base_model: the model it adapts, as it may be published; None = unknown.
-    """
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        target_modules=sorted([*adapter.linear, *adapter.tables]),
-        task_type=adapter.task_type,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
-    tensors = {}
-    for module, (low, high) in adapter.linear.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = low, high
-    for module, (low, high) in adapter.tables.items():
-        tensors[f"{PREFIX}{module}.lora_embedding_A"], tensors[f"{PREFIX}{module}.lora_embedding_B"] = low, high
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-
-
-def _read_meta(file: Path) -> tuple[int, int, str | None]:
-    """(r, lora_alpha, task_type) that verl's checkpoint manager wrote."""
+    file = folder / META_FILE
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-        rank, alpha = int(meta["r"]), int(meta["lora_alpha"])
+        return base, Adapter(int(meta["r"]), int(meta["lora_alpha"]), meta.get("task_type"), weights)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the checkpoint has LoRA weights, so {file} must say r and lora_alpha, without which they cannot be "
             f"scaled ({type(error).__name__}: {error}); write it as verl does: "
             '{"r": 32, "lora_alpha": 64, "task_type": "CAUSAL_LM"}'
         ) from error
-    if rank < 1 or alpha <= 0:
-        raise ConfigError(f"{file}: r and lora_alpha must be positive; got {rank} and {alpha}")
-    return rank, alpha, meta.get("task_type")
+
+
+def merge_adapter(
+    state: dict[str, torch.Tensor], adapter: Adapter, model: PreTrainedModel, where: str
+) -> dict[str, torch.Tensor]:
+    """The weights with the adapter in them.
+
+    Args:
+        state: as `complete` returns it; changed in place.
+        model: as `empty_model` makes it; used up.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: half of an adapter, one of another rank or model, or of a weight that is used in two places.
+    """
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    if shared := sorted(module for module, _, _ in adapter.weights if f"{module}.weight" in tied):
+        raise ConfigError(
+            f"{where}: {shared[0]} is used in two places (tie_word_embeddings): it cannot be adapted in one"
+        )
+    model.load_state_dict(state, strict=False, assign=True)
+    try:
+        wrapped = get_peft_model(model, adapter.config(), low_cpu_mem_usage=True)
+    except ValueError as error:  # a module that the model does not have, or that takes no adapter
+        raise ConfigError(f"{where}: the adapter does not fit {type(model).__name__}: {error}") from error
+    parts = {f"{PREFIX}{module}{side}.default{kind}": one for (module, side, kind), one in adapter.weights.items()}
+    wanted = {name: one for name, one in wrapped.state_dict().items() if ".lora_" in name}
+    check_weights(parts, wanted, where, f"an adapter of rank {adapter.rank} ({META_FILE})")
+    wrapped.load_state_dict({name: one.float() for name, one in parts.items()}, strict=False, assign=True)
+    merged = wrapped.merge_and_unload().state_dict()
+    return {name: merged[name] for name in state}

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 
 RECORD_FILE = "training.json"
-EMBEDDER_STAGES = frozenset({"contrastive", "embedder"})
-REASONER_STAGES = frozenset({"sft", "rl", "egrl", "eg_rl", "grpo", "reasoner"})
 _STARTS = ("/", "~", "./", "../", "file://")
 _WORD = r"[^\s/,;:='\"|()\[\]]+"
 # One slash is a hub id unless it names a file; two and more are a path.
@@ -29,44 +29,48 @@ _PATH = re.compile(rf"(?<![\w:/.])(?:file://)?(?:~|\.{{1,2}})?/(?:{_WORD}/)*({_W
 _WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\(?:[^\\\s]+\\)*([^\\\s]+)\\?")
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
+class DataSource(NamedTuple):
+    """A source of the training data; `pairs` None = unknown."""
+
+    source: str
+    pairs: int | None = None
+
+
+class TrainingRecord(BaseModel):
     """The content of a `training.json`; empty or None where it says nothing."""
+
+    model_config = ConfigDict(strict=True)
 
     stage: str | None = None
     step: int | None = None
     base_model: str | None = None
-    data: tuple[tuple[str, int | None], ...] = ()
-    """(source, number of pairs or None)."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
+    data: tuple[str | DataSource, ...] = ()
+    settings: dict[str, Any] = {}
+    scores: dict[str, float] = {}
 
 
 def read_record(folder: Path) -> TrainingRecord | None:
     """The record in a checkpoint folder or in its parent; None if neither has one.
 
     Raises:
-        ConfigError: the file is not JSON, or a key has another type than the module's docstring says.
+        ConfigError: the file is no JSON object, or a key has another type than above.
     """
     for file in (folder / RECORD_FILE, folder.resolve().parent / RECORD_FILE):
         if file.is_file():
-            break
-    else:
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} must be a JSON object: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} must be a JSON object; got {type(content).__name__}")
-    return TrainingRecord(
-        stage=_typed(file, content, "stage", str),
-        step=_typed(file, content, "step", int),
-        base_model=_typed(file, content, "base_model", str),
-        data=tuple(_source(file, entry) for entry in _typed(file, content, "data", list) or ()),
-        settings=_typed(file, content, "settings", dict) or {},
-        scores=_scores(file, _typed(file, content, "scores", dict) or {}),
-    )
+            try:
+                return TrainingRecord.model_validate_json(file.read_bytes())
+            except ValidationError as error:
+                wrong = error.errors()[0]
+                key = ".".join(map(str, wrong["loc"])) or "the file"
+                raise ConfigError(f"{file}: {key}: {wrong['msg']}; got {wrong['input']!r:.200}") from error
+    return None
+
+
+def write_record(folder: Path, record: TrainingRecord) -> None:
+    """Write `training.json` into a checkpoint folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = [one if isinstance(one, str) else one._asdict() for one in record.data]
+    write_atomically(folder / RECORD_FILE, json.dumps(record.model_dump() | {"data": data}, indent=1) + "\n")
 
 
 def public_text(value: object) -> str:
@@ -81,25 +85,3 @@ def public_text(value: object) -> str:
 def public_model(name: str) -> str:
     """The name of a model as it may be published: a hub id whole, of a folder on this machine the last component."""
     return Path(name).resolve().name if Path(name).exists() else public_text(name)
-
-
-def _typed(file: Path, content: dict[str, Any], key: str, kind: type) -> Any:
-    value = content.get(key)
-    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-        raise ConfigError(f"{file}: {key} must be of type {kind.__name__}; got {value!r}")
-    return value
-
-
-def _source(file: Path, entry: object) -> tuple[str, int | None]:
-    if isinstance(entry, str):
-        return entry, None
-    if isinstance(entry, dict) and isinstance(entry.get("source"), str):
-        return entry["source"], _typed(file, entry, "pairs", int)
-    raise ConfigError(f'{file}: an entry of data must be a string or {{"source": str, "pairs": int}}; got {entry!r}')
-
-
-def _scores(file: Path, scores: dict[str, Any]) -> dict[str, float]:
-    for name, value in scores.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{file}: the score {name} must be a number; got {value!r}")
-    return {name: float(value) for name, value in scores.items()}

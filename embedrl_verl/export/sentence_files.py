@@ -19,48 +19,49 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.template import embedding_template
-from embedrl_verl.families import Family, facts_of
+from embedrl_verl.families import facts_of
 
-_MODALITIES = ("text", "image", "video", "message")
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 
 
-def sentence_files(processor: EmbedProcessor, family: Family, dim: int) -> dict[str, Any]:
-    """File name -> content, to be written as JSON.
+def write_sentence_files(processor: EmbedProcessor, dim: int, folder: Path) -> None:
+    """Write the files into a folder.
 
     Args:
-        processor: of the exported folder: profile, limits, tokenizer, longest prompt.
-        family: of the model.
+        processor: of the exported folder: profile, family, limits, tokenizer, longest prompt.
         dim: D, the length of a vector in numbers.
     """
-    template = embedding_template(processor.profile, processor.limits, family, processor.max_length)
+    limits = processor.limits
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
-    modalities = {name: dict(output) for name in _MODALITIES}
-    modalities["message"]["format"] = "structured"
-    modules = ("Transformer", "Pooling", "Normalize")
-    return {
+    video = _pixels(*limits.tokens(is_frame=True), limits.token_side)
+    if facts_of(processor.family).limits_whole_clip:
+        video["longest_edge"] *= limits.max_frames
+    contents: dict[str, Any] = {
         "modules.json": [
-            {
-                "idx": index,
-                "name": str(index),
-                "path": f"{index}_{name}" if index else "",
-                "type": f"sentence_transformers.models.{name}",
-            }
-            for index, name in enumerate(modules)
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for index, (path, module) in enumerate(
+                [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+            )
         ],
         "sentence_bert_config.json": {
             "transformer_task": "feature-extraction",
-            "modality_config": modalities,
+            "modality_config": {
+                **dict.fromkeys(("text", "image", "video"), output),
+                "message": {**output, "format": "structured"},
+            },
             "module_output_name": "token_embeddings",
             "unpad_inputs": False,
             "processing_kwargs": {
-                "chat_template": {"chat_template": template},
+                "chat_template": {
+                    "chat_template": embedding_template(
+                        processor.profile, limits, processor.family, processor.max_length
+                    )
+                },
                 "text": {"padding_side": "left", "max_length": processor.max_length},
-                "image": {"size": _pixels(processor.limits, is_frame=False)},
-                "video": {"size": _video_pixels(processor.limits, family), "do_sample_frames": False},
+                "image": {"size": _pixels(*limits.tokens(is_frame=False), limits.token_side)},
+                "video": {"size": video, "do_sample_frames": False},
             },
         },
         "1_Pooling/config.json": {
@@ -71,40 +72,27 @@ def sentence_files(processor: EmbedProcessor, family: Family, dim: int) -> dict[
         "2_Normalize/config.json": {},
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
-            "__version__": _versions(),
+            "__version__": _versions("sentence-transformers", "transformers"),
             "prompts": {},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
     }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_sentence_files(files: dict[str, Any], folder: Path) -> None:
-    """Write what `sentence_files` returned."""
-    for name, content in files.items():
-        file = folder / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _pixels(fewest: int, most: int, token_side: int) -> dict[str, int]:
+    return {"shortest_edge": fewest * token_side**2, "longest_edge": most * token_side**2}
 
 
-def _pixels(limits: MediaLimits, *, is_frame: bool) -> dict[str, int]:
-    low, high = limits.tokens(is_frame=is_frame)
-    return {"shortest_edge": low * limits.token_side**2, "longest_edge": high * limits.token_side**2}
-
-
-def _video_pixels(limits: MediaLimits, family: Family) -> dict[str, int]:
-    size = _pixels(limits, is_frame=True)
-    if facts_of(family).limits_whole_clip:
-        size["longest_edge"] *= limits.max_frames
-    return size
-
-
-def _versions() -> dict[str, str]:
+def _versions(*packages: str) -> dict[str, str]:
     """Versions that the files were written for; a package that is not installed is left out."""
     found = {}
-    for name, package in (("sentence_transformers", "sentence-transformers"), ("transformers", "transformers")):
+    for package in packages:
         try:
-            found[name] = version(package)
+            found[package.replace("-", "_")] = version(package)
         except PackageNotFoundError:
             continue
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Complete weights under the names of the modules, read, checked and written.
+"""Complete weights under the names of the modules: read, and checked against the model.
 
 The files carry the module names of the generation class (`model.language_model.layers...`, `model.visual...`). What
 `save_pretrained` writes for Qwen2-VL and Qwen2.5-VL instead, `model.layers...` and `visual...`, is renamed when the
@@ -15,17 +15,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from embedrl_verl.errors import ConfigError, ResourceError
 
-MAX_SHARD_SIZE = "5GB"
 _OLD_NAMES = (
     (re.compile(r"^visual\."), "model.visual."),
     (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
@@ -44,14 +43,12 @@ def read_files(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            tensors = load_file(file)
+            tensors = {module_name(name): tensor for name, tensor in load_file(file).items()}
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{file} cannot be read: {error}; copy it again") from error
-        for name, tensor in tensors.items():
-            name = module_name(name)
-            if name in state:
-                raise ConfigError(f"{folder}: the files hold {name} twice; leave one set of weights in the folder")
-            state[name] = tensor
+        if twice := sorted(state.keys() & tensors.keys()):
+            raise ConfigError(f"{folder}: the files hold {twice[0]} twice; leave one set of weights in the folder")
+        state |= tensors
     return state
 
 
@@ -62,13 +59,12 @@ def module_name(name: str) -> str:
     return name
 
 
-def merge_megatron(folder: Path, huggingface: Path, target: Path) -> dict[str, torch.Tensor]:
-    """Weights of a Megatron `dist_ckpt`, by verl's own merger in a process of its own (it needs a GPU).
+def read_megatron(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint's `model/dist_ckpt`, by verl's own merger in a process of its own (it needs a GPU).
 
     Args:
         folder: the checkpoint.
-        huggingface: its configuration, where verl's merger looks for it too.
-        target: empty folder for what the merger writes.
+        scratch: folder for what the merger writes; stays as long as the weights are used.
 
     Raises:
         ResourceError: Megatron is not installed.
@@ -79,19 +75,15 @@ def merge_megatron(folder: Path, huggingface: Path, target: Path) -> dict[str, t
             f"{folder} is a Megatron checkpoint, which needs megatron-core to be read, and it is not installed. "
             "Export where the run was trained (docs/gpu.md), or save huggingface weights during training"
         )
-    if huggingface.resolve() != (folder / "model" / "huggingface").resolve():
-        raise ConfigError(
-            f"{folder}: verl's merger reads model/huggingface and model/dist_ckpt; move the folders there"
-        )
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "megatron"]
-    command += ["--local_dir", str(folder), "--target_dir", str(target)]
+    command += ["--local_dir", str(folder), "--target_dir", str(scratch)]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     if done.returncode != 0:
         raise ConfigError(
             f"{folder}: verl's merger gave up with code {done.returncode}; save huggingface weights during training "
             f"instead (mbridge). Its last lines:\n{done.stdout[-1500:]}"
         )
-    return read_files(target)
+    return read_files(scratch)
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -106,7 +98,6 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     except ValueError as error:
         raise ConfigError(f"{config.model_type} has no generation class for images and text: {error}") from error
-    model.tie_weights()
     return model
 
 
@@ -121,52 +112,41 @@ def complete(state: dict[str, torch.Tensor], model: PreTrainedModel, where: str)
     Raises:
         ConfigError: a name is missing or unknown, a shape is another, or two copies of a shared weight differ.
     """
-    state = dict(state)
-    for alias, name in _aliases(model).items():
+    state, tied = dict(state), model.all_tied_weights_keys
+    for alias, name in tied.items():
         if alias in state and name in state and not torch.equal(state[alias], state[name]):
             raise ConfigError(
                 f"{where}: config.json says that {alias} and {name} are one weight (tie_word_embeddings), but they "
                 "differ. Set tie_word_embeddings to false in the checkpoint's huggingface/config.json"
             )
         if alias in state:
-            shared = state.pop(alias)
-            state.setdefault(name, shared)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in _aliases(model)}
-    missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
-    wrong = [name for name in sorted(shapes.keys() & state.keys()) if shapes[name] != state[name].shape]
-    if missing or unknown or wrong:
-        raise ConfigError(
-            f"{where}: the weights must be those of {type(model).__name__}, all and no others. "
-            f"{_count('missing', missing)}; {_count('unknown', unknown)}; {_count('of another shape', wrong)}. "
-            "Does huggingface/config.json belong to these weights?"
-        )
+            state.setdefault(name, state.pop(alias))
+    wanted = {name: weight for name, weight in model.state_dict().items() if name not in tied}
+    check_weights(state, wanted, where, f"{type(model).__name__} (huggingface/config.json)")
     return state
 
 
-def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
-    """The floating dtype of most numbers: what config.json has to say, so that loading casts nothing."""
+def check_weights(
+    state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: str, owner: str
+) -> None:
+    """Refuse what is missing, unknown or of another shape than the `wanted` weights of `owner`, by name."""
+    other = {
+        "missing": wanted.keys() - state.keys(),
+        "unknown": state.keys() - wanted.keys(),
+        "of another shape": {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape},
+    }
+    told = [f"{what}: {len(names)} ({', '.join(sorted(names)[:5])})" for what, names in other.items() if names]
+    if told:
+        raise ConfigError(
+            f"{where}: the weights must be those of {owner}, all and no others. {'; '.join(told)}. Copy the "
+            "checkpoint's files of one run and step together"
+        )
+
+
+def main_dtype(state: dict[str, torch.Tensor]) -> str:
+    """The floating dtype of most numbers, such as float32; config.json names it, so that loading casts nothing."""
     count: Counter[torch.dtype] = Counter()
     for tensor in state.values():
         if tensor.is_floating_point():
             count[tensor.dtype] += tensor.numel()
-    return count.most_common(1)[0][0]
-
-
-def write_files(state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write `model.safetensors`, or parts of 5 GB and their index."""
-    save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
-
-
-def _aliases(model: PreTrainedModel) -> dict[str, str]:
-    """Second name -> first name of each weight that the model uses in two places."""
-    first: dict[int, str] = {}
-    aliases = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(weight), name) != name:
-            aliases[name] = first[id(weight)]
-    return aliases
-
-
-def _count(what: str, names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{what}: {len(names)}" + (f" ({', '.join(names[:shown])}{more})" if names else "")
+    return str(count.most_common(1)[0][0]).removeprefix("torch.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan says: the lines of `embedrl_verl.plan`, topic by topic, from a configuration that has been checked."""
+"""What a plan says: its lines, topic by topic, from a configuration that has been checked."""
 
 from __future__ import annotations
 
@@ -7,27 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.config import EmbedRLConfig
+from embedrl_verl.config.batch import SEPARATE, SIDES, BatchPlan, is_megatron, mini_batches, replica_size
+from embedrl_verl.config.rules import COLOCATE, files_of
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.plan.batch import SIDES, BatchPlan
 from embedrl_verl.platforms.needs import problems
-from embedrl_verl.trainer.checks_async import COLOCATE, SEPARATE, mini_batches, replica_size
+
+Lines = list[tuple[str, str]]
 
 
-def is_megatron(config: Any) -> bool:
-    """Whether the actor is on verl's Megatron engine."""
-    return str(config.actor_rollout_ref.actor.strategy) == "megatron"
-
-
-def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[tuple[str, str]]:
+def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> Lines:
     """Devices, and what runs on them."""
     import torch
 
-    actor = config.actor_rollout_ref.actor
-    nodes, per_node = int(config.trainer.nnodes), int(config.trainer.n_gpus_per_node)
-    if str(config.trainer.device) == "cpu":
+    actor, trainer = config.actor_rollout_ref.actor, config.trainer
+    nodes, per_node = int(trainer.nnodes), int(trainer.n_gpus_per_node)
+    on_cpu = str(trainer.device) == "cpu"
+    unit = "CPU process" if on_cpu else "GPU"
+    if on_cpu:
         devices = f"{_count(batch.devices, 'process')} on the CPU (gloo)"
-        unit = "CPU process"
     else:
         here = torch.cuda.device_count()
         known = "as here" if nodes == 1 and here == per_node else f"simulated: this machine has {here}"
@@ -36,18 +34,16 @@ def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[
         if others:
             named = ", ".join(f"{count} for {what}" for what, count in others.items())
             devices += f" for training, {named}: {batch.devices + sum(others.values())} in all"
-        unit = "GPU"
+    engine = str(actor.strategy)
     if is_megatron(config):
         mesh = actor.megatron
         engine = (
             f"Megatron, TP {mesh.tensor_model_parallel_size} x PP {mesh.pipeline_model_parallel_size} x "
-            f"CP {mesh.context_parallel_size}, {_count(batch.data_parallel, 'data-parallel rank')}"
+            f"CP {mesh.context_parallel_size}"
         )
-    else:
-        engine = f"{actor.strategy}, {_count(batch.data_parallel, 'data-parallel rank')}"
     return [
         ("devices", devices),
-        ("actor", engine),
+        ("actor", f"{engine}, {_count(batch.data_parallel, 'data-parallel rank')}"),
         ("rollout", _rollout(config, batch, unit)),
         ("mode", _mode(config)),
         ("embedder", _embedder(section, batch, unit)),
@@ -57,17 +53,18 @@ def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[
 def _other_gpus(config: Any, section: EmbedRLConfig) -> dict[str, int]:
     """GPUs that the run needs beside those of training, by what for."""
     rollout, judge, embedder = config.actor_rollout_ref.rollout, config.reward.reward_model, section.embedder
-    found = {}
-    if config.trainer.v1.trainer_mode == SEPARATE:
-        found["rollouts"] = int(rollout.nnodes) * int(rollout.n_gpus_per_node)
-    if judge.enable and judge.enable_resource_pool:
-        found["the judge"] = int(judge.nnodes) * int(judge.n_gpus_per_node)
-    if embedder.backend == "worker":
-        found["the Embedder"] = embedder.nnodes * embedder.n_gpus_per_node
-    elif embedder.backend == "server" and not embedder.server.urls:
-        found["the Embedder"] = embedder.server.servers * embedder.server.n_gpus_per_server
-    elif embedder.backend == "sentence_transformers":
-        found["the Embedder"] = embedder.sentence.n_gpus
+    server = embedder.server
+    apart, judged = config.trainer.v1.trainer_mode == SEPARATE, judge.enable and judge.enable_resource_pool
+    embeds = {
+        "worker": embedder.nnodes * embedder.n_gpus_per_node,
+        "server": 0 if server.urls else server.servers * server.n_gpus_per_server,
+        "sentence_transformers": embedder.sentence.n_gpus,
+    }
+    found = {
+        "rollouts": int(rollout.nnodes) * int(rollout.n_gpus_per_node) if apart else 0,
+        "the judge": int(judge.nnodes) * int(judge.n_gpus_per_node) if judged else 0,
+        "the Embedder": embeds[embedder.backend],
+    }
     return {what: count for what, count in found.items() if count}
 
 
@@ -80,10 +77,8 @@ def _embedder(section: EmbedRLConfig, batch: BatchPlan, unit: str) -> str:
     if embedder.backend == "sentence_transformers":
         gpus = _count(embedder.sentence.n_gpus, "GPU")
         return f"frozen; sentence-transformers in one process on {gpus}, while rollouts run"
-    own_devices = embedder.nnodes * embedder.n_gpus_per_node
-    where = f"{_count(batch.devices, 'process')} on the actor's devices"
-    if own_devices:
-        where = f"{_count(own_devices, unit)} of its own"
+    own = embedder.nnodes * embedder.n_gpus_per_node
+    where = f"{_count(own, unit)} of its own" if own else f"{_count(batch.devices, 'process')} on the actor's devices"
     trained = "frozen"
     if train.enable:
         weights = f"LoRA {train.lora_rank}/{train.lora_alpha}" if train.lora_rank else "all weights"
@@ -109,32 +104,26 @@ def _rollout(config: Any, batch: BatchPlan, unit: str) -> str:
 
 def _mode(config: Any) -> str:
     v1 = config.trainer.v1
-    if v1.trainer_mode not in (COLOCATE, SEPARATE):
-        return str(v1.trainer_mode)
-    threshold = v1.sampler.max_off_policy_threshold
-    limit = (
-        "no limit on staleness"
-        if threshold is None
-        else f"staleness at {threshold}: {v1.sampler.max_off_policy_strategy}"
-    )
-    every = ""
-    if v1.trainer_mode == SEPARATE:
-        every = (
-            f", new weights for the rollout after every {_count(int(v1.separate_async.parameter_sync_step), 'update')}"
-        )
-    return f"{v1.trainer_mode}, {limit}{every}"
+    mode, threshold = str(v1.trainer_mode), v1.sampler.max_off_policy_threshold
+    if mode not in (COLOCATE, SEPARATE):
+        return mode
+    limit = f"staleness at {threshold}: {v1.sampler.max_off_policy_strategy}"
+    if threshold is None:
+        limit = "no limit on staleness"
+    every = f", new weights for the rollout after every {_count(mini_batches(config), 'update')}"
+    return f"{mode}, {limit}{every if mode == SEPARATE else ''}"
 
 
-def batch_lines(config: Any, batch: BatchPlan) -> list[tuple[str, str]]:
+def batch_lines(config: Any, batch: BatchPlan) -> Lines:
     """The arithmetic of a step."""
     parts = mini_batches(config)  # each is rewarded by itself
     side = batch.pairs * batch.rollouts // parts
-    share, left = divmod(batch.rows, batch.data_parallel)
+    fraction, left = divmod(batch.rows, batch.data_parallel)
     return [
         (
             "batch",
             f"{batch.pairs} pairs x {SIDES} sides = {batch.prompts} prompts, x {batch.rollouts} rollouts = "
-            f"{batch.rows} rows a step, {share}{'+' if left else ''} a rank",
+            f"{batch.rows} rows a step, {fraction}{'+' if left else ''} a rank",
         ),
         (
             "updates",
@@ -153,14 +142,13 @@ def batch_lines(config: Any, batch: BatchPlan) -> list[tuple[str, str]]:
     ]
 
 
-def training_lines(config: Any) -> list[tuple[str, str]]:
+def training_lines(config: Any) -> Lines:
     """Optimiser, reward function and judge."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    function = config.reward.custom_reward_function
+    function, steps = config.reward.custom_reward_function, config.trainer.total_training_steps
     kl = f"{actor.kl_loss_coef} ({actor.kl_loss_type})" if actor.use_kl_loss else "off"
     kwargs = ", ".join(f"{key}={value}" for key, value in (function.reward_kwargs or {}).items())
-    steps = config.trainer.total_training_steps
-    length = _count(steps, "step") if steps is not None else _count(config.trainer.total_epochs, "epoch")
+    length = _count(config.trainer.total_epochs, "epoch") if steps is None else _count(steps, "step")
     return [
         (
             "optimiser",
@@ -173,55 +161,51 @@ def training_lines(config: Any) -> list[tuple[str, str]]:
 
 def _judge(config: Any) -> str:
     judge, served = config.embedrl.judge, config.reward.reward_model
-    if judge.urls:
-        return f"{', '.join(judge.urls)}, {_count(judge.limit, 'request')} at a time"
-    if not served.enable:
+    if not judge.urls and not served.enable:
         return "none"
-    own = f"{served.nnodes} x {served.n_gpus_per_node} devices of its own"
-    where = own if served.enable_resource_pool else "on the actor's devices, by turns"
-    return f"{_folder(served.model_path)}, {where}, {_count(judge.limit, 'request')} at a time"
+    where = ", ".join(judge.urls)
+    if not judge.urls:
+        own = f"{served.nnodes} x {served.n_gpus_per_node} devices of its own"
+        place = own if served.enable_resource_pool else "on the actor's devices, by turns"
+        where = f"{_folder(served.model_path)}, {place}"
+    return f"{where}, {_count(judge.limit, 'request')} at a time"
 
 
-def file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: str | None) -> list[tuple[str, str]]:
+def file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: str | None) -> Lines:
     """Models, data and where checkpoints go."""
     lines = [
         ("reasoner", f"{_folder(config.actor_rollout_ref.model.path)}, family {family or 'known when it is loaded'}"),
         ("embedder model", f"{_folder(section.embedder.path)}, profile {_profile(section)}"),
     ]
-    for topic, key in (("training pairs", "train_files"), ("validation pairs", "val_files")):
-        value = config.data[key]
-        files = [value] if isinstance(value, str) else list(value or [])
-        counts = [_pairs_in(file) for file in files]
-        total = sum(count for count in counts if count is not None)
+    for topic, key in (("training pairs", "data.train_files"), ("validation pairs", "data.val_files")):
+        counts = [(file, _pairs_in(file)) for file in files_of(config, key)]
         described = "; ".join(
-            f"{file} ({'not found here' if count is None else f'{count} pairs'})"
-            for file, count in zip(files, counts, strict=True)
+            f"{file} ({'not found here' if count is None else f'{count} pairs'})" for file, count in counts
         )
-        if topic == "training pairs" and total and None not in counts:
+        total = sum(count or 0 for _, count in counts)
+        if key == "data.train_files" and total and None not in dict(counts).values():
             described += f" = {total // batch.pairs} steps an epoch"
         lines.append((topic, described or "none"))
     root = config.data.media_root
     lines.append(("media root", "none: media are bytes in the rows" if root is None else _folder(root)))
-    lines.append(("checkpoints", str(config.trainer.default_local_dir)))
-    return lines
+    return [*lines, ("checkpoints", str(config.trainer.default_local_dir))]
 
 
 def _profile(section: EmbedRLConfig) -> str:
     """As the run will resolve it, where the folder is here."""
     from embedrl_verl.embedder.profiles import resolve_profile
 
-    path, named = str(section.embedder.path), section.embedder.profile
+    path, named = section.embedder.path, section.embedder.profile
     if named != "auto" or section.embedder.backend != "worker" or not Path(path).expanduser().is_dir():
         return named
     return f"auto: {resolve_profile(path, named).name}"
 
 
-def needs_lines(config: Any) -> list[tuple[str, str]]:
+def needs_lines(config: Any) -> Lines:
     """What this machine lacks for the run. A plan may be made on another machine, so nothing is refused."""
     found = problems(config)
-    return [("this machine", "has every package that the run needs" if not found else f"lacks {len(found)}:")] + [
-        ("", line) for line in found
-    ]
+    state = f"lacks {len(found)}:" if found else "has every package that the run needs"
+    return [("this machine", state), *(("", line) for line in found)]
 
 
 def _count(number: int, noun: str) -> str:

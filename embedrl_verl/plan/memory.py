@@ -17,10 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from embedrl_verl.config import EmbedRLConfig
+from embedrl_verl.config.batch import SEPARATE, BatchPlan, longest_row
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan.batch import BatchPlan
 from embedrl_verl.plan.roles import (
-    RoleMemory,
     actor_memory,
     embedder_memory,
     embeds_here,
@@ -32,8 +31,6 @@ from embedrl_verl.plan.roles import (
     trained_parameters,
 )
 from embedrl_verl.platforms.footprint import BF16, FP32, shape_of
-from embedrl_verl.trainer.checks import longest_row
-from embedrl_verl.trainer.checks_async import SEPARATE
 
 GIB = 1024**3
 ASSUMED_GIB = 80
@@ -53,6 +50,7 @@ NOT_COUNTED = {
     "actor_rollout_ref.rollout.free_cache_engine": True,
 }
 """Settings that change the figures and are taken at these values."""
+HERE = "training GPU"
 
 
 @dataclass(frozen=True)
@@ -60,25 +58,39 @@ class Stage:
     """One stage on one kind of device.
 
     Attributes:
-        name: of the stage.
         device: "training GPU", "rollout GPU", "Embedder's GPU" or "judge's GPU".
         parts: label -> bytes, of which the stage is the sum.
+        remedy: what to change when it does not fit.
         note: what else is worth knowing.
         short: why it cannot work whatever the sum; "" if it can.
-        remedy: what to change when it does not fit.
     """
 
     name: str
     device: str
     parts: dict[str, float]
+    remedy: str
     note: str = ""
     short: str = ""
-    remedy: str = ""
 
     @property
     def total(self) -> float:
         """Bytes."""
         return sum(self.parts.values())
+
+    def line(self) -> str:
+        parts = " + ".join(f"{label} {size / GIB:.1f}" for label, size in self.parts.items() if size > GIB / 20)
+        return f"{self.name:<10} {self.total / GIB:>5.1f}  {self.device}: {parts}{self.note}"
+
+    def warning(self, device_bytes: float) -> str:
+        """Why it does not work on such a device; "" if it does."""
+        if self.short:
+            return f"{self.name} cannot work: {self.short}"
+        if self.total <= USABLE * device_bytes:
+            return ""
+        return (
+            f"{self.name} may need {self.total / GIB:.0f} of {device_bytes / GIB:.0f} GiB, which is above "
+            f"{USABLE:.0%}: {self.remedy}"
+        )
 
 
 def memory_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[tuple[str, str]]:
@@ -89,35 +101,22 @@ def memory_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[
     """
     if str(config.trainer.device) == "cpu":
         return []
-    reasoner = str(config.actor_rollout_ref.model.path)
+    reasoner, embedder = str(config.actor_rollout_ref.model.path), section.embedder.path
     if shape_of(reasoner) is None:
         return [("memory", f"not estimated: {_unreadable(reasoner)}")]
     total, source = device_memory()
-    lines = [
-        ("memory", f"GPU of {total / GIB:.0f} GiB ({source}); at most, in GiB, without fragments (docs/gpu.md):"),
-    ]
     stages = memory_stages(config, batch, section, total)
-    for stage in stages:
-        parts = " + ".join(f"{label} {size / GIB:.1f}" for label, size in stage.parts.items() if size > GIB / 20)
-        lines.append(("", f"{stage.name:<10} {stage.total / GIB:>5.1f}  {stage.device}: {parts}{stage.note}"))
-    if embeds_here(section) and shape_of(str(section.embedder.path)) is None:
-        lines.append(("", f"vectors: not estimated: {_unreadable(str(section.embedder.path))}"))
-    warnings = []
-    for stage in stages:
-        if stage.short:
-            warnings.append(f"{stage.name} cannot work: {stage.short}")
-        elif stage.total > USABLE * total:
-            warnings.append(
-                f"{stage.name} may need {stage.total / GIB:.0f} of {total / GIB:.0f} GiB, which is above {USABLE:.0%}: "
-                f"{stage.remedy}"
-            )
-    lines += [("warning", text) for text in warnings]
-    if not warnings:
-        largest = max(stage.total for stage in stages) / total
-        lines.append(("", f"fits: at most {largest:.0%} of a GPU"))
+    lines = [("memory", f"GPU of {total / GIB:.0f} GiB ({source}); at most, in GiB, without fragments (docs/gpu.md):")]
+    lines += [("", stage.line()) for stage in stages]
+    if embeds_here(section) and shape_of(embedder) is None:
+        lines.append(("", f"vectors: not estimated: {_unreadable(embedder)}"))
+    warnings = [("warning", text) for stage in stages if (text := stage.warning(total))]
+    largest = max(stage.total for stage in stages) / total
+    lines += warnings or [("", f"fits: at most {largest:.0%} of a GPU")]
     if not config.actor_rollout_ref.model.use_remove_padding:
         lines.append(("", "rows are padded (attention=sdpa): short ones beside a long one take more than this"))
-    changed = [f"{key}={OmegaConf.select(config, key)}" for key in NOT_COUNTED if _is_changed(config, key)]
+    values = {key: OmegaConf.select(config, key) for key in NOT_COUNTED}
+    changed = [f"{key}={value}" for key, value in values.items() if value not in (None, NOT_COUNTED[key])]
     if changed:
         lines.append(("", f"not in these figures: {', '.join(changed)}"))
     return [*lines, ("host memory", _host(config, batch, section))]
@@ -134,12 +133,12 @@ def device_memory() -> tuple[float, str]:
     given = os.environ.get("GPU_MEMORY", "")
     if given:
         try:
-            number = float(given)
+            gib = float(given)
         except ValueError:
-            number = 0.0
-        if not 0 < number < math.inf:
+            gib = 0.0
+        if not 0 < gib < math.inf:
             raise ConfigError(f"GPU_MEMORY must be the memory of one GPU in GiB, e.g. 80; got {given!r}")
-        return number * GIB, "GPU_MEMORY"
+        return gib * GIB, "GPU_MEMORY"
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory), "as here"
     return ASSUMED_GIB * GIB, "assumed; set GPU_MEMORY"
@@ -148,89 +147,64 @@ def device_memory() -> tuple[float, str]:
 def memory_stages(config: Any, batch: BatchPlan, section: EmbedRLConfig, total: float) -> list[Stage]:
     """The stages of a step for devices of `total` bytes. The Reasoner must be known; stages of an Embedder that is not
     are left out."""
-    roles, train = config.actor_rollout_ref, section.embedder.train
-    actor = actor_memory(config, batch)
+    roles, served, actor = config.actor_rollout_ref, config.reward.reward_model, actor_memory(config, batch)
+    apart, separate = section.embedder.n_gpus_per_node > 0, config.trainer.v1.trainer_mode == SEPARATE
     embedder = None
-    if embeds_here(section) and shape_of(str(section.embedder.path)) is not None:
+    if embeds_here(section) and shape_of(section.embedder.path) is not None:
         embedder = embedder_memory(config, batch, section)
-    apart = section.embedder.n_gpus_per_node > 0
     beside = 0.0 if apart or embedder is None else embedder.resting
-    rest = 0.0 if apart else actor.resting
-    judged_here = config.reward.reward_model.enable and not config.reward.reward_model.enable_resource_pool
-    separate = config.trainer.v1.trainer_mode == SEPARATE
+    judged_here = served.enable and not served.enable_resource_pool
     # Processes with a context on a training GPU: the actor's, the Embedder's, and each engine's, asleep or not.
     here = CONTEXT * (1 + (embeds_here(section) and not apart) + (not separate) + judged_here)
     shared = {"Embedder at rest": beside, "CUDA": here}
-    where = {"actor at rest": rest, "CUDA": CONTEXT if apart else here}
-    place = "Embedder's GPU" if apart else "training GPU"
+    asleep = {"at rest": actor.resting + beside, "CUDA": here}
+    where = {"actor at rest": 0.0 if apart else actor.resting, "CUDA": CONTEXT if apart else here}
+    place, offload = "Embedder's GPU" if apart else HERE, ", or set OFFLOAD=True" if actor.resting else ""
 
-    stages = [_rollout(config, total, resting=actor.resting + beside, context=here)]
+    def engine(name: str, section: str, model: str, longest: int, own: str, remedy: str) -> Stage:
+        """vLLM on devices of its own (`own`), or on the training GPUs beside what rests there."""
+        taken, note, short = _engine(config, section, model, total, longest)
+        others = {"CUDA": CONTEXT} if own else asleep
+        lower = f"lower {section}.gpu_memory_utilization"
+        return Stage(name, own or HERE, {"vLLM": taken, **others}, lower + ("" if own else remedy), note, short)
+
+    longest, reasoner = longest_row(config), str(roles.model.path)
+    resting = ", or set OFFLOAD=True" if actor.resting + beside else ""
+    own = "rollout GPU" if separate else ""
+    stages = [engine("rollout", "actor_rollout_ref.rollout", reasoner, longest, own, resting)]
     if embedder is not None:
         parts = {"Embedder": embedder.weights + embedder.idle, "pass": embedder.forward, **where}
-        stages.append(Stage("vectors", place, parts, remedy="lower embedrl.embedder.max_tokens_per_gpu"))
-    stages += _judge(config, total, resting=actor.resting + beside, context=here)
+        stages.append(Stage("vectors", place, parts, "lower embedrl.embedder.max_tokens_per_gpu"))
+    if served.enable:
+        judged = int(served.rollout.prompt_length) + int(served.rollout.response_length)
+        move = ", or give the judge GPUs of its own (JUDGE_GPUS_PER_NODE, fewer GPUS_PER_NODE)"
+        own = "judge's GPU" if served.enable_resource_pool else ""
+        stages.append(engine("judge", "reward.reward_model.rollout", str(served.model_path), judged, own, move))
     parts = {"weights": actor.weights, "Adam": actor.idle, "pass": actor.forward, **shared}
-    tokens = "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"
-    stages.append(Stage("log-probs", "training GPU", parts, remedy=f"lower {tokens}{_offload_too(actor)}"))
+    lower = f"lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu{offload}"
+    stages.append(Stage("log-probs", HERE, parts, lower))
     if has_reference(config):
         parts = {"pass": reference_pass(config, batch), "actor at rest": actor.resting, **shared}
-        tokens = "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"
-        stages.append(Stage("reference", "training GPU", parts, remedy=f"lower {tokens}{_offload_too(actor)}"))
+        lower = f"lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu{offload}"
+        stages.append(Stage("reference", HERE, parts, lower))
     parts = {"weights": actor.weights, "Adam": actor.moments, "gradients and pass": actor.update, **shared}
-    longest = longest_row(config)
-    remedy = (
+    fewer = (
         f"more GPUs, or fewer tokens: actor_rollout_ref.actor.ppo_max_token_len_per_gpu is "
         f"{roles.actor.ppo_max_token_len_per_gpu} and must hold a row of {longest} (data.max_prompt_length + "
         "max_response_length)"
     )
-    stages.append(Stage("update", "training GPU", parts, remedy=remedy))
-    if train.enable and embedder is not None:
-        parts = {"weights": embedder.weights, "Adam": embedder.moments, "gradients and pass": embedder.update}
-        remedy = f"lower embedrl.embedder.train.max_tokens_per_gpu{'' if apart else _offload_too(actor)}"
-        stages.append(Stage("co-training", place, {**parts, **where}, remedy=remedy))
+    stages.append(Stage("update", HERE, parts, fewer))
+    if section.embedder.train.enable and embedder is not None:
+        parts = {"weights": embedder.weights, "Adam": embedder.moments, "gradients and pass": embedder.update, **where}
+        lower = f"lower embedrl.embedder.train.max_tokens_per_gpu{'' if apart else offload}"
+        stages.append(Stage("co-training", place, parts, lower))
     return stages
-
-
-def _offload_too(actor: RoleMemory) -> str:
-    return ", or set OFFLOAD=True" if actor.resting else ""
 
 
 def _unreadable(path: str) -> str:
     if Path(path).expanduser().exists():
         return f"{path} is no Qwen-VL model that transformers can make"
     return f"{path} is not here (a plan on the machine that has it knows more)"
-
-
-def _is_changed(config: Any, key: str) -> bool:
-    value = OmegaConf.select(config, key)
-    return value is not None and value != NOT_COUNTED[key]
-
-
-def _rollout(config: Any, total: float, *, resting: float, context: float) -> Stage:
-    name = "actor_rollout_ref.rollout"
-    engine, note, short = _engine(config, name, str(config.actor_rollout_ref.model.path), total, longest_row(config))
-    if config.trainer.v1.trainer_mode == SEPARATE:
-        return Stage("rollout", "rollout GPU", {"vLLM": engine, "CUDA": CONTEXT}, note, short, _lower(name))
-    parts = {"vLLM": engine, "at rest": resting, "CUDA": context}
-    remedy = _lower(name) + (", or set OFFLOAD=True" if resting else "")
-    return Stage("rollout", "training GPU", parts, note, short, remedy)
-
-
-def _judge(config: Any, total: float, *, resting: float, context: float) -> list[Stage]:
-    served, name = config.reward.reward_model, "reward.reward_model.rollout"
-    if not served.enable:
-        return []
-    longest = int(served.rollout.prompt_length) + int(served.rollout.response_length)
-    engine, note, short = _engine(config, name, str(served.model_path), total, longest)
-    if served.enable_resource_pool:
-        return [Stage("judge", "judge's GPU", {"vLLM": engine, "CUDA": CONTEXT}, note, short, _lower(name))]
-    parts = {"vLLM": engine, "at rest": resting, "CUDA": context}
-    remedy = f"{_lower(name)}, or give the judge GPUs of its own (JUDGE_GPUS_PER_NODE, fewer GPUS_PER_NODE)"
-    return [Stage("judge", "training GPU", parts, note, short, remedy)]
-
-
-def _lower(name: str) -> str:
-    return f"lower {name}.gpu_memory_utilization"
 
 
 def _engine(config: Any, name: str, path: str, total: float, longest: int) -> tuple[float, str, str]:
@@ -259,21 +233,19 @@ def _host(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> str:
     """What rests on the host of one node, and one step's media."""
     roles, data, gpus = config.actor_rollout_ref, config.data.embedrl, int(config.trainer.n_gpus_per_node)
     shape, actor, train = known_shape(roles.model.path), actor_memory(config, batch), section.embedder.train
-    away = actor.weights * (not actor.keeps_weights) + actor.moments * (not actor.keeps_moments)
-    parts = {"actor": away * gpus}
+    parts = {"actor": gpus * (actor.weights * (not actor.keeps_weights) + actor.moments * (not actor.keeps_moments))}
     if has_reference(config):
         if str(roles.ref.strategy) == "megatron":
             parts["reference"] = gpus * megatron_of(roles.ref.megatron, shape, batch.devices, trained=False).weights
         else:
             parts["reference"] = FP32 * shape.parameters * gpus / batch.devices
-    embedder = shape_of(str(section.embedder.path))
+    embedder = shape_of(section.embedder.path)
     if embeds_here(section) and embedder is not None:
         weight = FP32 if train.enable or section.embedder.dtype != "bfloat16" else BF16
         trained = trained_parameters(embedder, section)
         away = weight * embedder.parameters + 2 * FP32 * trained if section.embedder.offload else 0
         parts["Embedder"] = away + (FP32 * trained if train.ema_decay else 0)
-    largest = max(int(data.image_max_tokens), int(data.frame_max_tokens) * (int(data.max_frames) // 2))
-    row = shape.pixels(largest)
+    row = shape.pixels(max(data.image_max_tokens, data.frame_max_tokens * (data.max_frames // 2)))
     rests = ", ".join(f"{label} {size / GIB:.0f}" for label, size in parts.items() if size > GIB / 2) or "nothing"
     return (
         f"a node, GiB at rest: {rests}; rows of a step with one picture or clip each: {batch.rows} x "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of each role of a run (actor, reference, Embedder), from its part of the configuration: for `plan_memory`."""
+"""Memory of each role of a run (actor, reference, Embedder) on its device, from its part of the configuration."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from embedrl_verl.config import EmbedRLConfig
+from embedrl_verl.config.batch import BatchPlan, is_megatron, longest_row, ulysses_size
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan.batch import BatchPlan
 from embedrl_verl.platforms.footprint import (
     BF16,
     FP32,
@@ -21,7 +21,6 @@ from embedrl_verl.platforms.footprint import (
     Shape,
     shape_of,
 )
-from embedrl_verl.trainer.checks import longest_row
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class RoleMemory:
     Attributes:
         weights, moments: where they are loaded; moments are the optimizer's (Megatron: with float32 weights).
         keeps_weights, keeps_moments: they stay there between uses.
-        buffers: what stays with the weights (Megatron's gradients).
         forward, update: passes, over what is loaded.
+        buffers: what stays with the weights (Megatron's gradients).
     """
 
     weights: float
@@ -71,6 +70,7 @@ def known_shape(path: object) -> Shape:
 
 
 def number(section: Any, key: str, name: str) -> float:
+    """A key that verl lets be null."""
     value = section.get(key)
     if value is None:
         raise ConfigError(f"{name}.{key} must be a number; got null")
@@ -81,55 +81,40 @@ def _tokens(config: Any, role: str, prefix: str) -> tuple[int, int]:
     """Tokens of one micro-batch of a role, and those of them that are visual when prompts are nothing else."""
     section, longest = OmegaConf.select(config, role), longest_row(config)
     if section.get(f"{prefix}use_dynamic_bsz"):
-        name = f"{prefix or 'ppo_'}max_token_len_per_gpu"
-        tokens = int(number(section, name, role))
+        tokens = int(number(section, f"{prefix or 'ppo_'}max_token_len_per_gpu", role))
     else:
         tokens = int(section.get(f"{prefix or 'ppo_'}micro_batch_size_per_gpu") or 1) * longest
-    split = int(config.actor_rollout_ref.actor.get("ulysses_sequence_parallel_size", 1) or 1)
     # Sequence parallelism divides the text, and every rank runs all pictures.
-    return tokens, split * tokens * int(config.data.max_prompt_length) // max(longest, 1)
+    return tokens, ulysses_size(config) * tokens * int(config.data.max_prompt_length) // max(longest, 1)
 
 
 def actor_memory(config: Any, batch: BatchPlan) -> RoleMemory:
-    roles = config.actor_rollout_ref
-    actor, model = roles.actor, roles.model
+    roles, actor, model = config.actor_rollout_ref, config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     shape = known_shape(model.path)
     train = _tokens(config, "actor_rollout_ref.actor", "")
     infer = _tokens(config, "actor_rollout_ref.rollout", "log_prob_")
-    if str(actor.strategy) == "megatron":
-        mesh, split = actor.megatron, megatron_of(actor.megatron, shape, batch.devices, trained=True)
-        return RoleMemory(
-            split.weights,
-            split.optimizer,
-            not mesh.param_offload,
-            not mesh.optimizer_offload,
-            split.forward(*infer),
-            split.update(*train),
-            split.gradients,
-        )
-    sharding, lora = actor.fsdp_config, int(model.lora_rank)
+    if is_megatron(config):
+        split = megatron_of(actor.megatron, shape, batch.devices, trained=True)
+        keeps = not actor.megatron.param_offload, not actor.megatron.optimizer_offload
+        passes = split.forward(*infer), split.update(*train)
+        return RoleMemory(split.weights, split.optimizer, *keeps, *passes, split.gradients)
+    sharding, lora, fused = roles.actor.fsdp_config, int(model.lora_rank), bool(model.use_fused_kernels)
     shards = min(int(sharding.fsdp_size), batch.devices) if int(sharding.fsdp_size) > 0 else batch.devices
     fsdp = Fsdp(shape, shards, _adapter(shape, lora) if lora else shape.parameters)
-    fused = bool(model.use_fused_kernels)
+    checkpointing = bool(model.enable_gradient_checkpointing)
     return RoleMemory(
         fsdp.weights,
         fsdp.optimizer,
         not sharding.param_offload,
         not sharding.optimizer_offload,
         fsdp.forward(*infer, logit_bytes=0 if fused else LOGIT_ENTROPY_BYTES),
-        fsdp.update(*train, fused=fused, checkpointing=bool(model.enable_gradient_checkpointing)),
+        fsdp.update(*train, fused=fused, checkpointing=checkpointing),
     )
 
 
 def megatron_of(mesh: Any, shape: Shape, ranks: int, *, trained: bool) -> Megatron:
-    return Megatron(
-        shape,
-        int(mesh.tensor_model_parallel_size),
-        int(mesh.pipeline_model_parallel_size),
-        ranks,
-        trained,
-        int(mesh.get("expert_model_parallel_size", 1) or 1),
-    )
+    tensor, pipeline = int(mesh.tensor_model_parallel_size), int(mesh.pipeline_model_parallel_size)
+    return Megatron(shape, tensor, pipeline, ranks, trained, int(mesh.get("expert_model_parallel_size", 1) or 1))
 
 
 def _adapter(shape: Shape, rank: int) -> int:
@@ -143,10 +128,10 @@ def embedder_memory(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> Ro
     per_node = embedder.n_gpus_per_node or int(config.trainer.n_gpus_per_node)
     infer, tokens = embedder.max_tokens_per_gpu, train.max_tokens_per_gpu
     if embedder.strategy == "megatron":
-        ranks = embedder.nnodes * per_node if embedder.n_gpus_per_node else batch.devices
+        ranks = embedder.nnodes * embedder.n_gpus_per_node or batch.devices
         tp, pp = embedder.tensor_model_parallel_size, embedder.pipeline_model_parallel_size
         one = Megatron(shape, tp, pp, ranks, trained=train.enable, logits=False)
-        passes = (one.forward(infer, infer), one.update(tokens, tokens))
+        passes = one.forward(infer, infer), one.update(tokens, tokens)
         return RoleMemory(one.weights, one.optimizer, keeps, keeps, *passes, one.gradients)
     compute = BF16 if embedder.dtype == "bfloat16" else FP32
     fsdp = Fsdp(shape, per_node, trained_parameters(shape, section), FP32 if train.enable else compute, compute)

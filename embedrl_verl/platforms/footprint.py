@@ -28,117 +28,56 @@ FUSED_CHUNK = 512
 FUSED_COPIES = 6
 """float32 matrices of FUSED_CHUNK x vocabulary that verl's fused cross-entropy holds in its backward pass."""
 
-_TEXT_7B = {
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
+_7B = {
+    **{"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    **{"intermediate_size": 18944, "vocab_size": 152064},
+}
+_8B = {
+    **{"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
+    **{"head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936},
+}
+_2B = {**_8B, "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144}
+_VISION_2 = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16}
+_VISION_2_5 = {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420, "num_heads": 16}
+_VISION_3 = {
+    **{"depth": 27, "hidden_size": 1152, "out_hidden_size": 4096, "intermediate_size": 4304, "num_heads": 16},
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+_VISION_3_2B = {
+    **{"depth": 24, "hidden_size": 1024, "out_hidden_size": 2048, "intermediate_size": 4096, "num_heads": 16},
+    "deepstack_visual_indexes": [5, 11, 17],
 }
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen/Qwen2-VL-7B-Instruct": (
-        "qwen2_vl",
-        {
-            "text_config": _TEXT_7B,
-            "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16},
-            "tie_word_embeddings": False,
-        },
-    ),
-    "Qwen/Qwen2.5-VL-7B-Instruct": (
-        "qwen2_5_vl",
-        {
-            "text_config": _TEXT_7B,
-            "vision_config": {
-                "depth": 32,
-                "hidden_size": 1280,
-                "out_hidden_size": 3584,
-                "intermediate_size": 3420,
-                "num_heads": 16,
-            },
-            "tie_word_embeddings": False,
-        },
-    ),
-    "Qwen/Qwen3-VL-8B-Instruct": (
-        "qwen3_vl",
-        {
-            "text_config": {
-                "hidden_size": 4096,
-                "num_hidden_layers": 36,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "head_dim": 128,
-                "intermediate_size": 12288,
-                "vocab_size": 151936,
-            },
-            "vision_config": {
-                "depth": 27,
-                "hidden_size": 1152,
-                "out_hidden_size": 4096,
-                "intermediate_size": 4304,
-                "num_heads": 16,
-                "deepstack_visual_indexes": [8, 16, 24],
-            },
-            "tie_word_embeddings": False,
-        },
-    ),
-    "Qwen/Qwen3-VL-Embedding-2B": (
-        "qwen3_vl",
-        {
-            "text_config": {
-                "hidden_size": 2048,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 16,
-                "num_key_value_heads": 8,
-                "head_dim": 128,
-                "intermediate_size": 6144,
-                "vocab_size": 151936,
-            },
-            "vision_config": {
-                "depth": 24,
-                "hidden_size": 1024,
-                "out_hidden_size": 2048,
-                "intermediate_size": 4096,
-                "num_heads": 16,
-                "deepstack_visual_indexes": [5, 11, 17],
-            },
-            "tie_word_embeddings": True,
-        },
-    ),
+    name: (family, {"text_config": text, "vision_config": vision, "tie_word_embeddings": text is _2B})
+    for name, family, text, vision in (
+        ("Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", _7B, _VISION_2),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", _7B, _VISION_2_5),
+        ("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", _8B, _VISION_3),
+        ("Qwen/Qwen3-VL-Embedding-2B", "qwen3_vl", _2B, _VISION_3_2B),
+    )
 }
 """Model type and configuration of the recipes' default models, for plans on machines that do not have them."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the bytes of a model depend on.
+    """What the bytes of a model depend on."""
 
-    Attributes:
-        parameters: of the whole model; a tied output matrix counts once. experts: those of them in experts.
-        layers, layer: decoder layers, and parameters of the largest.
-        root: parameters outside of layers (embedding, output matrix, merger).
-        hidden, ffn, vocab: widths; ffn is that of one token's experts together.
-        key_values: numbers that one token keeps in one layer of a KV cache.
-        vision_layers, vision_hidden, vision_ffn: of the vision model; vision_gated: its MLPs have a gate.
-        patch: numbers of one patch in `pixel_values`.
-        patches: patches that are merged into one visual token.
-    """
-
-    parameters: int
-    experts: int
-    layers: int
-    layer: int
-    root: int
+    parameters: int  # of the whole model; a tied output matrix counts once
+    experts: int  # those of them in experts
+    layers: int  # of the decoder
+    layer: int  # parameters of the largest of them
+    root: int  # parameters outside of layers: embedding, output matrix, merger
     hidden: int
-    ffn: int
+    ffn: int  # width, of one token's experts together
     vocab: int
-    key_values: int
+    key_values: int  # numbers that one token keeps in one layer of a KV cache
     vision_layers: int
     vision_hidden: int
     vision_ffn: int
-    vision_gated: bool
-    patch: int
-    patches: int
+    vision_gated: bool  # its MLPs have a gate
+    patch: int  # numbers of one patch in `pixel_values`
+    patches: int  # that are merged into one visual token
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -233,21 +172,13 @@ def shape_of(path: str) -> Shape | None:
 
 @dataclass(frozen=True)
 class Fsdp:
-    """A model on verl's FSDP engine, on one rank.
-
-    Attributes:
-        shape: of the model.
-        shards: ranks that share the weights.
-        trained: parameters with a gradient; 0 = frozen.
-        master: bytes of a weight as it rests (4: trained in float32).
-        compute: bytes of a weight in a layer at work.
-    """
+    """A model on verl's FSDP engine, on one rank."""
 
     shape: Shape
-    shards: int
-    trained: int
-    master: int = FP32
-    compute: int = BF16
+    shards: int  # ranks that share the weights
+    trained: int  # parameters with a gradient; 0 = frozen
+    master: int = FP32  # bytes of a weight as it rests (4: trained in float32)
+    compute: int = BF16  # bytes of a weight in a layer at work
 
     @property
     def weights(self) -> int:
@@ -293,23 +224,15 @@ class Fsdp:
 
 @dataclass(frozen=True)
 class Megatron:
-    """A model on verl's Megatron engine, on one rank: all activations recomputed, distributed optimizer.
-
-    Attributes:
-        shape: of the model.
-        tensor, pipeline, expert: sizes of the splits; expert of the experts alone.
-        ranks: all of them.
-        trained: it has gradients and an optimizer.
-        logits: it has an output matrix at work (an Embedder has none).
-    """
+    """A model on verl's Megatron engine, on one rank: all activations recomputed, distributed optimizer."""
 
     shape: Shape
-    tensor: int
+    tensor: int  # size of the split, as the next
     pipeline: int
     ranks: int
-    trained: bool
-    expert: int = 1
-    logits: bool = True
+    trained: bool  # it has gradients and an optimizer
+    expert: int = 1  # size of the split of the experts alone
+    logits: bool = True  # it has an output matrix at work (an Embedder has none)
 
     @property
     def weights(self) -> int:

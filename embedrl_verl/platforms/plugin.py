@@ -8,6 +8,8 @@ trainer modes of this package are registered as soon as verl's trainer package i
 they import the whole training stack, which the many other processes of a run need not pay for.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -19,18 +21,13 @@ from types import ModuleType
 
 from embedrl_verl import __version__
 from embedrl_verl.errors import PluginError
-from embedrl_verl.platforms import patches, vllm_metadata
-from embedrl_verl.platforms.versions import VERL_VERSION, require_version
+from embedrl_verl.platforms.compat import VERL_VERSION, require_version
 
 logger = logging.getLogger("embedrl_verl")
 
 TRAINER_PACKAGE = "verl.trainer.ppo.v1"
 # Modules whose import registers a trainer mode (verl.trainer.ppo.v1.register_trainer).
-TRAINER_MODULES: tuple[str, ...] = (
-    "embedrl_verl.platforms.trainer",
-    "embedrl_verl.trainer.egrl",
-    "embedrl_verl.trainer.modes_async",
-)
+TRAINER_MODULES = ("embedrl_verl.platforms.trainer", "embedrl_verl.trainer.egrl", "embedrl_verl.trainer.modes_async")
 # What they register.
 TRAINER_MODES = ("plain_sync", "egrl_sync", "egrl_colocate_async", "egrl_separate_async")
 
@@ -44,9 +41,10 @@ def add_trainers(ending: str = "") -> None:
     Args:
         ending: the one of TRAINER_MODULES that calls this as its last statement.
     """
-    patches.choose_master_ports_that_stay_free()
-    waiting = {name for name in TRAINER_MODULES if name != ending and _is_beginning(name)}
-    if not waiting:
+    from embedrl_verl.platforms.patches import choose_master_ports_that_stay_free
+
+    choose_master_ports_that_stay_free()
+    if not any(name != ending and _is_beginning(name) for name in TRAINER_MODULES):
         for name in TRAINER_MODULES:
             importlib.import_module(name)
 
@@ -58,17 +56,12 @@ def _is_beginning(name: str) -> bool:
 
 
 class _LoaderThenTrainers(importlib.abc.Loader):
-    """Loads TRAINER_PACKAGE with its own loader, then imports TRAINER_MODULES."""
+    """Loads TRAINER_PACKAGE with its own loader, then our registrations; an error in either is the import's error."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """As the package's own loader does."""
-        return self._loader.create_module(spec)
-
     def exec_module(self, module: ModuleType) -> None:
-        """Runs the package, then our registrations; an error in either is the import's error."""
         self._loader.exec_module(module)
         add_trainers()
 
@@ -79,7 +72,6 @@ class TrainerFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec that the import system would find, with our loader around it."""
         if fullname != TRAINER_PACKAGE:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -97,9 +89,9 @@ def register() -> None:
     except PluginError as error:
         logger.error("embedrl-verl %s is NOT loaded in verl: %s", __version__, error)
         raise
-    from embedrl_verl.platforms import cpu  # noqa: F401  (registers the platform)
+    from embedrl_verl.platforms import cpu  # its import registers the platform
 
-    vllm_metadata.install()
+    cpu.install_vllm_metadata()
     if not any(isinstance(finder, TrainerFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, TrainerFinder())
     if TRAINER_PACKAGE in sys.modules:

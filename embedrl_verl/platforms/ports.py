@@ -17,16 +17,13 @@ from embedrl_verl.errors import ResourceError
 
 LOWEST = 20000  # Ray's worker ports (`ray start`: 10002 to 19999) end below
 _LINUX = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_IANA = (49152, 65535)
 _ENOUGH = 1000
 _own_random = random.SystemRandom()  # no seed of a run makes two of them choose alike
 
 
 def ports_given_to_nobody() -> range:
-    """Ports from 20000 on that the system gives to nobody who asks for any; where it leaves fewer than 1000 (a machine
-    set up so), all from 20000 on.
-    """
-    low, high = map(int, _LINUX.read_text().split()) if _LINUX.exists() else _IANA
+    """Ports from 20000 on that the system gives to nobody who asks for any; where it leaves fewer than 1000, all."""
+    low, high = map(int, _LINUX.read_text().split())
     found = max(range(LOWEST, low), range(max(high + 1, LOWEST), 65536), key=len)
     return found if len(found) >= _ENOUGH else range(LOWEST, 65536)
 
@@ -52,11 +49,10 @@ def free_port(host: str = "127.0.0.1") -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
+                return port
             except OSError as error:
                 if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise
-                continue
-            return port
     raise ResourceError(
         f"no port from {ports[0]} to {ports[-1]} is free on {host}. End what listens there, or leave more ports out of "
         "net.ipv4.ip_local_port_range."

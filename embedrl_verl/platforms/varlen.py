@@ -24,23 +24,14 @@ _KNOWN = "_embedrl_rows"
 
 
 class Rows(NamedTuple):
-    """Where the rows of a packed sequence lie.
+    """Where the rows of a packed sequence lie."""
 
-    Attributes:
-        bounds: int32 (N + 1,), from 0 to the number of tokens.
-        lengths: tokens of each row.
-    """
-
-    bounds: torch.Tensor
-    lengths: list[int]
+    bounds: torch.Tensor  # int32 (N + 1,), from 0 to the number of tokens
+    lengths: list[int]  # tokens of each row
 
 
 def register() -> None:
-    """Let transformers run `attn_implementation=torch_varlen` in this process.
-
-    Raises:
-        PluginError: another release of transformers than its patch is for.
-    """
+    """Let transformers run `attn_implementation=torch_varlen` in this process."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 

@@ -3,7 +3,7 @@
 
 Under FSDP every rank must run the same collectives, and each run of the vision model gathers its weights: one run for
 images and one for videos would depend on what a rank happens to hold. Plain torch; verl's actor (platforms.patches) and
-the Embedder (embedder.forward) both use it.
+the Embedder (embedder.model) both use it.
 """
 
 from __future__ import annotations

@@ -2,17 +2,9 @@
 """vLLM's worker extensions for weight sync, chosen by a key of the platform's configuration:
 
 `actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=embedrl_verl.platforms.vllm_worker.<class>`
-
-`GpuColocateWorkerExtension`: vLLM 0.24's Qwen3-VL keeps the visual features of its deepstack in plain tensors, which
-are neither weights nor buffers. Level-2 sleep discards them, and nothing writes them anew: a prompt without pictures
-would then add whatever the memory holds to its hidden states (vllm#53343, #29341). They are cleared with every weight
-sync.
-
-`CpuColocateWorkerExtension` differs in three things from verl's own. Linear layers keep their weights after packing
-(patches.keep_cpu_linear_weights). Requests with a seed may be read in parts (patches.rewind_cpu_generators). Received
-weights are copied out of the shared-memory bucket: on a GPU `.to(device)` makes that copy, on a CPU it returns a view
-of a buffer that the sender overwrites and unlinks, and vLLM keeps some of the tensors it is given.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -36,7 +28,12 @@ def clear_deepstack(model: Any) -> float:
 
 
 class GpuColocateWorkerExtension(vLLMColocateWorkerExtension):
-    """verl's worker extension, safe for a Qwen3-VL that has slept."""
+    """verl's worker extension, safe for a Qwen3-VL that has slept.
+
+    vLLM 0.24 keeps the visual features of its deepstack in plain tensors, which are neither weights nor buffers.
+    Level-2 sleep discards them, and nothing writes them anew: a prompt without pictures would then add whatever the
+    memory holds to its hidden states (vllm#53343, #29341). They are cleared with every weight sync.
+    """
 
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> None:
         super().update_weights_from_ipc(*args, **kwargs)
@@ -45,9 +42,13 @@ class GpuColocateWorkerExtension(vLLMColocateWorkerExtension):
 
 
 class CpuColocateWorkerExtension(vLLMColocateWorkerExtension):
-    """verl's worker extension, safe for a CPU."""
+    """verl's worker extension, safe for a CPU: see the two patches.
 
-    def __new__(cls, **kwargs: Any) -> "CpuColocateWorkerExtension":
+    Received weights are copied out of the shared-memory bucket. On a GPU `.to(device)` makes that copy; on a CPU it
+    returns a view of a buffer that the sender overwrites and unlinks, and vLLM keeps some of the tensors it is given.
+    """
+
+    def __new__(cls, **kwargs: Any) -> CpuColocateWorkerExtension:
         keep_cpu_linear_weights()
         rewind_cpu_generators()
         return super().__new__(cls, **kwargs)

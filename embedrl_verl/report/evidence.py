@@ -16,11 +16,9 @@ from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, InputKind
 from embedrl_verl.report.text import is_in_text
 from embedrl_verl.report.views import BoxView, Facts, Flag, PieceView, TcotView
 from embedrl_verl.tcot import TCoT, boxes_to_pixels, cut_evidence, parse_tcot
-from embedrl_verl.tcot.boxes import RELATIVE_SIZE, PixelBox
 from embedrl_verl.tcot.evidence import MAX_ASPECT, MAX_EVIDENCE, MIN_SIDE
-from embedrl_verl.tcot.evidence_json import BOX_KEYS
+from embedrl_verl.tcot.evidence.boxes import BOX_KEYS, RELATIVE_SIZE, Box, PixelBox
 from embedrl_verl.tcot.json_objects import JsonObject, find_objects
-from embedrl_verl.tcot.schema import Box
 
 WHOLE = 0.95
 """Share of the image from which a box points at nothing in particular."""
@@ -135,7 +133,7 @@ class TcotReader:
 
     def _refusal(self, tcot: TCoT, box: Box, item: LoadedItem, seen: Sequence[Size]) -> str:
         """Why `cut_evidence` leaves the box out; "" if it takes it."""
-        alone = replace(tcot, boxes=(box,), key_frames=())
+        alone = replace(tcot, evidence={"bbox_2d": (box,)})
         return "; ".join(self._cut(alone, item, seen, max_evidence=1).problems)
 
     def _cut(self, tcot: TCoT, item: LoadedItem, seen: Sequence[Size], max_evidence: int) -> Any:

@@ -138,6 +138,6 @@ def _stored(item: Item, loaded: LoadedItem | None = None) -> str:
         else:
             stored = len(item.video.frames)
             notes.append(f"{stored} frames" if drawn in (0, stored) else f"{drawn} of {stored} frames")
-        if loaded is not None and loaded.fps:
-            notes.append(f"{loaded.fps:g} a second")
+        if loaded is not None and loaded.times:
+            notes.append(f"{loaded.times.fps:g} a second")
     return ", ".join(notes)

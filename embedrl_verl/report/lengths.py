@@ -8,16 +8,12 @@ written by the policy); the side's own text (`embedrl.embedder.max_text_tokens`;
 
 from __future__ import annotations
 
-import os
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from embedrl_verl.data.schema import SIDES, PairRecord, Side
-from embedrl_verl.errors import MediaError
 from embedrl_verl.families import Family
 from embedrl_verl.report.recipe import RecipeLimits
 from embedrl_verl.report.rows import Row
@@ -26,8 +22,6 @@ if TYPE_CHECKING:  # imports verl
     from embedrl_verl.data.lengths import PromptMeter
 
 Measure: TypeAlias = Literal["prompt", "tcot", "text"]
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 MEASURES: tuple[Measure, ...] = ("prompt", "tcot", "text")
 PERCENTILES = (50, 90, 99)
 Lengths: TypeAlias = dict[Side, dict[Measure, int]]
@@ -147,38 +141,6 @@ def _summary(source: str, side: Side, measure: Measure, values: array[int], limi
     ranks = tuple(ordered[-(-count * percent // 100) - 1] for percent in PERCENTILES)
     over = sum(value > limit for value in ordered)
     return LengthSummary(source, side, measure, count, sum(ordered) / count, ranks, ordered[-1], limit, over)
-
-
-def measure_rows(
-    rows: Iterable[tuple[Row, PairRecord]], meter: LengthMeter, threads: int
-) -> Iterator[tuple[PairRecord, Lengths | MediaError]]:
-    """Lengths or the error of every record, in order; decoding runs in threads, a few rows ahead."""
-
-    def one(pair: tuple[Row, PairRecord]) -> tuple[PairRecord, Lengths | MediaError]:
-        row, record = pair
-        try:
-            return record, meter.measure(record, row)
-        except MediaError as error:
-            return record, error
-
-    yield from in_threads(one, rows, threads)
-
-
-def default_threads() -> int:
-    """Threads for decoding: one a core, 16 at most."""
-    return min(16, os.cpu_count() or 1)
-
-
-def in_threads(function: Callable[[_In], _Out], inputs: Iterable[_In], threads: int) -> Iterator[_Out]:
-    """`map` in threads, in order, that reads only a few inputs ahead of what was asked for."""
-    with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[_Out]] = deque()
-        for one in inputs:
-            running.append(pool.submit(function, one))
-            if len(running) > 2 * threads:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
 
 
 def overlong(lengths: Mapping[Measure, int], limits: RecipeLimits) -> list[tuple[Measure, int, int]]:

@@ -56,7 +56,7 @@ def film_strip(side: SideView, book: PictureBook) -> Html | None:
     for number, image in enumerate(item.frames, 1):
         is_key = number in names
         told = f"{number}" + (f" · key{''.join(f' {name}' for name in names[number] if name)}" if is_key else "")
-        second = "" if not item.fps else f" {item.frame_times.seconds[number - 1]:.1f} s"
+        second = "" if item.times is None else f" {item.times.seconds[number - 1]:.1f} s"
         alt = f"Frame {number} of {len(item.frames)}{', a key frame' if is_key else ''}"
         caption = tag("figcaption", tag("b", told), tag("span", second))
         picture = tag("figure", _image(image, alt, FRAME, book, SHARPNESS * max(FRAME)), caption)

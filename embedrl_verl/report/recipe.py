@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot.evidence import MAX_ASPECT, MAX_EVIDENCE, MIN_SIDE
-
-MEDIA_OPTIONS = ("image_min_tokens", "image_max_tokens", "frame_min_tokens", "frame_max_tokens", "max_frames")
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,23 @@ class RecipeLimits:
     max_evidence: int = MAX_EVIDENCE
 
 
-def recipe_limits(overrides: Sequence[str]) -> RecipeLimits:
+def recipe_limits(overrides: Sequence[str], named: Mapping[str, Any] | None = None) -> RecipeLimits:
     """Limits of a run with these hydra overrides, as a recipe takes them on its command line; [] needs no verl.
 
-    Raises:
-        ConfigError: the configuration cannot be composed or has impossible limits.
+    Args:
+        named: values of fields of `RecipeLimits` and of `data.embedrl`, which win over the overrides.
     """
-    if not overrides:
-        return RecipeLimits()
+    limits = _composed(overrides) if overrides else RecipeLimits()
+    own = {field.name for field in fields(RecipeLimits)}
+    data = {name: value for name, value in (named or {}).items() if name not in own}
+    values = {name: value for name, value in (named or {}).items() if name in own}
+    for name in ("max_prompt_length", "max_response_length"):
+        if name in values:
+            _positive(values[name], "--" + name.replace("_", "-"))
+    return replace(limits, data=replace(limits.data, **data), **values)
+
+
+def _composed(overrides: Sequence[str]) -> RecipeLimits:
     from embedrl_verl.config import load_embedrl_config
     from embedrl_verl.config.compose import compose
 
@@ -60,49 +67,6 @@ def recipe_limits(overrides: Sequence[str]) -> RecipeLimits:
         max_aspect=section.evidence.max_aspect,
         max_evidence=section.evidence.max_items,
     )
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that `limits_of` reads."""
-    group = parser.add_argument_group("recipe", "what the data is held against; the defaults are those of EG-RL")
-    group.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="hydra overrides as for a recipe, e.g. data.max_prompt_length=4096 data.embedrl.max_frames=16",
-    )
-    group.add_argument("--media-root", metavar="DIR", help="folder that media paths are relative to (data.media_root)")
-    group.add_argument("--family", help="who wrote the T-CoTs: qwen2_vl, qwen2_5_vl, qwen3_vl, auto (of the tokenizer)")
-    group.add_argument("--prompt-style", help="prompt templates: paper or compact (data.embedrl.prompt_style: paper)")
-    group.add_argument("--max-prompt-length", type=int, metavar="N", help="data.max_prompt_length (14336)")
-    group.add_argument("--max-response-length", type=int, metavar="N", help="data.max_response_length (2048)")
-    for name in MEDIA_OPTIONS:
-        default = getattr(DataSettings(), name)
-        group.add_argument(
-            "--" + name.replace("_", "-"), type=int, metavar="N", help=f"data.embedrl.{name} ({default})"
-        )
-
-
-def limits_of(args: argparse.Namespace) -> RecipeLimits:
-    """Limits of the parsed options; a named option wins over `--set`.
-
-    Raises:
-        ConfigError: as `recipe_limits`, or a limit below 1.
-    """
-    limits = recipe_limits(args.set)
-    named = {
-        name: getattr(args, name)
-        for name in ("family", "prompt_style", *MEDIA_OPTIONS)
-        if getattr(args, name) is not None
-    }
-    found = {field.name for field in fields(RecipeLimits)} & {"media_root", "max_prompt_length", "max_response_length"}
-    values = {name: getattr(args, name) for name in found if getattr(args, name) is not None}
-    for name, value in values.items():
-        if isinstance(value, int):
-            _positive(value, "--" + name.replace("_", "-"))
-    return replace(limits, data=replace(limits.data, **named), **values)
 
 
 def _positive(value: int, name: str) -> int:

@@ -80,7 +80,7 @@ def index_rows(paths: Iterable[str | Path], media_root: str | None = None) -> Ro
     for file in files:
         rows = 0
         for names in _column(file, "data_source"):
-            for name in set(names):
+            for name in dict.fromkeys(names):  # in order, so that a seed draws the same rows again
                 codes.setdefault(name or NO_SOURCE, len(codes))
             if len(codes) > np.iinfo(np.uint16).max:
                 raise DataError(f"{file}: over 65,535 data sources; data_source names where a record comes from")

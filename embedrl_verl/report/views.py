@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from embedrl_verl.data.media import LoadedItem
-    from embedrl_verl.tcot.boxes import PixelBox
+    from embedrl_verl.tcot.evidence.boxes import PixelBox
 
 Facts = tuple[tuple[str, str], ...]
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from embedrl_verl.data.schema import SIDES, Side
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards.retrieval import (
     Accuracy,
@@ -31,8 +32,6 @@ from embedrl_verl.rewards.retrieval import (
 )
 from embedrl_verl.tcot import TCoT, format_reward
 
-Side = Literal["query", "target"]
-SIDES: tuple[Side, Side] = ("query", "target")
 # Gives the process term (N,) of a batch, NaN = unknown (paper eq. 4).
 Judge: TypeAlias = "Callable[[RewardBatch], Awaitable[Tensor]]"
 # A float32 embedding that was normalised in bfloat16 is off by up to 0.004.
@@ -211,6 +210,11 @@ class RewardBatch:
         acc, margin, outcome, hit = self._retrievals[key][:4].float()
         return Retrieval(OutcomeReward(acc, margin, outcome), hit, self._retrievals[key][4].long())
 
+    def hits(self) -> Retrieval:
+        """The first retrieval that was asked for: Hit@1 and false negatives are the same in all."""
+        temperature, accuracy = next(iter(self._retrievals), (0.5, "share"))
+        return self.retrieval(temperature=temperature, accuracy=accuracy)
+
     def ranks(
         self,
         *,
@@ -239,14 +243,17 @@ class RewardBatch:
 
     def process(self) -> Tensor:
         """J: (N,) float32 from the judge, NaN = unknown. Waits for it; call once, in a thread without a running event
-        loop. ValueError: the batch has no judge, or it returned another shape.
+        loop. ConfigError: the run has no judge.
         """
         return asyncio.run(self.judged())
 
     async def judged(self) -> Tensor:
         """`process` for a reward function that is itself async."""
         if self.judge is None:
-            raise ValueError("the batch has no judge; pass judge= to RewardBatch.build or leave the process term out")
+            raise ConfigError(
+                "the process reward (beta > 0) needs a judge, and there is none. Use the reward no_judge, set "
+                "reward.custom_reward_function.reward_kwargs.beta=0, or start a judge (embedrl.judge)"
+            )
         scores = await self.judge(self)
         if scores.shape != (len(self),):
             raise ValueError(

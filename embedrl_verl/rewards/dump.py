@@ -9,7 +9,6 @@ reward function's results, and the texts. Tensors and JSON only: nothing in it c
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,51 +20,47 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import DataError, EmbedRLError
-from embedrl_verl.rewards.batch import Judge, RewardBatch
+from embedrl_verl.rewards.batch import RewardBatch
 from embedrl_verl.tcot import TCoT, parse_tcot
 
 FORMAT = "embedrl-reward-dump"
 VERSION = "2"
 READABLE = ("1", VERSION)  # in version 1 `content` is (N,), the target's alone
-_NAME = re.compile(r"(\d+)(?:\.(\d+))?\.rewards\.safetensors")
+_SUFFIX = ".rewards.safetensors"
+_STEP = re.compile(r"(\d+)(?:\.(\d+))?" + re.escape(_SUFFIX))
 _ALWAYS = ("side", "pair", "rollout", "valid", "content", "similarity", "query_rows", "target_rows")
 _MAYBE = ("lengths", "raw_similarity")
 _PART = "part:"
-_ROW_KEYS = ("pair_id", "data_source", "text", "num_images", "num_frames")
 
 
 def dump_name(step: int, part: int | None = None) -> str:
     """File name of a step's dump, or of one of its parts."""
-    return f"{step}.rewards.safetensors" if part is None else f"{step}.{part}.rewards.safetensors"
+    return f"{step}{_SUFFIX}" if part is None else f"{step}.{part}{_SUFFIX}"
 
 
 @dataclass(frozen=True)
 class RewardDump:
     """What a dump holds.
 
+    batch: the step's batch, bit for bit. It has a judge if the run's reward had the part "process": one that gives the
+        same answers again.
     parts: the reward function's results, (N,) float32 each, with "score".
     rows: N mappings with `pair_id`, `data_source`, `text` (the T-CoT), `num_images`, `num_frames`.
     function: what the run called its reward function, "" if it did not state it.
     kwargs: the function's `reward_kwargs` in the run, None if it did not state them (older dumps).
     """
 
-    path: Path
+    batch: RewardBatch
     parts: dict[str, Tensor]
     rows: list[dict[str, Any]]
     function: str
-    _batch: RewardBatch
     kwargs: dict[str, Any] | None = None
-
-    def batch(self) -> RewardBatch:
-        """The step's batch, bit for bit. It has a judge if the run's reward had the part "process": one that gives the
-        same answers again.
-        """
-        return self._batch
 
 
 def write_reward_dump(
-    path: str | Path,
+    path: Path,
     batch: RewardBatch,
     parts: Mapping[str, Tensor],
     *,
@@ -73,28 +68,17 @@ def write_reward_dump(
     function: str = "",
     kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a dump; the file is there whole or not at all.
+    """Write a dump; the file is there whole or not at all. Arguments as in `RewardDump`.
 
     Args:
         path: file to write, named by `dump_name`; its folder is made if missing.
-        parts: what the reward function returned for the batch, (N,) float32 each, with "score".
-        rows: for each row of the batch `pair_id`, `data_source`, `text`, and `num_images`, `num_frames` (0 or None: the
-            input has none); other JSON values may stand beside them.
-        function, kwargs: as in `RewardDump`; JSON values.
+        rows: parsing `text` for `num_images` and `num_frames` (0 or None: the input has none) gives the batch's T-CoT.
 
     Raises:
         ValueError: rows or parts are not those of the batch.
         EmbedRLError: the file cannot be written.
     """
-    path = Path(path)
-    if len(rows) != len(batch):
-        raise ValueError(f"rows must have one entry for each of {len(batch)} rows; got {len(rows)}")
-    for index, (row, tcot) in enumerate(zip(rows, batch.tcots, strict=True)):
-        if _parsed(row) != tcot:
-            raise ValueError(
-                f"row {index}: text, num_images and num_frames must give the batch's T-CoT; they give another one"
-            )
-    _check_parts(parts, len(batch))
+    _check(batch, parts, rows)
     tensors = {name: value for name in (*_ALWAYS, *_MAYBE) if (value := getattr(batch, name)) is not None}
     tensors |= {_PART + name: value for name, value in parts.items()}
     stated = {"rows": [dict(row) for row in rows], "required": list(batch.required), "function": function}
@@ -105,49 +89,21 @@ def write_reward_dump(
         {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()},
         metadata={"format": FORMAT, "version": VERSION},
     )
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise EmbedRLError(f"{path}: the reward dump cannot be written ({error})") from error
 
 
-def read_reward_dump(path: str | Path) -> RewardDump:
+def read_reward_dump(path: Path) -> RewardDump:
     """Read a dump; DataError names a file that is missing, damaged, of another kind or of another version."""
-    path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            _check_kind(path, file.metadata() or {})
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        stated = json.loads(tensors.pop("json").numpy().tobytes())
-        kwargs = stated.get("reward_kwargs")  # optional: older dumps of this version have none
-        if not (kwargs is None or isinstance(kwargs, dict)):
-            raise ValueError(f"reward_kwargs must be a mapping; got {kwargs!r}")
-        parts = {name.removeprefix(_PART): tensors.pop(name) for name in list(tensors) if name.startswith(_PART)}
-        if tensors["content"].dim() == 1:
-            tensors["content"] = tensors["content"][:, None]
-        batch = RewardBatch(
-            **{name: tensors[name] for name in _ALWAYS},
-            lengths=tensors.get("lengths"),
-            raw_similarity=tensors.get("raw_similarity"),
-            tcots=tuple(_parsed(row) for row in stated["rows"]),
-            required=tuple(stated["required"]),
-            judge=_same_answers(parts["process"]) if "process" in parts else None,
-        )
-        _check_parts(parts, len(batch))
-        if not torch.cat((batch.query_rows, batch.target_rows)).sort().values.equal(torch.arange(len(batch))):
-            raise ValueError("query_rows and target_rows must have every row once")
-        return RewardDump(path, parts, stated["rows"], stated["function"], batch, kwargs)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: not a readable reward dump ({error})") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: a damaged reward dump ({type(error).__name__}: {error})") from error
-
-
-def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise DataError(f"{path}: not a reward dump; its format is {metadata.get('format')!r}, not {FORMAT!r}")
     if metadata.get("version") not in READABLE:
@@ -155,28 +111,50 @@ def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
             f"{path}: a reward dump of version {metadata.get('version')}; this embedrl reads versions "
             f"{' and '.join(READABLE)}. Use the embedrl that wrote it"
         )
+    try:
+        return _dump_of(tensors)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: a damaged reward dump ({type(error).__name__}: {error})") from error
 
 
-def _check_parts(parts: Mapping[str, Tensor], rows: int) -> None:
+def _dump_of(tensors: dict[str, Tensor]) -> RewardDump:
+    stated = json.loads(tensors["json"].numpy().tobytes())
+    kwargs = stated.get("reward_kwargs")
+    if not (kwargs is None or isinstance(kwargs, dict)):
+        raise ValueError(f"reward_kwargs must be a mapping; got {kwargs!r}")
+    parts = {name.removeprefix(_PART): value for name, value in tensors.items() if name.startswith(_PART)}
+    content = tensors["content"]
+    known = {name: tensors[name] for name in (*_ALWAYS, *_MAYBE) if name in tensors or name in _ALWAYS}
+
+    async def same_answers(_: RewardBatch) -> Tensor:
+        return parts["process"]
+
+    batch = RewardBatch(
+        **{**known, "content": content[:, None] if content.dim() == 1 else content},
+        tcots=tuple(_parsed(row) for row in stated["rows"]),
+        required=tuple(stated["required"]),
+        judge=same_answers if "process" in parts else None,
+    )
+    _check(batch, parts, stated["rows"])
+    if not torch.cat((batch.query_rows, batch.target_rows)).sort().values.equal(torch.arange(len(batch))):
+        raise ValueError("query_rows and target_rows must have every row once")
+    return RewardDump(batch, parts, stated["rows"], stated["function"], kwargs)
+
+
+def _check(batch: RewardBatch, parts: Mapping[str, Tensor], rows: Sequence[Any]) -> None:
+    if len(rows) != len(batch):
+        raise ValueError(f"rows must have one entry for each of {len(batch)} rows; got {len(rows)}")
     for name, value in parts.items():
-        if value.shape != (rows,) or value.dtype != torch.float32:
-            raise ValueError(f"part {name!r} must be ({rows},) float32; got {tuple(value.shape)} {value.dtype}")
+        if value.shape != (len(batch),) or value.dtype != torch.float32:
+            raise ValueError(f"part {name!r} must be ({len(batch)},) float32; got {tuple(value.shape)} {value.dtype}")
     if "score" not in parts:
         raise ValueError(f"parts must have 'score'; got {', '.join(parts)}")
 
 
 def _parsed(row: Mapping[str, Any]) -> TCoT:
-    missing = [key for key in _ROW_KEYS if key not in row]
-    if missing:
-        raise ValueError(f"a row must have {', '.join(_ROW_KEYS)}; {', '.join(missing)} is missing")
+    if missing := [key for key in ("pair_id", "data_source", "text", "num_images", "num_frames") if key not in row]:
+        raise ValueError(f"a row must have pair_id, data_source, text, num_images, num_frames; {missing} is missing")
     return parse_tcot(row["text"], num_frames=row["num_frames"] or None, num_images=row["num_images"] or None)
-
-
-def _same_answers(process: Tensor) -> Judge:
-    async def judge(batch: RewardBatch) -> Tensor:
-        return process
-
-    return judge
 
 
 def find_dumps(run: str | Path) -> list[tuple[str, Path]]:
@@ -190,7 +168,7 @@ def find_dumps(run: str | Path) -> list[tuple[str, Path]]:
     """
     run = Path(run)
     if run.is_file():
-        return [(run.name.removesuffix(".rewards.safetensors") if _NAME.fullmatch(run.name) else run.name, run)]
+        return [(run.name.removesuffix(_SUFFIX), run)]
     folders = [run, run / "rollouts", *sorted(run.glob("*/rollouts"))]
     found = {folder: dumps for folder in folders if folder.is_dir() and (dumps := _dumps_in(folder))}
     if len(found) != 1:
@@ -201,6 +179,6 @@ def find_dumps(run: str | Path) -> list[tuple[str, Path]]:
 
 
 def _dumps_in(folder: Path) -> list[tuple[str, Path]]:
-    named = [(found, path) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name))]
-    named.sort(key=lambda entry: (int(entry[0][1]), int(entry[0][2] or 0)))
-    return [(path.name.removesuffix(".rewards.safetensors"), path) for _, path in named]
+    numbered = [(found, path) for path in folder.iterdir() if (found := _STEP.fullmatch(path.name))]
+    numbered.sort(key=lambda entry: (int(entry[0][1]), int(entry[0][2] or 0)))
+    return [(path.name.removesuffix(_SUFFIX), path) for _, path in numbered]

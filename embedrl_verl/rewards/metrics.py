@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from embedrl_verl.rewards.batch import SIDES, RewardBatch
+from embedrl_verl.data.schema import SIDES
+from embedrl_verl.rewards.batch import RewardBatch
 
 
 def batch_metrics(
@@ -26,7 +27,7 @@ def batch_metrics(
         `false_negatives` (columns left out for a row). A mean over no known row is left out. Counts: `embedrl/rows`,
         `embedrl/failed_rows` (no embedding), `embedrl/rows_without_partner` and `embedrl/unknown/<part>`.
     """
-    found = batch.retrieval()
+    found = batch.hits()
     numbers = {"reward" if name == "score" else name: value for name, value in parts.items()}
     reported = set(numbers)
     numbers["hit@1"] = found.hit

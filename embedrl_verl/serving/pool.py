@@ -1,47 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several OpenAI-style HTTP servers behind one asynchronous client.
+"""Several OpenAI-style servers behind one asynchronous client.
 
     pool = ServerPool(["http://a:8000", "http://b:8000"], PoolSettings(limit=64))
     async with pool:
         answer = await pool.post("/v1/chat/completions", {...}, deadline=time.monotonic() + 60)
 
-A request goes to the server with the fewest requests in flight among those that are up; one with a home goes there
-unless that server has `HOME_SLACK` more in flight than the least busy one. A server that cannot be
-reached or does not answer in time is down until a probe of its /health succeeds. What fails is tried again, on another
-server if there is one; a request that fails for good raises, there is no default answer.
+`AsyncOpenAI` sends, with the key, pooled connections and typed errors. Its own retries are off: they stay on one
+server, keep their place among the requests in flight, end at no deadline, and know neither status 425 nor `backoff_s`.
+Its time-outs are those of connecting and of single reads. What a run relies on is added here: attempts and requests end
+in time; a retry goes to another server; a request that fails for good says why; a lost server (it cannot be reached, or
+does not answer in time) gets no requests until its /health answers.
 
-Sessions, slots and probes belong to an event loop, and end with it; what is known of the servers stays. One loop uses a
-pool at a time.
+Connections, places and probes belong to an event loop and end with it; what is known of the servers stays. One loop
+uses a pool at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import aiohttp
+from httpx2 import Limits  # comes with openai
+from openai import AsyncOpenAI, DefaultAioHttpClient
 
 from embedrl_verl.errors import ConfigError, EmbedRLError
-from embedrl_verl.serving.errors import ServerError
-from embedrl_verl.serving.server import Server, TryFailed
-from embedrl_verl.serving.stats import PoolStats, ServerStats
-from embedrl_verl.serving.urls import server_url
-from embedrl_verl.serving.waiting import Signal, Slots
+from embedrl_verl.serving.server import Server, ServerError, server_url, within
 
 _LOG = logging.getLogger(__name__)
-HOME_SLACK = 16
-"""Requests that a server may have above the least busy one and still get those whose home it is."""
+AFFINITY_SLACK = 16
+"""Requests that a server may have above the least busy one and still get those of its affinity."""
 _LONGEST_BACKOFF_S = 10.0
 _PROBE_TIMEOUT_S = 5.0
-_LOOK_FOR_S = 1.0
+_LOOK_S = 1.0
 """Seconds between probes of a server that is gone: rows wait for it, and to be refused costs nothing."""
-# Below uvicorn's 5 s, so that an idle connection is never used while the server is closing it.
-_KEEP_ALIVE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -50,47 +47,41 @@ class PoolSettings:
 
     Attributes:
         limit: requests in flight over all servers. Waiting for a retry takes no place.
-        timeout_s: seconds for one try.
-        retries: tries after the first.
+        timeout_s: seconds for one attempt.
+        retries: attempts after the first.
         backoff_s: seconds before the first retry; doubles up to 10 s, times a random factor in [0.5, 1].
-        probe_interval_s: seconds between probes of a server. One that is gone is looked for every second.
-
-    Raises:
-        ConfigError: a value that cannot work.
+        probe_interval_s: seconds between probes of a server that timed out while others are up.
     """
 
-    limit: int = 64
+    limit: int
     timeout_s: float = 60.0
     retries: int = 3
     backoff_s: float = 0.5
     probe_interval_s: float = 10.0
 
     def __post_init__(self) -> None:
-        rules = (
+        for key, holds, rule in (
             ("limit", self.limit >= 1, "1 or more"),
             ("timeout_s", 0 < self.timeout_s < float("inf"), "positive and finite"),
             ("retries", self.retries >= 0, "0 or more"),
             ("backoff_s", 0 <= self.backoff_s < float("inf"), "0 or more and finite"),
-            ("probe_interval_s", 0 < self.probe_interval_s < float("inf"), "positive and finite"),
-        )
-        for key, holds, rule in rules:
+        ):
             if not holds:
                 raise ConfigError(f"{key} of a server pool must be {rule}; got {getattr(self, key)!r}")
 
 
-class _Running:
-    """What belongs to one event loop."""
+class _Call(NamedTuple):
+    """What a caller of the pool asks for; GET without a body."""
 
-    def __init__(self, limit: int, session: aiohttp.ClientSession) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.session = session
-        self.slots = Slots(limit)
-        self.revived = Signal()
-        self.look_now = Signal()
-        self.to_probe: set[str] = set()
-        self.users = 0
-        self.closed = False
-        self.keeper: asyncio.Task[None]
+    path: str
+    body: Mapping[str, Any] | bytes | None
+    deadline: float | None
+    affinity: int | None = None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the deadline."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
 
 
 class ServerPool:
@@ -101,277 +92,275 @@ class ServerPool:
         settings: limits.
         api_key: sent as a bearer token; never part of a message.
         name: what the servers are called in messages, such as "judge".
-
-    Raises:
-        ConfigError: no URL, a malformed one, or the same one twice.
     """
 
     def __init__(
-        self,
-        urls: Sequence[str],
-        settings: PoolSettings | None = None,
-        *,
-        api_key: str | None = None,
-        name: str = "server",
+        self, urls: Sequence[str], settings: PoolSettings, *, api_key: str | None = None, name: str = "server"
     ) -> None:
         addresses = [server_url(url) for url in ([urls] if isinstance(urls, str) else urls)]
         if not addresses or len(set(addresses)) < len(addresses):
             raise ConfigError(f"a pool needs one or more different server URLs; got {addresses}")
-        self.settings = settings or PoolSettings()
-        self.name = name
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._servers = [Server(url) for url in addresses]
-        self._running: _Running | None = None
+        self.settings, self.name = settings, name
+        self.servers = tuple(Server(url) for url in addresses)
+        self.requests = self.retries = 0
+        """Calls so far, and attempts after a call's first."""
+        self._api_key = api_key
+        self._session: _Session | None = None
         self._random = random.Random()  # of its own: training seeds the global one
-        self._requests = self._retries = self._failures = self._turns = self._most_in_flight = 0
+
+    @classmethod
+    def from_config(cls, config: Any, urls: Sequence[str], *, section: str, name: str, share: int = 1) -> ServerPool:
+        """The pool of a configuration section with `limit`, `timeout_s`, `retries`, `backoff_s` and `api_key_env`.
+
+        Args:
+            section: its name for messages, such as "embedrl.judge".
+            share: processes that send; each has its part of the limit.
+
+        Raises:
+            ConfigError: a value that cannot work, or the variable named by `api_key_env` is not set.
+        """
+        key = os.environ.get(config.api_key_env) if config.api_key_env is not None else None
+        if config.api_key_env is not None and not key:
+            raise ConfigError(f"{section}.api_key_env names {config.api_key_env}, which is not set in this process")
+        try:
+            limit = max(1, config.limit // share)
+            settings = PoolSettings(limit, config.timeout_s, config.retries, config.backoff_s)
+            return cls(urls, settings, api_key=key, name=name)
+        except ConfigError as error:
+            raise ConfigError(f"{section}: {error}") from error
 
     @property
     def urls(self) -> tuple[str, ...]:
         """The servers' normalised addresses."""
-        return tuple(server.url for server in self._servers)
+        return tuple(server.url for server in self.servers)
 
     async def post(
-        self, path: str, payload: Mapping[str, Any] | bytes, *, deadline: float | None = None, home: int | None = None
+        self,
+        path: str,
+        payload: Mapping[str, Any] | bytes,
+        *,
+        deadline: float | None = None,
+        affinity: int | None = None,
     ) -> Any:
         """POST JSON and decode the JSON answer.
 
         Args:
             path: from the server's root, such as "/v1/embeddings".
-            payload: what `json.dumps` takes, or JSON that is encoded already (large media: outside the event loop).
+            payload: a mapping, or JSON that is encoded already (large media: outside the event loop).
             deadline: `time.monotonic()` at which the request ends, come what may. With one, a request waits that long
-                for a server to come back; without, every `probe_interval_s` of waiting counts as a try.
-            home: requests of the same number share a server where they can, for its prefix cache.
+                for a lost server to come back; without, finding no server up counts as an attempt.
+            affinity: requests of the same number share a server where they can, for its prefix cache.
 
         Raises:
             ServerError: there is no answer; `cause` says why.
-            EmbedRLError: the pool is in use by another event loop.
         """
-        return await self._request("POST", path, payload, deadline, home)
+        return await self._request(_Call(path, payload, deadline, affinity))
 
     async def get(self, path: str, *, deadline: float | None = None) -> Any:
         """GET and decode the JSON answer; as `post`."""
-        return await self._request("GET", path, None, deadline)
+        return await self._request(_Call(path, None, deadline))
+
+    async def models(self, *, deadline: float | None = None) -> list[dict[str, Any]]:
+        """The served models as /v1/models lists them; as `post`. Entries have an "id", vLLM's "owned_by" = "vllm"."""
+        answer = await self.get("/v1/models", deadline=deadline)
+        listed = answer.get("data") if isinstance(answer, dict) else None
+        return [one for one in listed if isinstance(one, dict) and "id" in one] if isinstance(listed, list) else []
 
     async def __aenter__(self) -> ServerPool:
-        self._open().users += 1
+        self._open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        running = self._running
-        if running is not None and running.loop is asyncio.get_running_loop():
-            running.users -= 1
-            if running.users <= 0:
-                await self.aclose()
+        await self.aclose()
 
     async def aclose(self) -> None:
-        """End this loop's session and probes; requests in flight fail. A later request opens them again."""
-        running = self._running
-        if running is None or running.loop is not asyncio.get_running_loop():
-            return
-        self._running = None
-        running.closed = True
-        running.revived.fire()
-        running.keeper.cancel()
-        await asyncio.wait((running.keeper,))
-        await running.session.close()  # a keeper that never began has not
+        """End this loop's connections and probes; requests in flight fail. A later request opens them again."""
+        session = self._session
+        if session is not None and session.loop is asyncio.get_running_loop():
+            self._session = None
+            session.keeper.cancel()
+            await asyncio.wait((session.keeper,))
 
-    def stats(self) -> PoolStats:
-        """Counts so far and the servers' state."""
-        servers = tuple(ServerStats(s.url, s.up, s.in_flight, s.requests, s.last_error) for s in self._servers)
-        return PoolStats(self._requests, self._retries, self._failures, self._most_in_flight, servers)
+    def _open(self) -> _Session:
+        session = self._session
+        if session is not None and session.loop is asyncio.get_running_loop():
+            return session
+        if session is not None and session.loop.is_running():
+            raise EmbedRLError(f"the pool of {self.name} servers is in use by another event loop; make one pool a loop")
+        self._session = session = _Session(self.urls, self.settings.limit, self._api_key)
+        for server in self.servers:
+            if server.up:
+                session.some_up.set()
+            else:
+                self._watch(session, server)
+        return session
 
-    def metrics(self) -> dict[str, float]:
-        """`stats().metrics()`."""
-        return self.stats().metrics()
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | bytes | None,
-        deadline: float | None,
-        home: int | None = None,
-    ) -> Any:
-        if not path.startswith("/"):
-            raise ValueError(f"path must start at the server's root, with a slash; got {path!r}")
-        running = self._open()
-        self._requests += 1
-        avoid: Server | None = None
-        before: TryFailed | None = None
-        tries = 0
+    async def _request(self, call: _Call) -> Any:
+        session = self._open()
+        self.requests += 1
+        failures: list[ServerError] = []  # one an attempt
         try:
-            while True:
-                try:
-                    server = await self._acquire(running, deadline, avoid, home)
-                    avoid = server
-                    return await self._try(running, server, method, path, payload, deadline)
-                except TryFailed as failed:
-                    tries += 1
-                    delay = self._backoff(tries)
-                    late = deadline is not None and time.monotonic() + delay >= deadline
-                    if not failed.retry or tries > self.settings.retries or late:
-                        raise self._error(failed, f"{method} {path}", tries, avoid, before) from failed
-                    before = failed
-                self._retries += 1
-                await asyncio.sleep(delay)
-        except ServerError:
-            self._failures += 1
-            raise
+            done = await within(call.left, session.start(self._attempts(session, call, failures)))
+            if done.cancelled():  # by `aclose`
+                raise ServerError("pool closed", "pool closed")
+            return done.result()
+        except TimeoutError:
+            some_up = any(server.up for server in self.servers)
+            failure = ServerError("deadline", "deadline") if some_up else self._none_is_up()
+        except ServerError as error:
+            failure = error
+        before = [one for one in failures if one is not failure]
+        what = f"{'GET' if call.body is None else 'POST'} {call.path}"
+        message = f"{self.name}: {what} failed, try {len(before) + 1}: {failure}"
+        if before and before[-1].cause != failure.cause:
+            message += f"; the try before: {before[-1]}"
+        raise ServerError(message, failure.cause, failure.status) from failure
 
-    async def _acquire(
-        self, running: _Running, deadline: float | None, avoid: Server | None, home: int | None
-    ) -> Server:
-        """A slot, and the server to use it on."""
+    async def _attempts(self, session: _Session, call: _Call, failures: list[ServerError]) -> Any:
+        """The first answer; attempts without one are added to `failures`."""
+        avoid: Server | None = None
         while True:
-            if running.closed:
-                raise TryFailed("pool closed", "the pool was closed while the request was waiting", retry=False)
-            up = [server for server in self._servers if server.up]
-            left = None if deadline is None else deadline - time.monotonic()
-            if not up:
-                patience = left if left is not None else self.settings.probe_interval_s
-                if patience <= 0 or not await running.revived.wait(patience):
-                    errors = "; ".join(f"{server.url}: {server.last_error}" for server in self._servers)
-                    raise TryFailed("no server is up", errors, retry=left is None)
-                continue
-            pause = min(server.ready_at for server in up) - time.monotonic()
-            if left is not None and left <= max(pause, 0.0):
-                raise TryFailed("deadline", "there was no time left to send the request", retry=False)
-            if pause > 0:
-                await asyncio.sleep(pause)
-                continue
-            if not await running.slots.acquire(left):
-                raise TryFailed("deadline", "no slot became free in time", retry=False)
-            server = self._choose(avoid, home)
-            if server is not None and not running.closed:
-                return server
-            running.slots.release()
+            try:
+                async with session.places:
+                    avoid = server = await self._free_server(session, call, avoid)
+                    return await self._attempt(session, server, call)
+            except ServerError as failure:
+                failures.append(failure)
+                longest = min(self.settings.backoff_s * 2.0 ** min(len(failures) - 1, 30), _LONGEST_BACKOFF_S)
+                pause = longest * self._random.uniform(0.5, 1.0)
+                late = call.left is not None and pause >= call.left
+                if not failure.transient or len(failures) > self.settings.retries or late:
+                    raise
+            self.retries += 1
+            await asyncio.sleep(pause)
 
-    def _choose(self, avoid: Server | None, home: int | None = None) -> Server | None:
-        now = time.monotonic()
-        ready = [server for server in self._servers if server.up and server.ready_at <= now]
+    async def _free_server(self, session: _Session, call: _Call, avoid: Server | None) -> Server:
+        """The server of the next attempt, as soon as one is up and its Retry-After is over."""
+        while True:
+            now = time.monotonic()
+            up = [server for server in self.servers if server.up]
+            ready = [server for server in up if server.ready_at <= now]
+            if ready:
+                return self._choose(ready, avoid, call.affinity)
+            if up:
+                await asyncio.sleep(min(_LOOK_S, min(server.ready_at for server in up) - now))
+            elif call.deadline is not None:
+                await session.some_up.wait()
+            else:
+                raise self._none_is_up()
+
+    def _choose(self, ready: list[Server], avoid: Server | None, affinity: int | None) -> Server:
+        """The server with the fewest requests in flight, of equals the least used; another than `avoid` if it can be.
+        That of the affinity, unless it has `AFFINITY_SLACK` more in flight."""
         others = [server for server in ready if server is not avoid] or ready
-        least = min(others, key=lambda server: (server.in_flight, server.turn), default=None)
-        if least is None or home is None:
+        least = min(others, key=lambda server: (server.in_flight, server.requests))
+        if affinity is None:
             return least
-        wanted = self._servers[home % len(self._servers)]
-        if wanted not in others:  # its homes spread over the others
-            wanted = others[home % len(others)]
-        return wanted if wanted.in_flight <= least.in_flight + HOME_SLACK else least
+        wanted = self.servers[affinity % len(self.servers)]
+        if wanted not in others:  # what it would have had spreads over the others
+            wanted = others[affinity % len(others)]
+        return wanted if wanted.in_flight <= least.in_flight + AFFINITY_SLACK else least
 
-    async def _try(
-        self,
-        running: _Running,
-        server: Server,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | bytes | None,
-        deadline: float | None,
-    ) -> Any:
-        """One try on a server, in the slot that the caller has acquired."""
-        self._turns += 1
-        server.turn = self._turns
+    async def _attempt(self, session: _Session, server: Server, call: _Call) -> Any:
         server.requests += 1
         server.in_flight += 1
-        self._most_in_flight = max(self._most_in_flight, sum(s.in_flight for s in self._servers))
-        revival = server.revival
-        left = None if deadline is None else max(deadline - time.monotonic(), 1e-3)
-        timeout_s = self.settings.timeout_s if left is None else min(self.settings.timeout_s, left)
         try:
-            answer = await server.send(running.session, method, path, payload, timeout_s)
-        except TryFailed as failed:
-            if running.closed:
-                raise TryFailed("pool closed", "the pool was closed during the request", retry=False) from failed
-            if failed.cause == "timeout" and timeout_s < self.settings.timeout_s:  # says nothing about the server
-                raise TryFailed("deadline", "the answer did not come in time", retry=False) from failed
-            if failed.down and server.revival == revival:
-                self._mark_down(running, server, failed)
+            answer = await server.exchange(session.clients[server.url], call.path, call.body, self.settings.timeout_s)
+        except ServerError as failure:
+            if failure.status is None:
+                self._lose(session, server, failure)
+            elif failure.status >= 500:
+                self._watch(session, server)
             raise
         finally:
             server.in_flight -= 1
-            running.slots.release()
-        self._mark_up(running, server)
+        self._recover(session, server)
         return answer
 
-    def _backoff(self, tries: int) -> float:
-        longest = min(self.settings.backoff_s * 2.0 ** min(tries - 1, 30), _LONGEST_BACKOFF_S)
-        return longest * self._random.uniform(0.5, 1.0)
+    def _none_is_up(self) -> ServerError:
+        errors = "; ".join(f"{server.url}: {server.last_error}" for server in self.servers)
+        return ServerError(f"no server is up ({errors})", "no server is up")
 
-    def _error(
-        self, failed: TryFailed, what: str, tries: int, server: Server | None, before: TryFailed | None
-    ) -> ServerError:
-        where = server.url if server is not None and failed.cause != "no server is up" else ", ".join(self.urls)
-        message = f"{self.name}: {what} failed at {where}, try {tries}: {failed.cause} ({failed})"
-        if before is not None and before.cause != failed.cause:
-            message += f"; the try before: {before.cause} ({before})"
-        return ServerError(message, failed.cause, failed.status)
+    def _lose(self, session: _Session, server: Server, failure: ServerError) -> None:
+        server.last_error = failure.cause
+        if server.up:
+            server.up = False
+            _LOG.warning("%s %s is down: %s", self.name, server.url, failure)
+            if not any(other.up for other in self.servers):
+                session.some_up.clear()
+        self._watch(session, server)
 
-    def _mark_down(self, running: _Running, server: Server, failed: TryFailed, *, look: bool = True) -> None:
-        server.last_error = failed.cause
-        if not server.up:
-            return
-        server.up = False
-        _LOG.warning("%s %s is down: %s (%s)", self.name, server.url, failed.cause, failed)
-        if not any(other.up for other in self._servers):
-            running.to_probe = {other.url for other in self._servers if look or other is not server}
-        elif look and failed.cause != "timeout":  # one that only dropped a connection may be back at once
-            running.to_probe.add(server.url)
-        if running.to_probe:
-            running.look_now.fire()
-
-    def _mark_up(self, running: _Running, server: Server) -> None:
+    def _recover(self, session: _Session, server: Server) -> None:
         if not server.up:
             server.up = True
-            server.revival += 1
             _LOG.warning("%s %s is up again", self.name, server.url)
-            running.revived.fire()
+            session.some_up.set()
 
-    def _open(self) -> _Running:
-        loop = asyncio.get_running_loop()
-        running = self._running
-        if running is not None and running.loop is loop and not running.closed:
-            return running
-        if running is not None and running.loop.is_running() and not running.closed:
-            raise EmbedRLError(f"the pool of {self.name} servers is in use by another event loop; make one pool a loop")
-        for server in self._servers:
-            server.in_flight = 0
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-        session = aiohttp.ClientSession(
-            connector=connector, headers=self._headers, timeout=aiohttp.ClientTimeout(total=None)
-        )
-        self._running = running = _Running(self.settings.limit, session)
-        running.keeper = loop.create_task(self._keep(running), name=f"health of {self.name} servers")
-        return running
+    def _watch(self, session: _Session, server: Server) -> None:
+        """Ask the server's /health until it answers; one watch a server."""
+        if server not in session.watched:
+            session.watched.add(server)
+            session.start(self._look(session, server)).add_done_callback(lambda _: session.watched.discard(server))
 
-    async def _keep(self, running: _Running) -> None:
-        """Watch the servers until cancelled (by `aclose`, or by `asyncio.run` at its end), then close the session."""
-        watchers = [running.loop.create_task(self._watch(running, server)) for server in self._servers]
+    async def _look(self, session: _Session, server: Server) -> None:
+        """One that is gone is looked for every second. One that timed out is left alone while others are up: it may
+        answer /health and no request."""
+        last = time.monotonic()
+        while True:
+            hangs = not server.up and server.last_error == "timeout"
+            others = any(other.up for other in self.servers if other is not server)
+            if not (hangs and others) or time.monotonic() >= last + self.settings.probe_interval_s:
+                failure = await self._probe(session, server)
+                if failure is None:
+                    self._recover(session, server)
+                    return
+                if failure.cause != "timeout" or not server.up:  # a busy server may be late with its health
+                    self._lose(session, server, failure)
+                last = time.monotonic()
+            await asyncio.sleep(min(_LOOK_S, self.settings.probe_interval_s))
+
+    async def _probe(self, session: _Session, server: Server) -> ServerError | None:
+        """Why the server is not well, or None. One without the route /health answers too, which is enough."""
         try:
-            await asyncio.wait(watchers, return_when=asyncio.FIRST_EXCEPTION)
+            timeout_s = min(self.settings.timeout_s, _PROBE_TIMEOUT_S)
+            await server.exchange(session.clients[server.url], "/health", None, timeout_s)
+        except ServerError as failure:
+            if failure.status is None or failure.status >= 500:
+                return failure
+        return None
+
+
+class _Session:
+    """What belongs to one event loop, and ends with it."""
+
+    def __init__(self, urls: Sequence[str], limit: int, api_key: str | None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.places = asyncio.Semaphore(limit)
+        self.some_up = asyncio.Event()
+        self.watched: set[Server] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        # aiohttp below: with 256 requests in flight httpx's own transport takes 7 ms of CPU a request, this one 2. No
+        # proxies of the environment: servers are the run's own. Attempts end by `within`. An idle connection goes
+        # before uvicorn's 5 s, so that none is used while the server is closing it.
+        limits = Limits(max_connections=limit + len(urls), keepalive_expiry=3.0)  # a probe of each server
+        self._http = DefaultAioHttpClient(trust_env=False, timeout=None, limits=limits)
+        fixed: dict[str, Any] = {"max_retries": 0, "timeout": None, "http_client": self._http}
+        # Without a key AsyncOpenAI would send OPENAI_API_KEY of the environment.
+        self.clients = {url: AsyncOpenAI(base_url=url, api_key=api_key or "EMPTY", **fixed) for url in urls}
+        self.keeper = self.loop.create_task(self._keep())
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run it as a task that ends with the session."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _keep(self) -> None:
+        """Wait to be cancelled (by `aclose`, or by `asyncio.run` at its end), then close everything."""
+        try:
+            await asyncio.Event().wait()
         finally:
-            running.closed = True
-            running.revived.fire()
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.wait(watchers)
-            await running.session.close()
-
-    async def _watch(self, running: _Running, server: Server) -> None:
-        """Probe a server at its interval, and at once where `_mark_down` asks for it."""
-        timeout_s = min(self.settings.timeout_s, _PROBE_TIMEOUT_S)
-        while not running.closed:
-            running.to_probe.discard(server.url)
-            try:
-                await server.probe(running.session, timeout_s)
-                self._mark_up(running, server)
-            except TryFailed as failed:
-                if failed.cause != "timeout":  # a busy server may be late with its health
-                    self._mark_down(running, server, failed, look=False)
-            if server.url not in running.to_probe:
-                await running.look_now.wait(self._interval(server))
-
-    def _interval(self, server: Server) -> float:
-        """Seconds to the next probe. One that timed out is left alone as long as others are up."""
-        gone = not server.up and server.last_error != "timeout"
-        if gone or not any(other.up for other in self._servers):
-            return min(_LOOK_FOR_S, self.settings.probe_interval_s)
-        return self.settings.probe_interval_s
+            for task in self._tasks:
+                task.cancel()
+            await self._http.aclose()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One server of a pool: what is known of its health, and how one try of a request went."""
+"""One OpenAI-style server: its address, what is known of it, and one attempt of a request by `AsyncOpenAI`."""
 
 from __future__ import annotations
 
@@ -9,35 +9,45 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
-# Longest excerpt of a server's message in an error.
-_EXCERPT = 300
-RETRIED = (408, 425, 429)
-"""They say "send it again": time-out, too early, too many."""
+from embedrl_verl.errors import ConfigError, EmbedRLError
+
+_T = TypeVar("_T")
+_EXCERPT = 300  # longest part of a server's message in an error
+_TRANSIENT = (408, 425, 429)  # time-out, too early, too many: they say "send it again"
 
 
-class TryFailed(Exception):
-    """One try failed. `retry`: another may succeed. `down`: the server cannot be reached, or does not answer."""
+class ServerError(EmbedRLError):
+    """A request, or one attempt of it, that has no answer.
 
-    def __init__(
-        self, cause: str, detail: str, *, retry: bool = True, down: bool = False, status: int | None = None
-    ) -> None:
-        super().__init__(detail)
+    Attributes:
+        cause: a few words to count failures by, such as "timeout", "connection refused", "HTTP 503", "no server is up",
+            "deadline". It names neither the server nor the request.
+        status: the HTTP status if a server answered the last attempt, else None.
+    """
+
+    def __init__(self, message: str, cause: str = "", status: int | None = None) -> None:
+        super().__init__(message)
         self.cause = cause
-        self.retry = retry
-        self.down = down
         self.status = status
 
+    @property
+    def transient(self) -> bool:
+        """Whether another attempt may succeed; not so if a server refused the request itself."""
+        return self.status is None or not 400 <= self.status < 500 or self.status in _TRANSIENT
 
-@dataclass
+
+@dataclass(eq=False)
 class Server:
-    """State of one server; outlives event loops.
+    """State of one server; it outlives event loops.
 
-    `ready_at`: monotonic time before which it asked not to be called. `revival` counts its recoveries, so that a
-    request sent before one does not take it down after it. `turn` is a running number of its last use.
+    `requests` counts attempts; `ready_at` is the monotonic time before which it asked not to be called (Retry-After);
+    `last_error` is the cause of its last failure as a server, "" if it never had one.
     """
 
     url: str
@@ -45,78 +55,72 @@ class Server:
     in_flight: int = 0
     requests: int = 0
     ready_at: float = 0.0
-    revival: int = 0
-    turn: int = 0
     last_error: str = ""
 
-    async def send(
-        self,
-        session: aiohttp.ClientSession,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | bytes | None,
-        timeout_s: float,
+    async def exchange(
+        self, client: AsyncOpenAI, path: str, body: Mapping[str, Any] | bytes | None, timeout_s: float
     ) -> Any:
-        """One try: the decoded JSON answer (None for an empty body).
+        """One attempt: POST, or GET without a body. The decoded JSON answer, None for an empty one.
 
         Raises:
-            TryFailed: with cause "timeout", "connection refused", "cannot connect", "connection lost", "HTTP <status>"
-                or "not JSON".
+            ServerError: with cause "timeout", "connection refused", "cannot connect", "connection lost",
+                "HTTP <status>" or "not JSON".
         """
-        body = json.dumps(payload).encode() if isinstance(payload, Mapping) else payload
-        status, raw, retry_after = await self._exchange(session, method, path, body, timeout_s)
-        if status >= 400:
-            if retry_after is not None:
-                self.ready_at = max(self.ready_at, time.monotonic() + seconds_to_wait(retry_after, timeout_s))
-            retry = status >= 500 or status in RETRIED
-            raise TryFailed(f"HTTP {status}", _message(raw), retry=retry, status=status)
-        if not raw:
-            return None
+        if body is None:
+            sent = client.get(path, cast_to=bytes)
+        elif isinstance(body, bytes):
+            sent = client.post(path, cast_to=bytes, content=body)
+        else:
+            sent = client.post(path, cast_to=bytes, body=body)
         try:
-            return json.loads(raw)
+            answer = (await within(timeout_s, asyncio.ensure_future(sent))).result()
+            return json.loads(answer) if answer else None
+        except TimeoutError:
+            raise self._error("timeout", f"no answer within {timeout_s:.3g} s") from None
+        except APIStatusError as error:
+            retry_after = error.response.headers.get("Retry-After", "")
+            self.ready_at = max(self.ready_at, time.monotonic() + seconds_to_wait(retry_after, timeout_s))
+            said = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
+            detail = repr(str(said or "")[:_EXCERPT])
+            raise self._error(f"HTTP {error.status_code}", detail, error.status_code) from error
+        except APIConnectionError as error:
+            raise self._error(*_connection_failure(error)) from error
         except ValueError as error:
-            raise TryFailed("not JSON", f"HTTP {status} with {_message(raw)}", status=status) from error
+            raise self._error("not JSON", repr(answer[:_EXCERPT]), 200) from error
 
-    async def probe(self, session: aiohttp.ClientSession, timeout_s: float) -> None:
-        """GET /health. A server without that route answers too, which is enough.
+    def _error(self, cause: str, detail: str, status: int | None = None) -> ServerError:
+        return ServerError(f"{self.url}: {cause} ({detail})", cause, status)
 
-        Raises:
-            TryFailed: as `send`; with cause "timeout" the server may only be busy.
-        """
-        status, raw, _ = await self._exchange(session, "GET", "/health", None, timeout_s)
-        if status >= 500:
-            raise TryFailed(f"HTTP {status}", f"GET /health: {_message(raw)}", down=True, status=status)
 
-    async def _exchange(
-        self, session: aiohttp.ClientSession, method: str, path: str, body: bytes | None, timeout_s: float
-    ) -> tuple[int, bytes, str | None]:
-        """Status, body and Retry-After.
+async def within(seconds: float | None, task: asyncio.Task[_T] | asyncio.Future[_T]) -> asyncio.Future[_T]:
+    """The task when it is done; it is cancelled with the caller, and after `seconds`.
 
-        aiohttp's own time limit takes a cancellation that comes at the same moment for its own and drops it.
-        """
-        talk = asyncio.get_running_loop().create_task(self._talk(session, method, path, body))
-        talk.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to read it
-        try:
-            await asyncio.wait((talk,), timeout=timeout_s)
-            if not talk.done():
-                raise TryFailed("timeout", f"no answer within {timeout_s:.3g} s", down=True)
-            return talk.result()
-        finally:
-            talk.cancel()
+    `asyncio.wait_for` may swallow a cancellation before Python 3.12, and `asyncio.timeout` came with 3.11.
 
-    async def _talk(
-        self, session: aiohttp.ClientSession, method: str, path: str, body: bytes | None
-    ) -> tuple[int, bytes, str | None]:
-        headers = None if body is None else {"Content-Type": "application/json"}
-        try:
-            async with session.request(method, self.url + path, data=body, headers=headers) as response:
-                return response.status, await response.read(), response.headers.get("Retry-After")
-        except aiohttp.ClientConnectorError as error:
-            refused = isinstance(error.os_error, ConnectionRefusedError)
-            cause = "connection refused" if refused else "cannot connect"
-            raise TryFailed(cause, str(error), down=True) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise TryFailed("connection lost", str(error) or type(error).__name__, down=True) from error
+    Raises:
+        TimeoutError: it was not done in time.
+    """
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to read it
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+        if not task.done():
+            raise TimeoutError
+        return task
+    finally:
+        task.cancel()
+
+
+def _connection_failure(error: BaseException) -> tuple[str, str]:
+    """Cause and detail of an APIConnectionError, which itself says "Connection error." or "Request timed out."."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    cause = "connection lost"
+    if any(isinstance(one, ConnectionRefusedError) for one in chain):
+        cause = "connection refused"
+    elif any(isinstance(one, aiohttp.ClientConnectorError) for one in chain):
+        cause = "cannot connect"
+    return cause, str(chain[-1]) or type(chain[-1]).__name__
 
 
 def seconds_to_wait(retry_after: str, longest: float) -> float:
@@ -128,15 +132,30 @@ def seconds_to_wait(retry_after: str, longest: float) -> float:
             seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
         except ValueError:
             return 0.0
-    return min(max(seconds, 0.0), longest) if seconds == seconds else 0.0
+    return min(max(0.0, seconds), longest)  # in this order NaN is 0
 
 
-def _message(raw: bytes) -> str:
-    """A server's own words: {"error": {"message": ...}} as OpenAI-style servers write it, or the start of the body."""
-    text = raw[: 16 * _EXCERPT].decode(errors="replace").strip()
+def server_url(url: str) -> str:
+    """Normalise an address: "host:8000", "http://host:8000/" and "http://host:8000/v1" are the same server.
+
+    Returns:
+        "http(s)://host[:port][/prefix]" without a slash at its end.
+
+    Raises:
+        ConfigError: not an http or https address of a host, or it holds a user name, a query or a fragment.
+    """
+    text = url.strip() if isinstance(url, str) else ""
+    parts = urlsplit(text if "://" in text else f"http://{text}")
     try:
-        error = json.loads(text).get("error")
-        text = str(error.get("message", text)) if isinstance(error, dict) else text
-    except (ValueError, AttributeError):
-        pass
-    return repr(text[:_EXCERPT])
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # urlsplit reads the port when it is asked for
+        valid = False
+    if not valid or any(character.isspace() for character in text):
+        raise ConfigError(f"a server's URL must read http://host:port (https, a path and /v1 are allowed); got {url!r}")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ConfigError(
+            "a server's URL must be an address alone, without user name, query or fragment (a key is passed apart); "
+            f"got one for host {parts.hostname!r}"
+        )
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path}"

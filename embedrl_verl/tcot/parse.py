@@ -11,18 +11,17 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from embedrl_verl.kinds import EVIDENCE_KEYS
-from embedrl_verl.tcot.evidence_json import EvidenceReader
+from embedrl_verl.tcot.evidence import KINDS
+from embedrl_verl.tcot.evidence.kind import InputSize
+from embedrl_verl.tcot.form import TCoT
 from embedrl_verl.tcot.json_objects import find_objects
 from embedrl_verl.tcot.problems import Problems
-from embedrl_verl.tcot.schema import TCoT
 
 PARTS = ("thinking", "rethink", "answer")
 _TAG = re.compile(r"</?(?:thinking|rethink|answer)>")
 _TAGS_IN_ORDER = [tag for part in PARTS for tag in (f"<{part}>", f"</{part}>")]
-
-_Span = tuple[int, int]
 
 
 def parse_tcot(text: str, *, num_frames: int | None = None, num_images: int | None = None) -> TCoT:
@@ -44,7 +43,6 @@ def parse_tcot(text: str, *, num_frames: int | None = None, num_images: int | No
         if part in spans and not contents[part]:
             problems.add(f"<{part}> must not be empty")
 
-    reader = EvidenceReader(problems, num_frames, num_images)
     objects = list(find_objects(text))
     first, last = spans.get("thinking", (0, 0))
     inside = [found for start, end, found in objects if first <= start and end <= last]
@@ -52,39 +50,30 @@ def parse_tcot(text: str, *, num_frames: int | None = None, num_images: int | No
         problems.add("<thinking> must hold exactly one JSON object", len(inside))
     if len(objects) > len(inside):
         problems.add("no JSON object may stand outside <thinking>", len(objects) - len(inside))
+    evidence: dict[str, list[Any]] = {key: [] for key in KINDS}
     read = inside or [found for _, _, found in objects]
     for found in read:
-        reader.read(found)
-    if read and not any(key in EVIDENCE_KEYS for found in read for key, _ in found):
-        problems.add(f"the JSON object must have one of the keys {', '.join(EVIDENCE_KEYS)}")
-
-    return TCoT(
-        text=text,
-        **contents,
-        text_keywords=tuple(reader.text_keywords),
-        boxes=tuple(reader.boxes),
-        key_frames=tuple(reader.key_frames),
-        problems=problems.lines(),
-    )
+        for key, kind in KINDS.items():
+            evidence[key] += kind.read(found, InputSize(num_frames, num_images), problems)
+    if read and not any(key in KINDS for found in read for key, _ in found):
+        problems.add(f"the JSON object must have one of the keys {', '.join(KINDS)}")
+    pointers = {key: tuple(found) for key, found in evidence.items()}
+    return TCoT(text, **contents, evidence=pointers, problems=problems.lines())
 
 
-def _find_parts(text: str, problems: Problems) -> dict[str, _Span]:
+def _find_parts(text: str, problems: Problems) -> dict[str, tuple[int, int]]:
     """Where the content of each part lies, tags excluded."""
     tags = list(_TAG.finditer(text))
     names = [tag.group() for tag in tags]
-    if names == _TAGS_IN_ORDER:
-        starts, ends = [tag.end() for tag in tags], [tag.start() for tag in tags]
-        if (
-            text[: ends[0]].strip()
-            or text[starts[-1] :].strip()
-            or any(text[starts[i] : ends[i + 1]].strip() for i in (1, 3))
-        ):
-            problems.add("nothing but white space may stand outside the three parts")
-        return {part: (starts[2 * i], ends[2 * i + 1]) for i, part in enumerate(PARTS)}
-
-    problems.add("the tags must be <thinking> <rethink> <answer>, each opened and closed once, in this order", names)
     edges = [0, *(edge for tag in tags for edge in tag.span()), len(text)]  # text between two tags: edges[2i], [2i+1]
-    spans: dict[str, _Span] = {}
+    if names == _TAGS_IN_ORDER:
+        if any(text[edges[2 * gap] : edges[2 * gap + 1]].strip() for gap in (0, 2, 4, 6)):
+            problems.add("nothing but white space may stand outside the three parts")
+    else:
+        problems.add(
+            "the tags must be <thinking> <rethink> <answer>, each opened and closed once, in this order", names
+        )
+    spans: dict[str, tuple[int, int]] = {}
     for part in PARTS:
         if f"<{part}>" in names:
             gap = names.index(f"<{part}>") + 1

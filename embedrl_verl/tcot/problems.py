@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A list of what is wrong, one line a rule however often the rule is broken.
+"""What is wrong with a T-CoT, one line a rule however often the rule is broken.
 
 A policy may write thousands of bad entries; what is logged for a row must stay short.
 """
@@ -7,6 +7,7 @@ A policy may write thousands of bad entries; what is logged for a row must stay 
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -18,17 +19,15 @@ class Problems:
 
     def __init__(self) -> None:
         self._first: dict[str, str] = {}
-        self._count: dict[str, int] = {}
+        self._count: Counter[str] = Counter()
 
     def add(self, rule: str, value: object = None) -> None:
         """Record one breach of `rule`; `value` (None = the rule says it all) is shortened to a line."""
-        self._count[rule] = self._count.get(rule, 0) + 1
         if rule not in self._first:
             self._first[rule] = "" if value is None else f"; got {_SHORT.repr(value)}"
+        self._count[rule] += 1
 
     def lines(self) -> tuple[str, ...]:
         """One line a rule, such as "key frames are counted from 1; got 0 (and 2 more)"."""
-        return tuple(
-            rule + first + (f" (and {self._count[rule] - 1} more)" if self._count[rule] > 1 else "")
-            for rule, first in self._first.items()
-        )
+        more = {rule: f" (and {count - 1} more)" if count > 1 else "" for rule, count in self._count.items()}
+        return tuple(rule + first + more[rule] for rule, first in self._first.items())

@@ -1,97 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prompt that asks a Reasoner for a T-CoT: media first, then the text of a style's template.
 
-With `gold_answer` the same prompt annotates (stage 1): the answer is told, and to be reasoned towards.
+A style is a template in `templates/`: "paper", for instruct models, with worked examples; "compact", one line for
+models of a few million parameters. With `gold_answer` the same prompt annotates (stage 1): the answer is told, and to
+be reasoned towards.
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
+
+import jinja2
 
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.families import Family, box_convention
-from embedrl_verl.kinds import INPUT_KINDS, InputKind
-from embedrl_verl.tcot.styles import load_style
+from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, INPUT_KINDS, InputKind
+from embedrl_verl.tcot.evidence import KINDS
+from embedrl_verl.tcot.evidence.boxes import example_box
+from embedrl_verl.tcot.harmless import break_tokens
+
+STYLES = ("paper", "compact")
+_FOLDER = Path(__file__).parent / "templates"
+# Prompts are plain text: nothing is escaped. Values are put in as they are and never read as templates.
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_FOLDER), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
-class PromptItem(Protocol):
-    """What a prompt is about: `embedrl_verl.data.media.LoadedItem`."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def instruction(self) -> str: ...
-    @property
-    def images(self) -> Sequence[Any]: ...
-    @property
-    def frames(self) -> Sequence[Any]: ...
-    @property
-    def frame_times(self) -> Any: ...
-
-
-_CONTROL = re.compile(r"<(\|\w+\|)>")
-
-
-def build_prompt(
-    kind: InputKind,
-    item: PromptItem,
-    *,
-    family: Family,
-    gold_answer: str | None = None,
-    few_shot: bool = True,
-    style: str = "paper",
-) -> list[dict[str, Any]]:
-    """One user turn that asks for the T-CoT of an item.
-
-    Args:
-        kind: picks the task and the evidence key.
-        item: decoded media and text. Control tokens of the chat format in its texts (such as <|image_pad|>) are broken
-            up, so that data can neither forge a turn nor add media.
-        family: the Reasoner's family, which decides the units of boxes.
-        gold_answer: the known answer, for annotation.
-        few_shot: put the template's worked examples in.
-        style: "paper", for instruct models; "compact", one line for models of a few million parameters.
+def build_prompt(kind: InputKind, item: Any, *, family: Family, **options: Any) -> list[dict[str, Any]]:
+    """One user turn that asks for the T-CoT of a `LoadedItem`; options as `prompt_text`.
 
     Returns:
         [{"role": "user", "content": parts}], parts {"type": "video", "video": [images], "times": FrameTimes}, then
         {"type": "image", "image": image} for each image, then one {"type": "text", "text": str}.
+    """
+    parts: list[dict[str, Any]] = []
+    if item.frames:
+        parts.append({"type": "video", "video": list(item.frames), "times": item.times})
+    parts += [{"type": "image", "image": image} for image in item.images]
+    text = prompt_text(
+        kind,
+        family=family,
+        instruction=item.instruction,
+        text=item.text,
+        num_images=len(item.images),
+        num_frames=len(item.frames),
+        **options,
+    )
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
-    Raises:
-        ConfigError: an unknown kind, family or style, or an empty `gold_answer`.
-        DataError: the item lacks what its kind is about (text, image or frames).
+
+def prompt_text(
+    kind: InputKind,
+    *,
+    family: Family,
+    instruction: str,
+    text: str,
+    num_images: int,
+    num_frames: int,
+    gold_answer: str | None = None,
+    few_shot: bool = True,
+    style: str = "paper",
+) -> str:
+    """The words of a prompt.
+
+    Args:
+        kind: picks the task and the evidence key.
+        family: the Reasoner's family, which decides the units of boxes.
+        instruction, text: of the item. Control tokens of the chat format in them (such as <|image_pad|>) are broken up,
+            so that data can neither forge a turn nor add media.
+        gold_answer: the known answer, for annotation.
+        few_shot: put the template's worked examples in.
+        style: one of `STYLES`.
     """
     if kind not in INPUT_KINDS:
         raise ConfigError(f"kind must be one of {', '.join(INPUT_KINDS)}; got {kind!r}")
+    if style not in STYLES:
+        raise ConfigError(f"prompt style must be one of {', '.join(STYLES)}; got {style!r}")
     if gold_answer is not None and not gold_answer.strip():
         raise ConfigError("gold_answer must not be empty; leave it out (None) where the answer is not known")
-    if kind in ("query_video", "target_video"):
-        medium, is_there = "frames", bool(item.frames)
-    elif kind in ("query_image", "query_page", "target_image", "target_page"):
-        medium, is_there = "an image", bool(item.images)
-    else:
-        medium, is_there = "text", bool(item.text.strip())
-    if not is_there:
-        raise DataError(f"an item of kind {kind} must have {medium}; it has none")
+    evidence = KINDS[EVIDENCE_KEY_OF_KIND[kind]]
+    if not {"text": text.strip(), "an image": num_images, "frames": num_frames}[evidence.medium]:
+        raise DataError(f"an item of kind {kind} must have {evidence.medium}; it has none")
+    units = box_convention(family)
+    sizes = {"absolute": units == "absolute", "num_images": num_images, "num_frames": num_frames}
 
-    text = load_style(style).render(
-        kind,
-        box_convention(family),
-        instruction=_harmless(item.instruction),
-        text=_harmless(item.text),
-        gold_answer=_harmless(gold_answer) if gold_answer else None,
-        num_images=len(item.images),
-        num_frames=len(item.frames),
+    def box(corners: Sequence[int], size: tuple[int, int]) -> str:
+        return json.dumps(example_box(corners, size, units))
+
+    template = _TEMPLATES.get_template(f"{style}.jinja")
+    return template.render(
+        kind=kind,
+        ask=_compiled(evidence.ask[style]).render(sizes),
+        instruction=break_tokens(instruction.strip()),
+        text=break_tokens(text.strip()),
+        gold_answer=break_tokens((gold_answer or "").strip()),
         few_shot=few_shot,
-    )
-    parts: list[dict[str, Any]] = []
-    if item.frames:
-        parts.append({"type": "video", "video": list(item.frames), "times": item.frame_times})
-    parts += [{"type": "image", "image": image} for image in item.images]
-    parts.append({"type": "text", "text": text})
-    return [{"role": "user", "content": parts}]
+        box=box,
+    ).strip()
 
 
-def _harmless(text: str) -> str:
-    return _CONTROL.sub(r"< \1 >", text.strip())
+@functools.cache
+def _compiled(text: str) -> jinja2.Template:
+    return _TEMPLATES.from_string(text)
+
+
+def style_words(style: str) -> str:
+    """All words of a style, to tell whether they have changed."""
+    return (_FOLDER / f"{style}.jinja").read_text("utf-8") + "".join(kind.ask[style] for kind in KINDS.values())

@@ -28,13 +28,13 @@ from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import Item
 from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder import EmbedInput
-from embedrl_verl.embedder.actor_positions import bind_positions
+from embedrl_verl.embedder.positions import bind_positions
 from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.families import Family, facts_of
-from embedrl_verl.serving.clips import processor_arguments
-from embedrl_verl.tcot import Evidence, TCoT, cut_evidence, parse_tcot
-from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO, raw_key
+from embedrl_verl.serving.vllm import processor_arguments
+from embedrl_verl.tcot import cut_evidence, parse_tcot
+from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, ROW_INFO, raw_key
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +56,15 @@ _SETTINGS: dict[int, _Settings] = {}
 
 
 def _settings(config: Any, processor: Any) -> _Settings:
-    """The settings of this run; agent loops are created anew for every rollout, these are not."""
+    """The settings of this run; an agent loop is made for every rollout, these are not."""
     known = _SETTINGS.get(id(config))
     if known is None:
         embedrl, data = load_embedrl_config(config), DataSettings.from_config(config.data)
+        processes = int(config.actor_rollout_ref.rollout.agent.num_workers)
         known = _SETTINGS[id(config)] = _Settings(
             config=config,
             embedrl=embedrl,
-            backend=row_backend(
-                embedrl.embedder,
-                max_frames=data.max_frames,
-                processes=int(config.actor_rollout_ref.rollout.agent.num_workers),
-            ),
+            backend=row_backend(embedrl.embedder, max_frames=data.max_frames, processes=processes),
             family=resolve_family(data.family, processor),
             media_root=media_root_of(config.data),
             max_frames=data.max_frames,
@@ -119,38 +116,66 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         bind_positions(self.processor, self._settings.family)  # the worker's, which computes the actor's positions
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
-        """Generate one T-CoT. `extra_fields["embedrl"]` tells its text, media counts, evidence and failure."""
-        family = self._settings.family
+        """Generate one T-CoT; `extra_fields["embedrl"]` has it parsed, with media counts, evidence and failure."""
+        settings = self._settings
         if row_item(row).video is not None:
             ids = None
-            if facts_of(family).clip_time == "stamps":
+            if facts_of(settings.family).clip_time == "stamps":
                 ids = served_prompt_ids(list(row["raw_prompt"]), self.processor, self.apply_chat_template_kwargs)
-            self.server_manager = _ClipClient(self.server_manager, family, ids)
-        if self._settings.embedrl.rollout.request_seeds:
-            sampling_params = {**sampling_params, "seed": request_seed(self._settings.seed, row)}
+            self.server_manager = _ClipClient(self.server_manager, settings.family, ids)
+        if settings.embedrl.rollout.request_seeds:
+            sampling_params = {**sampling_params, "seed": request_seed(settings.seed, row)}
         # One of a prompt's rollouts brings its raw input, while vLLM works.
-        wanted = self._settings.embedrl.reward.raw_embeddings and int(row["session_id"]) == 0
+        wanted = settings.embedrl.reward.raw_embeddings and int(row["session_id"]) == 0
         raw = asyncio.create_task(self._store_raw(row)) if wanted else None
         output: AgentLoopOutput = await super().run(sampling_params, **row)
         if raw is not None:
             await raw
-        images = (output.multi_modal_data or {}).get("images") or []
-        info, prepared = await self.loop.run_in_executor(
-            None, self._prepare, row, output.response_ids, [image.size for image in images]
-        )
+        resized = [image.size for image in (output.multi_modal_data or {}).get("images") or []]
+        info, prepared = await self.loop.run_in_executor(None, self._prepare, row, output.response_ids, resized)
         if info["failure"] is None:
-            info["failure"] = await self._store(row, prepared)
+            # verl stores a session's single output as {uid}_{session}_{index}, index 0.
+            info["failure"] = await self._store(f"{row['uid']}_{row['session_id']}_0", prepared)
         output.extra_fields[ROW_INFO] = info
         return output
 
-    async def _store(self, row: dict[str, Any], prepared: Any) -> str | None:
-        """Put what the reward stage needs of the row into the queue; returns why the row has failed, if it has."""
-        # verl stores a session's single output as {uid}_{session}_{index}, index 0.
-        key = f"{row['uid']}_{row['session_id']}_0"
+    def _prepare(
+        self, row: dict[str, Any], response_ids: list[int], resized: list[tuple[int, int]]
+    ) -> tuple[dict[str, Any], Any]:
+        """Parse, cut evidence and encode (in a thread). `resized`: (width, height) of the images the Reasoner saw."""
+        settings, limits, item = self._settings, self._settings.embedrl.evidence, row_item(row)
+        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        images = len(item.images)
+        info: dict[str, Any] = {"num_images": images, "num_frames": 0, "evidence": 0, "failure": None}
+        prepared = None
+        try:
+            loaded = _originals(item, settings.media_root, settings.max_frames)
+            frames = info["num_frames"] = len(loaded.frames)
+            info["tcot"] = tcot = parse_tcot(text, num_frames=frames or None, num_images=images or None)
+            evidence = cut_evidence(
+                tcot,
+                images=loaded.images,
+                frames=loaded.frames,
+                family=settings.family,
+                resized_sizes=resized,
+                min_side=limits.min_side,
+                max_aspect=limits.max_aspect,
+                max_evidence=limits.max_items,
+            ).images
+            info["evidence"] = len(evidence)
+            prepared = settings.backend.prepare(EmbedInput(loaded, tcot, evidence), str(row["embedrl_side"]))
+        except (MediaError, EmbedderError) as error:
+            logger.warning("row %s has no Embedder input: %s", row.get("uid"), error)
+            info["failure"] = str(error)
+            info.setdefault("tcot", parse_tcot(text, num_images=images or None))
+        return info, prepared
+
+    async def _store(self, key: str, prepared: Any) -> str | None:
+        """Put what the reward stage needs of a row into the queue; returns why the row has failed, if it has."""
         try:
             await self._settings.backend.store(key, EMBED_PARTITION, prepared)
         except EmbedderError as error:
-            logger.warning("row %s has no embedding: %s", row.get("uid"), error)
+            logger.warning("row %s has no embedding: %s", key, error)
             return str(error)
         return None
 
@@ -164,48 +189,7 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
 
         try:
             prepared = await self.loop.run_in_executor(None, prepare)
-            await settings.backend.store(raw_key(row["uid"]), EMBED_PARTITION, prepared)
         except (MediaError, EmbedderError) as error:
             logger.warning("prompt %s has no raw embedding: %s", row.get("uid"), error)
-
-    def _prepare(
-        self, row: dict[str, Any], response_ids: list[int], resized: list[tuple[int, int]]
-    ) -> tuple[dict[str, Any], Any]:
-        """Parse, cut evidence and encode (in a thread). `resized`: (width, height) of the images the Reasoner saw."""
-        settings = self._settings
-        item = row_item(row)
-        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
-        info: dict[str, Any] = {
-            "text": text,
-            "num_images": len(item.images),
-            "num_frames": 0,
-            "evidence": 0,
-            "evidence_problems": [],
-            "failure": None,
-        }
-        try:
-            loaded = _originals(item, settings.media_root, settings.max_frames)
-            info["num_frames"] = len(loaded.frames)
-            tcot = parse_tcot(text, num_frames=len(loaded.frames) or None, num_images=len(item.images) or None)
-            evidence = self._evidence(tcot, loaded, resized)
-            info["evidence"] = len(evidence.images)
-            info["evidence_problems"] = list(evidence.problems)
-            prepared = settings.backend.prepare(EmbedInput(loaded, tcot, evidence.images), str(row["embedrl_side"]))
-        except (MediaError, EmbedderError) as error:
-            logger.warning("row %s has no Embedder input: %s", row.get("uid"), error)
-            info["failure"] = str(error)
-            return info, None
-        return info, prepared
-
-    def _evidence(self, tcot: TCoT, loaded: LoadedItem, resized: list[tuple[int, int]]) -> Evidence:
-        limits = self._settings.embedrl.evidence
-        return cut_evidence(
-            tcot,
-            images=loaded.images,
-            frames=loaded.frames,
-            family=self._settings.family,
-            resized_sizes=resized,
-            min_side=limits.min_side,
-            max_aspect=limits.max_aspect,
-            max_evidence=limits.max_items,
-        )
+        else:
+            await self._store(raw_key(row["uid"]), prepared)

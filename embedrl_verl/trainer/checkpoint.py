@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What gave the rewards of a run, written into every checkpoint and compared when it is resumed.
+"""What this package keeps beside verl's checkpoints, and which checkpoints stay.
 
-The Embedder, the evidence it sees, how prompts are written, the judge, and the reward function: none of them has a
-state that a checkpoint would restore, and going on with another one would change the reward in silence. (Which data, in
-which order, is in the data loader's own state.) The record is made once, when a run starts, of what it has loaded.
+    global_step_N/run.json         what gave the rewards: compared when the run is resumed
+    global_step_N/training.json    about the Reasoner, for the model card of `embedrl export`
+    global_step_N/embedder/...     a co-trained Embedder with a training.json of its own
+    best/global_step_N, best/score.json    the checkpoint with the best validation
+
+The Embedder, the evidence it sees, how prompts are written, the judge and the reward function have no state that a
+checkpoint would restore, and resuming with another one would change the reward in silence: so `run.json` is checked.
+(Which data, in which order, is in the data loader's own state.)
 """
 
 from __future__ import annotations
@@ -12,6 +17,10 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
+import re
+import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +30,11 @@ from omegaconf import OmegaConf
 from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.data.disk import sha256_of
+from embedrl_verl.data.disk import TRACKER, sha256_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
 
 RECORD = "run.json"
 # Keys that change where and how fast the Embedder runs, not its vectors.
@@ -36,17 +46,22 @@ _OF_THE_JUDGE = (
     *("model", "style", "images", "hard_pairs", "shared_lists", "constrained", "max_tokens", "temperature"),
     *("seed", "extra_body"),
 )
-_WEIGHTS = ("*.safetensors", "*.bin")
-_BESIDE = (
-    *("config.json", "tokenizer*", "*.jinja", "*processor_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "modules.json", "adapter_config.json", "chat_template.json"),
+_MODEL_FILES = (
+    *("*.safetensors", "*.bin", "config.json", "tokenizer*", "*.jinja", "*processor_config.json", "vocab.json"),
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.json", "adapter_config.json"),
     # A sentence-transformers model's own prompts, and the longest text that it reads.
-    *("config_sentence_transformers.json", "sentence_*_config.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
 )
+# What verl's managers would remove; the small files of a step stay, as they do there.
+_WEIGHTS = ("actor", "embedder")
+_STEP = re.compile(r"global_step_(\d+)")
+BEST, SCORE, METRIC = "best", "score.json", "hit@1"
+
+# ---------------------------------------------------------------------- run.json: what gave the rewards
 
 
 def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]:
-    """The record of a run, section by section, in JSON's types.
+    """The record of a run, section by section, in JSON's types; made once, of what the run has loaded.
 
     Args:
         config: the whole run's.
@@ -54,16 +69,14 @@ def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]
     Raises:
         ConfigError: the file of the reward function is not there.
     """
-    named, data = config.reward.custom_reward_function, config.data
+    named, data, rollout = config.reward.custom_reward_function, config.data, config.actor_rollout_ref.rollout
     prompts = {key: data[key] for key in ("max_prompt_length", "max_response_length", "filter_overlong_prompts")}
     record = {
         "embedrl.embedder": _embedder(embedrl.embedder),
         "embedrl.evidence": dataclasses.asdict(embedrl.evidence),
         "data.embedrl": dataclasses.asdict(DataSettings.from_config(data)) | prompts,
         "embedrl.judge": _judge(config, embedrl),
-        "actor_rollout_ref.rollout": {
-            key: config.actor_rollout_ref.rollout[key] for key in ("n", "temperature", "top_p")
-        },
+        "actor_rollout_ref.rollout": {key: rollout[key] for key in ("n", "temperature", "top_p")},
         "reward.custom_reward_function": {
             "function": named.name,
             "code": _code(str(named.path)),
@@ -73,13 +86,6 @@ def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]
     }
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(record))  # tuples are lists, as they will be read
     return plain
-
-
-def write_run_record(step_folder: str, record: Mapping[str, Any]) -> None:
-    """Write `run.json` into a checkpoint folder (atomically)."""
-    folder = Path(step_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def check_run_record(step_folder: str, record: Mapping[str, Any]) -> None:
@@ -146,7 +152,7 @@ def model_digest(path: str) -> str | None:
         return f"commit {Path(known).parent.name}" if isinstance(known, str) else None
     # sentence-transformers keeps a folder for each of its modules.
     pattern = "**/" if (folder / "modules.json").is_file() else ""
-    files = {file for name in (*_WEIGHTS, *_BESIDE) for file in folder.glob(pattern + name) if file.is_file()}
+    files = {file for name in _MODEL_FILES for file in folder.glob(pattern + name) if file.is_file()}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(folder)}:{sha256_of(file)}\n".encode())
@@ -171,3 +177,124 @@ def _package_code() -> str:
     for file in sorted(Path(rewards.__file__).parent.rglob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- training.json: for the model cards
+
+
+def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -> None:
+    """Write all records of a checkpoint (see the module).
+
+    Args:
+        trainer: an EG-RL trainer.
+        scores: those of its last validation, by the names of the card.
+    """
+    folder, config, embedrl = Path(step_folder), trainer.config, trainer.embedrl
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RECORD, json.dumps(trainer.run_record, indent=2) + "\n")
+    counts = sorted(Counter(trainer.train_dataset.pair_sources).items())
+    common = {"step": trainer.global_steps, "data": tuple(DataSource(*one) for one in counts)}
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    settings = {
+        "embedder": embedrl.embedder.path,
+        "embedder_trained": embedrl.embedder.train.enable,
+        "reward_function": Path(str(config.reward.custom_reward_function.path)).name,
+        "pairs_per_step": config.data.train_batch_size // 2,
+        "rollouts": rollout.n,
+        "temperature": rollout.temperature,
+        "lr": actor.optim.lr,
+        "kl_loss_coef": actor.kl_loss_coef,
+        "clip_ratio": actor.clip_ratio,
+        "max_prompt_length": config.data.max_prompt_length,
+        "max_response_length": config.data.max_response_length,
+        "seed": config.data.get("seed") or 0,
+    }
+    base = str(config.actor_rollout_ref.model.path)
+    record = TrainingRecord(stage="egrl", base_model=base, settings=settings, scores=dict(scores), **common)
+    write_record(folder, record)
+    training = trainer.embedder_training
+    if training is None:
+        return
+    hidden = ("enable", "anchor_files", "lora_adapter_path", "gradient_checkpointing", "max_tokens_per_gpu")
+    kept = {name: value for name, value in dataclasses.asdict(embedrl.embedder.train).items() if name not in hidden}
+    # With an average, Hit@1 of the probe set is the average's; the checkpoint's weights are the trained ones.
+    known = training.last_hit1 is not None and not training.averaged
+    probe = {"hit@1 (anchors)": training.last_hit1} if known else {}
+    base, settings = str(embedrl.embedder.path), {"inside": "EG-RL", **kept}
+    record = TrainingRecord(stage="embedder", base_model=base, settings=settings, scores=probe, **common)
+    write_record(folder / "embedder", record)
+
+
+# ---------------------------------------------------------------------- which checkpoints stay
+
+
+def last_complete_step(checkpoints: Path) -> int | None:
+    """The step that verl's tracker file names; None before the first."""
+    tracker = checkpoints / TRACKER
+    return int(tracker.read_text()) if tracker.is_file() else None
+
+
+def prune_to(keep: int | None, checkpoints: str | Path) -> list[Path]:
+    """Remove the weights of a run's steps but the `keep` newest ones (`trainer.max_actor_ckpt_to_keep`).
+
+    verl's managers forget at every start what they saved before. Only complete steps with this package's record are
+    looked at: later ones are still being written, or belong to a run that was gone back behind. Links stay.
+
+    Args:
+        keep: None, 0 or less = all.
+
+    Returns:
+        What was removed.
+    """
+    root = Path(checkpoints)
+    newest = last_complete_step(root)
+    if keep is None or keep < 1 or newest is None:
+        return []
+    own: dict[int, list[Path]] = {}
+    for folder in root.glob("global_step_*"):
+        match = _STEP.fullmatch(folder.name)
+        weights = [part for name in _WEIGHTS if (part := folder / name).is_dir() and not part.is_symlink()]
+        if match and weights and int(match[1]) <= newest and (folder / RECORD).is_file() and not folder.is_symlink():
+            own[int(match[1])] = weights
+    removed = [part for step in sorted(own)[:-keep] for part in own[step]]
+    for part in removed:
+        shutil.rmtree(part)
+    return removed
+
+
+def keep_if_best(checkpoints: str | Path, step: int, hit1: float) -> bool:
+    """Keep the checkpoint of a step in `best/`, if it is complete and none before scored as high.
+
+    A process that is killed at any point leaves the old best or the new one; verl's own folders are only read, and
+    files are hard links where the file system has them.
+
+    Args:
+        hit1: mean over data sources, in [0, 1].
+
+    Returns:
+        Whether it was kept.
+    """
+    root = Path(checkpoints)
+    best, new, old, folder = root / BEST, root / ".best.new", root / ".best.old", root / f"global_step_{step}"
+    if old.is_dir() and not best.exists():  # killed between the two renames
+        old.rename(best)
+    score = best / SCORE
+    reached = float(json.loads(score.read_text())[METRIC]) if score.is_file() else -1.0
+    if last_complete_step(root) != step or hit1 <= reached:
+        return False
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(folder, new / folder.name, copy_function=_link_or_copy)
+    (new / SCORE).write_text(json.dumps({"step": step, METRIC: hit1}))
+    if best.exists():
+        best.rename(old)
+    new.rename(best)
+    shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # no hard links here
+        shutil.copy2(source, target)

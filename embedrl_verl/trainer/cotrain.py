@@ -4,6 +4,11 @@
 An update comes right after the rewards, while the rows still lie in the queue: their vectors are pass 1 of the
 two-pass step (unless a moving average gave the rewards), and the rewards say which rollouts are the best. The actor's
 update does not depend on the Embedder, so the order of the two does not matter.
+
+Rewards come from the Embedder that is being trained, so they can rise while it gets worse: both sides may agree on
+something that only they understand. A held-out probe set, which nobody trains on, watches: co-training stops for good
+when its Hit@1 falls. Its pairs are read as they are in the file (with their T-CoT if they are annotated, else the input
+alone), so that Hit@1 compares Embedders and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,22 +25,67 @@ import torch
 
 from embedrl_verl.config.schema import EmbedderTrainConfig
 from embedrl_verl.data.files import write_atomically
+from embedrl_verl.data.video import even_indices
 from embedrl_verl.embedder.client import EmbedderClient
 from embedrl_verl.embedder.info_nce import ContrastiveLayout
+from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.embedder.two_pass import NoNegativesError, NoPairsError, contrastive_gradients
-from embedrl_verl.errors import ConfigError
-from embedrl_verl.trainer.anchors import AnchorSet
-from embedrl_verl.trainer.batch_reward import Row, ScoredRows
-from embedrl_verl.trainer.rows import EMBED_PARTITION
+from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow
+from embedrl_verl.stage1.rows import PairRows
+from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, Row, ScoredRows
 
 logger = logging.getLogger(__name__)
 
 STATE = "cotraining.json"
 
 
+class ProbeSet:
+    """Encoded held-out pairs, drawn evenly from a file.
+
+    Args:
+        rows: all pairs of the files (`embedrl.embedder.train.anchor_files`).
+        count: how many are used, at most.
+
+    Raises:
+        MediaError, EmbedderError: a pair that cannot be encoded; the message names it.
+    """
+
+    def __init__(self, rows: PairRows, count: int) -> None:
+        indices = even_indices(len(rows), min(count, len(rows)))
+        self._pairs = [rows[index, False] for index in indices]
+        self._sources = [rows.source(index) for index in indices]
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def hit1(self, embed: Callable[[Sequence[Encoded]], torch.Tensor]) -> float:
+        """Hit@1 over the pairs of each source, mean over sources.
+
+        Args:
+            embed: rows -> float32 (n, D); a failed row is NaN and not retrieved.
+
+        Raises:
+            EmbedderError: no row has a vector.
+        """
+        vectors = embed([pair.query for pair in self._pairs] + [pair.target for pair in self._pairs])
+        known = vectors.isfinite().all(dim=1)
+        if not known.any():
+            raise EmbedderError(f"none of the {len(vectors)} rows of the {len(self)} probe pairs has a finite vector")
+        validation = RetrievalValidation(ndcg_k=1)
+        for side, start in enumerate((0, len(self._pairs))):
+            validation.add(
+                [
+                    ValidationRow(source, side, 0, pair.contents[0], vectors[start + i] if known[start + i] else None)
+                    for i, (source, pair) in enumerate(zip(self._sources, self._pairs, strict=True))
+                ]
+            )
+        return validation.metrics()["val-core/all/hit@1"]
+
+
 @dataclass
 class CotrainingState:
-    """What a resumed run has to know. `baseline`: Hit@1 of the anchors before the first update."""
+    """What a resumed run has to know. `baseline`: Hit@1 of the probe set before the first update."""
 
     updates: int = 0
     skipped: int = 0
@@ -78,13 +128,13 @@ def layout_of(rows: Sequence[Row]) -> tuple[list[int], list[int], ContrastiveLay
 
 
 class EmbedderTraining:
-    """Takes the updates, watches the anchors and stops when they fall."""
+    """Takes the updates, watches the probe set and stops when its Hit@1 falls."""
 
-    def __init__(self, config: EmbedderTrainConfig, client: EmbedderClient, anchors: AnchorSet) -> None:
-        self._config, self._client, self._anchors = config, client, anchors
+    def __init__(self, config: EmbedderTrainConfig, client: EmbedderClient, probes: ProbeSet) -> None:
+        self._config, self._client, self._probes = config, client, probes
         self.state = CotrainingState()
         self.last_hit1: float | None = None
-        """Hit@1 of the anchors after the last update of this process; None before it."""
+        """Hit@1 of the probe set after the last update of this process; None before it."""
 
     @property
     def averaged(self) -> bool:
@@ -99,21 +149,21 @@ class EmbedderTraining:
         """One update on the rows of a batch, which still lie in the queue.
 
         Returns:
-            Metrics `embedder/...`: loss, Hit@1 in the batch, rows, gradient norm, learning rate, Hit@1 of the anchors.
+            Metrics `embedder/...`: loss, Hit@1 in the batch and of the probe set, rows, gradient norm, learning rate.
 
         Raises:
             EmbedderError: a loss or gradient that is not finite.
         """
         state = self.state
         if state.baseline is None:
-            state.baseline = self._anchor_hit1()
-        usable = [i not in scored.failures for i in range(len(scored.rows))]
+            state.baseline = self._probe_hit1()
+        usable = [i not in scored.vectors.failures for i in range(len(scored.rows))]
         picked = chosen_rows(
             scored.rows, scored.parts["score"], usable, self._config.rollouts, [self._config.seed, step]
         )
         rows = [scored.rows[i] for i in picked]
         keys = [row.key for row in rows]
-        vectors = scored.embeddings[picked]
+        vectors = scored.vectors.embeddings[picked]
         if self.averaged:  # the rewards' vectors are those of other weights
             vectors = self._client.embed_rows(keys, EMBED_PARTITION).vectors
             finite = vectors.isfinite().all(dim=1)
@@ -141,12 +191,12 @@ class EmbedderTraining:
         metrics |= {f"embedder/{name}": value for name, value in {**gradients.metrics, **trained}.items()}
         metrics["embedder/updates"] = float(state.updates)
         metrics["embedder/skipped_updates"] = float(state.skipped)
-        metrics["embedder/anchor_hit@1"] = hit1 = self.last_hit1 = self._anchor_hit1()
+        metrics["embedder/anchor_hit@1"] = hit1 = self.last_hit1 = self._probe_hit1()
         self._watch(hit1, step)
         return metrics
 
-    def _anchor_hit1(self) -> float:
-        return self._anchors.hit1(lambda rows: self._client.embed(rows, averaged=self.averaged).vectors)
+    def _probe_hit1(self) -> float:
+        return self._probes.hit1(lambda rows: self._client.embed(rows, averaged=self.averaged).vectors)
 
     def _watch(self, hit1: float, step: int) -> None:
         baseline = self.state.baseline
@@ -155,11 +205,11 @@ class EmbedderTraining:
             return
         self.state.stopped_at = step
         logger.warning(
-            "co-training of the Embedder stops at step %d: Hit@1 of its %d anchors fell from %.3f to %.3f, more than "
-            "embedrl.embedder.train.max_anchor_drop=%g. The Embedder stays as it is now, RL goes on. To keep it nearer "
-            "to where it began: lower lr, train less often (every), or let an average give the rewards (ema_decay)",
+            "co-training of the Embedder stops at step %d: Hit@1 of its %d probe pairs fell from %.3f to %.3f, more "
+            "than embedrl.embedder.train.max_anchor_drop=%g. The Embedder stays as it is now, RL goes on. To keep it "
+            "nearer to its start: lower lr, train less often (every), or let an average give the rewards (ema_decay)",
             step,
-            len(self._anchors),
+            len(self._probes),
             baseline,
             hit1,
             self._config.max_anchor_drop,

@@ -2,49 +2,164 @@
 """verl's replay buffers for batches of pairs. Chosen by verl's own key `trainer.v1.sampler.custom_sampler`.
 
 The synchronous one differs from verl's in its poll interval only: the stock buffer looks at the queue every two
-seconds, which on a short step is most of the waiting. The asynchronous one puts batches together from whole groups of
-prompts (`pair_groups`) of one data source. Which prompts are too stale, and what happens to them, is verl's own policy
-(`trainer.v1.sampler.max_off_policy_threshold` and `.max_off_policy_strategy`); here it is applied to whole groups.
+seconds, which on a short step is most of the waiting.
+
+In the asynchronous modes prompts of many steps lie in one queue and finish in any order. So each submitted prompt
+carries a tag that names its group: the two sides of a pair, or of the `data.embedrl.pairs_together` neighbouring pairs
+that share a batch. A group is trained on as a whole or dropped as a whole. The same pair may be in flight twice (in two
+epochs): two groups, which never share a batch, since its rollouts would be each other's negatives. Which prompts are
+too stale, and what happens to them, is verl's own policy (`trainer.v1.sampler.max_off_policy_threshold` and
+`.max_off_policy_strategy`); here it is applied to whole groups.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from embedrl_verl.errors import ConfigError, EmbedderError
-from embedrl_verl.trainer.pair_groups import Group, PromptTag, batch_of_each_source, choose_batch, complete_groups
-from embedrl_verl.trainer.rows import EMBED_PARTITION
+from embedrl_verl.trainer.reward_stage import EMBED_PARTITION
 
 VALIDATION = "val"
+_GROUP, _SIZE = "embedrl_group", "embedrl_group_size"
+_PAIR, _SIDE, _SOURCE = "embedrl_pair_id", "embedrl_side", "data_source"
+
+# ---------------------------------------------------------------------- groups of prompts
 
 
-def replay_buffer(trainer_mode: str, **kwargs: Any) -> ReplayBuffer:
-    """The buffer of a trainer mode, with the arguments that verl gives a custom sampler."""
-    cls = EGRLReplayBuffer if trainer_mode == "sync" else PairReplayBuffer
-    return cls(trainer_mode=trainer_mode, **kwargs)
-
-
-def _poll_interval(sampler_kwargs: Any) -> float:
-    if "poll_interval" not in sampler_kwargs:
-        raise ConfigError("trainer.v1.sampler.sampler_kwargs.poll_interval (seconds) is missing")
-    return float(sampler_kwargs["poll_interval"])
-
-
-class EGRLReplayBuffer(ReplayBuffer):
-    """`ReplayBuffer` that polls every `sampler_kwargs.poll_interval` seconds.
-
-    Raises:
-        ConfigError: the trainer is not a synchronous one (see PairReplayBuffer), or the interval is missing.
+@dataclass(frozen=True)
+class PromptTag:
+    """What the queue's tags say of a prompt: its group (the uid of the group's first prompt), the group's size in
+    prompts, pair, side and data source.
     """
 
-    def __init__(self, trainer_mode: str, sampler_kwargs: Any, **kwargs: Any) -> None:
-        if trainer_mode != "sync":
-            raise ConfigError(f"EGRLReplayBuffer serves synchronous training only; got trainer mode {trainer_mode!r}")
-        interval = _poll_interval(sampler_kwargs)
-        super().__init__(trainer_mode=trainer_mode, sampler_kwargs=sampler_kwargs, poll_interval=interval, **kwargs)
+    group: str
+    size: int
+    pair_id: str
+    side: str
+    source: str
+
+    def as_tags(self) -> dict[str, Any]:
+        """Tags for TransferQueue, which keeps them when the prompt's status is written."""
+        return {_GROUP: self.group, _SIZE: self.size, _PAIR: self.pair_id, _SIDE: self.side, _SOURCE: self.source}
+
+    @classmethod
+    def of(cls, uid: str, tags: Mapping[str, Any]) -> PromptTag:
+        """The tag of a prompt in the queue.
+
+        Raises:
+            EmbedderError: the prompt was not submitted by one of this package's asynchronous trainers.
+        """
+        missing = [name for name in (_GROUP, _SIZE, _PAIR, _SIDE, _SOURCE) if name not in tags]
+        if missing:
+            raise EmbedderError(
+                f"prompt {uid} in the rollout queue must name its pair; its tags lack {', '.join(missing)}. Submit "
+                "prompts through the trainer's _submit_batch_to_rollout, and resume only from a checkpoint of this mode"
+            )
+        return cls(tags[_GROUP], int(tags[_SIZE]), str(tags[_PAIR]), str(tags[_SIDE]), str(tags[_SOURCE]))
+
+
+def tag_prompts(
+    uids: Sequence[str], pair_ids: Sequence[str], sides: Sequence[str], sources: Sequence[str], size: int
+) -> list[PromptTag]:
+    """Tags of prompts in the order of the pair sampler: `size` prompts a group, the sides of a pair side by side.
+
+    Raises:
+        EmbedderError: the prompts do not consist of whole groups of one data source.
+    """
+    tags = [
+        PromptTag(uids[i - i % size], size, str(pair_ids[i]), str(sides[i]), str(sources[i])) for i in range(len(uids))
+    ]
+    for start in range(0, len(tags), size):
+        group = tags[start : start + size]
+        pairs = {(tag.pair_id, side) for tag in group for side in ("query", "target")}
+        whole = len(group) == len(pairs) == size and len({tag.source for tag in group}) == 1
+        if not whole or {(tag.pair_id, tag.side) for tag in group} != pairs:
+            held = ", ".join(f"{tag.pair_id} {tag.side} ({tag.source})" for tag in group)
+            raise EmbedderError(
+                f"prompts must be submitted in groups of {size // 2} whole pair(s) of one data source; got {held}"
+            )
+    return tags
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group whose prompts are all there. `step`: training step in which its oldest prompt was submitted."""
+
+    uids: tuple[str, ...]
+    pair_ids: frozenset[str]
+    source: str
+    step: int
+
+
+def complete_groups(tags: Mapping[str, PromptTag], uids: Iterable[str], steps: Mapping[str, int]) -> list[Group]:
+    """Groups of which every prompt is among `uids`, oldest first; of one step, in the order of `tags`.
+
+    Args:
+        tags: of every prompt in the queue, in the order of submission.
+        uids: prompts to look at.
+        steps: training step in which a prompt was submitted.
+    """
+    wanted = set(uids)
+    members: dict[str, list[str]] = defaultdict(list)
+    for uid, tag in tags.items():
+        if uid in wanted:
+            members[tag.group].append(uid)
+    groups = [
+        Group(
+            uids=tuple(found),
+            pair_ids=frozenset(tags[uid].pair_id for uid in found),
+            source=tags[found[0]].source,
+            step=min(steps[uid] for uid in found),
+        )
+        for found in members.values()
+        if len(found) == tags[found[0]].size
+    ]
+    return sorted(groups, key=lambda group: group.step)
+
+
+def fill_batches(groups: Iterable[Group], prompts: int) -> dict[str, list[Group]]:
+    """For each data source the groups that would be trained on, oldest first: at most `prompts` prompts, no pair twice.
+
+    Sources come in the order of their oldest group.
+    """
+    chosen: dict[str, list[Group]] = {}
+    for group in groups:
+        taken = chosen.setdefault(group.source, [])
+        room = prompts - _prompts(taken)
+        if len(group.uids) <= room and all(group.pair_ids.isdisjoint(one.pair_ids) for one in taken):
+            taken.append(group)
+    return chosen
+
+
+def next_batch(groups: Iterable[Group], prompts: int) -> list[Group] | None:
+    """The batch of the source with the oldest group among those that can fill one; None if none can."""
+    return next((taken for taken in fill_batches(groups, prompts).values() if _prompts(taken) == prompts), None)
+
+
+def _prompts(groups: Iterable[Group]) -> int:
+    return sum(len(group.uids) for group in groups)
+
+
+# ---------------------------------------------------------------------- buffers
+
+
+def replay_buffer(trainer_mode: str, sampler_kwargs: Any, **kwargs: Any) -> ReplayBuffer:
+    """The buffer of a trainer mode, with the arguments that verl gives a custom sampler.
+
+    Raises:
+        ConfigError: no poll interval.
+    """
+    if "poll_interval" not in sampler_kwargs:
+        raise ConfigError("trainer.v1.sampler.sampler_kwargs.poll_interval (seconds) is missing")
+    kwargs |= {"trainer_mode": trainer_mode, "sampler_kwargs": sampler_kwargs}
+    cls = ReplayBuffer if trainer_mode == "sync" else PairReplayBuffer
+    return cls(poll_interval=float(sampler_kwargs["poll_interval"]), **kwargs)
 
 
 class PairReplayBuffer(ReplayBufferAsync):
@@ -56,13 +171,11 @@ class PairReplayBuffer(ReplayBufferAsync):
     S (N - 1) + 1 groups in the queue.
 
     Raises:
-        ConfigError: the poll interval is missing.
         EmbedderError: (while sampling) as many prompts as a batch holds have failed since the last batch.
     """
 
-    def __init__(self, trainer_mode: str, sampler_kwargs: Any, **kwargs: Any) -> None:
-        interval = _poll_interval(sampler_kwargs)
-        super().__init__(trainer_mode=trainer_mode, sampler_kwargs=sampler_kwargs, poll_interval=interval, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self._tags: dict[str, PromptTag] = {}  # of the training prompts in the queue, in the order of submission
         self._sampling = False  # whether a batch is waited for, or only a number of prompts
         self._target = 0
@@ -140,7 +253,7 @@ class PairReplayBuffer(ReplayBufferAsync):
     ) -> bool:
         if not super()._has_enough_samples(global_steps, partition_id, batch_size, sampleable_keys):
             return False
-        return not self._sampling or choose_batch(self._groups(sampleable_keys), batch_size) is not None
+        return not self._sampling or next_batch(self._groups(sampleable_keys), batch_size) is not None
 
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
@@ -148,20 +261,16 @@ class PairReplayBuffer(ReplayBufferAsync):
         oldest, partition, steps = super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
         if partition_id == VALIDATION:
             return oldest, partition, steps
-        groups = choose_batch(self._groups(sampleable_keys), batch_size)
+        groups = next_batch(self._groups(sampleable_keys), batch_size)
         assert groups is not None  # _has_enough_samples has looked at the same snapshot
         return [uid for group in groups for uid in group.uids], partition, steps
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
         if partition_id != VALIDATION and not self.pending_keys[partition_id] and not self.running_keys[partition_id]:
-            self.refill_fn(self._missing(partition_id))
+            # Prompts that the nearest source lacks for a batch, or all sources together for the number waited for.
+            groups = self._groups(self.finished_keys[partition_id])
+            found = _prompts(groups)
+            if self._sampling:
+                found = max(map(_prompts, fill_batches(groups, self._target).values()), default=0)
+            self.refill_fn(self._target - found)
         return super()._wait_for_next_poll(partition_id, last_debug_time)
-
-    def _missing(self, partition_id: str) -> int:
-        """Prompts that the nearest source lacks for a batch, or all sources together for the number waited for."""
-        groups = self._groups(self.finished_keys[partition_id])
-        found = sum(len(group.uids) for group in groups)
-        if self._sampling:
-            batches = batch_of_each_source(groups, self._target).values()
-            found = max((sum(len(group.uids) for group in batch) for batch in batches), default=0)
-        return self._target - found

@@ -29,8 +29,8 @@ from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import SIDES, Item, Side
 from embedrl_verl.embedder import Embedder, EmbedInput, info_nce
 from embedrl_verl.embedder.batching import pack_rows
-from embedrl_verl.embedder.forward import embed_packed
 from embedrl_verl.embedder.loading import family_of_config, load_config
+from embedrl_verl.embedder.model import embed_packed
 from embedrl_verl.families import Family
 from embedrl_verl.tcot import cut_evidence, parse_tcot
 from recipes.tiny_digits.muon import MuonAdamW

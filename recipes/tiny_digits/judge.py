@@ -24,9 +24,8 @@ import typer
 
 from embedrl_verl.data.schema import SIDES, Side
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.judge import judge_prompt, load_judge_style, parse_choice
+from embedrl_verl.judge import judge_prompt, judge_style, parse_choice
 from embedrl_verl.tcot import TCoT, parse_tcot
-from embedrl_verl.tcot.styles import fill
 from recipes.tiny_digits.judge_model import IGNORED, Lesson, TinyJudge
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
@@ -153,7 +152,7 @@ def _gap(judged: str, candidate: str) -> float:
 
 def drill(level: Level, judge: TinyJudge, rng: random.Random) -> Lesson:
     """Lines of a list, numbered at random; every line that repeats one has a label."""
-    style = load_judge_style(STYLE)
+    style = judge_style(STYLE)
     keys: list[str] = []
     while len(keys) < level.keys:
         digits = rng.randint(max(1, level.digits - 1), level.digits)
@@ -162,10 +161,10 @@ def drill(level: Level, judge: TinyJudge, rng: random.Random) -> Lesson:
     numbers = dict(zip(keys, rng.sample("123456789", level.keys), strict=True))
     ids: list[int] = []
     labels: list[int] = []
-    end = judge.ids(style.candidates)
+    end = judge.ids(style.join)
     for line in range(level.lines):
         key = keys[line] if line < level.keys else rng.choice(keys)
-        text = fill(style.candidate, number=numbers[key], text=key)
+        text = style.candidate(numbers[key], key)
         asked, answer = judge.ids(text[: text.rindex(numbers[key])]), judge.ids(numbers[key])
         ids += asked + answer + end
         known = answer[0] if line >= level.keys else IGNORED

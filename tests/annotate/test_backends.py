@@ -25,14 +25,12 @@ def completion(text="hi", reason="stop", usage=(3, 2)):
     return {"choices": [{"message": {"content": text}, "finish_reason": reason}], "usage": counts}
 
 
-def served(chat, version=None):
-    """An answer function: one model, a version if it is vLLM, and `chat(body)`."""
+def served(chat, vllm=False):
+    """An answer function: one model, and `chat(body)`."""
 
     def answer(path, body):
         if path == "/v1/models":
-            return {"data": [{"id": "m"}]}
-        if path == "/version":
-            return {"version": version} if version else web.Response(status=404)
+            return {"data": [{"id": "m", "owned_by": "vllm" if vllm else "somebody"}]}
         return chat(body)
 
     return answer
@@ -78,7 +76,7 @@ def test_a_served_model_samples_as_one_in_process_whatever_its_generation_config
     """vLLM takes what a request leaves out from the checkpoint's file; these numbers are a released model's."""
     vllm = pytest.importorskip("vllm")
     protocol = pytest.importorskip("vllm.entrypoints.openai.chat_completion.protocol")
-    _, _, (body,) = talk(served(lambda body: completion(), version="1"), ask)
+    _, _, (body,) = talk(served(lambda body: completion(), vllm=True), ask)
     file = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature": 0.1, "min_p": 0.2}
     got = protocol.ChatCompletionRequest(**body).to_sampling_params(16, file)
     here = vllm.SamplingParams(max_tokens=16, temperature=0.5, top_p=0.9, seed=7)
@@ -87,19 +85,19 @@ def test_a_served_model_samples_as_one_in_process_whatever_its_generation_config
     for one in sampled:
         one["top_k"] = max(one["top_k"], 0)  # -1 is 0 by its older name
     assert sampled[0] == sampled[1]
-    _, _, (body,) = talk(served(lambda body: completion(), version="1"), ask, extra={"repetition_penalty": 1.2})
+    _, _, (body,) = talk(served(lambda body: completion(), vllm=True), ask, extra={"repetition_penalty": 1.2})
     assert body["repetition_penalty"] == 1.2  # what a person asks for is sent
 
 
 def test_only_vllm_is_asked_to_constrain_the_reply():
-    facts, _, (body,) = talk(served(lambda body: completion(), version="1"), ask)
+    facts, _, (body,) = talk(served(lambda body: completion(), vllm=True), ask)
     assert body["structured_outputs"] == {"choice": ["yes", "no"]} and facts["videos"] == "video_url"
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_clips_travel_as_vllms_list_of_frames_without_loss(family):
     prompt = PROMPTS.prompt(pairs(3)[2], "target")
-    *_, (body,) = talk(served(lambda body: completion(), version="1"), lambda b, s: _ask_as(b, s, prompt, family))
+    *_, (body,) = talk(served(lambda body: completion(), vllm=True), lambda b, s: _ask_as(b, s, prompt, family))
     (part, _) = body["messages"][0]["content"]
     frames = part["video_url"]["url"].removeprefix("data:video/jpeg;base64,").split(",")
     sent = [np.asarray(Image.open(io.BytesIO(base64.b64decode(frame)))) for frame in frames]

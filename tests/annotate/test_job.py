@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`embedrl data annotate` as its user sees it: parts, lists, counts, cards, exit codes, and going on."""
 
-import argparse
 import errno
 import hashlib
 import json
@@ -11,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl import cli_data_annotate
 from embedrl_verl.annotate import assemble as assemble_module
 from embedrl_verl.annotate import workfolder
 from embedrl_verl.annotate.backends import Refused, Reply
@@ -299,48 +297,3 @@ def test_the_card_tells_hashes_settings_and_licences_and_no_time(file, tmp_path)
 def test_nothing_left_is_an_error(file, tmp_path):
     with pytest.raises(DataError, match="no pair is left"):
         run([file], tmp_path / "out", FakeBackend(lambda text, digest: Refused("HTTP 400", "no")))
-
-
-def arguments(*words):
-    parser = argparse.ArgumentParser()
-    cli_data_annotate.add_parser(parser.add_subparsers())
-    return parser.parse_args(["annotate", *map(str, words)])
-
-
-def test_the_command_line_reaches_the_job(file, tmp_path):
-    args = arguments(
-        *(file, "--out", tmp_path / "o", "--url", "a:1", "--url", "b:2", "--family", "qwen2_5_vl", "--side", "target"),
-        *("--gold-share", "0.5", "--limit", "999", "--style", "compact", "--extra-body", '{"top_k": 1}'),
-    )
-    made = cli_data_annotate.job_of(args)
-    assert made.backend.pool.urls == ("http://a:1", "http://b:2") and made.backend.extra == {"top_k": 1}
-    assert made.asker.settings.sides == ("target",) and made.asker.settings.gold_share == 0.5
-    assert made.runner.limit == 999 == made.backend.pool.settings.limit
-    assert made.asker.prompts.family == "qwen2_5_vl" and made.asker.prompts.limits.image_max_tokens == 768
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ((), "--url of a running server"),
-        (("--url", "a:1", "--engine", "m"), "--url of a running server"),
-        (("--engine", "m", "--extra-body", '{"top_k": 1}'), "--extra-body goes with --url alone"),
-        (("--engine", "m", "--model", "n"), "--model goes with --url alone"),
-        (("--url", "a:1", "--engine-args", '{"dtype": "auto"}'), "--engine-args goes with --engine alone"),
-        (("--url", "a:1", "--gold-share", "2"), "gold-share must be between 0 and 1; got 2.0"),
-        (("--url", "a:1", "--tries", "0"), "tries must be 1 or more"),
-        (("--url", "a:1", "--limit", "0"), "limit of a server pool must be 1 or more"),
-        (("--url", "a:1", "--shard-rows", "0"), "--shard-rows must be 1 or more"),
-        (("--url", "a:1", "--price-prompt", "-1"), "prices must be 0 or more"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(words, message, file, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        cli_data_annotate.job_of(arguments(file, "--out", tmp_path / "o", *words))
-
-
-def test_tiny_models_are_asked_again_by_drawing_and_others_by_explaining(file, tmp_path):
-    words = (file, "--out", tmp_path / "o", "--url", "a:1")
-    assert cli_data_annotate.job_of(arguments(*words)).asker.settings.reask == "explain"
-    compact = cli_data_annotate.job_of(arguments(*words, "--style", "compact"))
-    assert compact.asker.settings.reask == "resample"

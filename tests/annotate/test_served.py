@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.data.parquet import read_pairs, write_pairs
-from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.embedder.served.servers import ServerProcess
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.platforms.ports import free_port
 from recipes.tiny_digits.environment import CPU_ENV

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM is asked to serve no longer sequences than a run has."""
 
-from embedrl_verl.config.compose import compose
-from embedrl_verl.config.served_length import bound_served_lengths
+from embedrl_verl.config.compose import bound_served_lengths, compose
 
 GPU = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 

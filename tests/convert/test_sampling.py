@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from embedrl_verl.contrastive.sampler import SubBatchPlan
 from embedrl_verl.convert.names import ALL_SOURCES, MMEB_SOURCES
 from embedrl_verl.convert.sampling import Sampling, evenly_spaced, preset, presets, sampling_from_options
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.stage1.sampler import SubBatchPlan
 from tests.convert.conftest import MAP, Convert, question, write_lines
 
 

@@ -24,19 +24,13 @@ from embedrl_verl.errors import EmbedderError
 MakePair = Callable[..., PairRecord]
 WriteParts = Callable[..., list[Path]]
 RUN = """
-import argparse, os, sys, time
+import os, sys, time
+from embedrl_verl.cli import main
 from embedrl_verl.curate import folders
-from embedrl_verl import cli_data_content_ids, cli_data_split
-parser = argparse.ArgumentParser()
-commands = parser.add_subparsers(dest="name")
-modules = {"content-ids": cli_data_content_ids, "split": cli_data_split}
-for module in modules.values():
-    module.add_parser(commands)
 write, held = folders.write_json, os.environ["HELD"]  # a card that it cannot come to, however late it is killed
 folders.write_json = lambda file, *rest: time.sleep(600) if str(file) == held else write(file, *rest)
 if __name__ == "__main__":
-    arguments = parser.parse_args()
-    sys.exit(modules[arguments.name].run(arguments))
+    sys.exit(main(["data", *sys.argv[1:]]))
 """
 PAIRS, PER_PART = 2400, 200
 

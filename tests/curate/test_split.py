@@ -271,31 +271,3 @@ def test_the_sets_are_data_set_folders_with_cards(
         assert card["by_source"] == {"a": {"records": 50}, "b": {"records": 50}}
         assert media_root_of(tmp_path / "out" / name) == str(media)
         assert not (tmp_path / "out" / name / "_work").exists()
-
-
-def test_options_become_settings() -> None:
-    import argparse
-
-    from embedrl_verl.cli_data_split import add_split_options, settings_of
-
-    parser = argparse.ArgumentParser()
-    add_split_options(parser)
-    options = [
-        "--rl-rows",
-        "5",
-        "--rl-rows",
-        "a=7",
-        "--contrastive-without",
-        "b",
-        "--rl-from",
-        "all",
-        "--split-seed",
-        "4",
-    ]
-    settings = settings_of(parser.parse_args(options))
-    assert settings == SplitSettings(
-        rl_from="all", rl_rows={"a": 7}, rl_rows_each=5, contrastive_without=("b",), seed=4
-    )
-    assert settings_of(parser.parse_args([])) == SplitSettings()
-    with pytest.raises(ConfigError, match="--rl-rows takes N or SOURCE=N; got 'a=x'"):
-        settings_of(parser.parse_args(["--rl-rows", "a=x"]))

@@ -244,7 +244,7 @@ def test_a_colour_that_stands_for_transparency_is_white(mode: str, root: Path) -
 def test_originals_keep_their_size_and_order(root: Path) -> None:
     loaded = load_item(Item(text="t", images=("sub/b.png", "a.png"), instruction="i", kind="page"), root)
     assert [image.size for image in loaded.images] == [(84, 56), (56, 56)]
-    assert (loaded.text, loaded.instruction, loaded.kind, loaded.frames, loaded.fps) == ("t", "i", "page", (), None)
+    assert (loaded.text, loaded.instruction, loaded.kind, loaded.frames, loaded.times) == ("t", "i", "page", (), None)
 
 
 def test_frames_are_drawn_evenly_and_tell_their_rate(root: Path) -> None:
@@ -253,8 +253,8 @@ def test_frames_are_drawn_evenly_and_tell_their_rate(root: Path) -> None:
     video = Video(frames=tuple(f"{index}.png" for index in range(9)), fps=3.0)
     loaded = load_item(Item(video=video), root, max_frames=3)
     assert [frame.getpixel((0, 0)) for frame in loaded.frames] == [(0, 0, 0), (4, 0, 0), (8, 0, 0)]
-    assert loaded.fps == pytest.approx(1.0)
-    assert load_item(Item(video=video), root).fps == pytest.approx(3.0 * 8 / 9)
+    assert loaded.times.fps == pytest.approx(1.0)
+    assert load_item(Item(video=video), root).times.fps == pytest.approx(3.0 * 8 / 9)
 
 
 def test_a_media_root_that_is_no_folder_is_named(tmp_path: Path) -> None:

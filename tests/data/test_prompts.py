@@ -139,7 +139,7 @@ def test_video_file_is_sampled_as_for_evidence(pair: MakePair, tmp_path: Path) -
     _, videos = load_prompt_media(messages, LIMITS, str(tmp_path))
     assert videos is not None
     assert videos[0][0].shape[0] == len(loaded.frames) == 6
-    assert loaded.fps == pytest.approx(2.0)
+    assert loaded.times.fps == pytest.approx(2.0)
     assert loaded.times is not None and videos[0][1] == loaded.times.metadata()
 
 

@@ -57,7 +57,7 @@ def test_file_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
     loaded = load_item(Item(video=Video(path="clip.mp4", fps=2.0)), tmp_path)
     levels = [np.asarray(frame).mean() / 5 for frame in loaded.frames]
     assert np.allclose(levels, even_indices(40, 8), atol=1.0)
-    assert loaded.fps == pytest.approx(2.0)
+    assert loaded.times.fps == pytest.approx(2.0)
     assert loaded.frames[0].size == (64, 64)
 
 

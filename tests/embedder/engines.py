@@ -13,19 +13,12 @@ import sys
 from typing import Any
 
 import torch
-from inputs import LIMITS, ROWS, mixed_inputs  # a script: its own folder is on the path
+from inputs import ROWS, mixed_inputs, section  # a script: its own folder is on the path
 
-from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
+from embedrl_verl.config.schema import EmbedderTrainConfig
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.platforms.forkserver import python
 from recipes.tiny_digits.environment import CPU_ENV
-
-
-def config_of(checkpoint: str) -> EmbedderConfig:
-    """float32, and a budget of a few rows a batch, so that there are several batches on each rank."""
-    limits = {name: value for name, value in dataclasses.asdict(LIMITS["qwen2_vl"]).items() if name.endswith("_tokens")}
-    train = EmbedderTrainConfig(enable=True, lr=1e-3, warmup_steps=0, max_tokens_per_gpu=800)
-    return EmbedderConfig(path=checkpoint, dtype="float32", max_tokens_per_gpu=800, train=train, **limits)
 
 
 def through_verl(checkpoint: str) -> dict[str, Any]:
@@ -37,12 +30,14 @@ def through_verl(checkpoint: str) -> dict[str, Any]:
 
     from embedrl_verl.embedder.client import EmbedderClient
     from embedrl_verl.embedder.settings import processor_for
-    from embedrl_verl.embedder.worker import build_embedder_worker_group
+    from embedrl_verl.embedder.worker import start_embedder_worker_group
 
     options = {"runtime_env": {"py_executable": python()}, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", num_cpus=8, num_gpus=3, **options)
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
-    config = config_of(checkpoint)
+    # A budget of a few rows a batch, so that there are several batches on each rank.
+    train = EmbedderTrainConfig(enable=True, lr=1e-3, warmup_steps=0, max_tokens_per_gpu=800)
+    config = section(checkpoint, max_tokens_per_gpu=800, train=train)
     run_config = OmegaConf.create({"trainer": {"ray_wait_register_center_timeout": 300}})
     processor = processor_for(config)
     rows = [processor.encode(one) for one in mixed_inputs(ROWS)]
@@ -50,7 +45,7 @@ def through_verl(checkpoint: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for ranks in (1, 2):
         pool = RayResourcePool(process_on_nodes=[ranks], use_gpu=True, max_colocate_count=2)
-        group = build_embedder_worker_group(run_config, config, pool)
+        group, _ = start_embedder_worker_group(run_config, config, pool)
         client = EmbedderClient(group)
         result[f"driver_{ranks}"], failures = client.embed(rows)
         for key, row in zip(keys, rows, strict=True):

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.identity import NO_QUERY, ContentId
 from embedrl_verl.data.media import LoadedItem, MediaLimits
+from embedrl_verl.data.video import list_times
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.tcot import parse_tcot
 
@@ -25,6 +28,12 @@ TCOT = (
 )
 
 
+def section(path: object, family: str = "qwen2_vl", **settings: Any) -> EmbedderConfig:
+    """The section `embedrl.embedder` for a tiny checkpoint, in float32 and with the limits of `LIMITS`."""
+    limits = {name: value for name, value in dataclasses.asdict(LIMITS[family]).items() if name.endswith("_tokens")}
+    return EmbedderConfig(**{"path": str(path), "dtype": "float32", **limits, **settings})
+
+
 def picture(seed: int, height: int = 56, width: int = 112) -> Image.Image:
     """Random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -38,7 +47,7 @@ def item(
     instruction: str = "",
     fps: float = 2.0,
 ) -> LoadedItem:
-    return LoadedItem(text, instruction, images, frames, fps if frames else None, None)
+    return LoadedItem(text, instruction, images, frames, list_times(fps, len(frames)) if frames else None)
 
 
 def mixed_inputs(count: int) -> list[EmbedInput]:

@@ -124,7 +124,7 @@ def run_rank(kind: str, checkpoint: str, family: str, tp: int, pp: int, out: Pat
         get_torch_device().set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if get_device_name() == "cuda" else "gloo")
     from embedrl_verl.embedder.engine import tensordict_of
-    from embedrl_verl.platforms import cpu_engines  # noqa: F401  (registers verl's engines for the CPU)
+    from embedrl_verl.platforms import training_worker  # noqa: F401  (registers verl's engines for the CPU)
 
     engine = build_engine(kind, checkpoint, tp, pp)
     rows, weights = rows_and_weights(checkpoint, family)

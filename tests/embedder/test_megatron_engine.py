@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Embedder under Megatron: the split's own arithmetic anywhere, the engine on real Megatron-Core where it is.
+"""The Embedder's engine on real Megatron-Core, where that is installed.
 
-The second half runs Megatron-Core on CPU processes over gloo, in a language model of its own layers (no Transformer
-Engine, no Megatron-Bridge) inside a stand-in for the bridge's multimodal model: like that one it computes positions of
-its own, wrong ones here, and drops the caller's.
+CPU processes over gloo, a language model of Megatron's own layers (no Transformer Engine, no Megatron-Bridge) inside a
+stand-in for the bridge's multimodal model: like that one it computes positions of its own, wrong ones here, and drops
+the caller's.
 """
 
 from __future__ import annotations
@@ -20,108 +20,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn import functional
-from verl.workers.config import McoreEngineConfig
 
 from embedrl_verl.embedder import Encoded
-from embedrl_verl.embedder.batching import PaddedRows, token_budget_batches
-from embedrl_verl.embedder.packing import MicroBatch, check_engine_config, fill, pad_to, pool_last, restore, unit
-from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.embedder.batching import RowBatch, fill
+from embedrl_verl.errors import ConfigError
 from embedrl_verl.platforms.ports import free_port
 
 HAS_MEGATRON = importlib.util.find_spec("megatron") is not None
 needs_megatron = pytest.mark.skipif(not HAS_MEGATRON, reason="megatron-core is not installed")
 HIDDEN, VOCABULARY, SECTIONS = 64, 96, [4, 6, 6]
-
-
-@given(
-    ranks=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=12), min_size=1, max_size=4),
-    budget=st.integers(1, 200),
-    multiple=st.integers(1, 4),
-)
-def test_all_ranks_run_as_many_micro_batches_and_each_row_counts_once(ranks, budget, multiple):
-    plans = [token_budget_batches(lengths, budget) for lengths in ranks]
-    most = max(map(len, plans))
-    filled = [fill(plan, most, multiple) for plan in plans]
-    assert len({len(batches) for batches in filled}) == 1
-    assert len(filled[0]) % multiple == 0 and most <= len(filled[0]) < most + multiple
-    for lengths, batches in zip(ranks, filled, strict=True):
-        assert sorted(i for batch in batches if batch.real for i in batch.rows) == list(range(len(lengths)))
-        assert all(lengths[i] == min(lengths) for batch in batches if not batch.real for i in batch.rows)
-
-
-def test_a_rank_without_rows_is_refused():
-    with pytest.raises(EmbedderError, match="its plan has 0. Give every data-parallel rank at least one row"):
-        fill([], 3)
-
-
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), data=st.data())
-def test_vectors_come_back_in_the_order_of_the_batch(lengths, data):
-    batches = fill(token_budget_batches(lengths, data.draw(st.integers(1, 99))), len(lengths) + 1)
-    vectors = [torch.tensor([[float(i), -float(i)] for i in batch.rows]) for batch in batches]
-    expected = [[float(i), -float(i)] for i in range(len(lengths))]
-    assert restore(batches, vectors, len(lengths)).tolist() == expected
-
-
-def test_a_missing_row_is_an_error_and_a_filler_does_not_stand_in_for_it():
-    with pytest.raises(EmbedderError, match=r"2 rows must come back once each; 2 results .* hold \[0\]"):
-        restore([MicroBatch([0], True), MicroBatch([1], False)], [torch.zeros(1, 2)] * 2, 2)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_pooling_in_slices_adds_up_to_pooling_the_whole_sequence(ranks):
-    lengths = torch.tensor([1, 5, 8, 3])
-    hidden = torch.randn(8, 4, 6, generator=torch.Generator().manual_seed(0))
-    for row, length in enumerate(lengths):
-        hidden[length:, row] = torch.nan  # padding never enters, whatever it holds
-    hidden.requires_grad_()
-    step = 8 // ranks
-    pooled = sum(pool_last(hidden[i : i + step], lengths - 1, i) for i in range(0, 8, step))
-    assert torch.equal(pooled, torch.stack([hidden[n - 1, row] for row, n in enumerate(lengths)]))
-    pooled.sum().backward()
-    touched = torch.zeros(8, 4)
-    touched[lengths - 1, torch.arange(4)] = 1.0
-    assert torch.equal(hidden.grad, touched[..., None].expand(8, 4, 6))
-
-
-@pytest.mark.parametrize(("multiple", "length"), [(1, 5), (2, 6), (4, 8), (5, 5)])
-def test_padding_to_the_tensor_ranks_leaves_tokens_and_last_indices_alone(multiple, length):
-    rows = PaddedRows(torch.arange(1, 11).view(2, 5), torch.arange(1, 31).view(3, 2, 5), torch.tensor([4, 2]), {})
-    padded = pad_to(rows, multiple)
-    assert padded.input_ids.shape == (2, length) and padded.position_ids.shape == (3, 2, length)
-    assert torch.equal(padded.input_ids[:, :5], rows.input_ids) and not padded.input_ids[:, 5:].any()
-    assert torch.equal(padded.position_ids[..., :5], rows.position_ids) and torch.equal(padded.last, rows.last)
-
-
-def test_a_vector_without_direction_is_nan_and_others_have_length_1():
-    pooled = torch.tensor([[3.0, 4.0], [0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0]], dtype=torch.bfloat16)
-    vectors = unit(pooled)
-    assert vectors.dtype == torch.float32
-    assert torch.allclose(vectors[0], torch.tensor([0.6, 0.8])) and not vectors[1:].isfinite().all(dim=1).any()
-
-
-@pytest.mark.parametrize(
-    ("setting", "family", "message"),
-    [
-        ({"context_parallel_size": 2}, "qwen3_vl", "context_parallel_size must be 1 .* got 2"),
-        ({"vanilla_mbridge": True}, "qwen2_5_vl", "vanilla_mbridge must be False"),
-        ({"use_megatron_fsdp": True}, "qwen3_vl", "use_megatron_fsdp must be False"),
-        ({"use_fused_kernels": True}, "qwen3_vl", "use_fused_kernels must be False"),
-        ({"override_ddp_config": {"overlap_grad_reduce": True}}, "qwen3_vl", "overlap_grad_reduce must be False"),
-        ({}, "qwen2_vl", "got qwen2_vl. Choose fsdp2"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_what_cannot_work_is_refused_by_name(setting, family, message):
-    with pytest.raises(ConfigError, match=message):
-        check_engine_config(McoreEngineConfig(**setting), family)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_tensor_and_pipeline_splits_are_accepted():
-    check_engine_config(McoreEngineConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), "qwen3_vl")
 
 
 @pytest.mark.skipif(HAS_MEGATRON, reason="megatron-core is installed")
@@ -158,7 +66,7 @@ def _tensor_rank(ranks: int, port: int, folder: Path, rank: int) -> None:
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
     from verl.utils import tensordict_utils as tu
 
-    from embedrl_verl.embedder import megatron_engine
+    from embedrl_verl.embedder import engine as engines
     from embedrl_verl.embedder.engine import tensordict_of
     from embedrl_verl.embedder.megatron_engine import MegatronEmbeddingEngine
 
@@ -167,7 +75,7 @@ def _tensor_rank(ranks: int, port: int, folder: Path, rank: int) -> None:
     engine = MegatronEmbeddingEngine.__new__(MegatronEmbeddingEngine)
     engine._rows, engine.module, engine.param_dtype = None, engine._adapt([chunk]), torch.float32
     engine.engine_config, engine.tf_config = SimpleNamespace(dynamic_context_parallel=False), chunk.config
-    megatron_engine.fill = lambda plan, most, multiple: fill(plan, most + 1, multiple)  # one filler
+    engines.fill = lambda plan, most, multiple: fill(plan, most + 1, multiple)  # one filler
 
     generator = torch.Generator().manual_seed(1)
     rows = [_row(length, generator) for length in (6, 14, 10, 2, 8, 12)]  # even: a row alone is split over 2 ranks
@@ -196,7 +104,7 @@ def _tensor_rank(ranks: int, port: int, folder: Path, rank: int) -> None:
     chunk.language_model.decoder.final_layernorm.register_forward_hook(lambda _, __, out: states.append(out))
 
     def alone(row: Encoded, positions: torch.Tensor) -> torch.Tensor:
-        engine._rows = PaddedRows(row.input_ids[None], positions[1:, None], torch.tensor([len(row) - 1]), {})
+        engine._rows = RowBatch(row.input_ids[None], positions[1:, None], torch.tensor([len(row) - 1]), {})
         chunk(input_ids=row.input_ids[None], position_ids=None, attention_mask=None)
         hidden = states.pop()
         whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False) if ranks > 1 else hidden

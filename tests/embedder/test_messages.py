@@ -42,12 +42,6 @@ def test_an_unreadable_tcot_is_given_whole_with_evidence_behind_it():
     assert [part.get("text") for part in content] == ["a\nno tags at all", None, SUFFIX]
 
 
-def test_without_tcot_the_same_builder_gives_the_plain_prompt():
-    assert render_prompt(build_messages(item("a cat", instruction="Find"))) == (
-        f"<|im_start|>user\nFind a cat\n{SUFFIX}<|im_end|>\n<|im_start|>assistant\n<emb>"
-    )
-
-
 def test_frames_are_one_video_part_with_their_times():
     frames = (picture(0), picture(1))
     video = build_messages(item("a", frames=frames, fps=4.0))[0]["content"][0]
@@ -71,28 +65,28 @@ def test_the_prompt_is_what_the_checkpoints_chat_template_writes_up_to_the_embed
     assert processor.apply_chat_template(messages, tokenize=False) == render_prompt(messages) + "<|im_end|>\n"
 
 
-def test_qwen3_vl_embedding_has_the_instruction_as_system_turn_and_ends_at_the_opened_answer():
-    profile = PROFILES["qwen3_vl_embedding"]
-    assert render_prompt(build_messages(item("a", instruction="Find a page"), profile=profile)) == (
-        "<|im_start|>system\nFind a page.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-    )
-    empty = render_prompt(build_messages(item(), profile=profile))
-    assert "system\nRepresent the user's input.<|im_end|>" in empty and "user\nNULL<|im_end|>" in empty
+SYSTEM = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}"
+FRAME = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def test_gme_sees_frames_as_images_and_ends_at_endoftext():
-    messages = build_messages(item("a", frames=(picture(0), picture(1))), profile=PROFILES["gme"])
-    assert [part["type"] for part in messages[1]["content"]] == ["image", "image", "text"]
-    assert render_prompt(messages).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")
-    assert render_prompt(messages).endswith("<|im_start|>assistant\n<|endoftext|>")
-
-
-def test_vlm2vec_has_bare_placeholders_joined_by_spaces():
-    messages = build_messages(item("a cat", (picture(0),), instruction="Find"), profile=PROFILES["vlm2vec_v2"])
-    assert render_prompt(messages, chat=False) == "<|image_pad|> Find a cat"
-
-
-def test_the_input_is_not_changed():
-    source, crop = item("a", (picture(0),)), picture(1)
-    build_messages(source, parse_tcot(TCOT), (crop,))
-    assert source == item("a", (picture(0),)) and crop == picture(1)  # pictures are equal by pixel
+@pytest.mark.parametrize(
+    ("name", "source", "prompt"),
+    [
+        (
+            "embed_rl",
+            item("a cat", instruction="Find"),
+            f"<|im_start|>user\nFind a cat\n{SUFFIX}<|im_end|>\n<|im_start|>assistant\n<emb>",
+        ),
+        ("qwen3_vl_embedding", item("a", instruction="Find a page"), SYSTEM.format("Find a page.", "a", "")),
+        ("qwen3_vl_embedding", item(), SYSTEM.format("Represent the user's input.", "NULL", "")),
+        (
+            "gme",
+            item("a", frames=(picture(0), picture(1))),
+            SYSTEM.format("You are a helpful assistant.", FRAME * 2 + "a", "<|endoftext|>"),
+        ),
+        ("vlm2vec_v2", item("a cat", (picture(0),), instruction="Find"), "<|image_pad|> Find a cat"),
+    ],
+)
+def test_every_profile_writes_its_own_prompt(name, source, prompt):
+    profile = PROFILES[name]
+    assert render_prompt(build_messages(source, profile=profile), chat=profile.chat) == prompt

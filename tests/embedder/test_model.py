@@ -12,7 +12,7 @@ import torch
 
 from embedrl_verl.embedder import Embedder, EmbedInput
 from embedrl_verl.embedder.batching import pack_rows
-from embedrl_verl.embedder.forward import embed_packed
+from embedrl_verl.embedder.model import embed_packed
 from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.tcot import cut_evidence, parse_tcot
 from tests.embedder.inputs import LIMITS, TCOT, item, mixed_inputs, picture
@@ -22,17 +22,11 @@ def test_a_vector_does_not_depend_on_the_rows_beside_it_nor_on_their_order(each_
     inputs = mixed_inputs(40)
     alone = each_embedder.embed(inputs, batch_size=1)
     together = each_embedder.embed(inputs, batch_size=32)
-    backwards = each_embedder.embed(inputs[::-1], max_batch_tokens=700).flip(0)
+    backwards = each_embedder.embed(inputs[::-1], max_batch_tokens=60).flip(0)  # many windows of several batches
     assert (alone - together).abs().max() < 1e-5
     assert (alone - backwards).abs().max() < 1e-5
     assert torch.allclose(alone.norm(dim=1), torch.ones(40), atol=1e-5)
     assert torch.pdist(alone).min() > 1e-4, "the inputs must differ, or the test shows nothing"
-
-
-def test_vectors_come_in_the_order_of_the_inputs_across_windows(embedder):
-    inputs = mixed_inputs(20)
-    small = embedder("qwen2_vl").embed(inputs, max_batch_tokens=60)
-    assert (small - embedder("qwen2_vl").embed(inputs)).abs().max() < 1e-5
 
 
 def test_the_vector_is_the_state_after_the_final_norm_at_the_embedding_token(each_embedder):
@@ -110,18 +104,6 @@ def test_placeholders_without_their_media_are_an_error_and_never_a_shifted_pictu
     fewer = dataclasses.replace(rows[0], multi_modal_inputs={})
     with pytest.raises(MediaError, match="visual tokens need as many placeholders"):
         embedder("qwen2_vl").embed_encoded([fewer, rows[1]])
-
-
-def test_gradients_reach_the_vision_and_the_language_model(each_embedder):
-    inner = each_embedder.model.model
-    rows = pack_rows([each_embedder.processor.encode(one) for one in mixed_inputs(4)])
-    embed_packed(inner, rows)[:, 0].sum().backward()
-    norms = [
-        inner.visual.patch_embed.proj.weight.grad.norm(),
-        inner.language_model.layers[0].mlp.up_proj.weight.grad.norm(),
-    ]
-    inner.zero_grad()
-    assert all(norm > 0 for norm in norms)
 
 
 def test_a_vector_that_is_not_finite_is_an_error_and_never_zeros(checkpoint):

@@ -18,18 +18,25 @@ from transformers import BertConfig, BertModel
 from embedrl_verl.config.schema import EmbedderConfig, SentenceConfig
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.embedder import Embedder, EmbedInput
-from embedrl_verl.embedder.launch import refuse_media
-from embedrl_verl.embedder.sentence import NOT_FINITE, SentenceModel, has_profile
-from embedrl_verl.embedder.sentence_actor import SentenceClient, _SentenceActor, start_sentence_actor
+from embedrl_verl.embedder.sentence import (
+    NOT_FINITE,
+    SentenceClient,
+    SentenceModel,
+    _SentenceActor,
+    has_profile,
+    refuse_media,
+    start_sentence_actor,
+)
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.tcot import parse_tcot
 from recipes.tiny_digits.models import build_tiny_model, build_tokenizer
 from tests.embedder.inputs import LIMITS, TCOT, item, mixed_inputs, picture
+from tests.embedder.inputs import section as embedder_section
 
 KINDS = 12  # every combination of medium, T-CoT and evidence
 PROMPTS = {"query": "find: ", "document": "kept: "}
-Result = torch.Tensor | str
+Result = torch.Tensor | EmbedderError
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +74,8 @@ def text_model(tmp_path_factory) -> str:
 
 
 def section(path: str, family: str = "qwen2_vl", **sentence: Any) -> EmbedderConfig:
-    limits = {name: value for name, value in dataclasses.asdict(LIMITS[family]).items() if name.endswith("_tokens")}
     settings = SentenceConfig(n_gpus=0, **sentence)
-    return EmbedderConfig(path=path, backend="sentence_transformers", dtype="float32", sentence=settings, **limits)
+    return embedder_section(path, family, backend="sentence_transformers", sentence=settings)
 
 
 def embed(config: EmbedderConfig, inputs: Sequence[EmbedInput], side: str = "query") -> list[Result]:
@@ -78,7 +84,7 @@ def embed(config: EmbedderConfig, inputs: Sequence[EmbedInput], side: str = "que
 
 
 def vectors(results: Sequence[Result]) -> torch.Tensor:
-    assert not [one for one in results if isinstance(one, str)]
+    assert not [one for one in results if isinstance(one, EmbedderError)]
     return torch.stack(list(results))  # type: ignore[arg-type]
 
 
@@ -137,7 +143,7 @@ def test_a_row_with_media_fails_alone_in_a_text_only_model(text_model):
     rows = [EmbedInput(item("a")), EmbedInput(item("b", (picture(0),))), EmbedInput(item("c"), None, (picture(1),))]
     good, image, evidence = embed(section(text_model), rows)
     assert isinstance(good, torch.Tensor)
-    assert image == evidence == "the sentence-transformers model takes text; the row has ['image']"
+    assert str(image) == str(evidence) == "the sentence-transformers model takes text; the row has ['image']"
 
 
 def test_the_tcot_is_read_however_long_the_text_is(text_model):
@@ -149,7 +155,7 @@ def test_the_tcot_is_read_however_long_the_text_is(text_model):
     assert not torch.allclose(one, other, atol=1e-4)  # the end of the T-CoT is within what the model reads
     assert torch.equal(one, tail)  # the end of the text is not
     (failed,) = embed(section(text_model), [row("4 " * 100, "a")])
-    assert isinstance(failed, str) and "longer than the 64 tokens" in failed
+    assert isinstance(failed, EmbedderError) and "longer than the 64 tokens" in str(failed)
 
 
 def test_one_bad_row_takes_no_other_along(text_model, monkeypatch):
@@ -164,7 +170,8 @@ def test_one_bad_row_takes_no_other_along(text_model, monkeypatch):
 
     monkeypatch.setattr(model.model, "encode_query", fails_on_b)
     a, b, c = model.embed([client.prepare(EmbedInput(item(name)), "query") for name in "abc"])
-    assert isinstance(a, torch.Tensor) and b == "the sentence-transformers model: RuntimeError" and c == NOT_FINITE
+    assert isinstance(a, torch.Tensor)
+    assert [str(b), str(c)] == ["the sentence-transformers model: RuntimeError", NOT_FINITE]
 
 
 def test_rows_that_arrive_one_by_one_are_embedded_in_batches(text_model):
@@ -184,20 +191,6 @@ def test_rows_that_arrive_one_by_one_are_embedded_in_batches(text_model):
     assert torch.allclose(torch.stack([torch.from_numpy(vector) for vector, _ in results]), expected, atol=1e-5)
 
 
-def test_a_call_that_is_cancelled_takes_no_other_row_along(text_model):
-    config = section(text_model, batch_size=4)
-    actor, client = _SentenceActor(config), SentenceClient(config, max_frames=8)
-    rows = [client.prepare(EmbedInput(item(f"row {i}")), "query") for i in range(4)]
-
-    async def run() -> list[Any]:
-        calls = [asyncio.create_task(actor.embed(row)) for row in rows]
-        await asyncio.sleep(0)
-        calls[0].cancel()
-        return await asyncio.wait_for(asyncio.gather(*calls[1:]), timeout=300)
-
-    assert len(asyncio.run(run())) == 3
-
-
 def test_a_folder_without_modules_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="no modules.json"):
         SentenceModel(section(str(checkpoint())), "cpu")
@@ -205,19 +198,15 @@ def test_a_folder_without_modules_is_refused(checkpoint):
         has_profile(dataclasses.replace(section("x"), profile="nothing"))
 
 
-class _Rows(list):
-    """Rows of a data set, as far as `refuse_media` looks."""
-
-
 def test_data_with_media_that_the_model_does_not_take_are_refused_at_the_start():
     text = {"embedrl_item": {"images": [], "video": None}, "embedrl_row": "f:0", "embedrl_side": "query"}
     image = {"embedrl_item": {"images": ["a.png"], "video": None}, "embedrl_row": "f:1", "embedrl_side": "target"}
     columns = inspect.getsource(TCoTDataset.__getitem__)
     assert all(f'"{name}":' in columns for name in text)  # those of the data set
-    refuse_media(_Rows([text, text]), ["text"], images=False, videos=False, path="m")
-    refuse_media(_Rows([text, image]), ["text", "image"], images=True, videos=False, path="m")
+    refuse_media([text, text], ["text"], images=False, videos=False, path="m")
+    refuse_media([text, image], ["text", "image"], images=True, videos=False, path="m")
     with pytest.raises(ConfigError, match=r"m takes text, and f:1 \(target\) has images"):
-        refuse_media(_Rows([text, image]), ["text"], images=False, videos=False, path="m")
+        refuse_media([text, image], ["text"], images=False, videos=False, path="m")
 
 
 @pytest.mark.e2e

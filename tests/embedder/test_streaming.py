@@ -12,103 +12,81 @@ from tensordict import TensorDict
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig, SentenceConfig, parse_embedrl_section
 from embedrl_verl.embedder import EmbedInput, streaming
+from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.served.client import ServedEmbedder, open_pool
-from embedrl_verl.embedder.streaming import NO_DIRECTION, EmbeddedRowsBackend, EncodedRows, QueuedVectors, row_backend
+from embedrl_verl.embedder.streaming import NO_DIRECTION, EmbeddedRows, QueuedVectors, RowBackend, row_backend
 from embedrl_verl.errors import ConfigError, EmbedderError
 from tests.embedder.inputs import item
 
-SERVER = {"urls": ["http://localhost:1"]}
 
+class Queue:
+    """TransferQueue, as far as this package asks it; takes its time for a put, and refuses the key `refused`."""
 
-class _FakeQueue:
-    """Holds one vector a key."""
-
-    def __init__(self, rows: dict[str, torch.Tensor]) -> None:
-        self.rows = rows
+    def __init__(self, rows: dict[str, torch.Tensor] | None = None, refused: str = "") -> None:
+        self.rows, self.refused, self.puts = dict(rows or {}), refused, []
 
     def kv_batch_get(self, *, keys: list[str], partition_id: str, select_fields: list[str]) -> TensorDict:
         assert (partition_id, select_fields) == ("embed", ["embeddings"])
         found = [self.rows[key] for key in keys if key in self.rows]
-        if len({len(row) for row in found}) > 1:
-            found = torch.nested.as_nested_tensor(found, layout=torch.jagged)
-            return TensorDict({"embeddings": found}, batch_size=[len(keys)])
-        return TensorDict({"embeddings": torch.stack(found)}, batch_size=[len(found)])
-
-
-def read(rows: dict[str, torch.Tensor], keys: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streaming, "tq", _FakeQueue(rows))
-    return QueuedVectors().embed_rows(keys, "embed")
-
-
-def test_vectors_come_in_the_order_asked_for_at_length_one(monkeypatch):
-    rows = {f"u{i}_0_0": torch.nn.functional.one_hot(torch.tensor(i), 4) * (1.0 + i / 1000) for i in range(4)}
-    vectors, failures = read(rows, ["u2_0_0", "u0_0_0", "u3_0_0"], monkeypatch)
-    assert torch.equal(vectors, torch.eye(4)[[2, 0, 3]]) and failures == {}
-
-
-def test_what_is_no_vector_is_a_failed_row_and_never_zeros(monkeypatch):
-    rows = {"a": torch.tensor([1.0, 0.0]), "b": torch.zeros(2), "c": torch.tensor([torch.nan, 1.0])}
-    vectors, failures = read(rows, ["a", "b", "c"], monkeypatch)
-    assert failures == {1: NO_DIRECTION, 2: NO_DIRECTION}
-    assert torch.isnan(vectors[1:]).all() and torch.equal(vectors[0], rows["a"])
-
-
-def test_rows_that_the_queue_does_not_have_and_mixed_widths_are_errors(monkeypatch):
-    with pytest.raises(EmbedderError, match="asked for 2 vectors"):
-        read({"a": torch.ones(2)}, ["a", "b"], monkeypatch)
-    with pytest.raises(EmbedderError, match=r"different widths, \[2, 3\]"):
-        read({"a": torch.ones(2), "b": torch.ones(3)}, ["a", "b"], monkeypatch)
-    with pytest.raises(EmbedderError, match="frozen"):
-        QueuedVectors().embed_rows(["a"], "embed", averaged=True)
-
-
-def test_each_backend_stores_what_the_reward_stage_reads(checkpoint):
-    path = str(checkpoint())
-    worker = row_backend(EmbedderConfig(path=path), max_frames=8, processes=1)
-    assert isinstance(worker, EncodedRows)
-    prepared = worker.prepare(EmbedInput(item("a")), "query")
-    assert set(asyncio.run(worker.fields(prepared)).keys()) == {"input_ids", "position_ids", "multi_modal_inputs"}
-
-    class Fixed:
-        def prepare(self, inputs: EmbedInput, side: str) -> str:
-            return side
-
-        async def embed(self, prepared: str) -> torch.Tensor:
-            return torch.tensor([1.0, 2.0]) if prepared == "query" else torch.tensor([3.0, 4.0])
-
-    streamed = EmbeddedRowsBackend(Fixed())
-    fields = asyncio.run(streamed.fields(streamed.prepare(EmbedInput(item("a")), "target")))
-    assert fields.batch_size == (1,) and fields["embeddings"].tolist() == [[3.0, 4.0]]
-
-
-class _SlowQueue:
-    """Takes its time for a put; refuses what it is told to."""
-
-    def __init__(self, refused: str = "") -> None:
-        self.refused, self.puts, self.rows = refused, [], {}
+        mixed = len({len(row) for row in found}) > 1
+        joined = torch.nested.as_nested_tensor(found, layout=torch.jagged) if mixed else torch.stack(found)
+        return TensorDict({"embeddings": joined}, batch_size=[len(found)])
 
     async def async_kv_batch_put(self, *, keys, partition_id, fields, tags) -> None:
-        self.puts.append(keys)
+        self.puts.append((partition_id, list(keys)))
         await asyncio.sleep(0.01)
         if self.refused in keys:
             raise RuntimeError("the queue is full")
         assert len(keys) == len(tags) == len(fields)
-        self.rows.update(zip([(partition_id, key) for key in keys], fields["embeddings"], strict=True))
+        self.rows.update(zip(keys, fields.get("embeddings", [fields]), strict=True))
 
 
-class _Ready:
+@pytest.fixture
+def queue(monkeypatch) -> Queue:
+    made = Queue()
+    monkeypatch.setattr(streaming, "tq", made)
+    return made
+
+
+def test_vectors_come_in_the_order_asked_for_at_length_one(queue):
+    queue.rows = {f"u{i}_0_0": torch.nn.functional.one_hot(torch.tensor(i), 4) * (1.0 + i / 1000) for i in range(4)}
+    vectors, failures = QueuedVectors().embed_rows(["u2_0_0", "u0_0_0", "u3_0_0"], "embed")
+    assert torch.equal(vectors, torch.eye(4)[[2, 0, 3]]) and failures == {}
+
+
+def test_what_is_no_vector_is_a_failed_row_and_never_zeros(queue):
+    queue.rows = {"a": torch.tensor([1.0, 0.0]), "b": torch.zeros(2), "c": torch.tensor([torch.nan, 1.0])}
+    vectors, failures = QueuedVectors().embed_rows(["a", "b", "c"], "embed")
+    assert failures == {1: NO_DIRECTION, 2: NO_DIRECTION}
+    assert torch.isnan(vectors[1:]).all() and torch.equal(vectors[0], queue.rows["a"])
+
+
+def test_rows_that_the_queue_does_not_have_and_mixed_widths_are_errors(queue):
+    queue.rows = {"a": torch.ones(2), "b": torch.ones(3)}
+    with pytest.raises(EmbedderError, match="asked for 2 vectors"):
+        QueuedVectors().embed_rows(["a", "z"], "embed")
+    with pytest.raises(EmbedderError, match=r"different widths, \[2, 3\]"):
+        QueuedVectors().embed_rows(["a", "b"], "embed")
+    with pytest.raises(EmbedderError, match="frozen"):
+        QueuedVectors().embed_rows(["a"], "embed", averaged=True)
+
+
+def test_the_workers_backend_stores_tokens_and_pixels(checkpoint, queue):
+    worker = row_backend(EmbedderConfig(path=str(checkpoint())), max_frames=8, processes=1)
+    assert type(worker) is RowBackend
+    asyncio.run(worker.store("a", "embed", worker.prepare(EmbedInput(item("a")), "query")))
+    assert set(queue.rows["a"].keys()) == {"input_ids", "position_ids", "multi_modal_inputs"}
+
+
+class Ready:
     """Gives the vector that it is handed."""
-
-    def prepare(self, inputs: EmbedInput, side: str) -> None:
-        return None
 
     async def embed(self, prepared: torch.Tensor) -> torch.Tensor:
         return prepared
 
 
-def store(queue: _SlowQueue, rows: Sequence[tuple[str, str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch) -> list:
-    monkeypatch.setattr(streaming, "tq", queue)
-    backend = EmbeddedRowsBackend(_Ready())
+def store(rows: Sequence[tuple[str, str, torch.Tensor]]) -> list:
+    backend = EmbeddedRows(Ready())
 
     async def run() -> list:
         return await asyncio.gather(*(backend.store(*row) for row in rows), return_exceptions=True)
@@ -116,29 +94,42 @@ def store(queue: _SlowQueue, rows: Sequence[tuple[str, str, torch.Tensor]], monk
     return asyncio.run(run())
 
 
-def test_vectors_that_come_while_a_put_is_under_way_go_together_in_the_next(monkeypatch):
+def test_vectors_that_come_while_a_put_is_under_way_go_together_in_the_next(queue):
     rows = [(f"u{i}", "embed", torch.full((4,), float(i))) for i in range(100)]
-    queue = _SlowQueue()
-    assert store(queue, rows, monkeypatch) == [None] * 100
+    assert store(rows) == [None] * 100
     assert len(queue.puts) <= 2
-    assert {key: vector.tolist() for (_, key), vector in queue.rows.items()} == {
-        key: vector.tolist() for key, _, vector in rows
-    }
+    assert {key: vector.tolist() for key, vector in queue.rows.items()} == {key: v.tolist() for key, _, v in rows}
 
 
-def test_partitions_and_widths_are_not_mixed_and_a_refused_put_fails_its_rows_alone(monkeypatch):
-    rows = [("a", "embed", torch.ones(2)), ("b", "embed", torch.ones(3)), ("c", "other", torch.ones(2))]
-    queue = _SlowQueue(refused="b")
-    first, second, third = store(queue, rows, monkeypatch)
+def test_partitions_and_widths_are_not_mixed_and_a_refused_put_fails_its_rows_alone(queue):
+    queue.refused = "b"
+    first, second, third = store(
+        [("a", "embed", torch.ones(2)), ("b", "embed", torch.ones(3)), ("c", "other", torch.ones(2))]
+    )
     assert (first, third) == (None, None) and str(second) == "the queue is full"
-    assert set(queue.rows) == {("embed", "a"), ("other", "c")}
+    assert queue.puts == [("embed", ["a"]), ("embed", ["b"]), ("other", ["c"])]
+
+
+def test_a_call_that_is_cancelled_takes_no_other_along():
+    async def double(items: list[int]) -> list[int]:
+        await asyncio.sleep(0)
+        return [2 * one for one in items]
+
+    async def run() -> list:
+        gatherer = Gatherer(double, most=2)
+        calls = [asyncio.create_task(gatherer(number)) for number in range(4)]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        return await asyncio.wait_for(asyncio.gather(*calls[1:]), timeout=60)
+
+    assert asyncio.run(run()) == [2, 4, 6]
 
 
 def test_agent_loop_workers_share_the_limit(checkpoint):
     server = EmbedderServerConfig(urls=("http://localhost:1",), limit=20, max_model_len=100)
     config = EmbedderConfig(path=str(checkpoint()), backend="server", server=server)
     backend = row_backend(config, max_frames=8, processes=8)
-    assert isinstance(backend, EmbeddedRowsBackend) and isinstance(backend._embedder, ServedEmbedder)
+    assert isinstance(backend, EmbeddedRows) and isinstance(backend._embedder, ServedEmbedder)
     assert backend._embedder.pool.settings.limit == 2
     assert backend._embedder._processor.max_length == 100
     assert open_pool(server, share=64).settings.limit == 1
@@ -170,15 +161,8 @@ def test_a_setting_that_cannot_work_is_refused(section, message):
 
 
 def test_the_sections_are_read_with_their_types():
-    embedder = parse_embedrl_section(
-        {
-            "embedder": {
-                "path": "x",
-                "backend": "server",
-                "server": {**SERVER, "timeout_s": 5},
-                "sentence": {"n_gpus": 0},
-            }
-        }
-    ).embedder
+    server = {"urls": ["http://localhost:1"], "timeout_s": 5}
+    section = {"path": "x", "backend": "server", "server": server, "sentence": {"n_gpus": 0}}
+    embedder = parse_embedrl_section({"embedder": section}).embedder
     assert embedder.server.urls == ("http://localhost:1",) and embedder.server.timeout_s == 5.0
     assert embedder.sentence == SentenceConfig(n_gpus=0)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker is built from: engine and optimizer of each strategy, and what is refused before processes start."""
+"""What a worker is built from: engine and optimizer of each strategy, what is refused before processes start, and how
+it runs out of memory."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, McoreEngineConfig, McoreOptimizerConfig
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
 from embedrl_verl.embedder import worker
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.embedder.engine import explained_out_of_memory
+from embedrl_verl.errors import ConfigError, EmbedderError
 
 
 @pytest.fixture
@@ -52,6 +55,10 @@ def test_megatron_gets_its_own_engine_and_optimizer(checkpoint, on_gpu, enable):
     assert isinstance(engine, McoreEngineConfig) and engine.strategy == "megatron"
     assert (engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size) == (2, 2)
     assert engine.sequence_parallel and engine.dtype == "bfloat16" and engine.forward_only is not enable
+    # What the engine's hooks cannot stand: split rows, other converters, gradients that are waited for.
+    assert (engine.context_parallel_size, engine.dynamic_context_parallel) == (1, False)
+    assert not (engine.vanilla_mbridge or engine.use_megatron_fsdp or engine.use_fused_kernels)
+    assert engine.override_ddp_config == engine.override_transformer_config == {}
     assert isinstance(made.optimizer_config, McoreOptimizerConfig)
     assert made.optimizer_config.lr_decay_style == "cosine" and made.optimizer_config.min_lr == pytest.approx(1e-5)
 
@@ -91,3 +98,34 @@ def test_what_cannot_run_is_refused_by_name(checkpoint, monkeypatch, settings, m
     monkeypatch.setattr(worker, "get_device_name", lambda: "cpu")
     with pytest.raises(ConfigError, match=message):
         worker.worker_config(config(checkpoint(), **settings), ranks_per_node=1)
+
+
+def test_megatron_is_refused_for_a_family_that_its_bridge_does_not_convert(checkpoint, on_gpu):
+    with pytest.raises(ConfigError, match="must be one of qwen2_5_vl, qwen3_vl, .* got qwen2_vl. Choose fsdp2"):
+        worker.worker_config(config(checkpoint(), strategy="megatron"), ranks_per_node=1)
+
+
+def allocate() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def fail_on_the_device() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("fails", [allocate, fail_on_the_device])
+@pytest.mark.parametrize(
+    ("training", "key"),
+    [(True, "embedrl.embedder.train.max_tokens_per_gpu"), (False, "embedrl.embedder.max_tokens_per_gpu")],
+)
+def test_out_of_memory_names_the_micro_batch_and_the_keys_to_lower(fails, training, key):
+    with (
+        pytest.raises(EmbedderError, match=f"micro-batch of 3 row.s. with 96 tokens .*Lower {key}"),
+        explained_out_of_memory(rows=3, tokens=96, training=training),
+    ):
+        fails()
+
+
+def test_another_error_passes():
+    with pytest.raises(RuntimeError, match="shapes"), explained_out_of_memory(rows=1, tokens=2, training=True):
+        raise RuntimeError("shapes do not fit")

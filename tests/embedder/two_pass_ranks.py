@@ -7,39 +7,33 @@ Rank 0 writes OUT: case -> {"loss", "gradients": name -> float32 tensor of the w
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from typing import Any
 
 import torch
-from inputs import LIMITS, LOSS, contrastive_cases  # a script: its own folder is on the path
+from inputs import LOSS, contrastive_cases, section  # a script: its own folder is on the path
 
-from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
+from embedrl_verl.config.schema import EmbedderTrainConfig
 from recipes.tiny_digits.environment import CPU_ENV
 
 BUDGET = 260
 """Tokens of a micro-batch: a few rows, another number of them in each."""
 
 
-def config_of(checkpoint: str, dtype: str) -> EmbedderConfig:
-    """Gradients are not clipped and weights hardly move, so that cases follow one another."""
-    limits = {name: value for name, value in dataclasses.asdict(LIMITS["qwen2_vl"]).items() if name.endswith("_tokens")}
-    train = EmbedderTrainConfig(enable=True, lr=1e-12, warmup_steps=0, clip_grad=1e9, max_tokens_per_gpu=BUDGET, **LOSS)
-    return EmbedderConfig(path=checkpoint, dtype=dtype, max_tokens_per_gpu=BUDGET, train=train, **limits)
-
-
 def main(checkpoint: str, out: str, dtype: str) -> None:
     """Run every case on this rank's share of its pairs."""
     from torch.distributed.tensor import DTensor
 
-    from embedrl_verl.contrastive.rows import EncodedPair, rows_of_pairs
-    from embedrl_verl.contrastive.step import two_pass_step
     from embedrl_verl.embedder.settings import processor_for
     from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
+    from embedrl_verl.stage1.rows import EncodedPair, rows_of_pairs
+    from embedrl_verl.stage1.step import two_pass_step
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    config = config_of(checkpoint, dtype)
+    # Gradients are not clipped and weights hardly move, so that cases follow one another.
+    train = EmbedderTrainConfig(enable=True, lr=1e-12, warmup_steps=0, clip_grad=1e9, max_tokens_per_gpu=BUDGET, **LOSS)
+    config = section(checkpoint, dtype=dtype, max_tokens_per_gpu=BUDGET, train=train)
     processor = processor_for(config)
     worker = EmbedderWorker(worker_config(config, ranks_per_node=size))
     worker.reset()
@@ -59,13 +53,12 @@ def main(checkpoint: str, out: str, dtype: str) -> None:
     for name, pairs in contrastive_cases().items():
         encoded = [
             EncodedPair(
-                i,
                 processor.encode(query),
                 processor.encode(target),
                 tuple(processor.encode(one) for one in negatives),
                 contents,
             )
-            for i, (query, target, negatives, contents) in enumerate(pairs)
+            for query, target, negatives, contents in pairs
         ]
         # Uneven on purpose: the first rank has all but two pairs.
         places = list(range(len(pairs)))

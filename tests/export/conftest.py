@@ -11,45 +11,35 @@ from pathlib import Path
 
 import pytest
 
+from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.platforms.forkserver import python
 from recipes.tiny_digits.models import build_tiny_model
 
 SCRIPT = Path(__file__).with_name("save_shards.py")
-RUNS = {
-    "1": ["--ranks", "1", "--dtype", "bfloat16"],
-    "2": ["--ranks", "2"],
-    "tied": ["--ranks", "2"],
-    "lora": ["--ranks", "2", "--lora"],
-}
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`run_folder("1" | "2" | "tied" | "lora")`: what `save_shards.py` wrote on 1 (bfloat16) or 2 ranks."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what `save_shards.py` writes: 1, 2, tied, lora."""
     root = tmp_path_factory.mktemp("runs")
-
-    def make(name: str) -> Path:
-        out = root / name
-        if not (out / "expected.pt").exists():
-            model = build_tiny_model(root / f"model of {name}", tied=name == "tied")
-            done = subprocess.run(
-                [python(), str(SCRIPT), str(model), str(out), *RUNS[name]],
-                env={**os.environ, "VERL_PLATFORM": "cpu"},
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=300,
-            )
-            assert done.returncode == 0, done.stdout[-4000:]
-        return out
-
-    return make
+    for name in ("whole", "tied"):
+        build_tiny_model(root / f"{name} model", tied=name == "tied")
+    done = subprocess.run(
+        [python(), str(SCRIPT), str(root)],
+        env={**os.environ, "VERL_PLATFORM": "cpu"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return root
 
 
 @pytest.fixture
-def run_copy(run_folder: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """The same in a folder that the test may change."""
-    return lambda name: Path(shutil.copytree(run_folder(name), tmp_path / "run"))
+def run_copy(runs: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """`run_copy(name)`: one of them in a folder that the test may change."""
+    return lambda name: Path(shutil.copytree(runs / name, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +60,12 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def model_copy(saved_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """The same in a folder that the test may change."""
     return lambda *args, **options: Path(shutil.copytree(saved_model(*args, **options), tmp_path / "step" / "embedder"))
+
+
+@pytest.fixture(scope="session")
+def exported(saved_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`exported(family)`: the folder of an exported tiny Embedder."""
+    root = tmp_path_factory.mktemp("exported")
+    return lambda family: (
+        root / family if (root / family).exists() else export_checkpoint(saved_model(family), root / family).folder
+    )

@@ -5,15 +5,22 @@
 ROWS is a file of case -> rows. With several ranks, the first has the images and the others have the videos. Rank 0
 writes OUT: (setting, case) ->
 {"log_probs": rows of float32 (L,), "gradients": name -> float32 tensor of the whole parameter, "loss"}.
+
+With `peak` before CHECKPOINT, ROWS is a file of rows for one micro-batch, and OUT is JSON: most bytes at one moment of
+an update and of log-probs, as torch's memory tracker counts them, resting weights and moments of Adam among them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from embedrl_verl.config.compose import compose
 from embedrl_verl.embedder.processor import Encoded
@@ -126,6 +133,39 @@ def main(checkpoint: str, rows_file: str, out: str) -> None:
     torch.distributed.barrier()
 
 
+def peaks(checkpoint: str, rows_file: str, out: str) -> None:
+    """Command line of the module docstring, `peak`."""
+    worker = build(checkpoint, SETTINGS["gpu"])
+    engine, data = worker.engine, batch_of(worker, torch.load(rows_file, weights_only=False))
+
+    def update() -> None:
+        with engine.train_mode():
+            engine.optimizer_zero_grad()
+            engine.forward_backward_batch(data, loss_of, forward_only=False)
+            engine.optimizer_step()
+
+    def log_probs() -> None:
+        with engine.eval_mode():
+            engine.infer_batch(data)
+
+    def peak(work: Callable[[], None]) -> int:
+        tracker = MemTracker()
+        tracker.track_external(engine.module, engine.optimizer)
+        with tracker:
+            work()
+        (found,) = tracker.get_tracker_snapshot("peak").values()
+        return int(found["Total"])
+
+    update()  # the optimizer's state is made
+    result = {"update": peak(update)}
+    engine.optimizer_zero_grad()
+    Path(out).write_text(json.dumps({**result, "log_probs": peak(log_probs)}))
+    torch.distributed.barrier()
+
+
 if __name__ == "__main__":
     os.environ.update(CPU_ENV)
-    main(*sys.argv[1:])
+    if sys.argv[1] == "peak":
+        peaks(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

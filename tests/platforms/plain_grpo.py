@@ -25,6 +25,7 @@ from recipes.tiny_digits.environment import CPU_ENV
 from recipes.tiny_digits.models import build_tiny_model
 
 # With the executor "uni": the model runs in vLLM's engine process instead of one more process.
+EXTENSION = "embedrl_verl.platforms.vllm_worker.CpuColocateWorkerExtension"
 ENV = {**CPU_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
@@ -54,78 +55,42 @@ def write_prompts(path: Path, rows: int, *, lengths: int = 3) -> None:
 
 def overrides(out_dir: Path, steps: int = 3, ranks: int = 1) -> list[str]:
     """The hydra overrides of a run of `steps` steps on `ranks` data-parallel CPU ranks."""
-    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-    return [
-        "trainer.v1.trainer_mode=plain_sync",
-        "trainer.device=cpu",
-        "algorithm.adv_estimator=grpo",
-        f"data.train_files={out_dir / 'train.parquet'}",
-        f"data.val_files={out_dir / 'train.parquet'}",
-        "data.train_batch_size=4",
-        "data.max_prompt_length=128",
-        "data.max_response_length=32",
-        "data.image_key=images",
-        "data.dataloader_num_workers=0",
-        f"actor_rollout_ref.model.path={out_dir / 'model'}",
-        "actor_rollout_ref.model.use_remove_padding=False",
-        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
-        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-        f"{actor}.strategy=fsdp2",
-        f"{actor}.fsdp_config.strategy=fsdp2",
-        f"{actor}.fsdp_config.use_torch_compile=False",
-        f"{actor}.use_torch_compile=False",
-        f"{actor}.ppo_mini_batch_size=4",
-        f"{actor}.ppo_micro_batch_size_per_gpu={16 // ranks}",
-        f"{actor}.use_kl_loss=True",
-        f"+{actor}.fsdp_config.mixed_precision={{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}}",
-        "+actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
-        f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={16 // ranks}",
-        f"{actor}.optim.lr=1e-3",
-        f"{rollout}.name=vllm",
-        f"{rollout}.n=4",
-        f"{rollout}.dtype=float32",
-        f"{rollout}.load_format=safetensors",
-        f"{rollout}.enforce_eager=True",
-        f"{rollout}.free_cache_engine=False",
-        f"+{rollout}.enable_sleep_mode=False",
-        f"{rollout}.calculate_log_probs=True",
-        f"{rollout}.log_prob_micro_batch_size_per_gpu={16 // ranks}",
-        f"{rollout}.tensor_model_parallel_size=1",
-        f"{rollout}.max_model_len=512",
-        f"{rollout}.max_num_batched_tokens=2048",
-        f"{rollout}.max_num_seqs=32",
-        f"{rollout}.agent.num_workers=1",
-        f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes=64",
-        f"+{rollout}.engine_kwargs.vllm.worker_extension_cls="
-        "embedrl_verl.platforms.vllm_worker.CpuColocateWorkerExtension",
-        f"+{rollout}.engine_kwargs.vllm.distributed_executor_backend=uni",
-        "reward.num_workers=1",
-        f"reward.custom_reward_function.path={Path(__file__).resolve()}",
-        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
-        "+ray_kwargs.ray_init.address=local",
-        f"ray_kwargs.ray_init.num_cpus={3 * ranks + 2}",
-        f"+ray_kwargs.ray_init.num_gpus={ranks}",
-        "+ray_kwargs.ray_init.include_dashboard=False",
-        "trainer.nnodes=1",
-        f"trainer.n_gpus_per_node={ranks}",
-        f"trainer.total_training_steps={steps}",
-        "trainer.total_epochs=100",
-        "trainer.logger=[console]",
-        "trainer.val_before_train=False",
-        "trainer.test_freq=-1",
-        "trainer.save_freq=-1",
-        f"trainer.default_local_dir={out_dir / 'checkpoints'}",
-    ]
+    actor, rollout, micro = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", 16 // ranks
+    fp32 = "mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
+    text = f"""
+        trainer.v1.trainer_mode=plain_sync trainer.device=cpu algorithm.adv_estimator=grpo
+        data.train_files={out_dir / "train.parquet"} data.val_files={out_dir / "train.parquet"}
+        data.train_batch_size=4 data.max_prompt_length=128 data.max_response_length=32
+        data.image_key=images data.dataloader_num_workers=0
+        actor_rollout_ref.model.path={out_dir / "model"} actor_rollout_ref.model.use_remove_padding=False
+        actor_rollout_ref.model.enable_gradient_checkpointing=False
+        +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+        {actor}.strategy=fsdp2 {actor}.fsdp_config.strategy=fsdp2
+        {actor}.fsdp_config.use_torch_compile=False {actor}.use_torch_compile=False
+        {actor}.ppo_mini_batch_size=4 {actor}.ppo_micro_batch_size_per_gpu={micro} {actor}.use_kl_loss=True
+        +{actor}.fsdp_config.{fp32} +actor_rollout_ref.ref.fsdp_config.{fp32} {actor}.optim.lr=1e-3
+        actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={micro}
+        {rollout}.name=vllm {rollout}.n=4 {rollout}.dtype=float32 {rollout}.load_format=safetensors
+        {rollout}.enforce_eager=True {rollout}.free_cache_engine=False +{rollout}.enable_sleep_mode=False
+        {rollout}.calculate_log_probs=True {rollout}.log_prob_micro_batch_size_per_gpu={micro}
+        {rollout}.tensor_model_parallel_size=1 {rollout}.max_model_len=512
+        {rollout}.max_num_batched_tokens=2048 {rollout}.max_num_seqs=32 {rollout}.agent.num_workers=1
+        {rollout}.checkpoint_engine.update_weights_bucket_megabytes=64
+        +{rollout}.engine_kwargs.vllm.worker_extension_cls={EXTENSION}
+        +{rollout}.engine_kwargs.vllm.distributed_executor_backend=uni
+        reward.num_workers=1 reward.custom_reward_function.path={Path(__file__).resolve()}
+        transfer_queue.backend.SimpleStorage.num_data_storage_units=1
+        +ray_kwargs.ray_init.address=local ray_kwargs.ray_init.num_cpus={3 * ranks + 2}
+        +ray_kwargs.ray_init.num_gpus={ranks} +ray_kwargs.ray_init.include_dashboard=False
+        trainer.nnodes=1 trainer.n_gpus_per_node={ranks} trainer.total_training_steps={steps} trainer.total_epochs=100
+        trainer.logger=[console] trainer.val_before_train=False trainer.test_freq=-1 trainer.save_freq=-1
+        trainer.default_local_dir={out_dir / "checkpoints"}
+    """
+    return text.split()
 
 
 def run(
-    out_dir: Path,
-    extra: Sequence[str] = (),
-    *,
-    steps: int = 3,
-    ranks: int = 1,
-    lengths: int = 3,
-    timeout_s: float = 900,
+    out_dir: Path, extra: Sequence[str] = (), *, steps: int = 3, ranks: int = 1, lengths: int = 3
 ) -> list[dict[str, float]]:
     """Builds model and data in `out_dir`, runs `python -m verl.trainer.main_ppo`, returns each step's metrics.
 
@@ -138,7 +103,7 @@ def run(
     command = [python(), "-m", "verl.trainer.main_ppo", *overrides(out_dir, steps, ranks), forked, *extra]
     with (out_dir / "log.txt").open("w") as log:
         process = subprocess.run(
-            command, env={**os.environ, **ENV}, stdout=log, stderr=subprocess.STDOUT, timeout=timeout_s, check=False
+            command, env={**os.environ, **ENV}, stdout=log, stderr=subprocess.STDOUT, timeout=900, check=False
         )
     text = (out_dir / "log.txt").read_text()
     if process.returncode != 0:

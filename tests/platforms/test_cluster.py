@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ResourceError
+from embedrl_verl.platforms import cluster
 from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
 
 RUN = ["data.embedrl.family=qwen2_vl", "platform=gpu"]
@@ -44,57 +45,74 @@ def test_relative_paths_become_absolute_and_hub_ids_stay(folder):
     assert config.data.custom_cls.path.startswith("pkg://") and config.trainer.rollout_data_dir is None
 
 
-def test_metrics_are_written_where_the_run_was_started(folder):
-    make_paths_absolute(compose([*RUN, "trainer.logger=[console,file]", "trainer.experiment_name=e"]))
-    assert os.environ["VERL_FILE_LOGGER_PATH"] == str(folder / "embedrl" / "e.jsonl")
-
-
-def test_without_verls_file_logger_nothing_is_named():
-    make_paths_absolute(compose([*RUN, "trainer.logger=[console]"]))
-    assert "VERL_FILE_LOGGER_PATH" not in os.environ
+@pytest.mark.parametrize(("loggers", "named"), [("console,file", True), ("console", False)])
+def test_metrics_are_written_where_the_run_was_started(folder, loggers, named):
+    make_paths_absolute(compose([*RUN, f"trainer.logger=[{loggers}]", "trainer.experiment_name=e"]))
+    assert os.environ.get("VERL_FILE_LOGGER_PATH") == (str(folder / "embedrl" / "e.jsonl") if named else None)
 
 
 @pytest.fixture
 def joined(monkeypatch) -> dict:
-    """What `ray.init` is given."""
+    """What `ray.init` is given, of a cluster that answers and where nobody is at work."""
+
+    def nobody(name, namespace):
+        raise ValueError(name)
+
     given: dict = {}
     monkeypatch.setattr("ray.init", lambda **options: given.update(options))
+    monkeypatch.setattr("ray.get_actor", nobody)
+    monkeypatch.setattr(cluster.socket, "create_connection", lambda *_, **__: SimpleNamespace(close=lambda: None))
     return given
 
 
 def test_a_joined_cluster_is_given_the_variables_and_the_configurations_own_win(monkeypatch, joined):
     values = {"HF_HUB_OFFLINE": "1", "WANDB_API_KEY": "secret", "JUDGE_KEY": "secret", "VERL_LOGGING_LEVEL": "INFO"}
+    values |= {"HF_HOME": "/shared"}  # the job was submitted with it: Ray refuses to merge, equal or not
     for name, value in values.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"HF_HOME": "/shared"}}}')
     monkeypatch.setenv("SOMETHING_ELSE", "x")
     monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.7")
     own = "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_LOGGING_LEVEL=DEBUG"
     config = compose([*RUN, JOINED, "embedrl.judge.api_key_env=JUDGE_KEY", own])
     join_cluster(config)
     given = joined["runtime_env"]["env_vars"]
-    assert {name: given.get(name) for name in values} == {**values, "VERL_LOGGING_LEVEL": "DEBUG"}
+    assert {name: given.get(name) for name in values} == {**values, "VERL_LOGGING_LEVEL": "DEBUG", "HF_HOME": None}
     assert joined["address"] == "10.0.0.1:6379" and "TOKENIZERS_PARALLELISM" in given  # one of verl's own
     assert not {"SOMETHING_ELSE", "VLLM_HOST_IP"} & given.keys()
+    assert "secret" not in OmegaConf.to_yaml(config), "verl prints and logs the configuration"
 
 
-def test_keys_are_not_in_the_configuration_which_verl_prints_and_logs(monkeypatch, joined):
-    monkeypatch.setenv("WANDB_API_KEY", "very secret")
-    config = compose([*RUN, JOINED])
-    join_cluster(config)
-    assert joined["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "very secret"
-    assert "very secret" not in OmegaConf.to_yaml(config)
-
-
-def test_variables_that_a_job_was_submitted_with_are_not_given_again(monkeypatch, joined):
-    """Ray refuses to merge them, equal or not."""
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"HF_HOME": "/shared"}}}')
-    monkeypatch.setenv("HF_HOME", "/shared")
-    join_cluster(compose([*RUN, JOINED]))
-    assert "HF_HOME" not in joined["runtime_env"]["env_vars"]
-
-
-def test_a_cluster_of_the_runs_own_is_left_to_verl(joined):
+def test_a_cluster_of_the_runs_own_is_left_to_verl(joined, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     join_cluster(compose([*RUN, "+ray_kwargs.ray_init.address=local"]))
+    assert not joined
+
+
+def test_a_cluster_where_another_run_is_at_work_is_refused(joined, monkeypatch):
+    """Its TransferQueue would be shared."""
+    monkeypatch.setattr("ray.get_actor", lambda name, namespace: object())
+    with pytest.raises(ResourceError, match="another run is at work in the Ray cluster at 10.0.0.1:6379"):
+        join_cluster(compose([*RUN, JOINED]))
+
+
+def test_a_cluster_that_is_silent_or_gone_is_an_error_in_time(joined, monkeypatch):
+    def silent(address, timeout=None):
+        assert timeout == cluster.ANSWER_WITHIN_S
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(cluster.socket, "create_connection", silent)
+    with pytest.raises(ResourceError, match=r"cluster at 10.0.0.1:6379 must answer within 10 s; got: timed out"):
+        join_cluster(compose([*RUN, JOINED]))
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    with pytest.raises(ResourceError, match="cluster at auto must answer"):
+        join_cluster(compose([*RUN, "+ray_kwargs.ray_init.address=auto"]))
+
+
+def test_a_cluster_to_join_takes_no_slots_of_ours(joined):
+    with pytest.raises(ResourceError, match=r"num_cpus is for a cluster that the run starts itself.*address=local"):
+        join_cluster(compose([*RUN, JOINED, "ray_kwargs.ray_init.num_cpus=16"]))
     assert not joined
 
 

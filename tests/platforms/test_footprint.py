@@ -101,13 +101,10 @@ def test_an_actor_on_verls_engine_takes_what_is_estimated(family: TinyFamily, tm
     tokens, visual = 12 * len(row.input_ids), 12 * 256
     torch.save([row] * 12, tmp_path / "rows.pt")
     where = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    script = [str(Path(__file__).with_name("actor_peak.py")), str(folder), str(tmp_path / "rows.pt")]
-    process = processes.start(
-        [*script, str(tmp_path / "out.json")],
-        tmp_path / "log.txt",
-        {**CPU_ENV, **where, "MASTER_PORT": str(free_port())},
-    )
-    assert process.wait(600) == 0, (tmp_path / "log.txt").read_text()[-4000:]
+    script = [str(Path(__file__).with_name("actor_ranks.py")), "peak", str(folder), str(tmp_path / "rows.pt")]
+    environment = {**CPU_ENV, **where, "MASTER_PORT": str(free_port())}
+    code, text = processes.run([*script, str(tmp_path / "out.json")], tmp_path / "log.txt", environment)
+    assert code == 0, text[-4000:]
     found = json.loads((tmp_path / "out.json").read_text())
     shape = shape_of(str(folder))
     model = Fsdp(shape, shards=1, trained=shape.parameters, master=FP32, compute=FP32)

@@ -26,7 +26,7 @@ def test_the_served_model_is_the_trained_one_at_every_step(steps):
 
 
 def test_two_ranks_train_on_sequences_of_one_length(steps):
-    """On which verl's own worker fails (platforms.position_ids)."""
+    """On which verl's own worker fails (training_worker.rebuild_position_ids)."""
     for step in steps:
         assert step["response_length/min"] == step["response_length/max"] == 32
         assert step["prompt_length/min"] == step["prompt_length/max"]

@@ -29,7 +29,7 @@ for word in "$@"; do
 done
 made=${{made//\\'/}}
 case "$*" in
-    *"-m embedrl_verl.train "* | *"-m embedrl_verl.contrastive "*)
+    *"-m embedrl_verl.train "* | *"-m embedrl_verl.stage1 "*)
         mkdir -p "$made/global_step_7/actor" ${{EMBEDDER:+"$made/global_step_7/embedder"}}
         echo 7 >"$made/latest_checkpointed_iteration.txt"
         ;;

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from embedrl_verl.platforms.forkserver import RAY_VERSION
+from embedrl_verl.platforms.compat import RAY_VERSION
 from tests.recipes.calls import ROOT
 
 CLUSTER = ROOT / "recipes" / "cluster"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.config.compose import compose
-from embedrl_verl.contrastive.settings import Stage1Config, load_stage1_config
+from embedrl_verl.stage1.settings import Stage1Config, load_stage1_config
 from tests.recipes.calls import Recipe, modules_of
 from tests.recipes.test_gpu_recipes import path_with_gpus
 
-STAGE_1 = "embedrl_verl.contrastive"
+STAGE_1 = "embedrl_verl.stage1"
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def tiny(tmp_path: Path) -> Recipe:
 
 
 def config_of(call: list[str]) -> Stage1Config:
-    """The checked configuration of a call of `embedrl_verl.contrastive`."""
+    """The checked configuration of a call of `embedrl_verl.stage1`."""
     return load_stage1_config(compose(call[call.index(STAGE_1) + 1 :], "embedder_trainer"))
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from embedrl_verl.data.media import LoadedItem, MediaLimits, fit_image
+from embedrl_verl.data.video import list_times
 from embedrl_verl.families import BoxConvention
 from embedrl_verl.kinds import InputKind
 from embedrl_verl.report.evidence import TcotReader
@@ -19,9 +20,8 @@ LIMITS = MediaLimits(28, image_min_tokens=16, image_max_tokens=64)
 
 
 def item(images: tuple[Image.Image, ...] = (), frames: int = 0, text: str = "") -> LoadedItem:
-    return LoadedItem(
-        text, "", images, tuple(noise(90 + n, 56, 56) for n in range(frames)), 2.0 if frames else None, None
-    )
+    clip = tuple(noise(90 + n, 56, 56) for n in range(frames))
+    return LoadedItem(text, "", images, clip, list_times(2.0, frames) if frames else None)
 
 
 def view(

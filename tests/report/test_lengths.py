@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import argparse
-import threading
-
 import pytest
 
-from embedrl_verl.report.lengths import LengthTable, in_threads, overlong
-from embedrl_verl.report.recipe import RecipeLimits, add_options, limits_of, recipe_limits
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.report.lengths import LengthTable, overlong
+from embedrl_verl.report.recipe import RecipeLimits, recipe_limits
 
 
 def test_percentiles_are_lengths_that_rows_have() -> None:
@@ -47,27 +45,6 @@ def test_the_limit_itself_is_not_over() -> None:
     assert overlong({"prompt": 10, "tcot": 6}, limits) == [("tcot", 6, 5)]
 
 
-def test_threads_keep_the_order_and_read_only_a_little_ahead() -> None:
-    read: list[int] = []
-    lock = threading.Lock()
-
-    def inputs():  # type: ignore[no-untyped-def]
-        for number in range(1000):
-            with lock:
-                read.append(number)
-            yield number
-
-    results = in_threads(lambda number: number * 2, inputs(), threads=3)
-    assert [next(results) for _ in range(5)] == [0, 2, 4, 6, 8]
-    assert len(read) <= 5 + 2 * 3 + 1
-    assert list(results) == [2 * number for number in range(5, 1000)]
-
-
-def test_an_error_in_a_thread_is_not_lost() -> None:
-    with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda number: 1 // number, [1, 0, 1], threads=2))
-
-
 def test_the_defaults_are_those_of_the_recipes() -> None:
     composed = recipe_limits(["trainer.nnodes=1"])
     assert composed == RecipeLimits()
@@ -76,8 +53,9 @@ def test_the_defaults_are_those_of_the_recipes() -> None:
 
 
 def test_every_override_counts_and_a_named_option_wins() -> None:
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    words = ["--set", "data.max_prompt_length=99", "data.embedrl.max_frames=3", "--set", "embedrl.evidence.max_items=2"]
-    limits = limits_of(parser.parse_args([*words, "--max-frames", "5"]))
+    overrides = ["data.max_prompt_length=99", "data.embedrl.max_frames=3", "embedrl.evidence.max_items=2"]
+    limits = recipe_limits(overrides, {"max_frames": 5, "media_root": "m"})
     assert (limits.max_prompt_length, limits.data.max_frames, limits.max_evidence) == (99, 5, 2)
+    assert limits.media_root == "m"
+    with pytest.raises(ConfigError, match="--max-response-length must be at least 1; got 0"):
+        recipe_limits([], {"max_response_length": 0})

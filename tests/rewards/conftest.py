@@ -34,3 +34,23 @@ def make_batch():
         return RewardBatch.build(**{**arguments, **change})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rows_of():
+    """What a dump says of each row of a batch."""
+
+    def rows(batch, **change):
+        return [
+            {
+                "pair_id": f"p{pair}",
+                "data_source": "s",
+                "text": tcot.text,
+                "num_images": 0,
+                "num_frames": None,
+                **change,
+            }
+            for pair, tcot in zip(batch.pair.tolist(), batch.tcots, strict=True)
+        ]
+
+    return rows

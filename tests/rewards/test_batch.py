@@ -177,7 +177,7 @@ def test_the_judge_is_awaited(make_batch):
 def test_a_judge_of_another_shape_and_no_judge_are_refused(make_batch):
     with pytest.raises(ValueError, match=r"shape \(40,\); got \(3,\)"):
         make_batch(judge=_judge(torch.zeros(3))).process()
-    with pytest.raises(ValueError, match="has no judge"):
+    with pytest.raises(ConfigError, match="needs a judge, and there is none"):
         make_batch().process()
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from embedrl_verl.errors import ConfigError, EmbedderError
-from embedrl_verl.rewards.contract import call_reward_function, load_reward_function
+from embedrl_verl.rewards.load import load_reward_function
+from embedrl_verl.rewards.score import call_reward_function
 
 NAN = float("nan")
 
@@ -31,8 +32,8 @@ def test_a_module_of_a_package_in_both_spellings():
 
     for spec in ("embedrl_verl.rewards.functions.no_judge", "embedrl_verl/rewards/functions/no_judge"):
         assert load_reward_function(f"pkg://{spec}")[0] is compute_score
-    function, where = load_reward_function("pkg://embedrl_verl.rewards.total:row_scores")
-    assert function.__name__ == "row_scores" and where == "pkg://embedrl_verl.rewards.total:row_scores"
+    function, where = load_reward_function("pkg://embedrl_verl.rewards.score:row_scores")
+    assert function.__name__ == "row_scores" and where == "pkg://embedrl_verl.rewards.score:row_scores"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_an_error_of_the_function_is_told_with_its_line(tmp_path, make_batch):
     ):
         with pytest.raises(ConfigError, match="mine.py:compute_score failed in line 2: AttributeError: .*'nothing'"):
             call_reward_function(bound, make_batch(1, 1), where)
-    with pytest.raises(ConfigError, match="compute_score failed: TypeError: .* unexpected keyword argument 'wieght'"):
+    with pytest.raises(ConfigError, match="compute_score: reward_kwargs has no key wieght; its keys are weight"):
         call_reward_function(partial(function, wieght=2), make_batch(1, 1), where)
 
 

@@ -40,7 +40,7 @@ def test_a_term_without_weight_makes_no_row_known():
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"one shape; got \(2,\), \(1,\), \(1,\)"):
         total_reward(torch.zeros(2), torch.zeros(1), torch.zeros(1))
-    with pytest.raises(ValueError, match="beta must be at least 0 and finite; got -1"):
+    with pytest.raises(ValueError, match="beta must be a finite number of at least 0; got -1"):
         total_reward(torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=-1)
 
 

@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import json
 
@@ -12,12 +13,22 @@ from aiohttp import web
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.serving import PoolSettings, ServerError, ServerPool
 
-QUICK = {"timeout_s": 10.0, "backoff_s": 0.01, "probe_interval_s": 0.05}
+QUICK = {"limit": 64, "timeout_s": 10.0, "backoff_s": 0.01, "probe_interval_s": 0.05}
 
 
-def quick_pool(*urls, **change):
+def quick_pool(*urls, api_key=None, **change):
     """A pool that loses no time in retries and probes."""
-    return ServerPool(urls, PoolSettings(**{**QUICK, **change}), name="fake")
+    return ServerPool(urls, PoolSettings(**{**QUICK, **change}), api_key=api_key, name="fake")
+
+
+def in_a_loop(test):
+    """Runs an asynchronous test."""
+
+    @functools.wraps(test)
+    def run(*arguments, **keywords):
+        asyncio.run(asyncio.wait_for(test(*arguments, **keywords), 120))
+
+    return run
 
 
 async def failure_of(request):

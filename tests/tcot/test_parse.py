@@ -194,35 +194,10 @@ def test_format_reward_asks_for_the_required_evidence() -> None:
 
 PIECES = [
     *("<thinking>", "</thinking>", "<rethink>", "</rethink>", "<answer>", "</answer>", "{", "}", "[", "]", '"', "\\"),
-    *(
-        ",",
-        ":",
-        "\n",
-        " ",
-        "```json",
-        "1",
-        "-3",
-        "0.5",
-        "1e999",
-        "NaN",
-        "null",
-        "true",
-        '"image": 2',
-        '"box": [1,2,3,4]',
-    ),
-    *(
-        '"bbox_2d":',
-        '"key_frames":',
-        '"text_keywords":',
-        "[1,2,3,4]",
-        "\\ud800",
-        "\u2028",
-        "\x00",
-        "\ud800",
-        "é",
-        "word",
-    ),
-]
+    *(",", ":", "\n", " ", "```json", "1", "-3", "0.5", "1e999", "NaN", "null", "true", '"image": 2'),
+    *('"box": [1,2,3,4]', '"bbox_2d":', '"key_frames":', '"text_keywords":', "[1,2,3,4]", "\\ud800", "\u2028", "\x00"),
+    *("\ud800", "é", "word"),
+]  # fmt: skip
 
 
 def checked(text: str) -> TCoT:
@@ -289,27 +264,13 @@ def test_valid_evidence_comes_back_as_it_was_written(evidence: dict, ascii_only:
 N = 40_000
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        *(
-            "{",
-            "[",
-            "<thinking>",
-            '{"',
-            '{"a":',
-            '{"a":[',
-            '{"{":',
-            '{"a":{"a":1},',
-            "{{{{{{}",
-            "{}",
-            '{"\\',
-            "{ ",
-            "\\",
-        ),
-        *('{"x":[{', '{"a":"b",', "{ \t", '"', "</answer>", '{"bbox_2d":[[1,2,3,4]]}'),
-    ],
-)
+UNITS = [
+    *("{", "[", "<thinking>", '{"', '{"a":', '{"a":[', '{"{":', '{"a":{"a":1},', "{{{{{{}", "{}", '{"\\', "{ ", "\\"),
+    *('{"x":[{', '{"a":"b",', "{ \t", '"', "</answer>", '{"bbox_2d":[[1,2,3,4]]}'),
+]
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_work_is_linear_on_adversarial_strings(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight times the text is about eight times the calls and the characters read; a look-out from every brace to the
     end would be 64 times. Counted, not timed: a busy machine says nothing here."""

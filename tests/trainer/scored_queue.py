@@ -24,7 +24,7 @@ from embedrl_verl.data.identity import ContentId
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.trainer.batch_reward import Row, ScoredRows, write_scores
+from embedrl_verl.trainer.reward_stage import Row, ScoredRows, Vectors, write_scores
 
 
 def rows_of(case: str, lengths: list[int]) -> list[Row]:
@@ -56,8 +56,8 @@ def run(rows: list[Row], scores: list[float | None]) -> dict[str, Any]:
         required=["x"] * 12,
         embeddings=torch.eye(2)[[0] * 12],
     )
-    scored = ScoredRows(rows, batch, torch.zeros(12, 2), {}, {"score": score})
-    write_scores(scored, "train", training=True)
+    scored = ScoredRows(rows, batch, Vectors(torch.zeros(12, 2), None, {}), {"score": score})
+    write_scores(scored)
     trainer: Any = object.__new__(PPOTrainerSync)
     trainer.config = OmegaConf.create(
         {

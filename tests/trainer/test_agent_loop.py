@@ -12,8 +12,9 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.trainer import agent_loop
 from embedrl_verl.trainer.agent_loop import TCoTAgentLoop, _ClipClient, request_seed
-from embedrl_verl.trainer.rows import EMBED_PARTITION, ROW_INFO
+from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, ROW_INFO
 
 TEXT = '<thinking>two {"text_keywords": ["a"]}</thinking><rethink>yes</rethink><answer>a</answer>'
 ROW = {
@@ -106,7 +107,7 @@ def test_a_row_without_a_vector_says_why_and_stores_nothing(where, run):
     backend = _FakeBackend(**{where: EmbedderError("embedding server: timeout")})
     info = run(backend)
     assert info["failure"] == "embedding server: timeout"
-    assert info["text"] == TEXT and backend.stored == {}
+    assert info["tcot"].text == TEXT and backend.stored == {}
 
 
 def test_a_box_in_pixels_is_cut_where_the_reasoner_saw_it(run):
@@ -120,7 +121,29 @@ def test_a_box_in_pixels_is_cut_where_the_reasoner_saw_it(run):
     info = run(backend, text, [Image.new("RGB", (100, 200))], "qwen2_5_vl", embedrl_item=item)
     (crop,) = backend.stored[(EMBED_PARTITION, "u_3_0")].evidence
     assert (crop.size, crop.getcolors()) == ((100, 30), [(3000, (255, 0, 0))])
-    assert (info["evidence"], info["num_images"], info["evidence_problems"]) == (1, 1, [])
+    assert (info["evidence"], info["num_images"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "images", "frames", "well_formed"),
+    [
+        ('"key_frames": [1, 8]', 0, 8, True),
+        ('"key_frames": [1, 9]', 0, 8, False),
+        ('"bbox_2d": [{"image": 2, "box": [0, 0, 9, 9]}]', 2, 0, True),
+        ('"bbox_2d": [{"image": 3, "box": [0, 0, 9, 9]}]', 2, 0, False),
+    ],
+)
+def test_evidence_of_a_frame_or_an_image_that_a_row_does_not_have_is_not_well_formed(
+    evidence, images, frames, well_formed, run, monkeypatch
+):
+    picture = Image.new("RGB", (64, 64))
+    loaded = SimpleNamespace(images=(picture,) * images, frames=(picture,) * frames)
+    monkeypatch.setattr(agent_loop, "_originals", lambda *_: loaded)
+    item = {**ROW["embedrl_item"], "images": (b"",) * images}
+    text = TEXT.replace('"text_keywords": ["a"]', evidence)
+    info = run(_FakeBackend(), text, [picture] * images, embedrl_item=item)
+    assert (info["num_images"], info["num_frames"]) == (images, frames)
+    assert info["tcot"].is_well_formed is well_formed
 
 
 PLACE = {"global_steps": 3, "embedrl_pair_id": "p", "embedrl_side": "query", "session_id": 0}

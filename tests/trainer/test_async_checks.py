@@ -4,9 +4,9 @@
 import pytest
 
 from embedrl_verl.config.compose import compose
+from embedrl_verl.config.rules import check_run_config
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan import make_plan
-from embedrl_verl.trainer.checks import check_run_config
 
 COMMON = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl", "platform=cpu"]
 COLOCATE = [*COMMON, "trainer.v1.trainer_mode=egrl_colocate_async"]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,14 @@ from safetensors.torch import load_file, save_file
 from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.trainer.checkpoint import RECORD, check_run_record, model_digest, run_record, write_run_record
+from embedrl_verl.export.record import read_record
+from embedrl_verl.trainer.checkpoint import RECORD, check_run_record, model_digest, run_record, write_records
 from recipes.tiny_digits.models import build_tiny_model
+
+
+def write_run_record(folder: str, record: dict[str, Any]) -> None:
+    Path(folder).mkdir(exist_ok=True)
+    (Path(folder) / RECORD).write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +212,29 @@ def test_a_hub_id_without_files_here_is_compared_by_name(record, tmp_path):
 def test_a_checkpoint_without_record_is_refused(record, tmp_path):
     with pytest.raises(ConfigError, match="not written by an EG-RL trainer"):
         check_run_record(str(tmp_path), record())
+
+
+def test_each_models_export_finds_its_own_record(tmp_path):
+    train = ["train.enable=True", "train.lr=1e-4", "train.matryoshka_dims=[8]", "path=some/embedder"]
+    run = ["actor_rollout_ref.model.path=some/reasoner", "data.train_batch_size=16"]
+    config = compose([*run, "data.embedrl.family=qwen2_vl", *(f"embedrl.embedder.{one}" for one in train)])
+    trainer = SimpleNamespace(
+        config=config,
+        embedrl=load_embedrl_config(config),
+        run_record={"a": 1},
+        global_steps=20,
+        train_dataset=SimpleNamespace(pair_sources=["b", "a", "b"]),
+        embedder_training=SimpleNamespace(last_hit1=0.9, averaged=False),
+    )
+    write_records(trainer, str(tmp_path), {"hit@1 (all)": 0.5})
+    (tmp_path / "actor").mkdir()
+    reasoner, embedder = read_record(tmp_path / "actor"), read_record(tmp_path / "embedder")
+    assert (reasoner.stage, reasoner.step, reasoner.base_model) == ("egrl", 20, "some/reasoner")
+    assert reasoner.settings["pairs_per_step"] == 8 and reasoner.settings["reward_function"].endswith("no_judge")
+    assert reasoner.scores == {"hit@1 (all)": 0.5} and json.loads((tmp_path / RECORD).read_text()) == {"a": 1}
+    assert (embedder.stage, embedder.base_model) == ("embedder", "some/embedder")
+    assert embedder.settings["lr"] == 1e-4 and embedder.data == (("a", 1), ("b", 2))
+    assert embedder.scores == {"hit@1 (anchors)": 0.9}
+    trainer.embedder_training.averaged = True  # the average's Hit@1 says nothing of the weights in the checkpoint
+    write_records(trainer, str(tmp_path), {})
+    assert read_record(tmp_path / "embedder").scores == {}

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from embedrl_verl.config.compose import compose
-from embedrl_verl.errors import ConfigError
-from embedrl_verl.plan import make_plan
-from embedrl_verl.trainer.checks import (
+from embedrl_verl.config.rules import (
     check_files,
     check_resumed_step,
     check_run_config,
     last_step,
     refuse_videos_that_megatron_misplaces,
 )
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.plan import make_plan
 
 REQUIRED = ["embedrl.embedder.path=some/embedder", "data.embedrl.family=qwen2_vl"]
 CPU = [*REQUIRED, "platform=cpu", "data.max_prompt_length=256", "data.max_response_length=96"]

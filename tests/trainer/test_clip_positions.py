@@ -19,7 +19,7 @@ from embedrl_verl.data.lengths import PromptMeter, served_prompt_ids
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.prompts import load_prompt_media
 from embedrl_verl.data.video import FrameTimes, list_times
-from embedrl_verl.embedder.actor_positions import bind_positions
+from embedrl_verl.embedder.positions import bind_positions
 from embedrl_verl.families import token_side
 from embedrl_verl.trainer.agent_loop import _ClipClient
 from recipes.tiny_digits.models import build_tiny_model

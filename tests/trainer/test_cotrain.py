@@ -14,13 +14,13 @@ from embedrl_verl.data.identity import ContentId
 from embedrl_verl.embedder.info_nce import contrastive_loss
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.trainer.batch_reward import Row, ScoredRows
 from embedrl_verl.trainer.cotrain import (
     EmbedderTraining,
     chosen_rows,
     layout_of,
     refuse_trained_checkpoint,
 )
+from embedrl_verl.trainer.reward_stage import Row, ScoredRows, Vectors
 
 TCOT = parse_tcot("<thinking>a</thinking>")
 D = 6
@@ -43,7 +43,7 @@ def scored(rows=ROWS, failures=None, seed: int = 0) -> ScoredRows:
         torch.randn(len(rows), D, generator=torch.Generator().manual_seed(seed)), dim=1
     )
     vectors[list(failures or {})] = float("nan")
-    return ScoredRows(list(rows), None, vectors, dict(failures or {}), {"score": SCORES[: len(rows)]})
+    return ScoredRows(list(rows), None, Vectors(vectors, None, dict(failures or {})), {"score": SCORES[: len(rows)]})
 
 
 class _FakeClient:
@@ -59,7 +59,7 @@ class _FakeClient:
     def embed_rows(self, keys, partition_id):
         self.embedded.append(list(keys))
         place = {one.key: i for i, one in enumerate(ROWS)}
-        return type("Vectors", (), {"vectors": scored(seed=1).embeddings[[place[key] for key in keys]]})
+        return type("Vectors", (), {"vectors": scored(seed=1).vectors.embeddings[[place[key] for key in keys]]})
 
     def embed(self, rows, averaged):
         return None
@@ -71,7 +71,7 @@ class _FakeClient:
         self.folders.append(folder)
 
 
-class _FakeAnchors(list):
+class _FakeProbes(list):
     """Hit@1 from a list, one a call."""
 
     def hit1(self, embed):
@@ -79,7 +79,7 @@ class _FakeAnchors(list):
 
 
 def training(anchors=(0.5, 0.6, 0.7, 0.4), **settings) -> EmbedderTraining:
-    return EmbedderTraining(EmbedderTrainConfig(enable=True, **settings), _FakeClient(), _FakeAnchors(anchors))
+    return EmbedderTraining(EmbedderTrainConfig(enable=True, **settings), _FakeClient(), _FakeProbes(anchors))
 
 
 def test_the_best_rollouts_are_those_with_the_highest_known_scores_first_on_ties():
@@ -116,7 +116,7 @@ def test_rows_of_an_equal_query_are_no_negatives_and_give_no_gradient(sessions):
     assert layout.negatives().tolist() == wanted
     one = training(rollouts="all", temperature=0.1)
     batch = scored(rows)
-    batch.embeddings = torch.eye(D)[[int(r.pair_id == "p2") for r in rows]]
+    batch.vectors = Vectors(torch.eye(D)[[int(r.pair_id == "p2") for r in rows]], None, {})
     metrics = one.step(batch, 1)
     assert metrics["embedder/loss"] < 1e-3 and one._client.trained[0][1].abs().max() < 1e-2
 
@@ -135,7 +135,7 @@ def test_a_step_trains_the_chosen_rows_with_the_gradients_of_their_own_vectors(h
     def loss(vectors: torch.Tensor) -> float:
         return float(contrastive_loss(vectors[query], vectors[target], layout, temperature=0.1).loss)
 
-    vectors = batch.embeddings[picked]
+    vectors = batch.vectors.embeddings[picked]
     assert loss(vectors - 1e-3 * gradients) < loss(vectors) - 1e-6
     assert metrics["embedder/loss"] == pytest.approx(loss(vectors), rel=1e-5)
     assert metrics["embedder/grad_norm"] == 1.0 and metrics["embedder/lr"] == 0.1
@@ -146,7 +146,7 @@ def test_a_step_trains_the_chosen_rows_with_the_gradients_of_their_own_vectors(h
 def test_the_loss_of_a_step_is_the_one_that_is_set(options):
     picked = chosen_rows(ROWS, SCORES, [True] * 12, "best", [0, 1])
     query, target, layout = layout_of([ROWS[i] for i in picked])
-    vectors = scored().embeddings[picked]
+    vectors = scored().vectors.embeddings[picked]
     wanted = float(contrastive_loss(vectors[query], vectors[target], layout, **{"temperature": 0.02, **options}).loss)
     assert training(rollouts="best", **options).step(scored(), 1)["embedder/loss"] == pytest.approx(wanted, rel=1e-5)
     assert training(rollouts="best").step(scored(), 1)["embedder/loss"] != pytest.approx(wanted, rel=1e-3)
@@ -191,7 +191,7 @@ def test_it_stops_for_good_when_the_anchors_fall_and_says_why(caplog):
         assert one.is_due(2)
         one.step(scored(), 2)
     assert not one.is_due(3) and one.state.stopped_at == 2
-    assert "stops at step 2: Hit@1 of its 0 anchors fell from 0.500 to 0.390" in caplog.text
+    assert "stops at step 2: Hit@1 of its 0 probe pairs fell from 0.500 to 0.390" in caplog.text
 
 
 def test_it_trains_in_every_so_many_th_step():

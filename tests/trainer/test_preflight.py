@@ -6,8 +6,8 @@ import torch
 from omegaconf import OmegaConf
 
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.plan.preflight import check_reward_function, probe_batch
 from embedrl_verl.rewards.functions import NEEDS
-from embedrl_verl.trainer.preflight import check_reward_function, probe_batch
 
 
 def _config(path, **kwargs):

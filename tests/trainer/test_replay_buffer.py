@@ -9,8 +9,7 @@ import verl.trainer.ppo.v1.replay_buffer as verls
 
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.trainer import replay_buffer
-from embedrl_verl.trainer.pair_groups import tag_prompts
-from embedrl_verl.trainer.replay_buffer import EGRLReplayBuffer, PairReplayBuffer
+from embedrl_verl.trainer.replay_buffer import PairReplayBuffer, tag_prompts
 from tests.trainer.fake_queue import FakeQueue
 
 G = 2  # rollouts of a prompt
@@ -268,9 +267,9 @@ def test_whatever_happens_batches_hold_whole_groups_of_one_source(monkeypatch, s
 def test_the_synchronous_buffer_is_verls_own_but_for_its_interval():
     kwargs = {"trainer_config": {}, "max_off_policy_threshold": None, "max_off_policy_strategy": "drop"}
     buffer = replay_buffer.replay_buffer("sync", sampler_kwargs={"poll_interval": 0.1}, **kwargs)
-    assert type(buffer) is EGRLReplayBuffer and buffer.poll_interval == 0.1
-    with pytest.raises(ConfigError, match="synchronous training only"):
-        EGRLReplayBuffer(trainer_mode="colocate_async", sampler_kwargs={"poll_interval": 0.1}, **kwargs)
-    for cls, mode in ((EGRLReplayBuffer, "sync"), (PairReplayBuffer, "colocate_async")):
-        with pytest.raises(ConfigError, match="poll_interval"):
-            cls(trainer_mode=mode, sampler_kwargs={}, **kwargs)
+    assert type(buffer) is verls.ReplayBuffer and buffer.poll_interval == 0.1
+    assert isinstance(
+        replay_buffer.replay_buffer("colocate_async", sampler_kwargs={"poll_interval": 0.1}, **kwargs), PairReplayBuffer
+    )
+    with pytest.raises(ConfigError, match="poll_interval"):
+        replay_buffer.replay_buffer("sync", sampler_kwargs={}, **kwargs)

@@ -5,7 +5,7 @@ import pytest
 import verl.trainer.ppo.v1  # noqa: F401  (registers the modes)
 
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.trainer import egrl
+from embedrl_verl.trainer import egrl, setup
 
 
 class VerlsLoop:
@@ -26,7 +26,7 @@ def test_training_begins_when_every_rank_has_its_weights(monkeypatch):
         assert trainer.began is None
         waited.extend(references)
 
-    monkeypatch.setattr(egrl.ray, "get", get)
+    monkeypatch.setattr(setup.ray, "get", get)
     trainer.fit("agent loops")
     assert waited == ["rank 0", "rank 1"] and trainer.began == "agent loops"
 
@@ -36,7 +36,7 @@ def test_an_embedder_that_does_not_load_is_the_runs_error(monkeypatch):
         raise EmbedderError("no such weights")
 
     trainer = Trainer(["rank 0"])
-    monkeypatch.setattr(egrl.ray, "get", get)
+    monkeypatch.setattr(setup.ray, "get", get)
     with pytest.raises(EmbedderError, match="no such weights"):
         trainer.fit("agent loops")
     assert trainer.began is None

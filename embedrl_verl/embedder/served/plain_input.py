@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import reprlib
-from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -101,16 +100,13 @@ def completed(body: bytes) -> bytes:
         return body
     if messages is not None:
         raise ValueError(f"messages must be a list, not empty and with no input; got {reprlib.repr(messages)}. {HOW}")
-    if isinstance(texts, str):
-        request["messages"] = _messages(texts)
-    elif isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-        request["messages"] = [_messages(text) for text in texts]
-    else:
-        raise ValueError(f"input must be a text or a list of texts; got {reprlib.repr(texts)}. {HOW}")
-    return json.dumps(request).encode()
+    chats = [_chat(text) for text in texts] if isinstance(texts, list) and texts else _chat(texts)
+    return json.dumps({**request, "messages": chats}).encode()
 
 
-def _messages(text: str) -> list[dict[str, Any]]:
+def _chat(text: object) -> list[dict[str, str]]:
+    if not isinstance(text, str):
+        raise ValueError(f"input must be a text or a list of texts; got {reprlib.repr(text)}. {HOW}")
     return [{"role": "user", "content": text}]
 
 

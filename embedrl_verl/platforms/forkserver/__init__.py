@@ -16,14 +16,12 @@ import contextlib
 import importlib.metadata
 import logging
 import os
-import select
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,13 @@ from typing import Any
 from omegaconf import open_dict
 
 from embedrl_verl.platforms.cluster import joins_a_cluster
+from embedrl_verl.platforms.compat import RAY_VERSION
 from embedrl_verl.platforms.forkserver import client, server
 from embedrl_verl.platforms.forkserver.server import PYTHON
 
 logger = logging.getLogger(__name__)
 
-LONGEST_FOLDER = 90  # a socket's address has at most 107 characters
-RAY_VERSION = "2.60"
-"""What Ray reads at import, and how it counts jobs and finds its workers, is not documented."""
+LONGEST_FOLDER = 80  # a socket's address has at most 107 characters
 MODULES = (
     "verl.trainer.main_ppo",
     "verl.trainer.ppo.v1",
@@ -62,65 +59,42 @@ class ForkServer:
     Args:
         environment: of the server. Processes whose variables of `server.READ_AT_IMPORT` differ are not forked.
         modules: imported in the background; who asks earlier waits.
-        on_demand: start when somebody asks for the first process.
+        on_demand: import when somebody asks for the first process.
     """
 
     def __init__(
         self, environment: Mapping[str, str], modules: Sequence[str] = MODULES, *, on_demand: bool = False
     ) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="embedrl-fork-"))
-        if len(str(self._folder)) > LONGEST_FOLDER:
-            self._folder.rmdir()
-            self._folder = Path(tempfile.mkdtemp(prefix="embedrl-fork-", dir="/tmp"))
-        self._environment, self._modules = dict(environment), list(modules)
-        self._process: subprocess.Popen[bytes] | None = None
-        address = str(self._folder / "socket")
-        self.python = str(self._folder / "python")
+        place = tempfile.gettempdir()
+        self._folder = tempfile.mkdtemp(prefix="embedrl-fork-", dir=place if len(place) < LONGEST_FOLDER else "/tmp")
+        address, self._log = f"{self._folder}/socket", Path(self._folder) / "log"
+        self.python = f"{self._folder}/python"
         command = shlex.join([sys.executable, "-SE", client.__file__, address])
         Path(self.python).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         os.chmod(self.python, 0o700)
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(address)
-        self._listener.listen(64)
-        self._closing = False
-        self._waiter = threading.Thread(target=self._start_when_asked, daemon=True) if on_demand else None
-        if self._waiter is not None:
-            self._waiter.start()
-        else:
-            self._start()
-
-    def _start_when_asked(self) -> None:
-        select.select([self._listener], [], [])
-        if not self._closing:
-            self._start()
-
-    def _start(self) -> None:
-        with self._listener, (self._folder / "log").open("wb") as log:
+        with socket.socket(socket.AF_UNIX) as listener, self._log.open("wb") as log:
+            listener.bind(address)
+            listener.listen(64)
+            when = "on demand" if on_demand else "now"
             self._process = subprocess.Popen(
-                [sys.executable, server.__file__, str(self._listener.fileno()), str(self._folder), *self._modules],
+                [sys.executable, server.__file__, str(listener.fileno()), when, *modules],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                pass_fds=[self._listener.fileno()],
-                env={**self._environment, **_ENVIRONMENT},
+                pass_fds=[listener.fileno()],
+                env={**environment, **_ENVIRONMENT},
                 start_new_session=True,  # Ctrl-C in a terminal reaches the owner alone
             )
 
     def close(self) -> None:
         """Kill what was forked and still runs, and end the server. Warns of one that had ended by itself."""
-        self._closing = True
-        if self._process is None and self._waiter is not None:
-            with socket.socket(socket.AF_UNIX) as asking:
-                asking.connect(self._listener.getsockname())
-            self._waiter.join()
-            self._listener.close()
-        if self._process is not None:
-            if self._process.poll() is not None:
-                log = self._folder / "log"
-                tail = log.read_text(errors="replace")[-1000:].strip() if log.exists() else ""
-                logger.warning("the fork server has ended with status %s: %s", self._process.returncode, tail)
-            self._process.terminate()  # at once while it imports
-            self._process.wait()
+        if self._process.poll() is not None:
+            tail = self._log.read_text(errors="replace")[-1000:].strip()
+            logger.warning("the fork server has ended with status %s: %s", self._process.returncode, tail)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.terminate()  # at once while it imports
+        self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

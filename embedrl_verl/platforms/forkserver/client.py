@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stands in for `python`: `python -SE client.py SOCKET ARGUMENTS...` runs `python ARGUMENTS` in a fork of the server.
 
-Arguments, environment, folder, umask, cores, signals and open files are handed over, and the exit status comes back.
-Signals that end a program reach the process; SIGSTOP and SIGTSTP do not. When the client is killed, so is the process,
-with its group; when the process ends, what it has left in its group gets SIGTERM. Its parent is the server.
+Arguments, environment, folder and open files are handed over, and the exit status comes back. Signals that end a
+program reach the process; SIGSTOP and SIGTSTP do not. When the client is killed, so is the process, with its group;
+when the process ends, what it has left in its group gets SIGTERM. Umask, nice, cores and limits are those of the
+server, its parent.
 
 For Ray's workers the client ends at once: Ray knows them by the process id that they report. What the server refuses,
 and everything when it has ended, runs in a new interpreter, and one line on standard error says why. Standard library
@@ -13,7 +14,6 @@ only: it starts in some 20 milliseconds.
 import contextlib
 import json
 import os
-import resource
 import signal
 import socket
 import sys
@@ -27,43 +27,25 @@ def _open_files() -> list[int]:
     return [number for number in numbers if os.path.exists(f"/proc/self/fd/{number}") and os.get_inheritable(number)]
 
 
-def _ask(address: str, arguments: list[str], files: list[int]) -> tuple[socket.socket, dict[str, object]]:
-    umask = os.umask(0o77)
-    os.umask(umask)
-    request: dict[str, object] = {
-        "arguments": arguments,
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-        "files": files,
-        "umask": umask,
-        "cores": sorted(os.sched_getaffinity(0)),
-        "ignored": [number for number in _FORWARDED if signal.getsignal(number) == signal.SIG_IGN],
-        "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "waits": not any(argument.endswith(_RAY_WORKER) for argument in arguments),
-    }
-    server = socket.socket(socket.AF_UNIX)
-    server.connect(address)
-    text = json.dumps(request).encode()
-    socket.send_fds(server, [len(text).to_bytes(8, "big")], files)
-    server.sendall(text)
-    return server, request
-
-
 def main(address: str, arguments: list[str]) -> None:
     """Run `python ARGUMENTS` and end as it does."""
-    files = _open_files()
+    files, waits = _open_files(), not any(argument.endswith(_RAY_WORKER) for argument in arguments)
+    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    text = json.dumps({**request, "files": files, "waits": waits}).encode()
+    server = socket.socket(socket.AF_UNIX)
     try:
-        server, request = _ask(address, arguments, files)
+        server.connect(address)
+        socket.send_fds(server, [len(text).to_bytes(8, "big")], files)
+        server.sendall(text)
         answers = server.makefile("rb")
         answer = json.loads(answers.readline() or '{"refused": "the fork server has ended"}')
-    except OSError as error:
+    except OSError as error:  # also where there are more open files than can be handed over
         answer = {"refused": str(error)}
     if "refused" in answer:
         shown = " ".join(arguments)[:80]
         print(f"embedrl-verl: a new interpreter runs {shown!r}: {answer['refused']}", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, *arguments])
-    if not request["waits"]:
+    if not waits:
         return
     process = answer["process"]
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ready-made reward functions, one module each; select one with
-`reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.<name>`.
+"""The ready-made reward functions, one file each: copy one, change it, name yours. `reward/` is a link to this folder.
 
-The files in reward/ name the same functions by file path. A reward function is `compute_score(batch, **reward_kwargs)`:
-it gets a `RewardBatch` and returns a mapping of (N,) tensors in row order with "score" (NaN = unknown row); every other
-entry is logged. `docs/rewards.md` has them side by side.
+    reward.custom_reward_function.path=reward/<name>.py                              from a checkout
+    reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.<name>   from anywhere
+
+`docs/rewards.md` has them side by side.
 """
 
 # Every function and what it needs beside the similarities.

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same score for every row: no learning signal, for timing EG-RL against plain GRPO on the same rollouts."""
+"""R = value: plain GRPO without a signal, the baseline of benchmarks (timing only).
+
+reward.custom_reward_function.path=reward/constant.py
+reward.custom_reward_function.reward_kwargs='{value: 0.0}'
+"""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from embedrl_verl.rewards.batch import RewardBatch
+from embedrl_verl.rewards import RewardBatch
 
 
 def compute_score(batch: RewardBatch, *, value: float = 0.0) -> Mapping[str, Tensor]:

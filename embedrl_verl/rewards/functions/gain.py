@@ -8,6 +8,10 @@ are among the same candidates: those with both embeddings. Ties count against th
 
 GRPO compares the rollouts of one prompt, which share their raw rank: with `loss_weight` 1 it learns from g(with T-CoT)
 alone, and the gain is there to be read. Another weight makes the raw rank matter; 0 pays improvements only.
+
+    embedrl.reward.raw_embeddings=True
+    reward.custom_reward_function.path=reward/gain.py
+    reward.custom_reward_function.reward_kwargs='{measure: soft, loss_weight: 0.5}'
 """
 
 from collections.abc import Mapping
@@ -16,10 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from embedrl_verl.errors import ConfigError
-from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.retrieval import POSITIVES, Positives
-from embedrl_verl.rewards.total import RewardConfig, check_number, row_scores
+from embedrl_verl.rewards import Positives, RewardBatch, check_number, row_scores
 
 
 def compute_score(
@@ -42,14 +43,10 @@ def compute_score(
         and "hurt" (0 or 1). The gain is unknown without either embedding, without a positive and without a negative;
         with `alpha`, the format of a row with T-CoT embedding is left.
     """
-    if measure not in ("reciprocal", "soft") or positives not in POSITIVES:
-        raise ConfigError(
-            "reward_kwargs.measure must be reciprocal or soft, and reward_kwargs.positives mean or best; "
-            f"got {measure!r} and {positives!r}"
-        )
+    if measure not in ("reciprocal", "soft"):
+        raise ValueError(f"measure must be reciprocal or soft; got {measure!r}")
     check_number("loss_weight", loss_weight)
     check_number("temperature", temperature, 0.005)
-    config = RewardConfig(alpha=alpha, beta=0.0, gamma=1.0)
     both, tau = batch.valid & batch.raw_valid(), None if measure == "reciprocal" else temperature
     thought, raw = (
         batch.ranks(raw=raw, among=both, temperature=tau, by_pair=True, positives=positives) for raw in (False, True)
@@ -57,6 +54,10 @@ def compute_score(
     gain = thought.reciprocal - raw.reciprocal if tau is None else thought.outranked - raw.outranked
     paid = torch.where(gain < 0, loss_weight * gain, gain)
     helped, hurt = ((gain * sign > 0).float().masked_fill(gain.isnan(), torch.nan) for sign in (1, -1))
-    form = batch.format()
-    parts = {"format": form, "rank": thought.rank, "raw_rank": raw.rank, "gain": gain, "helped": helped, "hurt": hurt}
-    return {"score": row_scores(batch, config, {"format": form, "outcome": paid}), **parts}
+    parts = {"format": batch.format(), "rank": thought.rank, "raw_rank": raw.rank, "gain": gain}
+    return {
+        "score": row_scores(batch, None, paid, alpha=alpha, beta=0.0, gamma=1.0),
+        **parts,
+        "helped": helped,
+        "hurt": hurt,
+    }

@@ -6,6 +6,9 @@ With n response tokens, well formed:  L = -penalty * clamp((n - free) / (max - f
 
 So up to `free` tokens the base counts in full, and from `max` on it is less by `penalty`. Being short is worth
 something only to a T-CoT with everything that its input calls for: an empty or broken one never gains by its length.
+
+    reward.custom_reward_function.path=reward/length_shaped.py
+    reward.custom_reward_function.reward_kwargs='{base: soft_rank, free: 200, max: 800, penalty: 0.2}'
 """
 
 from collections.abc import Mapping
@@ -14,8 +17,7 @@ from importlib import import_module
 from torch import Tensor
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.total import check_number
+from embedrl_verl.rewards import RewardBatch, check_number
 
 BASES = ("no_judge", "paper", "public_code", "outcome_only", "format_only", "soft_rank", "gain")
 
@@ -38,16 +40,13 @@ def compute_score(
 
     Returns:
         The base's parts, "score" = base + L, "base" (its score) and "length" (L); (N,) float32, NaN = unknown.
-
-    Raises:
-        ConfigError: bad arguments, or nobody counted the tokens.
     """
     if base not in BASES:
-        raise ConfigError(f"reward_kwargs.base must be one of {', '.join(BASES)}; got {base!r}")
+        raise ValueError(f"base must be one of {', '.join(BASES)}; got {base!r}")
     for name, value in (("free", free), ("max", max), ("penalty", penalty)):
         check_number(name, value)
     if free >= max:
-        raise ConfigError(f"reward_kwargs.free must be below reward_kwargs.max; got {free} and {max}")
+        raise ValueError(f"free must be below max; got {free} and {max}")
     if batch.lengths is None:
         raise ConfigError("length_shaped needs the number of response tokens (RewardBatch.lengths); the batch has none")
     parts = dict(import_module(f"embedrl_verl.rewards.functions.{base}").compute_score(batch, **base_kwargs))

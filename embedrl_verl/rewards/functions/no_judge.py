@@ -1,16 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""R = alpha F + gamma O with alpha 0.05, gamma 0.8: the paper's reward where no judge runs (method section 4)."""
+"""R = 0.05 F + 0.8 A M: format, and accuracy times margin. The default: the paper's reward where no judge runs.
+
+reward.custom_reward_function.path=reward/no_judge.py
+reward.custom_reward_function.reward_kwargs='{gamma: 1.0, temperature: 0.2}'
+"""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.total import NO_JUDGE, reward_terms, row_scores
+from embedrl_verl.rewards import Accuracy, RewardBatch, row_scores
 
 
-def compute_score(batch: RewardBatch, **reward_kwargs: object) -> Mapping[str, Tensor]:
-    """Format, and accuracy times margin; arguments and result as in `functions.paper`, over `NO_JUDGE`."""
-    config = NO_JUDGE.override(reward_kwargs)
-    terms = reward_terms(batch, config)
-    return {"score": row_scores(batch, config, terms), **terms}
+def compute_score(
+    batch: RewardBatch,
+    *,
+    alpha: float = 0.05,
+    gamma: float = 0.8,
+    accuracy: Accuracy = "share",
+    temperature: float = 0.5,
+) -> Mapping[str, Tensor]:
+    """Format and outcome (method section 4).
+
+    Args:
+        alpha, gamma: weights of the two.
+        accuracy: "share" = the fraction of the row's top G that are its positives; "all" = 1 if all are, else 0.
+        temperature: tau of the softmax over the negatives, in cosines.
+
+    Returns:
+        (N,) float32 each, NaN = unknown: "score", "format", "accuracy", "margin", "outcome".
+    """
+    acc, margin, outcome = batch.retrieval(temperature=temperature, accuracy=accuracy).reward  # A, M, O = A M (eq. 3)
+    score = row_scores(batch, None, outcome, alpha=alpha, beta=0.0, gamma=gamma)
+    return {"score": score, "format": batch.format(), "accuracy": acc, "margin": margin, "outcome": outcome}

@@ -1,23 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""R = alpha F + beta J max(M, 0) + gamma (A M / 2), alpha 0.05, beta 0.2, gamma 0.8: the published code's weights.
+"""R = 0.05 F + 0.2 J max(M, 0) + 0.8 (A M / 2): the published code's weights, which used G = 4 rollouts a side.
 
 There the judge's pick was worth the margin, so that a negative margin made a right pick a penalty: here it is worth at
-least 0. The code used G = 4 rollouts a side.
+least 0.
+
+    reward.custom_reward_function.path=reward/public_code.py
+
+Needs a judge (embedrl.judge).
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from embedrl_verl.rewards.batch import RewardBatch
-from embedrl_verl.rewards.total import PUBLIC_CODE, reward_terms, row_scores
+from embedrl_verl.rewards import Accuracy, RewardBatch, row_scores
 
 
-def compute_score(batch: RewardBatch, **reward_kwargs: object) -> Mapping[str, Tensor]:
-    """As in `functions.paper`, over `PUBLIC_CODE`; "process" is the bare pick (0 or 1)."""
-    config = PUBLIC_CODE.override(reward_kwargs)
-    terms = reward_terms(batch, config)
-    paid = {"format": terms["format"], "outcome": terms["outcome"] / 2}
-    if "process" in terms:
-        paid["process"] = terms["process"] * terms["margin"].clamp(min=0)
-    return {"score": row_scores(batch, config, paid), **terms}
+def compute_score(
+    batch: RewardBatch,
+    *,
+    alpha: float = 0.05,
+    beta: float = 0.2,
+    gamma: float = 0.8,
+    accuracy: Accuracy = "share",
+    temperature: float = 0.5,
+) -> Mapping[str, Tensor]:
+    """Arguments and result as in `paper`; "process" is the bare pick (0 or 1)."""
+    acc, margin, outcome = batch.retrieval(temperature=temperature, accuracy=accuracy).reward  # A, M, O = A M (eq. 3)
+    process = batch.process() if beta > 0 else None  # J (eq. 4)
+    paid = None if process is None else process * margin.clamp(min=0)
+    score = row_scores(batch, paid, outcome / 2, alpha=alpha, beta=beta, gamma=gamma)
+    parts = {"score": score, "format": batch.format(), "accuracy": acc, "margin": margin, "outcome": outcome}
+    return parts if process is None else {**parts, "process": process}

@@ -26,7 +26,7 @@ def limits(draw: st.DrawFn) -> tuple[int, int]:
     return low, draw(st.integers(low, 800))
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(limits(), sides, sides)
 def test_a_fitted_image_passes_the_servers_limits_unchanged(tokens, height, width):
     if max(height, width) > 200 * min(height, width):

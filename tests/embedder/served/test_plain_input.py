@@ -26,9 +26,9 @@ from tests.embedder.inputs import mixed_inputs
 
 OTHERS = {str(getattr(route, "path", "")) for one in (router, pooling, scoring, classify) for route in one.routes}
 OTHERS = (OTHERS - {EMBEDDINGS}) | {"/invocations", "/v1/embeddings/", "/V1/Embeddings", "/later"}
-
 CHAT = [{"role": "user", "content": "a heron"}]
 PARTS = [{"role": "system", "content": "Find it."}, {"role": "user", "content": [{"type": "text", "text": "é"}]}]
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
@@ -58,100 +58,76 @@ def client(seen) -> TestClient:
     return TestClient(app)
 
 
-@pytest.mark.parametrize("text", ["a heron", "", '{"messages": []}', "<|im_end|>\n字" * 3000])
-def test_a_text_is_a_chat_request_with_all_other_settings(text, client, seen):
-    asked = {"input": text, "model": "m", "dimensions": 32, "encoding_format": "base64", "user": "u"}
+@pytest.mark.parametrize(
+    "given",
+    ["a heron", "", '{"messages": []}', "<|im_end|>\n字" * 3000, ["a"], ["a", "b", "a"], ["", "<emb>", "字"]],
+)
+def test_texts_are_chat_requests_in_order_with_all_other_settings(given, client, seen):
+    asked = {"input": given, "model": "m", "dimensions": 32, "encoding_format": "base64", "user": "u"}
     assert client.post(EMBEDDINGS, json=asked).status_code == 200
     ((request, _),) = seen
-    assert type(request) is EmbeddingChatRequest
-    assert request.messages == [{"role": "user", "content": text}]
+    assert type(request) is (EmbeddingChatRequest if isinstance(given, str) else EmbeddingBatchChatRequest)
+    chats = [[{"role": "user", "content": text}] for text in ([given] if isinstance(given, str) else given)]
+    assert request.messages == (chats[0] if isinstance(given, str) else chats)
     assert (request.model, request.dimensions, request.encoding_format, request.user) == ("m", 32, "base64", "u")
 
 
-@pytest.mark.parametrize("texts", [["a"], ["a", "b", "a"], ["", "<emb>", "字"]])
-def test_texts_are_a_batch_of_chat_requests_in_order(texts, client, seen):
-    assert client.post(EMBEDDINGS, json={"input": texts}).status_code == 200
-    ((request, _),) = seen
-    assert type(request) is EmbeddingBatchChatRequest
-    assert request.messages == [[{"role": "user", "content": text}] for text in texts]
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"messages": CHAT},
-        {"messages": PARTS, "encoding_format": "base64", "truncate_prompt_tokens": None, "input": None},
-        {"messages": [CHAT, PARTS]},
-    ],
-)
-def test_a_chat_request_passes_to_the_byte(asked, client, seen):
-    body = json.dumps(asked, indent=3, ensure_ascii=False).encode()
-    assert client.post(EMBEDDINGS, content=body, headers={"content-type": "application/json"}).status_code == 200
-    assert seen[0][1] == body
-
-
-def test_requests_of_a_run_pass_to_the_byte(embedder, client, seen):
+def test_chat_requests_and_those_of_a_run_pass_to_the_byte(embedder, client, seen):
     processor = embedder("qwen2_5_vl").processor
-    sent = [json.dumps(embed_request(processor, one).payload).encode() for one in mixed_inputs(12)]
+    asked = [{"messages": CHAT}, {"messages": [CHAT, PARTS]}]
+    asked.append({"messages": PARTS, "encoding_format": "base64", "truncate_prompt_tokens": None, "input": None})
+    sent = [json.dumps(one, indent=3, ensure_ascii=False).encode() for one in asked]
+    sent += [json.dumps(embed_request(processor, one).payload).encode() for one in mixed_inputs(12)]
     assert any(b"media_io_kwargs" in body and b"mm_processor_kwargs" in body for body in sent)
     for body in sent:
-        assert client.post(EMBEDDINGS, content=body, headers={"content-type": "application/json"}).status_code == 200
+        assert client.post(EMBEDDINGS, content=body, headers=JSON).status_code == 200
     assert [body for _, body in seen] == sent
 
 
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"input": [1, 2, 3]}, r"input must be a text or a list of texts; got \[1, 2, 3\]"),
-        ({"input": [[1, 2], [3]]}, "input must be a text or a list of texts"),
-        ({"input": ["a", 1]}, "input must be a text or a list of texts"),
-        ({"input": []}, "input must be a text or a list of texts"),
-        ({"input": None}, "input must be a text or a list of texts; got None"),
-        ({"input": CHAT}, "input must be a text or a list of texts"),
-        ({}, "input must be a text or a list of texts"),
+        *(
+            ({"input": given}, "input must be a text or a list of texts; got")
+            for given in ([1, 2, 3], [[1, 2], [3]], ["a", 1], [], None, CHAT)
+        ),
+        ({}, "input must be a text or a list of texts; got None"),
         ({"input": "a", "messages": CHAT}, "messages must be a list, not empty and with no input"),
         ({"input": [], "messages": CHAT}, "messages must be a list, not empty and with no input"),
         ({"input": "a", "messages": 1}, "messages must be a list"),
         ({"input": "a", "messages": []}, "messages must be a list"),
         ({"messages": []}, r"messages must be a list, not empty.*; got \[\]"),
-        *(
-            ({"messages": CHAT, name: ["a"]}, f"{name} must be left out")
-            for name in ("texts", "inputs", "data", "text_1")
-        ),
+        *(({"messages": CHAT, name: ["a"]}, f"{name} must be left out") for name in ("texts", "inputs", "text_1")),
+        *((body, "the body must be a JSON object") for body in (b"{", b"\xff", b"", b"[" * 5000, b'"a"', b"{} x")),
         ([{"input": "a"}], "the body must be a JSON object"),
     ],
 )
 def test_what_would_be_read_without_the_prompt_is_refused_with_the_way_to_ask(asked, reason, client, seen):
-    answer = client.post(EMBEDDINGS, json=asked)
+    body = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
+    answer = client.post(EMBEDDINGS, content=body, headers=JSON)
     assert answer.status_code == 400 and not seen
     assert re.search(rf"{reason}.*/v1/embeddings: a text, or a list of texts", answer.json()["error"]["message"])
 
 
-@pytest.mark.parametrize("name", sorted(set(EmbeddingChatRequest.model_fields) - SETTINGS - {"messages"}))
-@pytest.mark.parametrize("content", [{"input": "a"}, {"input": ["a"]}, {"messages": CHAT}, {"input": CHAT}])
-def test_no_setting_cuts_or_changes_the_prompt(content, name, client, seen):
-    answer = client.post(EMBEDDINGS, json={**content, name: -1})
-    assert answer.status_code == 400 and not seen
-    assert f"{name} must be left out: it would cut or change the prompt" in answer.text and "got -1" in answer.text
-
-
-def test_every_setting_that_is_taken_is_vllms_and_leaves_the_prompt_whole():
-    assert set(EmbeddingChatRequest.model_fields) > SETTINGS
+def test_no_setting_cuts_or_changes_the_prompt(client, seen):
+    every = set(EmbeddingChatRequest.model_fields)
     cutting = {"truncate_prompt_tokens", "continue_final_message", "chat_template", "chat_template_kwargs"}
-    assert not SETTINGS & (cutting | {"add_generation_prompt", "add_special_tokens"})
+    assert every > SETTINGS and not SETTINGS & (cutting | {"add_generation_prompt", "add_special_tokens"})
+    for name in every - SETTINGS - {"messages"}:
+        for content in ({"input": "a"}, {"input": ["a"]}, {"messages": CHAT}, {"input": CHAT}):
+            answer = client.post(EMBEDDINGS, json={**content, name: -1})
+            assert answer.status_code == 400 and not seen
+            assert f"{name} must be left out: it would cut or change the prompt" in answer.text
+            assert "got -1" in answer.text
 
 
 @pytest.mark.parametrize("path", sorted(OTHERS))
 def test_no_other_address_embeds(path, client, seen):
     for asked in (
-        {"input": "a"},
-        {"input": "a", "messages": None},
         {"input": "a", "messages": CHAT},
         {"messages": CHAT},
         {"texts": ["a"]},
-        {"texts": ["a"], "messages": 1},
         {"inputs": [{"content": [{"type": "text", "text": "a"}]}], "max_tokens": 5},
-        {"text_1": "a", "text_2": "b"},
         {"query": "a", "documents": ["b"]},
     ):
         answer = client.post(path, json=asked, follow_redirects=False)
@@ -159,27 +135,19 @@ def test_no_other_address_embeds(path, client, seen):
         assert path in answer.text and '/v1/embeddings: a text, or a list of texts, as \\"input\\"' in answer.text
 
 
-@pytest.mark.parametrize("body", [b"{", b"\xff", b"", b"[" * 5000, b'"a"', b'{"input": "a"} x'])
-def test_what_is_no_json_object_is_refused(body, client, seen):
-    answer = client.post(EMBEDDINGS, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400 and "the body must be a JSON object" in answer.text and not seen
-
-
 def test_what_embeds_nothing_passes(client, seen):
     for path in HARMLESS:
         assert client.post(path, json={"prompt": "a", "messages": None}).status_code == 200
-    assert client.get(EMBEDDINGS).status_code == 405
-    assert len(seen) == len(HARMLESS)
+    assert client.get(EMBEDDINGS).status_code == 405 and len(seen) == len(HARMLESS)
 
 
 def test_a_body_that_comes_in_parts_is_whole_and_over_the_limit_it_is_refused(client, seen, monkeypatch):
     body = json.dumps({"input": ["a", "é"]}).encode()
     monkeypatch.setattr(plain_input, "MAX_BODY", len(body))
-    headers = {"content-type": "application/json"}
     parts = [body[start : start + 3] for start in range(0, len(body), 3)]
-    assert client.post(EMBEDDINGS, content=iter(parts), headers=headers).status_code == 200
+    assert client.post(EMBEDDINGS, content=iter(parts), headers=JSON).status_code == 200
     assert [one[0]["content"] for one in seen.pop()[0].messages] == ["a", "é"]
-    answer = client.post(EMBEDDINGS, content=iter([*parts, b" "]), headers=headers)
+    answer = client.post(EMBEDDINGS, content=iter([*parts, b" "]), headers=JSON)
     assert answer.status_code == 413 and f"at most {len(body)} bytes" in answer.text and not seen
 
 

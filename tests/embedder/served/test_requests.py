@@ -15,6 +15,7 @@ from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.embedder.served.command import prompt_template
 from embedrl_verl.embedder.served.requests import (
     NO_VECTOR,
     NOT_FINITE,
@@ -24,7 +25,6 @@ from embedrl_verl.embedder.served.requests import (
     embed_request,
     read_vector,
 )
-from embedrl_verl.embedder.template import embedding_template
 from embedrl_verl.errors import EmbedderError
 from tests.embedder.inputs import item, mixed_inputs, picture
 
@@ -41,9 +41,9 @@ def parts(request: EmbedRequest, kind: str) -> list[dict]:
     return [part for message in request.payload["messages"] for part in message["content"] if part["type"] == kind]
 
 
-def test_the_servers_template_renders_the_rows_prompt(each_embedder):
+def test_the_servers_template_renders_the_rows_prompt_and_the_tokens_are_the_workers(each_embedder):
     processor = each_embedder.processor
-    template = embedding_template(processor.profile, processor.limits, processor.family)
+    template = prompt_template(processor)
     kinds = {"image_url": "image", "video_url": "video"}
     for one in mixed_inputs(KINDS):
         request = embed_request(processor, one)
@@ -57,6 +57,7 @@ def test_the_servers_template_renders_the_rows_prompt(each_embedder):
         ]
         (rendered,), _ = render_jinja_template([messages], chat_template=template)
         assert rendered == processor.prompt_text(one)
+        assert torch.equal(request.input_ids, processor.encode(one).input_ids)
 
 
 def test_pixels_arrive_as_the_model_reads_them(each_embedder):
@@ -74,13 +75,6 @@ def test_pixels_arrive_as_the_model_reads_them(each_embedder):
         seen["video"] += len(prepared.videos)
         json.dumps(request.payload)
     assert min(seen.values()) > 0
-
-
-def test_the_tokens_are_the_workers(each_embedder):
-    for one in mixed_inputs(KINDS):
-        assert torch.equal(
-            embed_request(each_embedder.processor, one).input_ids, each_embedder.processor.encode(one).input_ids
-        )
 
 
 def test_item_text_is_cut_and_what_is_still_too_long_is_refused(embedder, monkeypatch):

@@ -24,10 +24,9 @@ import torch
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
 from embedrl_verl.embedder import EmbedInput
-from embedrl_verl.embedder.served.client import ServedEmbedder
-from embedrl_verl.embedder.served.command import server_arguments, server_command, server_options
-from embedrl_verl.embedder.served.handshake import check_servers
-from embedrl_verl.embedder.served.process import ServerProcess
+from embedrl_verl.embedder.served.client import ServedEmbedder, check_servers
+from embedrl_verl.embedder.served.command import prompt_template, server_arguments, server_command
+from embedrl_verl.embedder.served.servers import ServerProcess
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.export.folder import export_checkpoint
@@ -39,12 +38,12 @@ from tests.embedder.inputs import LIMITS, item, mixed_inputs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ROWS = 24  # twice every combination of medium, T-CoT and evidence
-# Says when it listens, takes five connections (four rows and the pool's probe), answers none, and is killed.
+# Says when it listens, takes four connections (as many rows), answers none, and is killed.
 SILENT = """
 import os, signal, socket, sys, time
 server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
 print("listens", flush=True)
-taken = [server.accept() for _ in range(5)]
+taken = [server.accept() for _ in range(4)]
 time.sleep(1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -73,12 +72,10 @@ def config(exported) -> EmbedderConfig:
 @pytest.fixture(scope="module")
 def server(config, tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("server"), free_port()
-    options = server_options(config, processor_for(config), on_cpu=True)
-    template = folder / "template.jinja"
-    template.write_text(options.template)
-    command = server_command(
-        server_arguments(options, template, host="127.0.0.1", port=port, plain_input=True), python()
-    )
+    processor, template = processor_for(config), folder / "template.jinja"
+    template.write_text(prompt_template(processor))
+    arguments = server_arguments(config, processor, on_cpu=True, plain_input=True)
+    command = server_command(arguments, template, host="127.0.0.1", port=port, python=python())
     process = ServerProcess(
         command, {**os.environ, **CPU_ENV}, f"http://127.0.0.1:{port}", folder / "log", startup_s=400
     )
@@ -93,7 +90,7 @@ def expected(embedder) -> torch.Tensor:
 
 
 def embed(config: EmbedderConfig, inputs: Sequence[EmbedInput], urls: Sequence[str], **settings: Any) -> Any:
-    """(results, the pool's counts): a vector or an EmbedderError of each row, all sent at once."""
+    """(results, the pool's servers): a vector or an EmbedderError of each row, all sent at once."""
     section = dataclasses.replace(config.server, urls=tuple(urls), **settings)
     served = ServedEmbedder(dataclasses.replace(config, server=section), processor_for(config))
 
@@ -104,7 +101,7 @@ def embed(config: EmbedderConfig, inputs: Sequence[EmbedInput], urls: Sequence[s
 
     results = asyncio.run(run())
     assert all(isinstance(one, (torch.Tensor, EmbedderError)) for one in results), results
-    return results, served.pool.stats()
+    return results, served.pool.servers
 
 
 def worst(results: Sequence[Any], expected: torch.Tensor) -> float:
@@ -120,7 +117,8 @@ def server_pid(url: str) -> int:
     return next(one.pid for one in listening if one.pid is not None)
 
 
-def test_the_vectors_are_the_embedders(config, server, expected):
+def test_a_server_that_fits_is_accepted_and_its_vectors_are_the_embedders(config, server, expected):
+    check_servers(config, processor_for(config), [server.url])
     results, _ = embed(config, mixed_inputs(ROWS), [server.url])
     assert worst(results, expected) >= 0.999
     assert float((expected[:-1] * expected[1:]).sum(dim=1).min()) < 0.99  # else anything would pass
@@ -138,10 +136,6 @@ def test_a_bare_text_has_the_embedders_vector_or_is_refused(server, embedder):
         assert float((found * wanted).sum(dim=1).min()) >= 0.999
     refused = ask([1, 2, 3])
     assert refused.status_code == 400 and "input must be a text or a list of texts" in refused.text
-
-
-def test_a_server_that_fits_passes_the_handshake(config, server):
-    check_servers(config, processor_for(config), [server.url])
 
 
 @pytest.mark.parametrize(
@@ -183,11 +177,12 @@ def test_rows_of_a_server_that_is_lost_move_to_the_other(config, server, expecte
     with silent.stdout as said:
         assert said.readline() == b"listens\n"
     try:
-        results, stats = embed(config, mixed_inputs(ROWS), [f"http://127.0.0.1:{port}", server.url], deadline_s=120)
+        results, (lost, good) = embed(
+            config, mixed_inputs(ROWS), [f"http://127.0.0.1:{port}", server.url], deadline_s=120
+        )
     finally:
         silent.kill()
         silent.wait()
-    lost, good = stats.servers
     assert worst(results, expected) >= 0.999
     assert lost.requests >= 4 and not lost.up and lost.last_error in ("connection lost", "connection refused")
     assert good.requests == ROWS

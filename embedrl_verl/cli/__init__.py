@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl`: the command line. It parses options and calls; what a command does is in the room that knows the subject,
+which is imported when the command is called, so `embedrl --help` answers at once.
+
+Exit codes: 0 done, 2 usage or configuration, 3 data, 4 anything else that this package refuses.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from embedrl_verl import __version__
+from embedrl_verl.cli.data import data
+from embedrl_verl.cli.options import Out, command
+from embedrl_verl.errors import EmbedRLError
+
+app = typer.Typer(
+    help="Embedder-guided RL for multimodal embeddings, on stock verl.",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+reward = typer.Typer(help="Reward functions: list them, try one on the rollouts of a run.")
+app.add_typer(data, name="data")
+app.add_typer(reward, name="reward")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its errors become one line on standard error and their exit code."""
+    try:
+        return app(argv, prog_name="embedrl", standalone_mode=False) or 0
+    except EmbedRLError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except typer.TyperException as error:  # wrong usage
+        error.show()  # type: ignore[attr-defined]
+        return error.exit_code
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"embedrl-verl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def doctor() -> int:
+    """Versions, plugin, platform, devices; what a recipe would use."""
+    from embedrl_verl.doctor import main as report
+
+    return report()
+
+
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None, Argument(metavar="KEY=VALUE...", help="Hydra overrides, as for python -m embedrl_verl.train.")
+    ] = None,
+    config_name: Annotated[str, Option(help="File in embedrl_verl/config.")] = "egrl_trainer",
+) -> int:
+    """Check a run's configuration and print its plan; starts nothing."""
+    from embedrl_verl.config.compose import compose
+    from embedrl_verl.plan import print_plan
+
+    print_plan(compose(overrides or [], config_name))
+    return 0
+
+
+@app.command()
+def add_emb(checkpoint: Annotated[str, Argument(help="Folder or hub id.")], out: Out) -> int:
+    """Give a Qwen-VL checkpoint the token <emb>, to train it as Embedder."""
+    from embedrl_verl.embedder.add_token import add_emb_token
+
+    number = add_emb_token(checkpoint, out)
+    print(f"wrote {out}; <emb> is token {number}")
+    return 0
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, Argument(help="Folder that verl wrote: global_step_N, or one in it.")],
+    out: Annotated[str, Option(metavar="DIR", help="Folder to write; must not exist or be empty.")],
+    kind: Annotated[
+        Literal["auto", "embedder", "reasoner"], Option(help="What the model is; auto: if it shows.")
+    ] = "auto",
+    base_model: Annotated[
+        str | None,
+        Option(help="Model that training began with: for the card, and the weights under an adapter saved alone."),
+    ] = None,
+    profile: Annotated[str, Option(help="Prompt of an Embedder; auto: embed_rl if it has <emb>.")] = "auto",
+    keep_adapter: Annotated[bool, Option("--keep-adapter", help="Also write the LoRA adapter, as peft does.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace DIR if it holds a model.")] = False,
+) -> int:
+    """Turn a checkpoint into a Hugging Face folder that others can load. It is complete or not there at all."""
+    from embedrl_verl.export.folder import export_checkpoint
+
+    written = export_checkpoint(
+        checkpoint,
+        out,
+        kind=None if kind == "auto" else kind,
+        base_model=base_model,
+        profile=profile,
+        force=force,
+        keep_adapter=keep_adapter,
+    )
+    print(
+        f"wrote the {written.kind} to {written.folder}: {written.weights} weights, {written.parameters:,} parameters, "
+        f"{written.dtype}"
+    )
+    return 0
+
+
+@app.command()
+def serve_embedder(
+    path: Annotated[str, Argument(help="The Embedder: folder or hub id.")],
+    profile: Annotated[str, Option(help="Its prompt, as embedrl.embedder.profile.")] = "auto",
+    dtype: Annotated[Literal["bfloat16", "float32"] | None, Option(help="None: bfloat16, float32 on a CPU.")] = None,
+    device: Annotated[Literal["auto", "gpu", "cpu"], Option(help="auto: a GPU if there is one.")] = "auto",
+    gpus: Annotated[int, Option(help="GPUs of the server.")] = 1,
+    gpu_memory_utilization: Annotated[float, Option(help="Fraction of a GPU's memory.")] = 0.9,
+    max_model_len: Annotated[int, Option(help="Longest prompt, in tokens.")] = 32768,
+    image_tokens: Annotated[tuple[int, int], Option(metavar="MIN MAX", help="Of an image.")] = (128, 768),
+    frame_tokens: Annotated[tuple[int, int], Option(metavar="MIN MAX", help="Of a frame.")] = (128, 300),
+    max_frames: Annotated[int, Option(help="Of a video.")] = 8,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to listen on.")] = 8000,
+    template: Annotated[Path, Option(metavar="FILE", help="Chat template, which is written.")] = Path(
+        "embedding_template.jinja"
+    ),
+    only_print: Annotated[bool, Option("--print", help="Print the command and end.")] = False,
+    vllm_arg: Annotated[
+        list[str] | None, Option(help="One more argument of vllm serve, as --vllm-arg=--max-num-seqs=64; repeat.")
+    ] = None,
+) -> int:
+    """Serve an Embedder with stock vLLM, for embedrl.embedder.backend=server.
+
+    Bare texts get the prompt of the Embedder too. Runs name the server in embedrl.embedder.server.urls
+    and refuse one whose prompts or image limits are others than theirs.
+    """
+    import torch
+
+    from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
+    from embedrl_verl.embedder.served.command import prompt_template, server_arguments, server_command, shell_line
+    from embedrl_verl.embedder.settings import processor_for
+
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    config = EmbedderConfig(
+        path=path,
+        profile=profile,
+        backend="server",
+        dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+        image_min_tokens=image_tokens[0],
+        image_max_tokens=image_tokens[1],
+        frame_min_tokens=frame_tokens[0],
+        frame_max_tokens=frame_tokens[1],
+        server=EmbedderServerConfig(
+            n_gpus_per_server=gpus,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            extra_args=tuple(vllm_arg or ()),
+        ),
+    )
+    processor = processor_for(config, max_frames=max_frames)
+    template.write_text(prompt_template(processor), encoding="utf-8")
+    arguments = server_arguments(config, processor, on_cpu=on_cpu, plain_input=True)
+    command = server_command(arguments, template.resolve(), host=host, port=port)
+    if only_print:
+        print(shell_line(command))
+        return 0
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+@reward.command("list")
+def list_functions() -> int:
+    """The ready-made functions and what they need."""
+    from embedrl_verl.rewards.trial import print_functions
+
+    print_functions()
+    return 0
+
+
+@command(reward, "try")
+def try_function(
+    file: Annotated[
+        str, Argument(metavar="FILE[:FUNCTION]", help="File or pkg://module; default function: compute_score.")
+    ],
+    dump: Annotated[str, Option(metavar="RUN", help="Folder of a run, of its rollouts, or one dump file.")],
+    kwargs: Annotated[
+        list[str] | None,
+        Option(
+            metavar="KEY=VALUE...",
+            help="reward_kwargs, spelt as for hydra; none: those of the run for its own function.",
+        ),
+    ] = None,
+    steps: Annotated[str | None, Option(metavar="1,5-10", help="These steps only.")] = None,
+    limit: Annotated[int, Option(min=0, help="Rows to show, largest change first.")] = 5,
+    json: Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> int:
+    """Score a run's dumped rollouts with another function; needs no GPU."""
+    from embedrl_verl.rewards.trial import print_json, print_tables, try_on_run
+
+    report = try_on_run(file, dump, kwargs, steps, limit)
+    print_json(report) if json else print_tables(report)
+    return 0

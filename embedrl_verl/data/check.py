@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl data check`: read every row, load every medium as a rollout would, and with a tokenizer count every prompt.
+
+A table by data source has the number of different queries and targets; ids that contradict the contents are noted.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import numpy as np
+from tqdm import tqdm
+
+from embedrl_verl.data.files import media_root_of
+from embedrl_verl.data.identity import content_id, false_negative_share
+from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem, scan_located
+from embedrl_verl.data.schema import SIDES, input_kind
+from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.data.threads import default_threads, in_threads
+from embedrl_verl.errors import ConfigError, DataError, MediaError
+from embedrl_verl.families import family_of
+
+FEW_NEGATIVES = 0.5
+UNKNOWN_SOURCE = "(unreadable)"
+
+
+@dataclass
+class _Source:
+    """What the table has of one data source. `contents`: int64, four a pair, see `_contents`."""
+
+    pairs: int = 0
+    bad: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    contents: array[int] = field(default_factory=lambda: array("q"))
+
+
+def check_pairs(
+    files: Iterable[str],
+    settings: DataSettings,
+    media_root: str | None,
+    tokenizer: str | None,
+    max_prompt_length: int | None,
+    *,
+    default_family: str,
+) -> int:
+    """Check the files and print the report. Returns 0, or 3 if a row or file cannot be used.
+
+    Args:
+        media_root: of all files; None: as their data cards say.
+        tokenizer: folder of the Reasoner; without it no prompt is counted, and `default_family` stands in for "auto".
+        max_prompt_length: limit of a prompt in tokens.
+    """
+    if tokenizer is not None:
+        from embedrl_verl.data.lengths import PromptMeter  # imports verl
+
+        meter = PromptMeter.from_pretrained(tokenizer, settings.family)
+        inspector = PairInspector(settings, meter.family, media_root, meter)
+    elif max_prompt_length is not None:
+        raise ConfigError("--max-prompt-length counts tokens and needs --tokenizer DIR, the Reasoner's folder")
+    else:
+        family = family_of(default_family if settings.family == "auto" else settings.family)
+        inspector = PairInspector(settings, family, media_root, meter=None)
+    root_of = cache(lambda file: media_root or media_root_of(file))
+
+    def look(found: LocatedPair | Problem) -> tuple[LocatedPair | Problem, list[int], list[Problem]]:
+        if isinstance(found, Problem):
+            return found, [], [found]
+        here = replace(inspector, media_root=root_of(found.file))
+        # The records go, which may hold their media; a source keeps numbers.
+        return found, _contents(found, here.media_root), _problems(found, here, max_prompt_length)
+
+    sources: dict[str, _Source] = defaultdict(_Source)
+    problems: list[Problem] = []
+    looked = in_threads(look, scan_located(files), default_threads())
+    for found, contents, bad in tqdm(looked, desc="checking pairs", unit="pair", disable=None):
+        problems += bad
+        if isinstance(found, LocatedPair):
+            source = sources[found.record.data_source]
+            source.pairs += 1
+            source.kinds[f"{input_kind(found.record, 'query')} > {input_kind(found.record, 'target')}"] += 1
+            source.contents.extend(contents)
+    rows = {(problem.file, problem.row): problem.data_source or UNKNOWN_SOURCE for problem in problems}
+    for name, count in Counter(rows.values()).items():
+        sources[name].bad = count
+    _print_report(sources, problems)
+    return DataError.exit_code if problems else 0
+
+
+def _contents(pair: LocatedPair, media_root: str | None) -> list[int]:
+    """The pair's `ContentId`, and what it would be without the record's ids; empty if a medium cannot be read."""
+    without = replace(pair.record, query_id="", target_id="")
+    try:
+        stated = content_id(pair.record, media_root)
+        return [*stated, *(stated if without == pair.record else content_id(without, media_root))]
+    except MediaError:  # is one of `_problems`
+        return []
+
+
+def _problems(pair: LocatedPair, inspector: PairInspector, max_prompt_length: int | None) -> list[Problem]:
+    try:
+        facts = inspector.inspect(pair)
+    except MediaError as error:
+        messages = [str(error)]
+    else:
+        overlong = {} if max_prompt_length is None else facts.overlong(max_prompt_length)
+        messages = [
+            f"{pair}, field {side}: prompt has {tokens} tokens, over the limit of {max_prompt_length}"
+            for side, tokens in overlong.items()
+        ]
+    return [Problem(pair.file, pair.row, message, pair.record.data_source) for message in messages]
+
+
+def _print_report(sources: dict[str, _Source], problems: list[Problem]) -> None:
+    width = max([len("data source"), *map(len, sources)])
+    print(f"{'data source':{width}}  {'pairs':>8}  {'bad rows':>8}  {'queries':>8}  {'targets':>8}  {'same':>6}  kinds")
+    notes = []
+    for name, source in sorted(sources.items()):
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in source.kinds.most_common())
+        query, target, *own = np.array(source.contents, np.int64).reshape(-1, 4).T
+        distinct = f"{len(np.unique(query)):>8}  {len(np.unique(target)):>8}"
+        same = false_negative_share(query, target)
+        print(f"{name:{width}}  {source.pairs:>8}  {source.bad:>8}  {distinct}  {same:>6.1%}  {kinds}")
+        if same >= FEW_NEGATIVES:
+            notes.append(
+                f"NOTE {name}: two of its pairs have the same query or target {same:.0%} of the time, so a batch has "
+                "few negatives, and a retrieval reward or loss little to teach. Is an id one value for all?"
+            )
+        for side, stated, content in zip(SIDES, (query, target), own, strict=True):
+            several = len(np.unique(np.stack((content, stated)), axis=1).T) - len(np.unique(content))
+            if several:
+                notes.append(
+                    f"NOTE {name}: equal content of the {side} stands under different {side}_ids ({several} ids too "
+                    f"many), so such pairs are negatives of each other. Leave {side}_id empty, or fill it with embedrl "
+                    "data content-ids --overwrite"
+                )
+    print("same: probability that another pair of the source has the same query or target (never a negative)")
+    for line in [*notes, *(f"BAD {problem.message}" for problem in problems)]:
+        print(line)
+    print(f"{sum(source.pairs for source in sources.values())} pairs, {len(problems)} problem(s)")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run and its plan check alike before anything is started: the settings, the reward function, models that are
+here. A mistake would otherwise show minutes after the start.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedrl_verl.config import EmbedRLConfig
+from embedrl_verl.config.rules import check_family, check_files, check_run_config, has_judge
+from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.embedder.profiles import fitting_profile
+from embedrl_verl.embedder.sentence import check_sentence_model, has_profile
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.judge.settings import check_judge
+from embedrl_verl.platforms.needs import check_needs
+from embedrl_verl.rewards import RewardBatch
+from embedrl_verl.rewards.load import load_reward_function
+from embedrl_verl.rewards.score import call_reward_function
+from embedrl_verl.tcot import parse_tcot
+
+PROBE = '<thinking>{"text_keywords": ["probe"]}</thinking><rethink>ok</rethink><answer>probe</answer>'
+
+
+def preflight(config: Any, *, starts: bool) -> EmbedRLConfig:
+    """Check a composed configuration and return its section `embedrl`.
+
+    Args:
+        starts: a run follows: packages and files must be here, an Embedder of the hub is looked at. A plan may be made
+            on another machine.
+
+    Raises:
+        ConfigError, EmbedderError, ResourceError: the first thing that the run would refuse.
+    """
+    embedrl = check_run_config(config)
+    if starts:
+        check_needs(config)
+        check_files(config)
+    _check_with_verl(config)
+    check_family(config, reasoner_type(config))
+    check_reward_function(config, judge=has_judge(config), raw=embedrl.reward.raw_embeddings)
+    if starts or Path(embedrl.embedder.path).expanduser().is_dir():
+        check_embedder(embedrl.embedder)
+    if has_judge(config):
+        check_judge(embedrl.judge)
+    return embedrl
+
+
+def reasoner_type(config: Any) -> str | None:
+    """Model type of the Reasoner's local folder; None without one (a hub id says nothing here)."""
+    file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
+    return str(json.loads(file.read_text())["model_type"]) if file.is_file() else None
+
+
+def _check_with_verl(config: Any) -> None:
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    try:
+        validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+        OmegaConf.to_container(config, resolve=True)
+    except (AssertionError, ValueError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"verl's validator refuses the configuration: {error}") from error
+
+
+def check_reward_function(config: Any, *, judge: bool = False, raw: bool = False) -> None:
+    """Load the reward function and call it on a made-up batch, which has a `judge` and `raw` vectors as the run has.
+
+    Raises:
+        ConfigError: it cannot be loaded, refuses its arguments, fails, or does not return one score a row.
+    """
+    named = config.reward.custom_reward_function
+    function, where = load_reward_function(f"{named.path}:{named.name}")
+    call_reward_function(partial(function, **(named.reward_kwargs or {})), probe_batch(judge=judge, raw=raw), where)
+
+
+def probe_batch(*, judge: bool = False, raw: bool = False) -> RewardBatch:
+    """2 pairs x 2 sides x 2 rollouts, well-formed. The judge is right in every other row, the first is unknown."""
+    rows = [(pair, side, g) for pair in (0, 1) for side in (0, 1) for g in (0, 1)]
+    pair, side, rollout = (torch.tensor(values) for values in zip(*rows, strict=True))
+    vectors = torch.nn.functional.normalize(
+        torch.randn(2, len(rows), 8, generator=torch.Generator().manual_seed(0)), dim=2
+    )
+    return RewardBatch.build(
+        side=side,
+        pair=pair,
+        rollout=rollout,
+        content=pair,
+        tcots=[parse_tcot(PROBE)] * len(rows),
+        required=["text_keywords"] * len(rows),
+        embeddings=vectors[0],
+        lengths=20 + rollout,
+        raw_embeddings=vectors[1, 2 * pair + side] if raw else None,
+        judge=_probe_judge if judge else None,
+    )
+
+
+async def _probe_judge(batch: RewardBatch) -> Tensor:
+    picks = (torch.arange(len(batch)) % 2).float()
+    picks[0] = torch.nan
+    return picks
+
+
+def check_embedder(config: EmbedderConfig) -> None:
+    """Read the Embedder's configuration and tokenizer, not its weights.
+
+    Raises:
+        EmbedderError: no such checkpoint, or one that does not fit the profile (its token is missing, another family).
+        ConfigError: not a sentence-transformers model, where one is asked for.
+    """
+    if config.backend == "sentence_transformers":
+        check_sentence_model(config.path)
+        if not has_profile(config):
+            return
+    fitting_profile(config.path, config.profile)
