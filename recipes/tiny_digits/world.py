@@ -123,18 +123,6 @@ class _Pen:
         return item, Truth(render_tcot({"bbox_2d": box}, answer), digit_of_cells(grid, strips))
 
 
-def _i2t(pen: _Pen, code: str) -> tuple[_Side, _Side]:
-    return pen.picture(code), _text(code)
-
-
-def _t2i(pen: _Pen, code: str) -> tuple[_Side, _Side]:
-    return _text(code), pen.picture(code)
-
-
-def _i2i(pen: _Pen, code: str) -> tuple[_Side, _Side]:
-    return pen.picture(code), pen.picture(code)
-
-
 def _vqa(pen: _Pen, code: str) -> tuple[_Side, _Side]:
     asked = int(pen.rng.integers(2))
     other = "".join(str(digit) for digit in pen.rng.integers(10, size=len(code)))
@@ -162,10 +150,10 @@ def _page(pen: _Pen, code: str) -> tuple[_Side, _Side]:
 
 # By source: digits of a number, instruction, and what draws query and target of a number.
 SOURCES: dict[str, tuple[int, str, Callable[[_Pen, str], tuple[_Side, _Side]]]] = {
-    "digits_i2t": (5, "Read the digits.", _i2t),
+    "digits_i2t": (5, "Read the digits.", lambda pen, code: (pen.picture(code), _text(code))),
     "digits_vqa": (4, "Read the row", _vqa),
-    "digits_t2i": (5, "Find the picture with these digits.", _t2i),
-    "digits_i2i": (5, "Match the digits.", _i2i),
+    "digits_t2i": (5, "Find the picture with these digits.", lambda pen, code: (_text(code), pen.picture(code))),
+    "digits_i2i": (5, "Match the digits.", lambda pen, code: (pen.picture(code), pen.picture(code))),
     "digits_video": (4, "Read the clip.", _video),
     "digits_page": (4, "Read the page.", _page),
 }

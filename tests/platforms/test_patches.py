@@ -13,7 +13,6 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from embedrl_verl.tiny.models import build_tiny_model
 from transformers import AutoModelForImageTextToText
 from transformers.utils.generic import is_flash_attention_requested
 from verl.single_controller.ray import RayWorkerGroup
@@ -24,6 +23,7 @@ from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.errors import MediaError, PluginError
 from embedrl_verl.platforms import patches, ports, varlen
 from embedrl_verl.platforms.vision import embed_with_media
+from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import LIMITS, mixed_inputs
 
 vllm = pytest.importorskip("vllm")

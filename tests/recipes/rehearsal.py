@@ -40,8 +40,8 @@ def pretend_h100() -> None:
         "device_count": 8,
         "is_cumem_allocator_available": True,
     }
-    methods: dict[str, Any] = {name: classmethod(lambda *_, value=value: value) for name, value in answers.items()}
-    methods["is_device_capability"] = classmethod(lambda _, capability, *__: capability in (90, (9, 0)))
+    methods: dict[str, Any] = {name: classmethod(lambda *_, says=value, **__: says) for name, value in answers.items()}
+    methods["is_device_capability"] = classmethod(lambda _, capability, **__: capability in (90, (9, 0)))
     platforms._current_platform = type("H100", (NonNvmlCudaPlatform,), methods)()
 
 

@@ -51,8 +51,6 @@ def test_a_finished_run_is_not_run_again_and_overrides_reach_every_training(comp
     ("rewards", "message"),
     [("no_judge nothing", "there is no reward/nothing.py"), ("paper", "two or more reward functions")],
 )
-def test_a_comparison_that_cannot_end_is_refused_before_anything_runs(
-    comparison: Recipe, rewards: str, message: str
-) -> None:
+def test_a_comparison_that_cannot_end_is_refused_before_anything_runs(comparison, rewards, message):
     assert comparison.run(REWARDS=rewards) == (2, [])
     assert message in comparison.said and not comparison.out.exists()

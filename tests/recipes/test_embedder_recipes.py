@@ -40,9 +40,7 @@ def test_a_dry_run_passes_the_settings_on_and_needs_no_gpu(gpu: Recipe) -> None:
 
 
 @pytest.mark.parametrize("has_emb", [False, True])
-def test_a_model_without_the_token_gets_a_copy_first_and_the_result_is_exported(
-    gpu: Recipe, tmp_path: Path, has_emb: bool
-) -> None:
+def test_a_model_without_the_token_gets_a_copy_first_and_the_result_is_exported(gpu, tmp_path, has_emb):
     variables = {"GPUS_PER_NODE": "2", "MODEL_PATH": "some/model", "HAS_EMB": str(int(has_emb))}
     code, calls = gpu.run(PATH=path_with_gpus(tmp_path, 2), **variables)
     assert code == 0, gpu.said

@@ -81,9 +81,7 @@ def test_knobs_and_overrides_reach_the_plan_and_the_command_line_wins(tmp_path: 
 
 
 @pytest.mark.parametrize("name", MEGATRON)
-def test_megatron_recipes_train_actor_and_reference_with_verls_engine_recompute_and_offload(
-    tmp_path: Path, name: str
-) -> None:
+def test_megatron_recipes_train_actor_and_reference_with_verls_engine_recompute_and_offload(tmp_path, name):
     config = config_of(tmp_path, name)
     actor = config.actor_rollout_ref.actor
     for section in (actor, config.actor_rollout_ref.ref):
@@ -134,8 +132,8 @@ def test_without_a_gpu_a_recipe_says_so_and_names_the_cpu_recipe(tmp_path: Path,
     ],
 )
 def test_a_machine_or_cluster_that_does_not_suffice_is_refused_with_the_way_out(
-    tmp_path: Path, gpus: int, variables: dict[str, str], code: int, messages: list[str]
-) -> None:
+    tmp_path, gpus, variables, code, messages
+):
     recipe = Recipe(tmp_path, FSDP[0])
     assert recipe.run(PATH=path_with_gpus(tmp_path, gpus), **variables) == (code, [])
     assert all(message in recipe.said for message in messages)
@@ -228,9 +226,7 @@ def earlier_run(recipe: Recipe, *, checkpoint: bool) -> None:
         (False, ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/c/global_step_5"], False),
     ],
 )
-def test_a_run_that_starts_anew_moves_an_earlier_ones_files_aside(
-    tmp_path: Path, checkpoint: bool, arguments: list[str], moved: bool
-) -> None:
+def test_a_run_that_starts_anew_moves_an_earlier_ones_files_aside(tmp_path, checkpoint, arguments, moved):
     recipe = Recipe(tmp_path, FSDP[0])
     earlier_run(recipe, checkpoint=checkpoint)
     assert recipe.modules(*arguments, RAY_ADDRESS="none") == (["plan", "train"] if moved else ["train"])

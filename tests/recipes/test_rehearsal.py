@@ -56,9 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "mode", "judge"), RUNS)
-def test_every_recipe_can_be_built_in_every_mode(
-    made: dict[str, dict[str, Any]], name: str, mode: str, judge: bool
-) -> None:
+def test_every_recipe_can_be_built_in_every_mode(made, name, mode, judge):
     run = made[f"{name} {mode} {judge}"]
     engine = "McoreEngineConfig" if name in MEGATRON else "FSDPEngineConfig"
     assert run["actor"]["engine"] == run["reference"]["engine"] == engine

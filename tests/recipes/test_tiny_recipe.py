@@ -128,9 +128,7 @@ def test_a_training_that_fails_ends_the_other_and_is_done_again(recipe: Recipe, 
         ([], {"FAMILY": "qwen4_vl"}, 2, "FAMILY must be one of qwen2_vl qwen2_5_vl qwen3_vl ; got qwen4_vl"),
     ],
 )
-def test_help_and_wrong_values_touch_nothing(
-    recipe: Recipe, arguments: list[str], variables: dict[str, str], code: int, message: str
-) -> None:
+def test_help_and_wrong_values_touch_nothing(recipe, arguments, variables, code, message):
     assert recipe.run(*arguments, **variables) == (code, [])
     assert message in recipe.said and not recipe.out.exists()
 

@@ -45,9 +45,7 @@ def test_prompts_are_token_by_token_those_of_the_rollout(reasoner: Reasoner, sam
 
 
 @pytest.mark.parametrize("terse", [False, True])
-def test_labels_are_the_tcot_and_the_digits_of_visual_tokens(
-    reasoner: Reasoner, samples: list[Sample], terse: bool
-) -> None:
+def test_labels_are_the_tcot_and_the_digits_of_visual_tokens(reasoner, samples, terse):
     tokenizer = reasoner.processor.tokenizer
     for sample in samples:
         row, labels = make_lesson(reasoner, Prompt(sample.record, "query"), sample.query, terse=terse)
@@ -70,12 +68,12 @@ def a_text_and_a_picture() -> list[Sample]:
     return make_samples("digits_t2i", 4, scans=TRAIN_SCANS, seed=1)[:2]
 
 
-def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path: Path) -> None:
+def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path, capsys):
     reasoner = Reasoner(build_tiny_model(tmp_path / "model", seed=1))
     lessons = a_text_and_a_picture()
     options = {"batch_size": 4, "warmup": 5, "check_every": 20, "habit_steps": 0}
     accuracy = train_cold_start(reasoner, lessons, lessons, max_steps=200, **options)
-    assert accuracy >= 0.9
+    assert accuracy >= 0.9 and "step 200" not in capsys.readouterr().out
     reasoner.save(tmp_path / "trained")
     again = Reasoner(tmp_path / "trained")
     prompts = [Prompt(s.record, "target") for s in lessons]

@@ -47,16 +47,14 @@ def stands_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_query_meets_the_targets_of_its_own_source_only(embedder: Embedder, stands_in: Callable[..., None]) -> None:
-    own = torch.eye(4)
-    # Every query of the second source points at the target of the first one's same place, far more than at its own.
-    stands_in(torch.cat([own, 2 * own + 0.1]), torch.cat([own, own]))
+    own, other = torch.eye(4), torch.eye(4)[[1, 2, 3, 0]]
+    # Every query of the second source points at a target of the first one, too, and as much as at its own.
+    stands_in(torch.cat([own, 2 * other + 0.1]), torch.cat([own, other]))
     hit1 = score_view(embedder, samples_of("digits_i2t", "digits_t2i"))["hit1"]
     assert hit1 == {"digits_i2t": 1.0, "digits_t2i": 1.0, "all": 1.0}
 
 
-def test_all_is_the_plain_mean_over_sources_and_ties_are_misses(
-    embedder: Embedder, stands_in: Callable[..., None]
-) -> None:
+def test_all_is_the_plain_mean_over_sources_and_ties_are_misses(embedder, stands_in):
     vectors = torch.cat([torch.eye(8)[:4], torch.ones(8, 8)])
     stands_in(vectors, vectors)
     view = score_view(embedder, samples_of("digits_i2t") + samples_of("digits_t2i", count=8))
@@ -66,9 +64,7 @@ def test_all_is_the_plain_mean_over_sources_and_ties_are_misses(
 
 
 @pytest.mark.parametrize("name", ["target_id", "query_id"])
-def test_targets_of_an_equal_target_or_query_are_all_relevant(
-    name: str, embedder: Embedder, stands_in: Callable[..., None]
-) -> None:
+def test_targets_of_an_equal_target_or_query_are_all_relevant(name, embedder, stands_in):
     samples = samples_of("digits_i2t")
     shared = [replace(s, record=replace(s.record, **{name: "same"})) for s in samples[:2]] + samples[2:]
     stands_in(torch.eye(4), SWAPPED)
@@ -108,9 +104,7 @@ def test_digits_are_compared_place_by_place() -> None:
     assert quality["written"] == pytest.approx(8 / 9), "what was left out is not wrong"
 
 
-def test_an_input_that_cannot_be_embedded_is_a_counted_miss(
-    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_input_that_cannot_be_embedded_is_a_counted_miss(embedder, monkeypatch):
     samples = samples_of("digits_i2t")
     encode, first = embedder.processor.encode, embed_input(samples[0], "query", None, "qwen2_vl")
 

@@ -41,9 +41,7 @@ def maker(seed: int = 0) -> ListMaker:
         ("ticket 12", ["ticket 12", "parcel 12"], (1,)),
     ],
 )
-def test_the_closest_answers_are_right_and_far_ones_are_not(
-    judged: str, candidates: list[str], expected: tuple[int, ...]
-) -> None:
+def test_the_closest_answers_are_right_and_far_ones_are_not(judged, candidates, expected):
     assert best_matches(judged, candidates) == expected
 
 
@@ -137,8 +135,8 @@ def test_half_of_the_answers_agree_also_of_short_ones_and_faults_are_one_digit()
     [("30852", "3085", ["no"] * 4), ("parcel 12", "parcel 19", ["no", "yes"]), ("3", "319", ["no"] * 3)],
 )
 def test_every_digit_says_what_is_known_up_to_it_and_the_answer_stands_where_the_server_begins(
-    query: str, target: str, expected: list[str], judge: TinyJudge
-) -> None:
+    query, target, expected, judge
+):
     ids, labels = relevance.lesson(judge, query, target)
     style = load_relevance_style("compact")
     opened, closed = judge.turn(relevance.question(query, target))

@@ -76,16 +76,14 @@ def test_smoothing_keeps_steps_and_a_straight_line() -> None:
 
 TABLE = """\
 Held-out pairs: every query against all targets of its data source. first, last = tenth of the RL steps
-      Hit@1                        NDCG@5                 reward         answers  right   s a  reward
-run     raw  before  after   true     raw  before  after   first   last   before  after  step   stage
------------------------------------------------------------------------------------------------------
+       Hit@1                        NDCG@5                 reward         answers  right   s a  reward
+run      raw  before  after   true     raw  before  after   first   last   before  after  step   stage
+------------------------------------------------------------------------------------------------------
 seed0  0.350   0.450  0.550  0.750   0.350   0.450  0.550   0.237  0.688    0.700  0.700  4.00   12.5%"""
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_command_prints_a_line_a_run_and_writes_both_files(
-    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prints_a_line_a_run_and_writes_both_files(count, tmp_path, capsys):
     folders = [write_run(tmp_path / f"seed{i}", 8 + i, 16, 24 - i) for i in range(count)]
     main(folders)
     out = folders[0] if count == 1 else tmp_path

@@ -38,9 +38,7 @@ def folders(tmp_path: Path) -> dict[str, list[Path]]:
     }
 
 
-def test_rewards_are_paired_by_seed_and_numbers_stand_where_they_were_logged(
-    folders: dict[str, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rewards_are_paired_by_seed_and_numbers_stand_where_they_were_logged(folders, tmp_path, capsys):
     rewards = [f"{name}={','.join(map(str, found))}" for name, found in folders.items()]
     reward_table.main(tmp_path / "out", rewards)
     rows = json.loads((tmp_path / "out" / "rewards.json").read_text())

@@ -86,6 +86,7 @@ def test_pictures_are_dark_on_white_and_follow_the_scan() -> None:
     image = np.asarray(draw_canvas(grid, [Strip(1, 0, (0, 1))]))
     assert image.shape == (56, 84)
     assert (image[:28] == 255).all() and (image[28:, 56:] == 255).all() and image[28:, :28].min() < 60
+    assert image[28:, :28].mean() > 128, "ink is less than paper"
     assert not np.array_equal(image, np.asarray(draw_canvas(grid, [Strip(1, 0, (0, 2))])))
     assert (np.asarray(draw_canvas(grid, [], printed="no"))[:28] < 128).any()
 
@@ -103,6 +104,10 @@ def test_a_world_is_reproduced_bit_by_bit_and_its_annotated_files_hold_the_same_
             assert [(r.query.tcot, r.target.tcot) for r in records] == [(s.query.tcot, s.target.tcot) for s in samples]
             bare = [replace(r, query=replace(r.query, tcot=""), target=replace(r.target, tcot="")) for r in records]
             assert bare == [s.record for s in samples]
+    held_out = [
+        s for source in SOURCES for s in make_samples(source, 4, scans=HELD_OUT_SCANS, seed=3 * 2 + 2, name="heldout")
+    ]
+    assert read_samples(paths["heldout"]) == held_out, "a scan that was trained on"
     truths = paths["sft"].with_suffix(".truths.jsonl")
     lines = truths.read_text().splitlines(keepends=True)
     truths.write_text("".join([*lines[1:], lines[0]]))
