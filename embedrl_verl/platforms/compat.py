@@ -158,7 +158,6 @@ verl.workers.engine.megatron.transformer_impl.MegatronEngine
   in embedder/megatron_engine.py: the Embedder's model and micro-batches under Megatron
     __init__(self, model_config, engine_config, optimizer_config, checkpoint_config)
     _build_tf_config(self)
-    _build_megatron_module(self)
     forward_backward_batch(self, data, loss_function, forward_only=False)
     get_data_parallel_group(self)
     provider, tf_config, param_dtype, module, model_config
