@@ -22,10 +22,10 @@ def test_settings_come_from_verls_data_section() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"image_max_token": 5}, r"unknown key data\.embedrl\.image_max_token; known are family, prompt_style"),
-        ({"image_max_tokens": "768"}, r"data\.embedrl\.image_max_tokens must be of type int; got '768'"),
-        ({"max_frames": True}, r"data\.embedrl\.max_frames must be of type int; got True"),
-        ({"image_max_tokens": 100}, "image tokens must satisfy 1 <= minimum <= maximum; got 128 and 100"),
+        ({"image_max_token": 5}, r"data\.embedrl has no key image_max_token; its keys are image_min_tokens"),
+        ({"image_max_tokens": "768"}, r"data\.embedrl\.image_max_tokens must be a valid integer; got '768'"),
+        ({"max_frames": True}, r"data\.embedrl\.max_frames must be a valid integer; got True"),
+        ({"image_max_tokens": 100}, r"image_max_tokens must be at least image_min_tokens \(128\); got 100"),
     ],
 )
 def test_unknown_and_impossible_values_are_refused(section: dict[str, Any], message: str) -> None:

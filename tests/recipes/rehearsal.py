@@ -136,8 +136,7 @@ def training_config(config: Any, role: str) -> Any:
 def rehearse(overrides: list[str], *, judge: bool) -> dict[str, Any]:
     """Validated configuration, then each role's dataclasses and engines' arguments."""
     from embedrl_verl.config import load_embedrl_config
-    from embedrl_verl.config.compose import compose
-    from embedrl_verl.config.compose import bound_served_lengths
+    from embedrl_verl.config.compose import bound_served_lengths, compose
     from embedrl_verl.embedder.worker import worker_config
     from embedrl_verl.plan import make_plan
 
