@@ -161,7 +161,8 @@ def _batch_rules(config: Any, batch: BatchPlan, together: int) -> Rules:
     )
     total = f"such that all {batch.devices} devices (with trainer.nnodes) are divisible by"
     split = batch.model_parallel
-    yield devices, batch.devices % split == 0, f"{total} the actor's model-parallel size ({split})"
+    shared = batch.devices >= split and batch.devices % split == 0
+    yield devices, shared, f"{total} the actor's model-parallel size ({split})"
     # Without servers on the training devices nothing has to fit there.
     replica = replica_size(roles.rollout) if roles.hybrid_engine else 1
     size = f"the size of one rollout replica ({replica}: tensor x data x pipeline parallel size)"
@@ -169,8 +170,8 @@ def _batch_rules(config: Any, batch: BatchPlan, together: int) -> Rules:
     yield (
         "actor_rollout_ref.actor.ppo_mini_batch_size",
         batch.mini_rows % batch.data_parallel == 0,
-        f"another: one update has ppo_mini_batch_size x rollout.n = {batch.mini_prompts} x {batch.rollouts} = "
-        f"{batch.mini_rows} rows, which must be divisible by the {batch.data_parallel} data-parallel ranks",
+        f"one whose rows are divisible by the {batch.data_parallel} data-parallel ranks: one update has "
+        f"ppo_mini_batch_size x rollout.n = {batch.mini_prompts} x {batch.rollouts} = {batch.mini_rows} rows",
     )
     longest = longest_row(config)
     yield (
@@ -201,8 +202,8 @@ def _embedder_rules(config: Any, batch: BatchPlan, embedder: EmbedderConfig) -> 
     yield (
         "embedrl.embedder.train.rollouts",
         not train.enable or chosen >= devices // split,
-        f"more: co-training needs a row for each of the Embedder's {devices // split} data-parallel ranks, and has at "
-        f"most {chosen} of a batch",
+        f"all, or the batch larger: co-training needs a row for each of the Embedder's {devices // split} "
+        f"data-parallel ranks, and has at most {chosen} of a batch",
     )
     fsdp1 = "fsdp2 with an adapter (embedrl.embedder.train.lora_rank above 0): PEFT's do not work under FSDP1"
     yield strategy, not (train.enable and train.lora_rank) or embedder.strategy != "fsdp", fsdp1
