@@ -160,7 +160,7 @@ def test_a_key_that_is_not_in_the_environment_is_an_error(monkeypatch):
         ({"server": {"deadline_s": 0}}, "embedder.server.deadline_s must be greater than 0"),
         (
             {"server": {"gpu_memory_utilization": 1.5}},
-            "embedder.server.gpu_memory_utilization must be less than or equal to 1",
+            "server.gpu_memory_utilization must be less than or equal to 1",
         ),
         ({"server": {"extra_args": ["64"]}}, "embedder.server.extra_args must be a list of --option=value"),
         ({"server": {"url": "http://a"}}, "embedder.server has no key url"),
