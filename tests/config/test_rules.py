@@ -113,7 +113,10 @@ REFUSED = [
     ([*COLOCATE, "trainer.v1.colocate_async.num_warmup_batches=-1"], "colocate_async.num_warmup_batches must be 0"),
     ([*COLOCATE, "skip.rollout_tq.enable=True"], "skip.rollout_tq.enable must be False"),
     ([*SEPARATE, "trainer.v1.separate_async.parameter_sync_step=0"], "parameter_sync_step must be 1 or more; got 0"),
-    ([*SEPARATE, "trainer.v1.separate_async.parameter_sync_step=4"], r"must be .*parameter_sync_step \(4\) x"),
+    *(
+        ([*SEPARATE, f"trainer.v1.separate_async.parameter_sync_step={steps}"], rf"parameter_sync_step \({steps}\) x")
+        for steps in (1, 4)
+    ),
     (
         [*SEPARATE, "data.train_batch_size=6", f"{ROLES}.actor.ppo_mini_batch_size=3"],
         "ppo_mini_batch_size must be a multiple of the 2 prompts that stay together .*; got 3",
