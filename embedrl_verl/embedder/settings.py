@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.processor import EmbedProcessor
@@ -30,8 +30,8 @@ def limits_for(config: EmbedderConfig, *, max_frames: int) -> MediaLimits:
     )
 
 
-def processor_for(config: EmbedderConfig, *, max_frames: int = 8) -> EmbedProcessor:
-    """The processor that encodes rows for the Embedder of the section.
+def processor_for(config: EmbedderConfig, *, max_frames: int | None = None) -> EmbedProcessor:
+    """The processor that encodes rows for the Embedder of the section; `max_frames` None: the default of the data.
 
     Raises:
         EmbedderError: the checkpoint and the profile do not fit.
@@ -39,7 +39,7 @@ def processor_for(config: EmbedderConfig, *, max_frames: int = 8) -> EmbedProces
     return EmbedProcessor.from_pretrained(
         config.path,
         config.profile,
-        limits_for(config, max_frames=max_frames),
+        limits_for(config, max_frames=MediaConfig().max_frames if max_frames is None else max_frames),
         max_text_tokens=config.max_text_tokens,
         pixel_dtype=DTYPES[config.dtype],
     )

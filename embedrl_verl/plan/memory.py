@@ -22,15 +22,13 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan.roles import (
     actor_memory,
     embedder_memory,
-    embeds_here,
     has_reference,
-    known_shape,
     megatron_of,
     number,
     reference_pass,
     trained_parameters,
 )
-from embedrl_verl.platforms.footprint import BF16, FP32, shape_of
+from embedrl_verl.platforms.footprint import BF16, FP32, Shape, shape_of
 
 GIB = 1024**3
 ASSUMED_GIB = 80
@@ -108,7 +106,7 @@ def memory_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[
     stages = memory_stages(config, batch, section, total)
     lines = [("memory", f"GPU of {total / GIB:.0f} GiB ({source}); at most, in GiB, without fragments (docs/gpu.md):")]
     lines += [("", stage.line()) for stage in stages]
-    if embeds_here(section) and shape_of(embedder) is None:
+    if section.embedder.backend == "worker" and shape_of(embedder) is None:
         lines.append(("", f"vectors: not estimated: {_unreadable(embedder)}"))
     warnings = [("warning", text) for stage in stages if (text := stage.warning(total))]
     largest = max(stage.total for stage in stages) / total
@@ -147,15 +145,15 @@ def device_memory() -> tuple[float, str]:
 def memory_stages(config: Any, batch: BatchPlan, section: EmbedRLConfig, total: float) -> list[Stage]:
     """The stages of a step for devices of `total` bytes. The Reasoner must be known; stages of an Embedder that is not
     are left out."""
-    roles, served, actor = config.actor_rollout_ref, config.reward.reward_model, actor_memory(config, batch)
-    apart, separate = section.embedder.n_gpus_per_node > 0, config.trainer.v1.trainer_mode == SEPARATE
-    embedder = None
-    if embeds_here(section) and shape_of(section.embedder.path) is not None:
-        embedder = embedder_memory(config, batch, section)
+    roles, served = config.actor_rollout_ref, config.reward.reward_model
+    shape, embedders = _shapes(config, section)
+    actor, apart = actor_memory(config, batch, shape), section.embedder.n_gpus_per_node > 0
+    separate, embeds_here = config.trainer.v1.trainer_mode == SEPARATE, section.embedder.backend == "worker"
+    embedder = None if embedders is None else embedder_memory(config, batch, section.embedder, embedders)
     beside = 0.0 if apart or embedder is None else embedder.resting
     judged_here = served.enable and not served.enable_resource_pool
     # Processes with a context on a training GPU: the actor's, the Embedder's, and each engine's, asleep or not.
-    here = CONTEXT * (1 + (embeds_here(section) and not apart) + (not separate) + judged_here)
+    here = CONTEXT * (1 + (embeds_here and not apart) + (not separate) + judged_here)
     shared = {"Embedder at rest": beside, "CUDA": here}
     asleep = {"at rest": actor.resting + beside, "CUDA": here}
     where = {"actor at rest": 0.0 if apart else actor.resting, "CUDA": CONTEXT if apart else here}
@@ -184,7 +182,7 @@ def memory_stages(config: Any, batch: BatchPlan, section: EmbedRLConfig, total: 
     lower = f"lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu{offload}"
     stages.append(Stage("log-probs", HERE, parts, lower))
     if has_reference(config):
-        parts = {"pass": reference_pass(config, batch), "actor at rest": actor.resting, **shared}
+        parts = {"pass": reference_pass(config, batch, shape), "actor at rest": actor.resting, **shared}
         lower = f"lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu{offload}"
         stages.append(Stage("reference", HERE, parts, lower))
     parts = {"weights": actor.weights, "Adam": actor.moments, "gradients and pass": actor.update, **shared}
@@ -199,6 +197,13 @@ def memory_stages(config: Any, batch: BatchPlan, section: EmbedRLConfig, total: 
         lower = f"lower embedrl.embedder.train.max_tokens_per_gpu{'' if apart else offload}"
         stages.append(Stage("co-training", place, parts, lower))
     return stages
+
+
+def _shapes(config: Any, section: EmbedRLConfig) -> tuple[Shape, Shape | None]:
+    """The Reasoner's, and that of an Embedder on a worker, if it is known."""
+    shape = shape_of(str(config.actor_rollout_ref.model.path))
+    assert shape is not None  # `memory_lines` has looked
+    return shape, shape_of(section.embedder.path) if section.embedder.backend == "worker" else None
 
 
 def _unreadable(path: str) -> str:
@@ -232,17 +237,17 @@ def _engine(config: Any, name: str, path: str, total: float, longest: int) -> tu
 def _host(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> str:
     """What rests on the host of one node, and one step's media."""
     roles, data, gpus = config.actor_rollout_ref, config.data.embedrl, int(config.trainer.n_gpus_per_node)
-    shape, actor, train = known_shape(roles.model.path), actor_memory(config, batch), section.embedder.train
+    (shape, embedder), train = _shapes(config, section), section.embedder.train
+    actor = actor_memory(config, batch, shape)
     parts = {"actor": gpus * (actor.weights * (not actor.keeps_weights) + actor.moments * (not actor.keeps_moments))}
     if has_reference(config):
         if str(roles.ref.strategy) == "megatron":
             parts["reference"] = gpus * megatron_of(roles.ref.megatron, shape, batch.devices, trained=False).weights
         else:
             parts["reference"] = FP32 * shape.parameters * gpus / batch.devices
-    embedder = shape_of(section.embedder.path)
-    if embeds_here(section) and embedder is not None:
+    if embedder is not None:
         weight = FP32 if train.enable or section.embedder.dtype != "bfloat16" else BF16
-        trained = trained_parameters(embedder, section)
+        trained = trained_parameters(embedder, train)
         away = weight * embedder.parameters + 2 * FP32 * trained if section.embedder.offload else 0
         parts["Embedder"] = away + (FP32 * trained if train.ema_decay else 0)
     row = shape.pixels(max(data.image_max_tokens, data.frame_max_tokens * (data.max_frames // 2)))

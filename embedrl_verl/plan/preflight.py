@@ -86,18 +86,16 @@ def check_reward_function(config: Any, *, judge: bool = False, raw: bool = False
 
 def probe_batch(*, judge: bool = False, raw: bool = False) -> RewardBatch:
     """2 pairs x 2 sides x 2 rollouts, well-formed. The judge is right in every other row, the first is unknown."""
-    rows = [(pair, side, g) for pair in (0, 1) for side in (0, 1) for g in (0, 1)]
-    pair, side, rollout = (torch.tensor(values) for values in zip(*rows, strict=True))
-    vectors = torch.nn.functional.normalize(
-        torch.randn(2, len(rows), 8, generator=torch.Generator().manual_seed(0)), dim=2
-    )
+    pair, side, rollout = torch.cartesian_prod(*[torch.arange(2)] * 3).T
+    draws = torch.randn(2, len(pair), 8, generator=torch.Generator().manual_seed(0))
+    vectors = torch.nn.functional.normalize(draws, dim=2)
     return RewardBatch.build(
         side=side,
         pair=pair,
         rollout=rollout,
         content=pair,
-        tcots=[parse_tcot(PROBE)] * len(rows),
-        required=["text_keywords"] * len(rows),
+        tcots=[parse_tcot(PROBE)] * len(pair),
+        required=["text_keywords"] * len(pair),
         embeddings=vectors[0],
         lengths=20 + rollout,
         raw_embeddings=vectors[1, 2 * pair + side] if raw else None,

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.batch import BatchPlan, is_megatron, longest_row, ulysses_size
+from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.platforms.footprint import (
     BF16,
@@ -19,7 +19,6 @@ from embedrl_verl.platforms.footprint import (
     Fsdp,
     Megatron,
     Shape,
-    shape_of,
 )
 
 
@@ -52,21 +51,11 @@ class RoleMemory:
         return self.moments * self.keeps_moments
 
 
-def embeds_here(section: EmbedRLConfig) -> bool:
-    return section.embedder.backend == "worker"
-
-
 def has_reference(config: Any) -> bool:
     """With an adapter verl takes the actor without it."""
     from verl.trainer.ppo.utils import need_reference_policy
 
     return bool(need_reference_policy(config)) and not int(config.actor_rollout_ref.model.lora_rank)
-
-
-def known_shape(path: object) -> Shape:
-    shape = shape_of(str(path))
-    assert shape is not None  # the caller has looked
-    return shape
 
 
 def number(section: Any, key: str, name: str) -> float:
@@ -88,9 +77,8 @@ def _tokens(config: Any, role: str, prefix: str) -> tuple[int, int]:
     return tokens, ulysses_size(config) * tokens * int(config.data.max_prompt_length) // max(longest, 1)
 
 
-def actor_memory(config: Any, batch: BatchPlan) -> RoleMemory:
-    roles, actor, model = config.actor_rollout_ref, config.actor_rollout_ref.actor, config.actor_rollout_ref.model
-    shape = known_shape(model.path)
+def actor_memory(config: Any, batch: BatchPlan, shape: Shape) -> RoleMemory:
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     train = _tokens(config, "actor_rollout_ref.actor", "")
     infer = _tokens(config, "actor_rollout_ref.rollout", "log_prob_")
     if is_megatron(config):
@@ -98,7 +86,7 @@ def actor_memory(config: Any, batch: BatchPlan) -> RoleMemory:
         keeps = not actor.megatron.param_offload, not actor.megatron.optimizer_offload
         passes = split.forward(*infer), split.update(*train)
         return RoleMemory(split.weights, split.optimizer, *keeps, *passes, split.gradients)
-    sharding, lora, fused = roles.actor.fsdp_config, int(model.lora_rank), bool(model.use_fused_kernels)
+    sharding, lora, fused = actor.fsdp_config, int(model.lora_rank), bool(model.use_fused_kernels)
     shards = min(int(sharding.fsdp_size), batch.devices) if int(sharding.fsdp_size) > 0 else batch.devices
     fsdp = Fsdp(shape, shards, _adapter(shape, lora) if lora else shape.parameters)
     checkpointing = bool(model.enable_gradient_checkpointing)
@@ -122,9 +110,8 @@ def _adapter(shape: Shape, rank: int) -> int:
     return shape.layers * rank * (8 * shape.hidden + 3 * (shape.hidden + shape.ffn))
 
 
-def embedder_memory(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> RoleMemory:
-    embedder, train = section.embedder, section.embedder.train
-    shape, keeps = known_shape(embedder.path), not embedder.offload
+def embedder_memory(config: Any, batch: BatchPlan, embedder: EmbedderConfig, shape: Shape) -> RoleMemory:
+    train, keeps = embedder.train, not embedder.offload
     per_node = embedder.n_gpus_per_node or int(config.trainer.n_gpus_per_node)
     infer, tokens = embedder.max_tokens_per_gpu, train.max_tokens_per_gpu
     if embedder.strategy == "megatron":
@@ -134,23 +121,21 @@ def embedder_memory(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> Ro
         passes = one.forward(infer, infer), one.update(tokens, tokens)
         return RoleMemory(one.weights, one.optimizer, keeps, keeps, *passes, one.gradients)
     compute = BF16 if embedder.dtype == "bfloat16" else FP32
-    fsdp = Fsdp(shape, per_node, trained_parameters(shape, section), FP32 if train.enable else compute, compute)
+    fsdp = Fsdp(shape, per_node, trained_parameters(shape, train), FP32 if train.enable else compute, compute)
     update = fsdp.update(tokens, tokens, fused=True, checkpointing=train.gradient_checkpointing, loss=False)
     return RoleMemory(fsdp.weights, fsdp.optimizer, keeps, keeps, fsdp.forward(infer, infer), update)
 
 
-def trained_parameters(shape: Shape, section: EmbedRLConfig) -> int:
+def trained_parameters(shape: Shape, train: EmbedderTrainConfig) -> int:
     """Parameters of the Embedder with a gradient."""
-    train = section.embedder.train
     if not train.enable:
         return 0
     return _adapter(shape, train.lora_rank) if train.lora_rank else shape.parameters
 
 
-def reference_pass(config: Any, batch: BatchPlan) -> float:
+def reference_pass(config: Any, batch: BatchPlan, shape: Shape) -> float:
     """The reference model's pass; its weights rest on the host."""
-    roles = config.actor_rollout_ref
-    tokens, shape = _tokens(config, "actor_rollout_ref.ref", "log_prob_"), known_shape(roles.model.path)
+    roles, tokens = config.actor_rollout_ref, _tokens(config, "actor_rollout_ref.ref", "log_prob_")
     if str(roles.ref.strategy) == "megatron":
         one = megatron_of(roles.ref.megatron, shape, batch.devices, trained=False)
         return one.weights + one.forward(*tokens)

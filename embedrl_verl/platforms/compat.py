@@ -77,7 +77,7 @@ verl.trainer.ppo.v1.trainer_colocate_async.PPOTrainerColocateAsync
   in trainer/modes_async.py: requests that an update interrupts continue with a new seed
     get_llm_client(self)
 verl.trainer.ppo.v1.trainer_separate_async.PPOTrainerSeparateAsync
-  in trainer/modes_async.py, trainer/egrl.py, trainer/setup.py, platforms/trainer.py: the same methods where verl's trainer has its own
+  in trainer/modes_async.py, trainer/egrl.py, trainer/setup.py, platforms/trainer.py: the same, where it has its own
     __init__(self, config)
     _setup(self)
     _init_resource_pool_mgr(self)

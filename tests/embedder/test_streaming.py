@@ -144,15 +144,18 @@ def test_a_key_that_is_not_in_the_environment_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"backend": "remote"}, "embedder.backend must be one of worker, server, sentence_transformers"),
+        ({"backend": "remote"}, "embedder.backend must be 'worker', 'server' or 'sentence_transformers'"),
         ({"backend": "server", "train": {"enable": True}}, "embedder.backend must be worker with train.enable=True"),
         ({"backend": "sentence_transformers", "train": {"enable": True}}, "must be worker with train.enable=True"),
-        ({"server": {"limit": 0}}, "embedder.server.limit must be 1 or more"),
-        ({"server": {"deadline_s": 0}}, "embedder.server.deadline_s must be a positive number of seconds"),
-        ({"server": {"gpu_memory_utilization": 1.5}}, "embedder.server.gpu_memory_utilization must be above 0"),
+        ({"server": {"limit": 0}}, "embedder.server.limit must be greater than or equal to 1"),
+        ({"server": {"deadline_s": 0}}, "embedder.server.deadline_s must be greater than 0"),
+        (
+            {"server": {"gpu_memory_utilization": 1.5}},
+            "server.gpu_memory_utilization must be less than or equal to 1",
+        ),
         ({"server": {"extra_args": ["64"]}}, "embedder.server.extra_args must be a list of --option=value"),
         ({"server": {"url": "http://a"}}, "embedder.server has no key url"),
-        ({"sentence": {"n_gpus": 2}}, "embedder.sentence.n_gpus must be 0 or 1"),
+        ({"sentence": {"n_gpus": 2}}, "embedder.sentence.n_gpus must be less than or equal to 1"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(section, message):

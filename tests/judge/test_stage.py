@@ -94,18 +94,16 @@ def test_the_pool_has_the_limits_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("urls", "message"),
     [
-        ({"style": "long"}, "embedrl.judge.style must be 'paper' or 'compact'; got 'long'"),
-        ({"urls": ("ftp://judge",)}, "embedrl.judge.urls: a server's URL must read"),
-        ({"urls": ("http://judge", "judge/v1")}, "embedrl.judge.urls: a pool needs one or more different"),
-        ({"temperature": float("inf")}, "embedrl.judge.temperature must be"),
+        (("ftp://judge",), "embedrl.judge.urls: a server's URL must read"),
+        (("http://judge", "judge/v1"), "embedrl.judge.urls: a pool needs one or more different"),
     ],
 )
-def test_a_judge_that_cannot_work_is_refused_before_anything_is_started(change, message) -> None:
+def test_a_judge_that_cannot_work_is_refused_before_anything_is_started(urls, message) -> None:
     check_judge(JudgeConfig(api_key_env="SET_WHERE_THE_TRAINER_RUNS"))
     with pytest.raises(ConfigError, match=message):
-        check_judge(JudgeConfig(**change))
+        check_judge(JudgeConfig(urls=urls))
 
 
 def test_each_row_is_judged_with_its_inputs_instruction_and_a_prompt_leaves_the_queue_once(monkeypatch) -> None:

@@ -21,7 +21,7 @@ def test_the_report_names_versions_plugin_platform_and_recipe(capsys):
 @pytest.mark.parametrize(("ok", "code", "mark"), [(True, 0, "  "), (False, 4, "!!")])
 def test_one_bad_line_is_exit_code_4(ok, code, mark, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "findings", lambda: [Finding("x", "text", ok=ok)])
-    assert doctor.main() == code
+    assert doctor.run(argparse.Namespace()) == code
     assert capsys.readouterr().out.startswith(f"{mark} x ")
 
 
