@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from embedrl_verl import __version__, cli
 from embedrl_verl.curate.split_settings import SplitSettings
@@ -19,6 +20,37 @@ from embedrl_verl.errors import ConfigError, DataError, EmbedderError, EmbedRLEr
 
 HEAVY = {"torch", "verl", "ray", "vllm", "pyarrow", "numpy", "transformers", "hydra"}
 Run = Callable[..., Any]
+SIZES = " image-min-tokens image-max-tokens frame-min-tokens frame-max-tokens max-frames"
+READING = " media-root family prompt-style max-prompt-length tokenizer"
+MODEL = (
+    " url model engine engine-args extra-body limit timeout patience shard-rows price-prompt price-completion"
+    " max-failed-share max-bad-share style tries temperature retry-temperature max-tokens seed"
+)
+JOB = " media-root workers rows-per-part max-bad-share out"
+SPLIT = (
+    " rl-from rl-preset rl-rows allow-short rl-sampling split-seed unknown keep-rl-matches contrastive-without"
+    " disjoint-targets"
+)
+OPTIONS = {
+    "doctor": "",
+    "plan": "config-name",
+    "add-emb": "out",
+    "export": "base-model force keep-adapter kind out profile",
+    "serve-embedder": "device dtype gpu-memory-utilization gpus host image-tokens frame-tokens max-frames port"
+    " max-model-len print profile template vllm-arg",
+    "data annotate": "evidence family gold-share keep-failed media-mb media-root no-few-shot out overwrite reask side"
+    " threads top-p videos" + SIZES + MODEL,
+    "data filter": "free verdicts-only" + MODEL + JOB + SPLIT,
+    "data split": "verdicts" + JOB + SPLIT,
+    "data content-ids": "max-bits max-difference near-duplicates overwrite" + JOB,
+    "data check": SIZES + READING,
+    "data show": "boxes limit max-mib only out pair-id picture-side scan seed verdicts set max-response-length"
+    + SIZES
+    + READING,
+    "data stats": "json limit seed set max-response-length" + SIZES + READING,
+    "reward list": "",
+    "reward try": "dump json kwargs limit steps",
+}
 
 
 @pytest.mark.parametrize("words", [["--help"], ["data", "annotate", "--help"], ["reward", "try", "--help"]])
@@ -73,6 +105,15 @@ def test_help_names_the_options_of_each_group_under_its_heading(capsys: pytest.C
     assert cli.main(["data", "content-ids", "--help"]) == 0
     own, job = capsys.readouterr().out.split("\njob:\n")
     assert "--near-duplicates" in own and "--workers" in job and "--media-root DIR" in job and "--out" not in job
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_commands_have_these_options(command: str) -> None:
+    found: Any = typer.main.get_command(cli.app)
+    for name in command.split():
+        found = found.commands[name]
+    names = {name for parameter in found.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert {name for name in names if name.startswith("--")} == {f"--{name}" for name in OPTIONS[command].split()}
 
 
 @pytest.fixture

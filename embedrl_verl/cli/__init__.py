@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-reward = typer.Typer(help="Reward functions: list them, try one on the rollouts of a run.")
+reward = typer.Typer(help="Reward functions: list them, try one on a run.")
 app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
 
@@ -59,7 +59,7 @@ def _top(
 
 @app.command()
 def doctor() -> int:
-    """Versions, plugin, platform, devices; what a recipe would use."""
+    """Versions, plugin, devices; what a recipe would use here."""
     from embedrl_verl.doctor import main as report
 
     return report()
@@ -72,7 +72,7 @@ def plan(
     ] = None,
     config_name: Annotated[str, Option(help="File in embedrl_verl/config.")] = "egrl_trainer",
 ) -> int:
-    """Check a run's configuration and print its plan; starts nothing."""
+    """Check a run's configuration and print its plan. Starts nothing."""
     from embedrl_verl.config.compose import compose
     from embedrl_verl.plan import print_plan
 
@@ -82,7 +82,7 @@ def plan(
 
 @app.command()
 def add_emb(checkpoint: Annotated[str, Argument(help="Folder or hub id.")], out: Out) -> int:
-    """Give a Qwen-VL checkpoint the token <emb>, to train it as Embedder."""
+    """Give a Qwen-VL checkpoint the token <emb>. It can then be trained as Embedder."""
     from embedrl_verl.embedder.add_token import add_emb_token
 
     number = add_emb_token(checkpoint, out)
@@ -105,7 +105,7 @@ def export(
     keep_adapter: Annotated[bool, Option("--keep-adapter", help="Also write the LoRA adapter, as peft does.")] = False,
     force: Annotated[bool, Option("--force", help="Replace DIR if it holds a model.")] = False,
 ) -> int:
-    """Turn a checkpoint into a Hugging Face folder that others can load. It is complete or not there at all."""
+    """Turn a checkpoint into a Hugging Face folder. It is complete or not there at all."""
     from embedrl_verl.export.folder import export_checkpoint
 
     written = export_checkpoint(
@@ -146,10 +146,10 @@ def serve_embedder(
         list[str] | None, Option(help="One more argument of vllm serve, as --vllm-arg=--max-num-seqs=64; repeat.")
     ] = None,
 ) -> int:
-    """Serve an Embedder with stock vLLM, for embedrl.embedder.backend=server.
+    """Serve an Embedder with stock vLLM.
 
-    Bare texts get the prompt of the Embedder too. Runs name the server in embedrl.embedder.server.urls
-    and refuse one whose prompts or image limits are others than theirs.
+    Runs with embedrl.embedder.backend=server name it in embedrl.embedder.server.urls, and refuse one whose prompts or
+    image limits are others than theirs. Bare texts get the prompt of the Embedder too.
     """
     import torch
 
@@ -211,7 +211,7 @@ def try_function(
     limit: Annotated[int, Option(min=0, help="Rows to show, largest change first.")] = 5,
     json: Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> int:
-    """Score a run's dumped rollouts with another function; needs no GPU."""
+    """Score a run's rollouts with another function. Needs no GPU."""
     from embedrl_verl.rewards.trial import print_json, print_tables, try_on_run
 
     report = try_on_run(file, dump, kwargs, steps, limit)

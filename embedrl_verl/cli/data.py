@@ -16,7 +16,7 @@ from embedrl_verl.families import Family
 FAMILY = "qwen2_vl"
 """Whose prompts and sizes `check` and `show` take where neither --family nor a tokenizer says."""
 
-data = Typer(help="Pair records: annotate, filter, split, check and look at them.")
+data = Typer(help="Pair records: annotate, filter, split, check, look.")
 
 
 @command(data)
@@ -35,7 +35,7 @@ def annotate(
         bool, Option("--keep-failed", help="Write failed records too, without their T-CoT.")
     ] = False,
 ) -> int:
-    """A model writes the T-CoTs of both sides of every pair; resumable.
+    """A model writes the T-CoTs of both sides; resumable.
 
     Killed and started again with the same command it goes on where it was. Exit code 3 if rows of the input cannot be
     used (they are in rejected.jsonl); sides without a usable T-CoT are in failed.jsonl.
@@ -88,7 +88,7 @@ def filter_pairs(
     split: opt.Split,
     job: opt.Job,
 ) -> int:
-    """A judge says which pairs belong together, and they are split; resumable.
+    """A judge says which pairs match; splits them; resumable.
 
     OUT/verdicts/verdicts.parquet has pair_id and verdict (match, mismatch, unknown), its card the counts by source;
     OUT/contrastive and OUT/rl are as `embedrl data split` writes them, which also splits the same verdicts in another
@@ -155,7 +155,7 @@ def content_ids(
     max_difference: Annotated[float, Option(help="Small pictures may differ by so many of 255 grey values.")] = 9.0,
     job: opt.Job,
 ) -> int:
-    """Fill query_id and target_id: same content, same id; resumable. Exit code 3 if rows cannot be used."""
+    """Same content, same query_id and target_id; resumable. Exit code 3 if rows cannot be used."""
     from embedrl_verl.curate.id_job import IdSettings, fill_content_ids
     from embedrl_verl.curate.near_duplicates import Likeness
 
@@ -167,7 +167,7 @@ def content_ids(
 
 @command(data)
 def check(*, files: opt.Files, tokenizer: opt.Tokenizer = None, reading: opt.Reading, sizes: opt.Sizes) -> int:
-    """Check records, media and prompt lengths: is this fit for training?
+    """Check records, media and prompt lengths.
 
     Prints a table by data source and a line for each row that cannot be used; the exit code is 3 if there is any. Notes
     ids that contradict the contents.
@@ -191,9 +191,10 @@ def show(
     reading: opt.Reading,
     sizes: opt.Sizes,
 ) -> int:
-    """An HTML page of records: media, boxes, key frames, T-CoTs, problems.
+    """An HTML page of records, with what is wrong in them.
 
-    It is written even if every record is broken; `embedrl data check` is the gate.
+    It has media, boxes, key frames, evidence and T-CoTs, and is written even if every record is broken; `embedrl data
+    check` is the gate.
     """
     from embedrl_verl.report.recipe import recipe_limits
     from embedrl_verl.report.show import show_records
@@ -219,7 +220,7 @@ def stats(
     reading: opt.Reading,
     sizes: opt.Sizes,
 ) -> int:
-    """Lengths in tokens against a recipe's limits, by source and side.
+    """Lengths in tokens against the limits of a recipe.
 
     Prompts are counted as the rollout reads them, media included. A row that cannot be read is named and left out; the
     exit code is then 3.

@@ -147,6 +147,7 @@ def _mean(values: Tensor) -> float:
 
 
 def _correlation(both: Tensor) -> float:
+    """Pearson's; NaN for fewer than two rows or where one does not vary, also if its mean in float64 is not exact."""
     if both.shape[1] < 2 or bool((both == both[:, :1]).all(dim=1).any()):
         return float("nan")
     return float(torch.corrcoef(both.double())[0, 1])

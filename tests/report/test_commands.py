@@ -20,9 +20,9 @@ from tests.report.inputs import Seen
 Command = Callable[..., int]
 
 
-def titles(page: Path) -> list[str]:
-    """Which records a page shows, by file and row."""
-    return [str(one["data-source"]) for one in Seen(page.read_text(encoding="utf-8")).all("article")]
+def titles(page: Seen) -> list[str]:
+    """The data sources of the records that a page shows."""
+    return [str(one["data-source"]) for one in page.all("article")]
 
 
 @pytest.fixture(scope="module")
@@ -30,57 +30,54 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(build_tiny_model(tmp_path_factory.mktemp("model")))
 
 
+@pytest.fixture
+def shown(embedrl: Command, file: Path, tmp_path: Path) -> Callable[..., Seen]:
+    """The page that `embedrl data show` writes."""
+
+    def show(*options: object) -> Seen:
+        assert embedrl("data", "show", file, "--out", tmp_path / "deep" / "p.html", *options) == 0
+        return Seen((tmp_path / "deep" / "p.html").read_text(encoding="utf-8"))
+
+    return show
+
+
 def test_show_needs_nothing_but_the_file(embedrl: Command, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert embedrl("data", "show", file) == 0
     page = file.with_suffix(".html")
+    assert embedrl("data", "show", file) == 0
     assert "6 of 6 records, 2 with a fault" in capsys.readouterr().out
-    assert len(titles(page)) == 6
+    assert len(titles(Seen(page.read_text()))) == 6
     assert embedrl("data", "show", file, "--limit", 5) == 0  # its own page may be replaced
-    assert len(titles(page)) == 5
-
-
-def test_a_file_of_somebody_else_is_not_replaced(
-    embedrl: Command, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file.with_suffix(".html").write_text("<p>mine</p>")
+    assert len(titles(Seen(page.read_text()))) == 5
+    page.write_text("<p>mine</p>")
     assert embedrl("data", "show", file) == 2
-    assert "name another file with --out" in capsys.readouterr().err
-    assert file.with_suffix(".html").read_text() == "<p>mine</p>"
+    assert "name another file with --out" in capsys.readouterr().err and page.read_text() == "<p>mine</p>"
 
 
-def test_records_can_be_chosen(embedrl: Command, file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "page.html"
-    assert embedrl("data", "show", file, "--pair-id", "clip", "bare", "--out", out) == 0
-    assert titles(out) == ["videos", "text"]
-    assert embedrl("data", "show", file, "--only", "problems", "--out", out) == 0
-    assert len(titles(out)) == 2 and "6 records were looked through" in out.read_text()
-    assert embedrl("data", "show", file, "--only", "problems", "--limit", 1, "--out", out) == 0
-    assert len(titles(out)) == 1
-    assert embedrl("data", "show", file, "--seed", 3, "--limit", 5, "--out", out) == 0
-    assert "random in each source, seed 3" in out.read_text()
+def test_records_can_be_chosen(shown: Callable[..., Seen]) -> None:
+    assert titles(shown("--pair-id", "clip", "bare")) == ["videos", "text"]
+    faulty = shown("--only", "problems")
+    assert len(titles(faulty)) == 2 and "6 records were looked through" in faulty.characters
+    assert len(titles(shown("--only", "problems", "--limit", 1))) == 1
+    assert "random in each source, seed 3" in shown("--seed", 3, "--limit", 5).characters
 
 
-def test_cards_tell_the_verdicts_of_the_judge(embedrl: Command, file: Path, tmp_path: Path) -> None:
-    def shown(*options: object) -> str:
-        assert embedrl("data", "show", file, "--out", tmp_path / "p.html", *options) == 0
-        return Seen((tmp_path / "p.html").read_text()).characters
-
+def test_cards_have_the_verdicts_of_the_judge(shown: Callable[..., Seen], tmp_path: Path) -> None:
     verdicts = pa.table({"pair_id": ["clip", "image", "elsewhere"], "verdict": ["mismatch", "match", "match"]})
-    assert "relevance" not in shown()
+    assert "relevance" not in shown().characters
     pq.write_table(verdicts, tmp_path / "other.parquet")
-    assert "relevance mismatch" in shown("--verdicts", tmp_path / "other.parquet", "--pair-id", "clip")
+    named = shown("--verdicts", tmp_path / "other.parquet", "--pair-id", "clip")
+    assert "relevance mismatch" in named.characters
     (tmp_path / "other.parquet").rename(tmp_path / "verdicts.parquet")
-    seen = shown()
+    seen = shown().characters
     found = [seen.count(f"relevance {verdict}") for verdict in ("match", "mismatch", "not judged")]
     assert found == [1, 1, 4] and str(tmp_path / "verdicts.parquet") in seen
 
 
-def test_a_row_that_is_no_record_is_shown_with_its_reason(embedrl: Command, file: Path, tmp_path: Path) -> None:
+def test_a_row_that_is_no_record_is_shown_with_its_reason(shown: Callable[..., Seen], file: Path) -> None:
     rows = pq.read_table(file).to_pylist()[:2]
     rows[1]["target"] = None
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
-    assert embedrl("data", "show", file, "--out", tmp_path / "p.html") == 0
-    seen = Seen((tmp_path / "p.html").read_text())
+    seen = shown()
     assert seen.all("article")[1]["data-flags"] == "unreadable"
     assert "pairs.parquet, row 1: field target: null" in seen.characters
 
@@ -104,20 +101,15 @@ def test_what_cannot_work_is_told(
     assert message in capsys.readouterr().err
 
 
-def test_show_reads_boxes_in_the_units_that_are_named(embedrl: Command, file: Path, tmp_path: Path) -> None:
-    pages = []
-    for options in (["--family", "qwen2_5_vl"], ["--boxes", "absolute"], []):
-        assert embedrl("data", "show", file, "--pair-id", "image", "--out", tmp_path / "p.html", *options) == 0
-        pages.append(Seen((tmp_path / "p.html").read_text()).all("rect", "line")[0])
+def test_show_reads_boxes_in_the_units_that_are_named(shown: Callable[..., Seen]) -> None:
+    options = (["--family", "qwen2_5_vl"], ["--boxes", "absolute"], [])
+    pages = [shown("--pair-id", "image", *some).all("rect", "line")[0] for some in options]
     assert pages[0] == pages[1] != pages[2]
 
 
-def test_show_with_a_tokenizer_tells_what_is_too_long(
-    embedrl: Command, file: Path, tmp_path: Path, model: Path
-) -> None:
+def test_show_with_a_tokenizer_says_what_is_too_long(shown: Callable[..., Seen], model: Path) -> None:
     options = ["--tokenizer", model, "--prompt-style", "compact", "--max-response-length", 20, "--image-min-tokens", 4]
-    assert embedrl("data", "show", file, "--pair-id", "image", "--out", tmp_path / "p.html", *options) == 0
-    seen = Seen((tmp_path / "p.html").read_text())
+    seen = shown("--pair-id", "image", *options)
     assert seen.all("article")[0]["data-flags"] == "too_long"
     assert "The T-CoT has " in seen.characters and "the recipe's limit is 20" in seen.characters
 

@@ -3,8 +3,6 @@
 
 import gc
 import json
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -182,30 +180,30 @@ def test_kwargs_are_read_as_hydra_does():
     words = ["a=1", "b=1e-3", "c=all", "d=true", "e=[1,2]", "f='x y'", "g=null", "h={k: 2}"]
     wanted = {"a": 1, "b": 1e-3, "c": "all", "d": True, "e": [1, 2], "f": "x y", "g": None, "h": {"k": 2}}
     assert parse_kwargs(words) == wanted
-    for word, message in (("a", "KEY=VALUE words; got 'a'"), ("a.b=1", "KEY=VALUE"), ("a=[1", "cannot be read")):
-        with pytest.raises(ConfigError, match=message):
-            parse_kwargs([word])
 
 
 def test_steps_are_a_list_of_numbers_and_ranges():
     assert parse_steps("1,5-10, 12") == [range(1, 2), range(5, 11), range(12, 13)]
-    for text in ("", "a", "1-", "1,,2", "-3", "1-2-3"):
-        with pytest.raises(ConfigError, match="--steps must be a list like 1,5-10"):
-            parse_steps(text)
+
+
+@pytest.mark.parametrize(
+    ("parse", "value", "message"),
+    [(parse_steps, text, "--steps must be a list like 1,5-10") for text in ("", "a", "1-", "1,,2", "-3", "1-2-3")]
+    + [(parse_kwargs, [word], "KEY=VALUE words; got 'a") for word in ("a", "a.b=1")]
+    + [(parse_kwargs, ["a=[1"], "cannot be read")],
+)
+def test_words_that_are_neither_are_refused(parse, value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(value)
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (["pkg://embedrl_verl.rewards.functions.paper"], 2, "beta > 0 needs a judge"),
-        (["pkg://embedrl_verl.rewards.functions.gain"], 2, "set embedrl.reward.raw_embeddings=True"),
         ([SPEC, "--kwargs", "bta=1"], 2, "no key bta"),
         (["mine.py", "--kwargs", "wieght=1"], 2, "mine.py:compute_score failed: TypeError: .*'wieght'"),
-        (["mine.py:other"], 2, r"mine.py must have a function other\("),
         (["mine.py", "--steps", "3-9"], 2, "--steps 3-9 names no dumped step"),
-        (["gone.py"], 2, "there is no reward function file .*gone.py"),
-        (["broken.py"], 2, "broken.py cannot be imported: SyntaxError in line 1"),
-        (["shape.py"], 2, r"shape.py:compute_score: part 'score' must have one value per row, .*\(8,\); got \(1,\)"),
         (["mine.py", "--dump", "nowhere"], 3, "there is no nowhere"),
         (["mine.py", "--dump", "."], 3, "has no reward dump"),
         (["mine.py", "--dump", "damaged"], 3, "damaged: not a readable reward dump"),
@@ -214,8 +212,6 @@ def test_steps_are_a_list_of_numbers_and_ranges():
 def test_what_goes_wrong_is_one_line_and_an_exit_code(run, capsys, monkeypatch, tmp_path_factory, words, code, message):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     Path("damaged").write_bytes((run / "rollouts" / dump_name(10)).read_bytes()[:-5])
-    for name, text in (("broken.py", "def"), ("shape.py", "def compute_score(batch):\n    return {'score': [1.0]}\n")):
-        (run / name).write_text(text)
     file = words[0] if words[0].startswith("pkg") else f"{run}/{words[0]}"
     dump = [] if "--dump" in words else ["--dump", str(run)]
     assert main(["reward", "try", file, *dump, *words[1:]]) == code
@@ -232,16 +228,6 @@ def test_unknown_everywhere_is_shown_and_is_no_number(run, reported, printed):
     assert report["all"]["correlation"] is None and report["all"]["no_signal"] == [0.5, 1.0]
     (row,) = [line for line in printed(run / "none.py", "--dump", run, "--steps", "2").splitlines() if "100.0%" in line]
     assert row.split() == ["2", "8", "0.5000", "-", "0.6667", "-", "1", "8", "-", "-", "-", "50.0%100.0%"]
-
-
-def test_no_engine_is_imported(run):
-    code = (
-        "import sys\nfrom embedrl_verl.cli import main\n"
-        f"main(['reward', 'try', {str(run / 'mine.py')!r}, '--dump', {str(run)!r}, '--kwargs', 'weight=2'])\n"
-        "print('LOADED', sorted({n.split('.')[0] for n in sys.modules} & {'verl', 'ray', 'vllm', 'transformers'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "LOADED []" in done.stdout and "all" in done.stdout
 
 
 def test_list_names_every_function_and_what_it_needs(capsys):
