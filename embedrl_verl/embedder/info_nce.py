@@ -134,7 +134,6 @@ def contrastive_loss(
         raise EmbedderError(f"no query has a partner: the {rows[0]} queries and {rows[1]} targets share no pair")
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, target = query.to(dtype), target.to(dtype)
-    own = layout.target_pair != HARD_NEGATIVE
     losses = []
     for dim in sorted({*matryoshka_dims, width}):  # the whole vectors come last
         q, t = query, target
@@ -143,7 +142,7 @@ def contrastive_loss(
         logits = q @ t.T / temperature
         loss = _one_way(logits, positives, negatives)
         if symmetric:
-            loss = (loss + _one_way(logits.T[own], positives.T[own], negatives.T[own])) / 2
+            loss = (loss + _one_way(logits.T, positives.T, negatives.T)) / 2
         losses.append(loss)
     return Contrast(
         torch.stack(losses).mean(),

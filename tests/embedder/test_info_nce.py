@@ -60,6 +60,9 @@ def test_it_equals_the_sum_written_out(content):
     )
     if content == [7] * 6:
         assert float(one_way) == 0.0
+        leaves = [query.requires_grad_(), target.requires_grad_()]
+        gradients = torch.autograd.grad(info_nce(*leaves, temperature=0.1, target_content=ids), leaves)
+        assert all(one.abs().max() < 1e-12 for one in gradients)
 
 
 def test_several_rollouts_of_a_pair_are_partners_and_never_negatives_of_each_other():
