@@ -31,7 +31,7 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.card import render_card
 from embedrl_verl.export.checkpoint import Checkpoint, Kind, find_checkpoint
 from embedrl_verl.export.lora import Adapter, merge_adapter, split_adapter
-from embedrl_verl.export.record import RECORD_FILE, public_model
+from embedrl_verl.export.record import public_model
 from embedrl_verl.export.sentence_files import write_sentence_files
 from embedrl_verl.export.shards import read_shards
 from embedrl_verl.export.weights import complete, empty_model, main_dtype, read_files, read_megatron
@@ -168,8 +168,9 @@ def _write_config(found: Checkpoint, new: Path, dtype: str, architecture: str) -
     config = _public(json.loads((found.huggingface / "config.json").read_text(encoding="utf-8")), dtype)
     config.pop("torch_dtype", None)
     config |= {"architectures": [architecture], "dtype": dtype}
-    if found.kind == "embedder":
-        config |= _cut_lengths(found)
+    if trained := found.kind == "embedder" and found.record.settings.get("matryoshka_dims"):
+        # By these vLLM knows to which lengths vectors may be cut.
+        config |= {"is_matryoshka": True, "matryoshka_dimensions": sorted({*trained, _dim(found.huggingface)})}
     _write_json(new / "config.json", config)
     for file in sorted(found.huggingface.iterdir()):
         if file.is_file() and file.suffix in _COPIED and file.name not in _NOT_COPIED:
@@ -198,18 +199,6 @@ def _public(content: Any, dtype: str) -> Any:
     return {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in kept.items()}
 
 
-def _cut_lengths(found: Checkpoint) -> dict[str, Any]:
-    """The keys by which vLLM knows to which lengths vectors may be cut; none if the model was not trained for any."""
-    trained, dim = found.record.settings.get("matryoshka_dims"), _dim(found.huggingface)
-    if not trained:
-        return {}
-    if not isinstance(trained, list) or not all(type(one) is int and 1 <= one <= dim for one in trained):
-        raise ConfigError(
-            f"{RECORD_FILE}: matryoshka_dims must be a list of whole numbers in 1..{dim}; got {trained!r}"
-        )
-    return {"is_matryoshka": True, "matryoshka_dimensions": sorted({*trained, dim})}
-
-
 def _add_embedder(found: Checkpoint, new: Path, profile: str) -> dict[str, Any]:
     """Check the profile on the written folder, add sentence-transformers' files. Returns facts for the card."""
     if profile == "auto":
@@ -224,7 +213,7 @@ def _add_embedder(found: Checkpoint, new: Path, profile: str) -> dict[str, Any]:
         "prompt": repr(prompt.replace("TEXT", image + "TEXT")),
         "dim": dim,
         "image_tokens": processor.limits.tokens(is_frame=False),
-        "cut_to": _cut_lengths(found).get("matryoshka_dimensions", [])[:-1],
+        "cut_to": sorted({*(found.record.settings.get("matryoshka_dims") or ())} - {dim}),
     }
 
 

@@ -15,7 +15,8 @@ pooling.
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def write_sentence_files(processor: EmbedProcessor, dim: int, folder: Path) -> N
         "2_Normalize/config.json": {},
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
-            "__version__": _versions("sentence-transformers", "transformers"),
+            "__version__": {  # that the files were written for
+                name: version(name) for name in ("sentence_transformers", "transformers") if find_spec(name)
+            },
             "prompts": {},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
@@ -85,14 +88,3 @@ def write_sentence_files(processor: EmbedProcessor, dim: int, folder: Path) -> N
 
 def _pixels(fewest: int, most: int, token_side: int) -> dict[str, int]:
     return {"shortest_edge": fewest * token_side**2, "longest_edge": most * token_side**2}
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    """Versions that the files were written for; a package that is not installed is left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package.replace("-", "_")] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
