@@ -20,7 +20,7 @@ import numpy as np
 
 from embedrl_verl.data.files import media_root_of, pair_files
 from embedrl_verl.data.identity import content_id, false_negative_share
-from embedrl_verl.data.schema import SIDES, PairRecord, input_kind
+from embedrl_verl.data.schema import SIDES, input_kind
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError, DataError, MediaError
 from embedrl_verl.families import family_of
@@ -35,7 +35,7 @@ UNKNOWN_SOURCE = "(unreadable)"
 
 @dataclass
 class _SourceCounts:
-    """What the table says of one data source. `contents`: int64, four a pair, see `_contents`."""
+    """What the table says of one data source. `contents`: int64, four a pair, see `_inspected`."""
 
     pairs: int = 0
     bad: int = 0
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(found, Problem):
             return None, [found]
         here = replace(inspector, media_root=roots[found.file])
-        problems = _problems(found, here, args.max_prompt_length)
-        return (*_seen(found), _contents(found.record, here.media_root)), problems
+        contents, problems = _inspected(found, here, args.max_prompt_length)
+        return (*_seen(found), contents), problems
 
     def located() -> Iterator[LocatedPair | Problem]:
         for found in scan_located(_files(args.files)):
@@ -113,25 +113,21 @@ def _seen(pair: LocatedPair) -> tuple[str, str]:
     return pair.record.data_source, kinds
 
 
-def _contents(record: PairRecord, media_root: str | None) -> tuple[int, ...]:
-    """The pair's `ContentId`, and what it would be without the record's ids; empty if a medium cannot be read."""
-    try:
-        stated = content_id(record, media_root)
-        without = replace(record, query_id="", target_id="")
-        return (*stated, *(stated if without == record else content_id(without, media_root)))
-    except MediaError:  # told by `_problems`
-        return ()
-
-
-def _problems(pair: LocatedPair, inspector: PairInspector, max_prompt_length: int | None) -> list[Problem]:
+def _inspected(
+    pair: LocatedPair, inspector: PairInspector, max_prompt_length: int | None
+) -> tuple[tuple[int, ...], list[Problem]]:
+    """The pair's `ContentId`, and what it would be without the record's ids; empty if a medium cannot be used. And what
+    is wrong."""
     from embedrl_verl.data.inspection import Problem
 
     try:
         facts = inspector.inspect(pair)
+        without = replace(pair.record, query_id="", target_id="")
+        own = facts.content if without == pair.record else content_id(without, inspector.media_root)
     except MediaError as error:
-        return [Problem(pair.file, pair.row, str(error), pair.record.data_source)]
+        return (), [Problem(pair.file, pair.row, str(error), pair.record.data_source)]
     overlong = {} if max_prompt_length is None else facts.overlong(max_prompt_length)
-    return [
+    return (*facts.content, *own), [
         Problem(
             pair.file,
             pair.row,

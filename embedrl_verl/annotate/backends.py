@@ -13,26 +13,21 @@ is one of three things:
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
-from PIL import Image
-
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.families import Family
 from embedrl_verl.serving import ServerError, ServerPool
-from embedrl_verl.serving.clips import request_arguments
+from embedrl_verl.serving.clips import clip_part, image_part, request_arguments
 from embedrl_verl.serving.sampling import NEUTRAL_SAMPLING
 from embedrl_verl.serving.server import RETRIED
 
 CHAT = "/v1/chat/completions"
-_RUN_LENGTHS = 3  # zlib's Z_RLE: half of the default's time, and no larger on photos
 _LOOK_S = 0.5
 _SETTINGS_WRONG = (401, 403, 404, 405)
 _TRIES_BESIDE_OTHERS, _TRIES_ALONE = 3, 5
@@ -276,24 +271,12 @@ def encode(messages: Messages, *, videos: str) -> Messages:
 
 def _encoded(part: Mapping[str, Any], videos: str) -> list[dict[str, Any]]:
     if part["type"] == "image":
-        return [_image_url(part["image"])]
+        return [image_part(part["image"])]
     if part["type"] == "video":
         if videos == "images":
-            return [_image_url(frame) for frame in part["video"]]
-        # The frames' media type is vLLM's name for a list of frames; it opens them whatever their format.
-        frames = ",".join(_png(frame) for frame in part["video"])
-        return [{"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}]
+            return [image_part(frame) for frame in part["video"]]
+        return [clip_part(part["video"])]
     return [dict(part)]
-
-
-def _image_url(image: Image.Image) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(image)}"}}
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1, compress_type=_RUN_LENGTHS)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _parts(messages: Messages) -> list[dict[str, Any]]:

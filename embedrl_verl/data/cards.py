@@ -17,11 +17,7 @@ NOT_DECLARED = "not declared"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file that a data command wrote.
-
-    Raises:
-        DataError: it cannot be read, or holds something else.
-    """
+    """The JSON object of a file that a data command wrote."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -32,11 +28,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def card_beside(file: Path) -> dict[str, Any]:
-    """The data card of the folder that a file lies in; {} without one.
-
-    Raises:
-        DataError: as `read_object`.
-    """
+    """The data card of the folder that a file lies in; {} without one."""
     card = file.parent / CARD_FILE
     return read_object(card) if card.is_file() else {}
 

@@ -63,11 +63,7 @@ BYTES_PER_GROUP = 16 << 20
 
 
 def read_pairs(path: str | Path) -> Iterator[PairRecord]:
-    """The records of a file, in order, read in small batches.
-
-    Raises:
-        DataError: at the first malformed row; the message names file, row (from 0) and field.
-    """
+    """The records of a file, in order, read in small batches."""
     for _, record in scan_pairs(path):
         if isinstance(record, DataError):
             raise record
@@ -75,11 +71,7 @@ def read_pairs(path: str | Path) -> Iterator[PairRecord]:
 
 
 def scan_pairs(path: str | Path) -> Iterator[tuple[int, PairRecord | DataError]]:
-    """Every row number (from 0) with its record, or with the error that says why it is none.
-
-    Raises:
-        DataError: the file cannot be read, a column is missing or has another type.
-    """
+    """Every row number (from 0) with its record, or with the error that says why it is none."""
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from embedrl_verl.data.schema import Item, PairRecord, Side, Video, input_kind
@@ -42,32 +44,22 @@ def test_query_carries_the_instruction_and_target_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("frames", "path", "fps", "message"),
+    ("make", "message"),
     [
-        ((), None, None, "exactly one of frames and path; got 0 frames"),
-        (("a.png",), "a.mp4", None, "exactly one of frames and path; got 1 frames"),
-        (("a.png",), None, 0.0, "positive number or null; got 0.0"),
-        (("a.png",), None, float("nan"), "positive number or null; got nan"),
+        (lambda: Video(), "exactly one of frames and path; got 0 frames"),
+        (lambda: Video(("a.png",), "a.mp4"), "exactly one of frames and path; got 1 frames"),
+        (lambda: Video(("a.png",), fps=0.0), "positive number or null; got 0.0"),
+        (lambda: Video(("a.png",), fps=float("nan")), "positive number or null; got nan"),
+        (lambda: Item(text="a", kind="pages"), "kind must be null or 'page'; got 'pages'"),
+        (lambda: Item(text="a", kind="page"), "the item has no image"),
+        (lambda: record(TEXT, Item(text="  \n")), "target must have text, images or a video"),
+        (lambda: PairRecord("", "s", "", TEXT, TEXT), "pair_id must not be empty"),
+        (lambda: PairRecord("p", "s", "", TEXT, TEXT, "", (TEXT, Item())), r"negatives\[1\] must have"),
     ],
 )
-def test_impossible_video_is_refused(
-    frames: tuple[str, ...], path: str | None, fps: float | None, message: str
-) -> None:
+def test_impossible_records_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Video(frames, path, fps)
-
-
-def test_impossible_record_is_refused() -> None:
-    with pytest.raises(DataError, match="kind must be null or 'page'; got 'pages'"):
-        Item(text="a", kind="pages")
-    with pytest.raises(DataError, match="the item has no image"):
-        Item(text="a", kind="page")
-    with pytest.raises(DataError, match="target must have text, images or a video"):
-        record(TEXT, Item(text="  \n"))
-    with pytest.raises(DataError, match="pair_id must not be empty"):
-        PairRecord("", "s", "", TEXT, TEXT, "")
-    with pytest.raises(DataError, match=r"negatives\[1\] must have"):
-        PairRecord("p", "s", "", TEXT, TEXT, "", (TEXT, Item()))
+        make()
 
 
 @pytest.mark.parametrize("media", ["a.png", ["a.png"], ({"path": "a.png"},), (None,), None])

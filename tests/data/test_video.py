@@ -19,17 +19,9 @@ from embedrl_verl.errors import MediaError
 from tests.data import clips
 
 
-def write_clip(path: Path, frames: int, rate: int = 10, header_first: bool = False) -> None:
-    """A 64x64 clip whose frame k has grey level 5k."""
-    options = {"movflags": "faststart"} if header_first else {}
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for index in range(frames):
-            grey = np.full((64, 64, 3), 5 * index, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode())
+def write_clip(path: Path, frames: int, **options: str) -> None:
+    """A clip of 10 frames a second whose frame k has grey level 5k."""
+    clips.write_clip(path, "mpeg4", pts=range(frames), rate=10, size=(64, 64), options=options)
 
 
 @pytest.mark.parametrize(
@@ -42,21 +34,16 @@ def test_number_of_frames_is_that_of_the_public_sampler(
     assert sample_count(total, native, fps, limit) == count
 
 
-def test_short_clips_and_small_limits_still_give_a_frame() -> None:
+def test_short_clips_and_small_limits_still_give_a_frame_and_indices_are_even() -> None:
     assert [sample_count(total, 25, 2, 8) for total in (1, 2, 3)] == [1, 2, 2]
     assert sample_count(100, 25, 2, 1) == 1
-
-
-def test_indices_are_even_from_first_to_last() -> None:
-    assert even_indices(40, 8) == [0, 6, 11, 17, 22, 28, 33, 39]
-    assert even_indices(3, 1) == [0]
+    assert even_indices(40, 8) == [0, 6, 11, 17, 22, 28, 33, 39] and even_indices(3, 1) == [0]
 
 
 def test_file_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", frames=40)
     loaded = load_item(Item(video=Video(path="clip.mp4", fps=2.0)), tmp_path)
-    levels = [np.asarray(frame).mean() / 5 for frame in loaded.frames]
-    assert np.allclose(levels, even_indices(40, 8), atol=1.0)
+    assert np.allclose(clips.numbers(loaded.frames), even_indices(40, 8), atol=1.0)
     assert loaded.times.fps == pytest.approx(2.0)
     assert loaded.frames[0].size == (64, 64)
 
@@ -78,7 +65,7 @@ def test_empty_video_is_an_error(tmp_path: Path) -> None:
     ("header_first", "reason"), [(False, "(no video stream|not a readable video)"), (True, "ends early")]
 )
 def test_truncated_video_is_an_error(tmp_path: Path, header_first: bool, reason: str) -> None:
-    write_clip(tmp_path / "clip.mp4", frames=40, header_first=header_first)
+    write_clip(tmp_path / "clip.mp4", 40, **({"movflags": "faststart"} if header_first else {}))
     whole = (tmp_path / "clip.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 3 // 4])
     with pytest.raises(MediaError, match=rf"'cut\.mp4': .*{reason}"):
@@ -171,16 +158,12 @@ def test_metadata_that_are_no_text_are_an_error(tmp_path: Path) -> None:
         load_item(Item(video=Video(path="odd.mp4")), tmp_path)
 
 
-def test_oversized_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_and_missing_videos_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_clip(tmp_path / "clip.mp4", frames=2)
     monkeypatch.setattr(media, "MAX_PIXELS", 64 * 64 - 1)
-    with pytest.raises(MediaError, match="64x64 is over the limit of 4095 pixels"):
-        load_item(Item(video=Video(path="clip.mp4")), tmp_path)
-
-
-def test_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="no such file"):
-        load_item(Item(video=Video(path="gone.mp4")), tmp_path)
+    for name, message in (("clip", "64x64 is over the limit of 4095 pixels"), ("gone", "no such file")):
+        with pytest.raises(MediaError, match=message):
+            load_item(Item(video=Video(path=f"{name}.mp4")), tmp_path)
 
 
 @pytest.mark.nightly

@@ -2,14 +2,12 @@
 """A row as a chat request to a stock vLLM pooling server, and the vector in its answer.
 
 The messages are those of `build_messages`, with media already at the size at which the model reads them; the server's
-chat template (`command`) renders them to the same prompt. Pixels travel without loss: images as PNG, a video as vLLM's
-list of frames (media type video/jpeg, whose frames it opens with Pillow whatever their format, hence PNG too).
+chat template (`command`) renders them to the same prompt.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +18,7 @@ from PIL import Image
 from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.errors import EmbedderError
-from embedrl_verl.serving.clips import request_arguments
+from embedrl_verl.serving.clips import clip_part, image_part, request_arguments
 
 PATH = "/v1/embeddings"
 NOT_FINITE = "the embedding server gave a vector that is not finite or has no direction"
@@ -29,7 +27,6 @@ NO_VECTOR = "the embedding server's answer holds no vector"
 NOT_NORMAL = "the embedding server's vector is not of length 1"
 LENGTH_TOLERANCE = 1e-2
 """How far a vector may be from length 1: bfloat16 rounds by less."""
-_RUN_LENGTHS = 3  # zlib's Z_RLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +98,5 @@ def content_part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
     if part["type"] == "image":
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part['image'])}"}}
-    frames = ",".join(_png(Image.fromarray(frame)) for frame in part["video"])
-    return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    # Run lengths of the filtered pixels: half of the default's time, and no larger on photos.
-    image.save(buffer, "PNG", compress_level=1, compress_type=_RUN_LENGTHS)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+        return image_part(part["image"])
+    return clip_part(Image.fromarray(frame) for frame in part["video"])
