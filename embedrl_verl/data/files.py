@@ -53,11 +53,19 @@ def media_root_of(path: str | Path) -> str | None:
     card = folder / CARD_FILE
     if not card.is_file():
         return str(folder / MEDIA_FOLDER) if (folder / MEDIA_FOLDER).is_dir() else None
-    try:
-        root = json.loads(card.read_bytes()).get("media_root")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{card}: not a readable data card ({error}); write the folder again") from error
+    root = read_object(card).get("media_root")
     return None if root is None else str(folder / root)  # an absolute path stays as it is
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that a data command wrote."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); write the folder again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must hold a JSON object; write the folder again")
+    return found
 
 
 def begin_work(folder: str | Path, command: Sequence[str]) -> Path:

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,19 +17,15 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.tiny.models import build_tiny_model
 from tests.data.clips import write_clip
 
-MakePair = Callable[..., PairRecord]
 
-
-def check(*arguments: object) -> int:
+def check(*arguments):
     """Exit code of `embedrl data check ARGUMENTS`."""
     parser = argparse.ArgumentParser()
     cli_data.add_parser(parser.add_subparsers(dest="command"))
     return cli_data.run(parser.parse_args(["data", "check", *map(str, arguments)]))
 
 
-def test_sound_file_gives_a_table_and_zero(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sound_file_gives_a_table_and_zero(tmp_path, root, pair, capsys):
     records = [pair("a", "vqa", query=Item(images=("a.png",))), pair("b", "vqa"), pair("c", "text")]
     write_pairs(records, tmp_path / "f.parquet")
     assert check(tmp_path / "f.parquet", "--media-root", root) == 0
@@ -49,9 +41,7 @@ def test_sound_file_gives_a_table_and_zero(
     assert lines[-1] == "3 pairs, 0 problem(s)"
 
 
-def test_the_table_counts_queries_and_targets_and_ids_that_contradict_them_are_noted(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_counts_queries_and_targets_and_ids_that_contradict_them_are_noted(tmp_path, root, pair, capsys):
     photo, dog = Item(images=("a.png",)), Item(text="a dog")
     captions = [
         pair("0", "captions", query=photo, target=dog),
@@ -70,9 +60,7 @@ def test_the_table_counts_queries_and_targets_and_ids_that_contradict_them_are_n
     )
 
 
-def test_a_source_of_few_negatives_is_noted(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_of_few_negatives_is_noted(tmp_path, root, pair, capsys):
     some = [pair(f"{i}", "one", query=Item(text=f"q{i}"), target=Item(text=f"t{i}")) for i in range(4)]
     write_pairs([replace(one, query_id="0") for one in some], tmp_path / "f.parquet")
     assert check(tmp_path / "f.parquet", "--media-root", root) == 0
@@ -80,9 +68,7 @@ def test_a_source_of_few_negatives_is_noted(
     assert note.startswith("NOTE one: two of its pairs have the same query or target 100% of the time")
 
 
-def test_every_bad_row_is_listed_and_the_exit_code_is_three(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_bad_row_is_listed_and_the_exit_code_is_three(tmp_path, root, pair, capsys):
     (root / "link.png").symlink_to(root.parent / "outside.png")
     (root / "empty.mp4").write_bytes(b"")
     bad = [
@@ -108,9 +94,7 @@ def test_every_bad_row_is_listed_and_the_exit_code_is_three(
     assert out.splitlines()[-1] == "9 pairs, 9 problem(s)"
 
 
-def test_a_clip_of_an_unknown_codec_is_a_bad_row(
-    tmp_path: Path, root: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clip_of_an_unknown_codec_is_a_bad_row(tmp_path, root, pair, capsys):
     good = write_clip(root / "good.mp4").read_bytes()
     (root / "strange.mp4").write_bytes(good.replace(b"avc1", b"zz99"))
     records = [pair(name, target=Item(video=Video(path=f"{name}.mp4"))) for name in ("good", "strange")]
@@ -121,17 +105,8 @@ def test_a_clip_of_an_unknown_codec_is_a_bad_row(
     assert out.splitlines()[-1] == "2 pairs, 1 problem(s)"
 
 
-def test_malformed_rows_and_files_are_problems_too(
-    tmp_path: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
-    row = {
-        "pair_id": "p",
-        "data_source": "s",
-        "instruction": "",
-        "query": {"text": "q"},
-        "target": None,
-        "target_id": "",
-    }
+def test_malformed_rows_and_files_are_problems_too(tmp_path, pair, capsys):
+    row = {"pair_id": "p", "data_source": "s", "instruction": "", "query": {"text": "q"}, "target": None}
     whole = {**row, "pair_id": "q", "target": {"text": "t"}}
     pq.write_table(pa.Table.from_pylist([row, whole]), tmp_path / "partner.parquet")
     pq.write_table(pa.Table.from_pylist([{"pair_id": "p"}]), tmp_path / "column.parquet")
@@ -144,9 +119,7 @@ def test_malformed_rows_and_files_are_problems_too(
     assert out.splitlines()[-1] == "1 pairs, 3 problem(s)"
 
 
-def test_overlong_prompts_are_listed_with_their_length(
-    tmp_path: Path, pair: MakePair, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overlong_prompts_are_listed_with_their_length(tmp_path, pair, capsys):
     model = build_tiny_model(tmp_path / "model")
     write_pairs([pair("short"), pair("long", target=Item(text="word " * 500))], tmp_path / "f.parquet")
     options = ["--tokenizer", model, "--prompt-style", "compact", "--max-prompt-length"]
@@ -156,24 +129,17 @@ def test_overlong_prompts_are_listed_with_their_length(
     assert "row 1, pair 'long', field target: prompt has " in line and line.endswith("tokens, over the limit of 400")
 
 
-def test_length_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs --tokenizer"):
-        check(tmp_path / "f.parquet", "--max-prompt-length", 100)
-
-
-def test_the_parser_is_there_without_torch() -> None:
+def test_the_parser_is_there_without_torch():
     code = "import sys, embedrl_verl.cli_data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_few_records_are_held_at_a_time(
-    tmp_path: Path, root: Path, pair: MakePair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_records_are_held_at_a_time(tmp_path, root, pair, monkeypatch):
     """Documents carry their pages as bytes: a file may be larger than the memory."""
     alive: weakref.WeakSet[PairRecord] = weakref.WeakSet()
     most = 0
 
-    def scan(path: str) -> Iterator[tuple[int, PairRecord]]:
+    def scan(path):
         nonlocal most
         for row in range(300):
             record = pair(f"p{row}")
@@ -186,7 +152,9 @@ def test_a_few_records_are_held_at_a_time(
     assert most <= 3 * inspection.default_threads() + 4  # one more of each thread while it hands its result over
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, pair: MakePair) -> None:
+def test_lengths_need_a_tokenizer_that_can_be_loaded(tmp_path, pair):
     write_pairs([pair("a")], tmp_path / "f.parquet")
+    with pytest.raises(ConfigError, match="needs --tokenizer"):
+        check(tmp_path / "f.parquet", "--max-prompt-length", 100)
     with pytest.raises(ConfigError, match="--tokenizer /nope: cannot be loaded"):
         check(tmp_path / "f.parquet", "--tokenizer", "/nope")

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prompt's length is that of the rollout's own code, which runs once for prompts that differ in pixels only."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from PIL import Image
@@ -63,7 +61,7 @@ def test_other_words_sizes_and_numbers_of_media_are_measured(meter, measured):
 def test_clips_of_other_lengths_and_times_are_measured(meter, measured):
     prompt = [{"role": "user", "content": [{"type": "video", "video": "a.mp4", "fps": 2.0}]}]
 
-    def clip(frames: int, fps: float, colour: int = 0):
+    def clip(frames, fps, colour=0):
         metadata = {"fps": fps, "frames_indices": list(range(frames)), "total_num_frames": frames}
         return [(torch.full((frames, 3, 56, 56), colour, dtype=torch.uint8), metadata)]
 

@@ -1,7 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from __future__ import annotations
-
-from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,7 +8,7 @@ from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.errors import ConfigError
 
 
-def test_settings_come_from_verls_data_section() -> None:
+def test_settings_come_from_verls_data_section():
     config = OmegaConf.create({"media_root": "m", "embedrl": {"family": "qwen3_vl", "image_max_tokens": 500}})
     settings = DataSettings.from_config(config)
     assert settings == DataSettings(family="qwen3_vl", image_max_tokens=500)
@@ -28,12 +25,12 @@ def test_settings_come_from_verls_data_section() -> None:
         ({"image_max_tokens": 100}, "image tokens must satisfy 1 <= minimum <= maximum; got 128 and 100"),
     ],
 )
-def test_unknown_and_impossible_values_are_refused(section: dict[str, Any], message: str) -> None:
+def test_unknown_and_impossible_values_are_refused(section, message):
     with pytest.raises(ConfigError, match=message):
         DataSettings.from_config({"embedrl": section})
 
 
-def test_family_is_named_or_that_of_the_processor() -> None:
+def test_family_is_named_or_that_of_the_processor():
     class Qwen3VLProcessor:
         pass
 
