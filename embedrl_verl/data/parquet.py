@@ -288,33 +288,20 @@ def _media_of(record: PairRecord) -> Iterator[Media]:
 
 
 def _row_from_record(record: PairRecord) -> dict[str, Any]:
-    return {
-        "pair_id": record.pair_id,
-        "data_source": record.data_source,
-        "instruction": record.instruction,
-        "query": _row_from_item(record.query),
-        "target": _row_from_item(record.target),
-        "query_id": record.query_id,
-        "target_id": record.target_id,
-        "negatives": [_row_from_item(item) for item in record.negatives],
-    }
+    items = {"query": _row_from_item(record.query), "target": _row_from_item(record.target)}
+    return {**vars(record), **items, "negatives": [_row_from_item(item) for item in record.negatives]}
 
 
 def _row_from_item(item: Item) -> dict[str, Any]:
-    video = item.video
-    return {
-        "text": item.text,
-        "images": [_row_from_media(media) for media in item.images],
-        "video": video
-        and {"frames": [_row_from_media(media) for media in video.frames], "path": video.path, "fps": video.fps},
-        "kind": item.kind,
-        "instruction": item.instruction,
-        "tcot": item.tcot,
-    }
+    video = item.video and {**vars(item.video), "frames": _structs(item.video.frames)}
+    return {**vars(item), "images": _structs(item.images), "video": video}
 
 
-def _row_from_media(media: Media) -> dict[str, str | bytes | None]:
-    return {"path": media, "bytes": None} if isinstance(media, str) else {"path": None, "bytes": media}
+def _structs(several: Iterable[Media]) -> list[dict[str, str | bytes | None]]:
+    return [
+        {"path": media, "bytes": None} if isinstance(media, str) else {"path": None, "bytes": media}
+        for media in several
+    ]
 
 
 def opened(path: str | Path) -> pq.ParquetFile:
