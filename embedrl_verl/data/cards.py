@@ -3,40 +3,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from embedrl_verl.data.disk import sha256_of
-from embedrl_verl.data.files import CARD_FILE
-from embedrl_verl.errors import DataError
+from embedrl_verl.data.files import CARD_FILE, read_object
 
 FORMAT = "embedrl pair records 1"
 NOT_DECLARED = "not declared"
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file that a data command wrote.
-
-    Raises:
-        DataError: it cannot be read, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); write the folder again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: must hold a JSON object; write the folder again")
-    return found
-
-
 def card_beside(file: Path) -> dict[str, Any]:
-    """The data card of the folder that a file lies in; {} without one.
-
-    Raises:
-        DataError: as `read_object`.
-    """
+    """The data card of the folder that a file lies in; {} without one."""
     card = file.parent / CARD_FILE
     return read_object(card) if card.is_file() else {}
 

@@ -30,7 +30,7 @@ UNKNOWN_SOURCE = "(unreadable)"
 
 @dataclass
 class _Source:
-    """What the table has of one data source. `contents`: int64, four a pair, see `_contents`."""
+    """What the table has of one data source. `contents`: int64, four a pair, see `_inspected`."""
 
     pairs: int = 0
     bad: int = 0
@@ -71,7 +71,7 @@ def check_pairs(
             return found, [], [found]
         here = replace(inspector, media_root=root_of(found.file))
         # The records go, which may hold their media; a source keeps numbers.
-        return found, _contents(found, here.media_root), _problems(found, here, max_prompt_length)
+        return found, *_inspected(found, here, max_prompt_length)
 
     sources: dict[str, _Source] = defaultdict(_Source)
     problems: list[Problem] = []
@@ -90,28 +90,27 @@ def check_pairs(
     return DataError.exit_code if problems else 0
 
 
-def _contents(pair: LocatedPair, media_root: str | None) -> list[int]:
-    """The pair's `ContentId`, and what it would be without the record's ids; empty if a medium cannot be read."""
+def _inspected(
+    pair: LocatedPair, inspector: PairInspector, max_prompt_length: int | None
+) -> tuple[list[int], list[Problem]]:
+    """The pair's `ContentId`, and what it would be without the record's ids; empty if a medium cannot be used. And what
+    is wrong."""
     without = replace(pair.record, query_id="", target_id="")
     try:
-        stated = content_id(pair.record, media_root)
-        return [*stated, *(stated if without == pair.record else content_id(without, media_root))]
-    except MediaError:  # is one of `_problems`
-        return []
-
-
-def _problems(pair: LocatedPair, inspector: PairInspector, max_prompt_length: int | None) -> list[Problem]:
-    try:
         facts = inspector.inspect(pair)
+        own = facts.content if without == pair.record else content_id(without, inspector.media_root)
     except MediaError as error:
-        messages = [str(error)]
-    else:
-        overlong = {} if max_prompt_length is None else facts.overlong(max_prompt_length)
-        messages = [
-            f"{pair}, field {side}: prompt has {tokens} tokens, over the limit of {max_prompt_length}"
-            for side, tokens in overlong.items()
-        ]
-    return [Problem(pair.file, pair.row, message, pair.record.data_source) for message in messages]
+        return [], [Problem(pair.file, pair.row, str(error), pair.record.data_source)]
+    overlong = {} if max_prompt_length is None else facts.overlong(max_prompt_length)
+    return [*facts.content, *own], [
+        Problem(
+            pair.file,
+            pair.row,
+            f"{pair}, field {side}: prompt has {tokens} tokens, over the limit of {max_prompt_length}",
+            pair.record.data_source,
+        )
+        for side, tokens in overlong.items()
+    ]
 
 
 def _print_report(sources: dict[str, _Source], problems: list[Problem]) -> None:

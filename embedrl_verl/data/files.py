@@ -35,12 +35,7 @@ def part_name(index: int) -> str:
 
 
 def pair_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The parquet files behind files and data set folders, in order; a folder gives its sorted parts.
-
-    Raises:
-        DataError: a path does not exist, a folder is unfinished (the message says how to finish it) or has no part, or
-            a file comes twice.
-    """
+    """The parquet files behind files and data set folders, in order; a folder gives its sorted parts."""
     found: list[Path] = []
     for path in map(Path, paths):
         found += _parts_of(path) if path.is_dir() else [_existing(path)]
@@ -53,19 +48,12 @@ def pair_files(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def media_root_of(path: str | Path) -> str | None:
-    """Media root of a data set folder (or of the folder that a part lies in), as its data card says; None without one.
-
-    Raises:
-        DataError: the data card cannot be read.
-    """
+    """Media root of a data set folder (or of the folder of a part), as its data card says; None without one."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     card = folder / CARD_FILE
     if not card.is_file():
         return str(folder / MEDIA_FOLDER) if (folder / MEDIA_FOLDER).is_dir() else None
-    try:
-        root = json.loads(card.read_bytes()).get("media_root")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{card}: not a readable data card ({error}); write the folder again") from error
+    root = read_object(card).get("media_root")
     return None if root is None else str(folder / root)  # an absolute path stays as it is
 
 
@@ -77,12 +65,19 @@ def common_media_root(paths: Iterable[str | Path]) -> str | None:
     return roots.pop() if roots else None
 
 
-def begin_work(folder: str | Path, command: Sequence[str]) -> Path:
-    """Make `_work/` in a data set folder and note the command that finishes it. Returns the path of `_work/`.
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that a data command wrote."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); write the folder again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must hold a JSON object; write the folder again")
+    return found
 
-    Raises:
-        ResourceError: the folder cannot be written, or the disk is full.
-    """
+
+def begin_work(folder: str | Path, command: Sequence[str]) -> Path:
+    """Make `_work/` in a data set folder and note the command that finishes it. Returns the path of `_work/`."""
     work = Path(folder) / WORK_FOLDER
     with disk_errors(folder):
         work.mkdir(parents=True, exist_ok=True)
@@ -92,11 +87,7 @@ def begin_work(folder: str | Path, command: Sequence[str]) -> Path:
 
 @contextmanager
 def only_writer(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from writing a data set folder that has `_work/`; a process that is killed gives it free.
-
-    Raises:
-        ConfigError: another process is writing it.
-    """
+    """Keep other processes from writing a data set folder that has `_work/`; a process that is killed gives it free."""
     with open(Path(folder) / WORK_FOLDER / LOCK_FILE, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,11 +103,7 @@ def finishing_command(folder: str | Path) -> str:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file so that after a crash it has either the old or the new content: temporary name, fsync, rename.
-
-    Raises:
-        OSError: as the system says, a full disk among them; the temporary file is removed.
-    """
+    """Write a whole file so that after a crash it has the old or the new content: temporary name, fsync, rename."""
     target = Path(path)
     temporary = temporary_name(target)
     try:

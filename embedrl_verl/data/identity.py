@@ -84,13 +84,18 @@ def content_id(record: PairRecord, media_root: str | Path | None) -> ContentId:
     query, target = _stated(record.query_id), _stated(record.target_id)
     if query is None:
         item = record.item("query")
-        query = _item_id(item, media_root, normalise_text(item.instruction))
+        query = target_content(item, media_root, normalise_text(item.instruction))
     return ContentId(query, target_content(record.target, media_root) if target is None else target)
 
 
-def target_content(item: Item, media_root: str | Path | None) -> int:
-    """Id of a target's or hard negative's own content, whatever ids its record states."""
-    return _item_id(item, media_root)
+def target_content(item: Item, media_root: str | Path | None, *before: str) -> int:
+    """Id of a target's or hard negative's own content (text, after the texts `before`, and media), whatever ids its
+    record states."""
+    clip: tuple[Media, ...] = ()
+    if item.video is not None:
+        clip = item.video.frames if item.video.path is None else (item.video.path,)
+    images, frames = ([media_digest(media, media_root) for media in several] for several in (item.images, clip))
+    return _to_int64(_content_digest((*before, normalise_text(item.text)), images, frames))
 
 
 def stated_content_id(texts: Sequence[str], images: Sequence[bytes] = (), frames: Sequence[bytes] = ()) -> str:
@@ -127,16 +132,6 @@ def _stated(name: str) -> int | None:
         return None
     stated = STATED_CONTENT.fullmatch(name)
     return _to_int64(bytes.fromhex(stated[1]) if stated else _digest([b"id", name.encode()]))
-
-
-def _item_id(item: Item, media_root: str | Path | None, *before: str) -> int:
-    """Of an item's text, after the texts `before`, and media."""
-    video: tuple[Media, ...] = ()
-    if item.video is not None:
-        video = item.video.frames if item.video.path is None else (item.video.path,)
-    images = [media_digest(media, media_root) for media in item.images]
-    frames = [media_digest(media, media_root) for media in video]
-    return _to_int64(_content_digest((*before, normalise_text(item.text)), images, frames))
 
 
 def _content_digest(texts: Sequence[str], images: Sequence[bytes], frames: Sequence[bytes]) -> bytes:

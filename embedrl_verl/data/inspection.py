@@ -62,8 +62,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What only reading the media can tell: by side the frames of a video file (0 without) and the prompt's tokens
-    (None: not counted), and which contents the pair is of."""
+    """What only the media can tell: by side the frames of a video file (0 without) and the prompt's tokens (None: not
+    counted), and which contents the pair is of."""
 
     file_frames: dict[Side, int]
     tokens: dict[Side, int | None]

@@ -63,11 +63,7 @@ BYTES_PER_GROUP = 16 << 20
 
 
 def read_pairs(path: str | Path) -> Iterator[PairRecord]:
-    """The records of a file, in order, read in small batches.
-
-    Raises:
-        DataError: at the first malformed row; the message names file, row (from 0) and field.
-    """
+    """The records of a file, in order, read in small batches."""
     for _, record in scan_pairs(path):
         if isinstance(record, DataError):
             raise record
@@ -75,11 +71,7 @@ def read_pairs(path: str | Path) -> Iterator[PairRecord]:
 
 
 def scan_pairs(path: str | Path) -> Iterator[tuple[int, PairRecord | DataError]]:
-    """Every row number (from 0) with its record, or with the error that says why it is none.
-
-    Raises:
-        DataError: the file cannot be read, a column is missing or has another type.
-    """
+    """Every row number (from 0) with its record, or with the error that says why it is none."""
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
@@ -296,33 +288,20 @@ def _media_of(record: PairRecord) -> Iterator[Media]:
 
 
 def _row_from_record(record: PairRecord) -> dict[str, Any]:
-    return {
-        "pair_id": record.pair_id,
-        "data_source": record.data_source,
-        "instruction": record.instruction,
-        "query": _row_from_item(record.query),
-        "target": _row_from_item(record.target),
-        "query_id": record.query_id,
-        "target_id": record.target_id,
-        "negatives": [_row_from_item(item) for item in record.negatives],
-    }
+    items = {"query": _row_from_item(record.query), "target": _row_from_item(record.target)}
+    return {**vars(record), **items, "negatives": [_row_from_item(item) for item in record.negatives]}
 
 
 def _row_from_item(item: Item) -> dict[str, Any]:
-    video = item.video
-    return {
-        "text": item.text,
-        "images": [_row_from_media(media) for media in item.images],
-        "video": video
-        and {"frames": [_row_from_media(media) for media in video.frames], "path": video.path, "fps": video.fps},
-        "kind": item.kind,
-        "instruction": item.instruction,
-        "tcot": item.tcot,
-    }
+    video = item.video and {**vars(item.video), "frames": _structs(item.video.frames)}
+    return {**vars(item), "images": _structs(item.images), "video": video}
 
 
-def _row_from_media(media: Media) -> dict[str, str | bytes | None]:
-    return {"path": media, "bytes": None} if isinstance(media, str) else {"path": None, "bytes": media}
+def _structs(several: Iterable[Media]) -> list[dict[str, str | bytes | None]]:
+    return [
+        {"path": media, "bytes": None} if isinstance(media, str) else {"path": None, "bytes": media}
+        for media in several
+    ]
 
 
 def opened(path: str | Path) -> pq.ParquetFile:

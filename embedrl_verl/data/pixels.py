@@ -19,10 +19,8 @@ KEY_SCALES = {"L;2": 85, "L;4": 17}
 def decode_rgb(image: Image.Image) -> Image.Image:
     """Pixels of a file that has been opened (not loaded), turned as its EXIF orientation says.
 
-    Raises:
-        MediaError: pixels without a known range: floating point, signed, or 32 bits a sample; a 16-bit RGB PNG with a
-            colour that stands for transparency, which Pillow cannot tell from its neighbours.
-        OSError, ValueError and the like: what Pillow raises on broken files.
+    Pixels without a known range (floating point, signed, 32 bits a sample) are refused, and a 16-bit RGB PNG with a
+    colour that stands for transparency, which Pillow cannot tell from its neighbours.
     """
     top, is_inverted, key = 65535, False, image.info.get("transparency")
     if image.format == "PNG" and key is not None:
@@ -47,9 +45,6 @@ def decode_rgb(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB copy: transparency over white (also a colour that stands for it), 16-bit grey scaled to 8 bits; an RGB image
     without any is returned as it is.
-
-    Raises:
-        MediaError: floating point pixels, or integers that are no 16-bit grey.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

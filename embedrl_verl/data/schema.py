@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from embedrl_verl.errors import DataError
 from embedrl_verl.kinds import InputKind
@@ -37,9 +37,6 @@ class Video:
         frames: images of the clip, first to last.
         path: video file, relative to the media root.
         fps: frames per second. Of `frames`: how many of them show one second. Of a file: the rate to sample at.
-
-    Raises:
-        DataError: not exactly one of `frames` and `path`, frames of another type, or `fps` is not a positive number.
     """
 
     frames: tuple[Media, ...] = ()
@@ -67,9 +64,6 @@ class Item:
         instruction: what is asked of the input.
         kind: "page" marks images of document pages; else None.
         tcot: an annotated T-CoT, for contrastive training; "" = none. RL never reads it.
-
-    Raises:
-        DataError: `kind` is neither None nor "page", or "page" without an image; images or video of another type.
     """
 
     text: str = ""
@@ -110,9 +104,6 @@ class PairRecord:
         negatives: hard negatives of the query, for contrastive training.
         query_id: queries of the same id ask for the same; "" = told by instruction, text and media. Pairs with an equal
             query or an equal target are never negatives of each other.
-
-    Raises:
-        DataError: an id or source is empty, or a side or negative has no content.
     """
 
     pair_id: str
@@ -147,16 +138,11 @@ def input_kind(record: PairRecord, side: Side) -> InputKind:
     The main input is the video, else the images, else the text. A text-only query is `query_text_to_video` when its
     target is a video.
     """
-    if side == "target":
-        target = record.target
-        if target.video:
-            return "target_video"
-        if target.images:
-            return "target_page" if target.kind == "page" else "target_image"
-        return "target_text"
-    query = record.query
-    if query.video:
-        return "query_video"
-    if query.images:
-        return "query_page" if query.kind == "page" else "query_image"
-    return "query_text_to_video" if record.target.video else "query_text"
+    item = record.query if side == "query" else record.target
+    if item.video:
+        medium = "video"
+    elif item.images:
+        medium = "page" if item.kind == "page" else "image"
+    else:
+        medium = "text_to_video" if side == "query" and record.target.video else "text"
+    return cast(InputKind, f"{side}_{medium}")

@@ -28,7 +28,7 @@ class JsonObject(list[tuple[str, Any]]):
     """Pairs of a JSON object in the order in which they were written, repeated keys included."""
 
     def values_of(self, key: str) -> list[Any]:
-        """Every value that was written under a key."""
+        """All values of a key."""
         return [value for name, value in self if name == key]
 
 

@@ -26,9 +26,10 @@ def write_clip(
     size: tuple[int, int] = (96, 64),
     pixels: str = "yuv420p",
     setup: Callable[[Any], None] = lambda stream: None,
+    options: dict[str, str] | None = None,
 ) -> Path:
     """A clip with the time stamps `pts` in units of `tick` (None: a frame at `rate`)."""
-    with av.open(str(path), "w") as out:
+    with av.open(str(path), "w", options=options or {}) as out:
         stream = out.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, pixels
         if "264" in codec:

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small images and records that the data tests share."""
 
-from __future__ import annotations
-
 import io
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +9,12 @@ from PIL import Image
 
 from embedrl_verl.data.schema import Item, PairRecord
 
-DrawPng = Callable[..., bytes]
-MakePair = Callable[..., PairRecord]
-
 
 @pytest.fixture
-def png() -> DrawPng:
+def png():
     """`png(seed, width=56, height=56)`: bytes of an image of random pixels."""
 
-    def draw(seed: int = 0, width: int = 56, height: int = 56) -> bytes:
+    def draw(seed=0, width=56, height=56):
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
@@ -31,17 +24,10 @@ def png() -> DrawPng:
 
 
 @pytest.fixture
-def pair() -> MakePair:
+def pair():
     """`pair("p1", source="s", query=Item(...), target=Item(...))`: a record, with text sides by default."""
 
-    def make(
-        pair_id: str,
-        source: str = "s",
-        query: Item | None = None,
-        target: Item | None = None,
-        target_id: str = "",
-        negatives: tuple[Item, ...] = (),
-    ) -> PairRecord:
+    def make(pair_id, source="s", query=None, target=None, target_id="", negatives=()):
         return PairRecord(
             pair_id=pair_id,
             data_source=source,
@@ -56,7 +42,7 @@ def pair() -> MakePair:
 
 
 @pytest.fixture
-def root(tmp_path: Path, png: DrawPng) -> Path:
+def root(tmp_path, png):
     """A media root with `a.png` (56x56), `sub/b.png` (84x56), a broken and a truncated image."""
     folder = tmp_path / "media"
     (folder / "sub").mkdir(parents=True)

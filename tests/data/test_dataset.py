@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data set with real tokenizers and processors of the three families (tiny models made on the spot)."""
 
-from __future__ import annotations
-
 import asyncio
 import pickle
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.utils import tensordict_utils as tu
@@ -25,28 +20,27 @@ from embedrl_verl.data.lengths import served_prompt_ids
 from embedrl_verl.data.media import load_item
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.sampler import PairBatchSampler
-from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.schema import Item, Video
 from embedrl_verl.errors import ConfigError, DataError
 from recipes.tiny_digits.models import build_tiny_model
 from tests.data.clips import write_clip
 
-MakePair = Callable[..., PairRecord]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SMALL = {"image_min_tokens": 1, "image_max_tokens": 16, "frame_min_tokens": 1, "frame_max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+def models(tmp_path_factory):
     """Tokenizer and processor of each family."""
     found = {}
     for family in FAMILIES:
-        folder = build_tiny_model(tmp_path_factory.mktemp("models") / family, family=family)  # type: ignore[arg-type]
+        folder = build_tiny_model(tmp_path_factory.mktemp("models") / family, family=family)
         found[family] = (hf_tokenizer(str(folder)), hf_processor(str(folder)))
     return found
 
 
 @pytest.fixture
-def records(root: Path, png: Callable[..., bytes], pair: MakePair) -> list[PairRecord]:
+def records(root, png, pair):
     """One pair for every combination of media that a data set may hold."""
     for index in range(3):
         Image.new("RGB", (60, 90), (80 * index, 0, 0)).save(root / f"{index}.png")
@@ -60,20 +54,16 @@ def records(root: Path, png: Callable[..., bytes], pair: MakePair) -> list[PairR
     ]
 
 
-def config_of(root: Path, **values: Any) -> DictConfig:
+def config_of(root, **values):
     base = {"media_root": str(root), "max_prompt_length": 4000, "embedrl": {"prompt_style": "compact", **SMALL}}
     return OmegaConf.create(base | values)
 
 
 @pytest.fixture
-def make(
-    tmp_path: Path, root: Path, records: list[PairRecord], models: dict[str, tuple[Any, Any]]
-) -> Callable[..., TCoTDataset]:
+def make(tmp_path, root, records, models):
     """`make(records=..., family=..., max_samples=..., **data_keys)`: a data set over a file of these records."""
 
-    def build(
-        records: list[PairRecord] = records, family: str = "qwen2_vl", max_samples: int = -1, **keys: Any
-    ) -> TCoTDataset:
+    def build(records=records, family="qwen2_vl", max_samples=-1, **keys):
         write_pairs(records, tmp_path / "pairs.parquet")
         tokenizer, processor = models[family]
         return TCoTDataset(
@@ -83,7 +73,7 @@ def make(
     return build
 
 
-def rollout_prompt(data: TCoTDataset, row: dict[str, Any], config: DictConfig, model: tuple[Any, Any]) -> list[int]:
+def rollout_prompt(data, row, config, model):
     """Token ids of a row's prompt, by the steps of verl's single-turn agent loop."""
     tokenizer, processor = model
     media = type(data).process_multi_modal_info(
@@ -95,7 +85,7 @@ def rollout_prompt(data: TCoTDataset, row: dict[str, Any], config: DictConfig, m
     return ids
 
 
-def test_two_prompts_a_pair_query_first(make: Callable[..., TCoTDataset], records: list[PairRecord]) -> None:
+def test_two_prompts_a_pair_query_first(make, records):
     data = make()
     assert len(data) == 2 * len(records)
     assert data.pair_sources == [record.data_source for record in records]
@@ -119,7 +109,7 @@ def test_two_prompts_a_pair_query_first(make: Callable[..., TCoTDataset], record
         data[10]
 
 
-def test_content_tells_which_queries_and_which_targets_are_the_same(make: Callable[..., TCoTDataset]) -> None:
+def test_content_tells_which_queries_and_which_targets_are_the_same(make):
     data = make()
     for side, known in (("query", 5), ("target", 4)):
         contents = [data[index][f"embedrl_{side}_content"] for index in range(10)]
@@ -128,9 +118,7 @@ def test_content_tells_which_queries_and_which_targets_are_the_same(make: Callab
         assert len(set(contents)) == known
 
 
-def test_original_media_can_be_loaded_from_a_row(
-    make: Callable[..., TCoTDataset], records: list[PairRecord], root: Path
-) -> None:
+def test_original_media_can_be_loaded_from_a_row(make, records, root):
     data = make()
     for index in range(len(data)):
         item = row_item(data[index])
@@ -140,9 +128,7 @@ def test_original_media_can_be_loaded_from_a_row(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_prompt_that_is_counted_is_the_prompt_that_runs(
-    make: Callable[..., TCoTDataset], root: Path, models: dict[str, tuple[Any, Any]], family: str
-) -> None:
+def test_the_prompt_that_is_counted_is_the_prompt_that_runs(make, root, models, family):
     data = make(family=family)
     lengths = [len(rollout_prompt(data, data[index], config_of(root), models[family])) for index in range(len(data))]
     by_pair = [max(lengths[index : index + 2]) for index in range(0, len(data), 2)]
@@ -168,9 +154,7 @@ def test_the_prompt_that_is_counted_is_the_prompt_that_runs(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_served_prompt_has_one_placeholder_a_medium(
-    make: Callable[..., TCoTDataset], root: Path, models: dict[str, tuple[Any, Any]], family: str
-) -> None:
+def test_the_served_prompt_has_one_placeholder_a_medium(make, root, models, family):
     data, processor = make(family=family), models[family][1]
     for index in range(len(data)):
         row = data[index]
@@ -184,9 +168,7 @@ def test_the_served_prompt_has_one_placeholder_a_medium(
         assert agrees == (family != "qwen3_vl" or item.video is None)
 
 
-def test_an_overlong_side_drops_the_pair_and_says_so(
-    make: Callable[..., TCoTDataset], pair: MakePair, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_overlong_side_drops_the_pair_and_says_so(make, pair, caplog):
     long = pair("long", target=Item(text="word " * 500))
     with caplog.at_level("WARNING"):
         data = make(records=[pair("a"), long, pair("b")], max_prompt_length=400)
@@ -200,7 +182,7 @@ def test_an_overlong_side_drops_the_pair_and_says_so(
     assert len(make(records=[long], max_prompt_length=400, filter_overlong_prompts=False)) == 2
 
 
-def test_bad_media_stop_the_run_before_it_starts(make: Callable[..., TCoTDataset], pair: MakePair, root: Path) -> None:
+def test_bad_media_stop_the_run_before_it_starts(make, pair, root):
     bad = [pair("ok")] + [pair(name, query=Item(images=(name,))) for name in ("gone.png", "truncated.png")]
     clip = write_clip(root / "strange.mp4").read_bytes()
     (root / "strange.mp4").write_bytes(clip.replace(b"avc1", b"zz99"))
@@ -215,15 +197,13 @@ def test_bad_media_stop_the_run_before_it_starts(make: Callable[..., TCoTDataset
         make(records=bad, filter_overlong_prompts=False)
 
 
-def test_a_frame_that_no_prompt_draws_must_exist_too(make: Callable[..., TCoTDataset], pair: MakePair) -> None:
+def test_a_frame_that_no_prompt_draws_must_exist_too(make, pair):
     frames = ("a.png",) * 4 + ("gone.png",) + ("a.png",) * 5
     with pytest.raises(DataError, match=r"field target: media path 'gone\.png'"):
         make(records=[pair("p", target=Item(video=Video(frames=frames)))])
 
 
-def test_duplicate_pair_id_is_refused_across_files(
-    make: Callable[..., TCoTDataset], tmp_path: Path, pair: MakePair, models: dict[str, tuple[Any, Any]], root: Path
-) -> None:
+def test_duplicate_pair_id_is_refused_across_files(make, tmp_path, pair, models, root):
     write_pairs([pair("a"), pair("b")], tmp_path / "one.parquet")
     write_pairs([pair("c"), pair("b")], tmp_path / "two.parquet")
     tokenizer, processor = models["qwen2_vl"]
@@ -234,9 +214,7 @@ def test_duplicate_pair_id_is_refused_across_files(
         TCoTDataset(files, tokenizer, config_of(root), processor)
 
 
-def test_a_data_set_folder_stands_for_its_parts_and_an_unfinished_one_is_refused(
-    tmp_path: Path, pair: MakePair, models: dict[str, tuple[Any, Any]], root: Path
-) -> None:
+def test_a_data_set_folder_stands_for_its_parts_and_an_unfinished_one_is_refused(tmp_path, pair, models, root):
     folder = tmp_path / "photos"
     for number, names in enumerate(("ab", "cd")):
         write_pairs([pair(name) for name in names], folder / f"part-0000{number}.parquet")
@@ -248,7 +226,7 @@ def test_a_data_set_folder_stands_for_its_parts_and_an_unfinished_one_is_refused
         TCoTDataset(str(folder), tokenizer, config_of(root), processor)
 
 
-def test_max_samples_counts_prompts(make: Callable[..., TCoTDataset]) -> None:
+def test_max_samples_counts_prompts(make):
     assert [make(max_samples=5)[index]["embedrl_pair_id"] for index in range(4)] == ["text", "text", "image", "image"]
     drawn = [make(max_samples=4, shuffle=True, seed=seed).fingerprint for seed in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
@@ -256,12 +234,12 @@ def test_max_samples_counts_prompts(make: Callable[..., TCoTDataset]) -> None:
         make(max_samples=1)
 
 
-def test_a_subset_is_the_same_in_every_process_without_a_seed(make: Callable[..., TCoTDataset]) -> None:
+def test_a_subset_is_the_same_in_every_process_without_a_seed(make):
     drawn = {make(max_samples=4, shuffle=True, seed=None).fingerprint for _ in range(3)}
     assert drawn == {make(max_samples=4, shuffle=True, seed=0).fingerprint}
 
 
-def test_a_validation_subset_heeds_its_own_key(make: Callable[..., TCoTDataset], tmp_path: Path) -> None:
+def test_a_validation_subset_heeds_its_own_key(make, tmp_path):
     files = [str(tmp_path / "pairs.parquet")]
     first = make(max_samples=4, shuffle=False).fingerprint
     drawn = make(max_samples=4, shuffle=True, seed=3).fingerprint
@@ -274,9 +252,7 @@ def test_a_validation_subset_heeds_its_own_key(make: Callable[..., TCoTDataset],
     assert make(**keys, shuffle=False, validation_shuffle=True).fingerprint == first
 
 
-def test_wrong_family_is_refused(
-    make: Callable[..., TCoTDataset], models: dict[str, tuple[Any, Any]], root: Path
-) -> None:
+def test_wrong_family_is_refused(make, models, root):
     assert make(family="qwen3_vl").family == "qwen3_vl"
     with pytest.raises(
         ConfigError, match="family=qwen2_vl has visual tokens of 28 px a side, but the processor's have 32"
@@ -286,9 +262,7 @@ def test_wrong_family_is_refused(
         TCoTDataset([], models["qwen2_vl"][0], config_of(root))
 
 
-def test_processor_with_narrower_limits_is_refused(
-    make: Callable[..., TCoTDataset], pair: MakePair, root: Path
-) -> None:
+def test_processor_with_narrower_limits_is_refused(make, pair, root):
     Image.new("RGB", (3000, 2000)).save(root / "large.png")
     large = [pair("large", query=Item(images=("large.png",)))]
     section = {"prompt_style": "compact", "image_max_tokens": 2000}
@@ -300,7 +274,7 @@ def test_processor_with_narrower_limits_is_refused(
         make(records=large, embedrl=section, filter_overlong_prompts=False)
 
 
-def test_rows_pass_verls_collation_and_tensordict(make: Callable[..., TCoTDataset], records: list[PairRecord]) -> None:
+def test_rows_pass_verls_collation_and_tensordict(make, records):
     data = make()
     sampler = PairBatchSampler(data, batch_size=2)
     loader = StatefulDataLoader(
@@ -319,12 +293,12 @@ def test_rows_pass_verls_collation_and_tensordict(make: Callable[..., TCoTDatase
     assert sorted(set(seen)) == sorted(record.pair_id for record in records)
 
 
-def test_a_row_carries_no_pixels(make: Callable[..., TCoTDataset], pair: MakePair, root: Path) -> None:
+def test_a_row_carries_no_pixels(make, pair, root):
     Image.new("RGB", (1000, 1000)).save(root / "large.png")
     row = make(records=[pair("p", query=Item(images=("large.png",)))])[0]
     assert len(pickle.dumps(row)) < 10_000
 
 
-def test_verl_finds_the_class_by_its_config_keys() -> None:
+def test_verl_finds_the_class_by_its_config_keys():
     keys = {"custom_cls": {"path": "pkg://embedrl_verl.data.dataset", "name": "TCoTDataset"}}
     assert get_dataset_class(OmegaConf.create(keys)) is TCoTDataset

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,28 +9,26 @@ from embedrl_verl.data.identity import content_id, false_negative_share, records
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import MediaError
 
-MakePair = Callable[..., PairRecord]
-
 # Ids of the target_ids "0" and "1": other values would change the masks of a resumed run.
 PINNED = [-862564765626576868, -2137429988781005429]
 
 
-def test_the_same_target_id_is_the_same_content(pair: MakePair) -> None:
+def test_the_same_target_id_is_the_same_content(pair):
     first, second = pair("p0", target=Item(text="a"), target_id="x"), pair("p1", target=Item(text="b"), target_id="x")
     assert content_id(first, None).target == content_id(second, None).target
     assert content_id(first, None).target != content_id(pair("p2", target=Item(text="a"), target_id="y"), None).target
 
 
-def test_without_an_id_text_counts_without_case_width_and_spacing(pair: MakePair) -> None:
-    def of(text: str) -> int:
+def test_without_an_id_text_counts_without_case_width_and_spacing(pair):
+    def of(text):
         return content_id(pair("p", target=Item(text=text)), None).target
 
     assert of("The  Cat\n") == of("the cat") == of("ｔｈｅ cat")
     assert of("the cat") != of("the cats")
 
 
-def test_without_an_id_media_count_by_their_bytes(pair: MakePair, root: Path) -> None:
-    def of(*images: str | bytes, text: str = "") -> int:
+def test_without_an_id_media_count_by_their_bytes(pair, root):
+    def of(*images, text=""):
         return content_id(pair("p", target=Item(text=text, images=images)), root).target
 
     (root / "copy.png").write_bytes((root / "a.png").read_bytes())
@@ -44,8 +38,8 @@ def test_without_an_id_media_count_by_their_bytes(pair: MakePair, root: Path) ->
     )
 
 
-def test_frames_are_not_images_and_files_count_by_bytes(pair: MakePair, root: Path) -> None:
-    def of(video: Video) -> int:
+def test_frames_are_not_images_and_files_count_by_bytes(pair, root):
+    def of(video):
         return content_id(pair("p", target=Item(video=video)), root).target
 
     images = content_id(pair("p", target=Item(images=("a.png",))), root).target
@@ -53,14 +47,14 @@ def test_frames_are_not_images_and_files_count_by_bytes(pair: MakePair, root: Pa
     assert of(Video(frames=("a.png",), fps=1.0)) == of(Video(path="a.png"))
 
 
-def test_ids_are_stable_int64(pair: MakePair) -> None:
+def test_ids_are_stable_int64(pair):
     ids = [content_id(pair("p", target_id=str(index)), None).target for index in range(200)]
     assert len(set(ids)) == 200
     assert all(-(2**63) <= value < 2**63 for value in ids)
     assert ids[:2] == PINNED
 
 
-def test_missing_medium_is_an_error(pair: MakePair, root: Path) -> None:
+def test_missing_medium_is_an_error(pair, root):
     for side in ("query", "target"):
         with pytest.raises(MediaError, match=r"gone\.png"):
             content_id(pair("p", **{side: Item(images=("gone.png",))}), root)
@@ -92,8 +86,8 @@ def test_the_digest_of_records_changes_with_any_field_their_order_and_a_files_si
     assert len({known, *digests}) == len(digests) + 1
 
 
-def test_queries_are_equal_by_id_or_by_instruction_text_and_media(pair: MakePair, root: Path) -> None:
-    def of(query: Item, **change: str) -> int:
+def test_queries_are_equal_by_id_or_by_instruction_text_and_media(pair, root):
+    def of(query, **change):
         return content_id(replace(pair("p", query=query), **change), root).query
 
     photo, copy = Item(images=("a.png",)), Item(images=((root / "a.png").read_bytes(),))
@@ -111,7 +105,7 @@ def test_queries_are_equal_by_id_or_by_instruction_text_and_media(pair: MakePair
     assert of(photo, query_id="x") != of(photo)
 
 
-def test_content_is_shared_by_id_and_not_along_a_chain() -> None:
+def test_content_is_shared_by_id_and_not_along_a_chain():
     chain = torch.tensor([[1, 10], [1, 20], [2, 20], [20, 1]])  # the last has the others' numbers in the wrong places
     first, second, third = [True, True, False, False], [True, True, True, False], [False, True, True, False]
     assert shares_content(chain, chain).tolist() == [first, second, third, [False] * 3 + [True]]
@@ -123,7 +117,7 @@ def test_content_is_shared_by_id_and_not_along_a_chain() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_share_of_false_negatives_is_that_of_the_matrix(seed: int) -> None:
+def test_the_share_of_false_negatives_is_that_of_the_matrix(seed):
     ids = np.random.default_rng(seed).integers(0, 9, (40, 2))
     found = shares_content(torch.tensor(ids), torch.tensor(ids))
     assert false_negative_share(*ids.T) == pytest.approx((int(found.sum()) - 40) / (40 * 39))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prompt's length is that of the rollout's own code, which runs once for prompts that differ in pixels only."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from PIL import Image
@@ -18,9 +16,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def meter(model):
-    from verl.utils.tokenizer import hf_processor, hf_tokenizer
-
-    return PromptMeter(hf_tokenizer(str(model)), hf_processor(str(model)), "qwen2_vl", {})
+    return PromptMeter.from_pretrained(str(model), "auto")
 
 
 @pytest.fixture
@@ -38,37 +34,34 @@ def measured(meter, monkeypatch):
     return lengths
 
 
-def image_prompt(name: str, text: str = "Read it."):
-    return [{"role": "user", "content": [{"type": "image", "image": name}, {"type": "text", "text": text}]}]
+def count(meter, text="Read it.", size=(56, 56), colour="red"):
+    content = [{"type": "image", "image": f"{colour}.png"}, {"type": "text", "text": text}]
+    return meter.count([{"role": "user", "content": content}], [Image.new("RGB", size, colour)], None)
 
 
-def picture(width: int, height: int, colour: str = "red") -> Image.Image:
-    return Image.new("RGB", (width, height), colour)
+def test_prompts_are_measured_once_for_all_pixels(meter, measured):
+    first = count(meter)
+    assert count(meter, colour="blue") == first and measured == [first]
 
 
-def test_other_pixels_are_not_measured_again(meter, measured):
-    first = meter.count(image_prompt("a.png"), [picture(56, 56)], None)
-    assert meter.count(image_prompt("b.png"), [picture(56, 56, "blue")], None) == first
-    assert measured == [first]
-
-
-def test_other_words_sizes_and_numbers_of_media_are(meter, measured):
+def test_other_words_sizes_and_numbers_of_media_are_measured(meter, measured):
     counts = [
-        meter.count(image_prompt("a.png"), [picture(56, 56)], None),
-        meter.count(image_prompt("a.png"), [picture(84, 56)], None),
-        meter.count(image_prompt("a.png"), [picture(56, 84)], None),
-        meter.count(image_prompt("a.png", "Read it aloud, please."), [picture(56, 56)], None),
-        meter.count([{"role": "user", "content": "Read it."}], None, None),
-        meter.count([{"role": "user", "content": "Read it aloud, please."}], None, None),
+        count(meter),
+        count(meter, size=(84, 56)),
+        count(meter, size=(56, 84)),
+        count(meter, "Read it aloud, please."),
+    ]
+    counts += [
+        meter.count([{"role": "user", "content": text}], None, None) for text in ("Read it.", "Read it aloud, please.")
     ]
     assert counts == measured, "each one is measured"
     assert counts[1] == counts[2] == counts[0] + 2 and len(set(counts)) == 5
 
 
-def test_clips_of_other_lengths_and_times_are(meter, measured):
+def test_clips_of_other_lengths_and_times_are_measured(meter, measured):
     prompt = [{"role": "user", "content": [{"type": "video", "video": "a.mp4", "fps": 2.0}]}]
 
-    def clip(frames: int, fps: float, colour: int = 0):
+    def clip(frames, fps, colour=0):
         metadata = {"fps": fps, "frames_indices": list(range(frames)), "total_num_frames": frames}
         return [(torch.full((frames, 3, 56, 56), colour, dtype=torch.uint8), metadata)]
 

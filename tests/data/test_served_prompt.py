@@ -5,8 +5,6 @@ Qwen3-VL is the family whose video prompts verl merges wrongly; `test_dataset.py
 that both ways agree. `python tests/data/test_served_prompt.py FOLDER` is the part that runs in a process of its own.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
@@ -28,7 +26,7 @@ ENV = {**CPU_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_vllm_runs_the_prompt_that_is_counted(tmp_path: Path) -> None:
+def test_vllm_runs_the_prompt_that_is_counted(tmp_path):
     build_tiny_model(tmp_path / "model", family="qwen3_vl")
     for index in range(5):
         Image.new("RGB", (130, 90), (50 * index, 9, 99)).save(tmp_path / f"{index}.png")
@@ -49,7 +47,7 @@ def test_vllm_runs_the_prompt_that_is_counted(tmp_path: Path) -> None:
         assert prompt["vllm"] == prompt["counted"]
 
 
-def run_vllm(folder: Path) -> list[dict[str, list[int]]]:
+def run_vllm(folder):
     """For every prompt the tokens that the length filter counts and those that vLLM ran. Runs in its own process."""
     from verl.utils.tokenizer import hf_processor, hf_tokenizer
     from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder

@@ -9,7 +9,7 @@ from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.errors import ConfigError
 
 
-def test_settings_come_from_verls_data_section() -> None:
+def test_settings_come_from_verls_data_section():
     config = OmegaConf.create({"media_root": "m", "embedrl": {"family": "qwen3_vl", "image_max_tokens": 500}})
     settings = DataSettings.from_config(config)
     assert settings == DataSettings(family="qwen3_vl", image_max_tokens=500)
@@ -18,7 +18,7 @@ def test_settings_come_from_verls_data_section() -> None:
         DataSettings.from_config({"embedrl": {"image_max_token": 5}})
 
 
-def test_family_is_named_or_that_of_the_processor() -> None:
+def test_family_is_named_or_that_of_the_processor():
     class Qwen3VLProcessor:
         pass
 

@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frames of a clip are those that a player shows, as it shows them."""
 
-from __future__ import annotations
-
 import io
 import struct
-from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import av
@@ -24,7 +19,7 @@ from tests.data.clips import box, boxes, change_box, numbers, read, remux, shift
 GREEN = (0, 255, 0)
 
 
-def mux_with_cover(path: Path, codec: str, size: int) -> Path:
+def mux_with_cover(path, codec, size):
     """A clip (or sound, by the codec) with a green cover picture."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=24 if codec == "libx264" else 48000)
@@ -44,7 +39,7 @@ def mux_with_cover(path: Path, codec: str, size: int) -> Path:
     return path
 
 
-def test_a_cover_picture_is_no_clip_wherever_it_stands(tmp_path: Path) -> None:
+def test_a_cover_picture_is_no_clip_wherever_it_stands(tmp_path):
     """The first stream in the file, or the largest."""
     picture = io.BytesIO()
     Image.new("RGB", (200, 200), GREEN).save(picture, "JPEG")
@@ -52,7 +47,7 @@ def test_a_cover_picture_is_no_clip_wherever_it_stands(tmp_path: Path) -> None:
     handler = box(b"hdlr", b"\0" * 8 + b"mdirappl" + b"\0" * 9)
     udta = box(b"udta", box(b"meta", b"\0" * 4, handler, box(b"ilst", cover)))
 
-    def put_first(moov: bytes) -> bytes:
+    def put_first(moov):
         parts = dict(boxes(moov))
         return box(b"mvhd", parts[b"mvhd"]) + udta + box(b"trak", parts[b"trak"])
 
@@ -66,12 +61,12 @@ def test_a_cover_picture_is_no_clip_wherever_it_stands(tmp_path: Path) -> None:
         assert numbers(frames) == [0, 16, 31, 47]
 
 
-def test_a_file_with_a_cover_picture_alone_is_no_video(tmp_path: Path) -> None:
+def test_a_file_with_a_cover_picture_alone_is_no_video(tmp_path):
     with pytest.raises(MediaError, match=r"'song\.mp4': the file has no video stream, only a cover picture"):
         read(mux_with_cover(tmp_path / "song.mp4", "aac", 200))
 
 
-def test_of_two_streams_the_larger_is_the_clip(tmp_path: Path) -> None:
+def test_of_two_streams_the_larger_is_the_clip(tmp_path):
     with av.open(str(tmp_path / "two.mkv"), "w") as out:
         streams = [out.add_stream("mpeg4", rate=24) for _ in range(2)]
         for stream, width in zip(streams, (32, 96), strict=True):
@@ -84,7 +79,7 @@ def test_of_two_streams_the_larger_is_the_clip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("movflags", ["faststart", "frag_keyframe+delay_moov"])
 @pytest.mark.parametrize("start", [1, 14, 30])
-def test_what_an_edit_list_hides_at_the_start_is_not_shown(tmp_path: Path, start: int, movflags: str) -> None:
+def test_what_an_edit_list_hides_at_the_start_is_not_shown(tmp_path, start, movflags):
     """A cut in a group of pictures keeps packets from its key frame on; at 30 the file has 24 that none needs."""
     cut = shift(write_clip(tmp_path / "whole.mp4"), tmp_path / "cut.mp4", start, movflags=movflags)
     frames, times = read(cut)
@@ -101,7 +96,7 @@ def test_what_an_edit_list_hides_at_the_start_is_not_shown(tmp_path: Path, start
         ([(-1, 24), (12, 30)], list(range(12, 42))),
     ],
 )
-def test_edits_are_shown_one_after_the_other(tmp_path: Path, edits: list[tuple[int, int]], shown: list[int]) -> None:
+def test_edits_are_shown_one_after_the_other(tmp_path, edits, shown):
     """(first frame, frames) of each; -1: nothing is shown."""
     whole = write_clip(tmp_path / "whole.mp4")
     with av.open(str(whole)) as container:
@@ -117,10 +112,10 @@ def test_edits_are_shown_one_after_the_other(tmp_path: Path, edits: list[tuple[i
     assert numbers(frames) == shown
 
 
-def hide(show: int, hidden: int) -> Callable[[int, bytearray], None]:
+def hide(show, hidden):
     """A bit of the first byte says that a picture of VP8 or VP9 is shown."""
 
-    def change(index: int, content: bytearray) -> None:
+    def change(index, content):
         if index and index % 5 == 0 and index <= 5 * hidden:
             content[0] ^= show
 
@@ -135,9 +130,7 @@ def hide(show: int, hidden: int) -> Callable[[int, bytearray], None]:
         ("libvpx-vp9", "avi", 0x02, 1, 2),  # packets do not tell; WebM has them in one packet with the next picture
     ],
 )
-def test_pictures_that_are_never_shown_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, kind: str, show: int, hidden: int, decoded: int
-) -> None:
+def test_pictures_that_are_never_shown_do_not_count(tmp_path, monkeypatch, codec, kind, show, hidden, decoded):
     whole = write_clip(tmp_path / "all.webm", codec)
     clip = remux(whole, tmp_path / f"hidden.{kind}", hide(show, hidden))
     with av.open(str(clip)) as container:
@@ -151,7 +144,7 @@ def test_pictures_that_are_never_shown_do_not_count(
     assert decode.call_count == decoded
 
 
-def test_a_clip_whose_frames_come_out_of_order_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_whose_frames_come_out_of_order_is_decoded_once(tmp_path, monkeypatch):
     clip = write_clip(
         tmp_path / "a.mp4", pts=[20 * index + index**2 // 20 for index in range(48)], tick=Fraction(1, 1000)
     )
@@ -160,20 +153,20 @@ def test_a_clip_whose_frames_come_out_of_order_is_decoded_once(tmp_path: Path, m
     assert read(clip)[1].rate == 1000.0 and decode.call_count == 1
 
 
-def test_a_clip_of_which_far_fewer_frames_come_than_packets_is_refused(tmp_path: Path) -> None:
+def test_a_clip_of_which_far_fewer_frames_come_than_packets_is_refused(tmp_path):
     clip = remux(write_clip(tmp_path / "all.webm", "libvpx-vp9"), tmp_path / "a.avi", hide(0x02, 9))
     with pytest.raises(MediaError, match=r"'a\.avi': only 39 of 48 frames can be decoded"):
         read(clip)
 
 
 @pytest.mark.parametrize("interlaced", [True, False])
-def test_two_packets_may_make_one_interlaced_frame(tmp_path: Path, interlaced: bool) -> None:
+def test_two_packets_may_make_one_interlaced_frame(tmp_path, interlaced):
     """Broadcasts have a packet a field. Here every other one has no picture."""
 
-    def setup(stream: Any) -> None:
+    def setup(stream):
         stream.options = {"g": "1", **({"flags": "+ildct+ilme"} if interlaced else {})}
 
-    def empty(index: int, content: bytearray) -> None:
+    def empty(index, content):
         if index % 2:
             content[:] = b"\0\0\1\xb2none"
 
@@ -201,7 +194,7 @@ SEEN = {
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
 @pytest.mark.parametrize(("degrees", "mirrored", "flipped"), list(SEEN))
-def test_a_clip_stands_upright(tmp_path: Path, degrees: int, mirrored: bool, flipped: bool, kind: str) -> None:
+def test_a_clip_stands_upright(tmp_path, degrees, mirrored, flipped, kind):
     stored = Image.new("RGB", (96, 64))
     for number, colour in enumerate(((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))):
         left, top = 48 * (number % 2), 32 * (number // 2)
@@ -222,7 +215,7 @@ def test_a_clip_stands_upright(tmp_path: Path, degrees: int, mirrored: bool, fli
     assert np.abs(np.asarray(first, float) - np.asarray(seen, float)).mean() < 8
 
 
-def test_a_track_header_that_turns_right_puts_the_top_at_the_right(tmp_path: Path) -> None:
+def test_a_track_header_that_turns_right_puts_the_top_at_the_right(tmp_path):
     one = 0x10000
     matrix = struct.pack(">9i", 0, one, 0, -one, 0, 0, 64 * one, 0, 0x40000000)
     data = write_clip(tmp_path / "plain.mp4").read_bytes()
@@ -233,7 +226,7 @@ def test_a_track_header_that_turns_right_puts_the_top_at_the_right(tmp_path: Pat
     assert frames[0].size == (64, 96) and red > 200 and max(green, blue) < 60
 
 
-def test_a_picture_with_exif_is_turned_as_a_clip_too(tmp_path: Path) -> None:
+def test_a_picture_with_exif_is_turned_as_a_clip_too(tmp_path):
     stored = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     for orientation, turn in ((3, "ROTATE_180"), (6, "ROTATE_270"), (8, "ROTATE_90")):
         tags = Image.Exif()
@@ -245,8 +238,8 @@ def test_a_picture_with_exif_is_turned_as_a_clip_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("aspect", "width"), [(Fraction(4, 3), 128), (Fraction(1, 2), 48), (Fraction(1000, 1001), 96)])
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
-def test_pixels_are_square(tmp_path: Path, kind: str, aspect: Fraction, width: int) -> None:
-    def setup(stream: Any) -> None:
+def test_pixels_are_square(tmp_path, kind, aspect, width):
+    def setup(stream):
         stream.codec_context.sample_aspect_ratio = aspect
 
     clip = write_clip(tmp_path / f"wide.{kind}", setup=setup)
@@ -262,7 +255,7 @@ def test_pixels_are_square(tmp_path: Path, kind: str, aspect: Fraction, width: i
     assert read(turned)[0][0].size == (64, width)
 
 
-def test_frames_of_a_clip_that_changes_its_size_have_the_first_ones(tmp_path: Path) -> None:
+def test_frames_of_a_clip_that_changes_its_size_have_the_first_ones(tmp_path):
     parts = [write_clip(tmp_path / f"{width}.h264", size=(width, 64)) for width in (96, 128, 64)]
     (tmp_path / "all.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
     frames, times = read(tmp_path / "all.h264")
@@ -276,15 +269,15 @@ def test_frames_of_a_clip_that_changes_its_size_have_the_first_ones(tmp_path: Pa
         read(tmp_path / "all.h264", max_pixels=8000)
 
 
-def gif(path: Path) -> None:
+def gif(path):
     frames = [Image.new("RGBA", (96, 64)) for _ in range(4)]
     for frame in frames:
         frame.paste((255, 0, 0, 255), (48, 0, 96, 64))
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=100, disposal=2)
 
 
-def with_alpha(codec: str, pixels: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
+def with_alpha(codec, pixels):
+    def write(path):
         picture = np.zeros((64, 96, 4), np.uint8)
         picture[..., 0], picture[:, 48:, 3] = 255, 255
         with av.open(str(path), "w") as out:
@@ -304,7 +297,7 @@ def with_alpha(codec: str, pixels: str) -> Callable[[Path], None]:
         ("a.nut", with_alpha("png", "rgba")),
     ],
 )
-def test_what_is_transparent_in_a_clip_is_white(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
+def test_what_is_transparent_in_a_clip_is_white(tmp_path, name, write):
     write(tmp_path / name)
     frames, _ = read(tmp_path / name)
     assert frames[0].getpixel((10, 10)) == (255, 255, 255)
@@ -315,7 +308,7 @@ def test_what_is_transparent_in_a_clip_is_white(tmp_path: Path, name: str, write
     ("name", "codec", "pixels"),
     [("deep.mkv", "ffv1", "yuv420p10le"), ("grey.mkv", "libx264", "gray"), ("full.avi", "mjpeg", "yuvj444p")],
 )
-def test_every_pixel_format_becomes_rgb(tmp_path: Path, name: str, codec: str, pixels: str) -> None:
+def test_every_pixel_format_becomes_rgb(tmp_path, name, codec, pixels):
     frames, _ = read(write_clip(tmp_path / name, codec, pixels=pixels))
     assert frames[0].mode == "RGB"
     assert np.abs(np.array(numbers(frames)) - [0, 16, 31, 47]).max() <= (4 if pixels == "gray" else 1)

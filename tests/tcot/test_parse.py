@@ -3,19 +3,17 @@
 
 import json
 import random
-import re
 import sys
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import Box, TCoT, format_reward, json_objects, parse_tcot
+from embedrl_verl.tcot import Box, format_reward, json_objects, parse_tcot
 
 
-def tcot(evidence: object, *, rethink: str = "It holds.", answer: str = "A bus.") -> str:
+def tcot(evidence, *, rethink="It holds.", answer="A bus."):
     written = evidence if isinstance(evidence, str) else json.dumps(evidence)
     return f"<thinking>See {written} there.</thinking>\n<rethink>{rethink}</rethink>\n<answer>{answer}</answer>"
 
@@ -24,7 +22,7 @@ GOOD = tcot({"bbox_2d": [228, 320, 961, 970]})
 BOX = Box(1, 2, 3, 4)
 
 
-def test_reads_every_part_of_a_well_formed_tcot() -> None:
+def test_reads_every_part_of_a_well_formed_tcot():
     read = parse_tcot(f"\n {GOOD} \n", num_images=1)
     assert read.is_well_formed and read.problems == ()
     assert read.thinking == 'See {"bbox_2d": [228, 320, 961, 970]} there.'
@@ -45,40 +43,40 @@ def test_reads_every_part_of_a_well_formed_tcot() -> None:
         ("[9,2,3,4]", (Box(9, 2, 3, 4),)),  # corners in the wrong order are no matter of form
     ],
 )
-def test_every_strict_form_of_boxes_is_well_formed(value: str, boxes: tuple[Box, ...]) -> None:
+def test_every_strict_form_of_boxes_is_well_formed(value, boxes):
     read = parse_tcot(tcot(f'{{"bbox_2d": {value}}}'), num_images=3)
     assert read.boxes == boxes
     assert read.is_well_formed, read.problems
 
 
-def test_an_object_may_name_the_image_of_all_its_boxes() -> None:
+def test_an_object_may_name_the_image_of_all_its_boxes():
     read = parse_tcot(tcot({"image": 2, "bbox_2d": [[1, 2, 3, 4], {"image": 1, "box": [1, 2, 3, 4]}]}))
     assert read.is_well_formed and [box.image for box in read.boxes] == [2, 1]
 
 
-def test_a_key_written_twice_counts_with_all_its_values() -> None:
+def test_a_key_written_twice_counts_with_all_its_values():
     read = parse_tcot(tcot('{"bbox_2d": [1,2,3,4], "text_keywords": ["a"], "bbox_2d": [[5,6,7,8]]}'))
     assert read.is_well_formed
     assert read.boxes == (BOX, Box(5, 6, 7, 8)) and read.text_keywords == ("a",)
 
 
-def test_keys_that_are_no_evidence_are_ignored() -> None:
+def test_keys_that_are_no_evidence_are_ignored():
     assert parse_tcot(tcot({"text_keywords": ["a"], "image": "a bus", "note": {"x": [1]}})).is_well_formed
 
 
 @pytest.mark.parametrize("fence", ["```json\n{}\n```", "```\n{}\n```", "evidence={}!", "{}"])
-def test_the_object_may_stand_in_a_fence_or_in_a_sentence(fence: str) -> None:
+def test_the_object_may_stand_in_a_fence_or_in_a_sentence(fence):
     read = parse_tcot(tcot(fence.replace("{}", '{"key_frames": [1, 3]}')), num_frames=3)
     assert read.is_well_formed and read.key_frames == (1, 3)
 
 
 @pytest.mark.parametrize("prose", ["a {set} of", "{ open", "close }", '5" wide', "{'a': 1}", "[1, 2, 3, 4]", "{ {"])
-def test_braces_and_quotes_in_prose_are_not_objects(prose: str) -> None:
+def test_braces_and_quotes_in_prose_are_not_objects(prose):
     read = parse_tcot(tcot(f'{prose} {{"text_keywords": ["bus"]}}'))
     assert read.is_well_formed and read.text_keywords == ("bus",)
 
 
-def test_key_frames_are_counted_from_one_and_end_at_the_number_of_frames() -> None:
+def test_key_frames_are_counted_from_one_and_end_at_the_number_of_frames():
     text = tcot({"key_frames": [0, 1, 8, 9]})
     read = parse_tcot(text, num_frames=8)
     assert read.key_frames == (1, 8) and not read.is_well_formed
@@ -116,7 +114,7 @@ def test_key_frames_are_counted_from_one_and_end_at_the_number_of_frames() -> No
         ('[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]', (BOX, BOX), "exactly one JSON object; got 2"),
     ],
 )
-def test_what_is_not_strict_is_a_problem_and_the_rest_is_kept(evidence: str, kept: tuple, problem: str) -> None:
+def test_what_is_not_strict_is_a_problem_and_the_rest_is_kept(evidence, kept, problem):
     read = parse_tcot(tcot(evidence), num_images=2)
     assert read.text_keywords + read.boxes + read.key_frames == kept
     assert any(problem in line for line in read.problems), read.problems
@@ -150,41 +148,41 @@ EVIDENCE = '{"text_keywords": ["a"]}'
         "<thinking>a<rethink>{}</rethink></thinking>" + "".join(PARTS[1:]),
     ],
 )
-def test_tags_stand_once_in_order_with_nothing_outside_and_nothing_empty(text: str) -> None:
+def test_tags_stand_once_in_order_with_nothing_outside_and_nothing_empty(text):
     broken = parse_tcot(text.replace("{}", EVIDENCE))
     assert not broken.is_well_formed and format_reward(broken, "text_keywords") == 0.0
     assert parse_tcot("\n".join(PARTS).replace("{}", EVIDENCE)).is_well_formed  # the same parts, put right
 
 
-def test_a_reply_cut_at_the_length_limit_keeps_its_evidence() -> None:
+def test_a_reply_cut_at_the_length_limit_keeps_its_evidence():
     read = parse_tcot(GOOD[: GOOD.index("holds")])
     assert read.boxes and read.thinking.startswith("See") and read.rethink == "It" and read.answer == ""
 
 
-def test_a_reply_that_starts_inside_thinking_is_read() -> None:
+def test_a_reply_that_starts_inside_thinking_is_read():
     read = parse_tcot(GOOD.removeprefix("<thinking>"))
     assert read.thinking.startswith("See {") and read.answer == "A bus." and read.boxes and not read.is_well_formed
 
 
-def test_evidence_outside_thinking_is_read_only_where_thinking_has_none() -> None:
+def test_evidence_outside_thinking_is_read_only_where_thinking_has_none():
     outside = '<answer>{"key_frames": [2]}</answer>'
     assert parse_tcot(outside).key_frames == (2,)
     assert parse_tcot(tcot({"key_frames": [1]}, answer='{"key_frames": [2]}')).key_frames == (1,)
 
 
-def test_sections_cut_after_thinking_and_lose_no_character() -> None:
+def test_sections_cut_after_thinking_and_lose_no_character():
     thinking, rest = parse_tcot(f" {GOOD}").sections()
     assert thinking.startswith(" <thinking>") and thinking.endswith("</thinking>") and rest.startswith("\n<rethink>")
     assert parse_tcot("no tags").sections() == ("no tags", "")
 
 
-def test_problems_stay_short_however_much_is_wrong() -> None:
+def test_problems_stay_short_however_much_is_wrong():
     read = parse_tcot(tcot({"key_frames": [0] * 10_000, "text_keywords": ["x" * 10_000, 1]}) + "<answer>" * 10_000)
     assert len(read.problems) < 6 and all(len(line) < 400 for line in read.problems)
     assert any("(and 9999 more)" in line for line in read.problems)
 
 
-def test_format_reward_asks_for_the_required_evidence() -> None:
+def test_format_reward_asks_for_the_required_evidence():
     read = parse_tcot(GOOD)
     assert format_reward(read) == format_reward(read, "bbox_2d") == 1.0
     assert format_reward(read, "key_frames") == format_reward(read, "text_keywords") == 0.0
@@ -200,7 +198,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-def checked(text: str) -> TCoT:
+def checked(text):
     """Parse, and hold what is true of every T-CoT."""
     read = parse_tcot(text, num_frames=8, num_images=2)
     assert "".join(read.sections()) == text
@@ -209,7 +207,7 @@ def checked(text: str) -> TCoT:
     return read
 
 
-def mutated(rng: random.Random) -> str:
+def mutated(rng):
     """A well-formed T-CoT with one to four pieces put in, cut out, moved or broken."""
     key, value = rng.choice([("bbox_2d", [[1, 2, 3, 4]]), ("key_frames", [1, 2]), ("text_keywords", ["a"])])
     text = tcot({key: value})
@@ -221,7 +219,7 @@ def mutated(rng: random.Random) -> str:
     return text
 
 
-def test_generated_and_mutated_strings_parse_without_an_exception() -> None:
+def test_generated_and_mutated_strings_parse_without_an_exception():
     """No exception; some are well formed and many keep evidence, so the check is not vacuous."""
     rng = random.Random(0)
     well_formed = with_evidence = 0
@@ -236,7 +234,7 @@ def test_generated_and_mutated_strings_parse_without_an_exception() -> None:
 @settings(max_examples=100)
 @given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
 @example('{"a":' * 30)
-def test_any_text_parses(text: str) -> None:
+def test_any_text_parses(text):
     checked(text)
 
 
@@ -253,7 +251,7 @@ EVIDENCE_VALUES = st.fixed_dictionaries(
 
 @settings(max_examples=200)
 @given(EVIDENCE_VALUES, st.booleans())
-def test_valid_evidence_comes_back_as_it_was_written(evidence: dict, ascii_only: bool) -> None:
+def test_valid_evidence_comes_back_as_it_was_written(evidence, ascii_only):
     read = parse_tcot(tcot(json.dumps(evidence, ensure_ascii=ascii_only).replace("<", "\\u003c")), num_frames=8)
     assert read.is_well_formed, read.problems
     assert list(read.text_keywords) == evidence.get("text_keywords", [])
@@ -271,18 +269,18 @@ UNITS = [
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_work_is_linear_on_adversarial_strings(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_linear_on_adversarial_strings(unit, monkeypatch):
     """Eight times the text is about eight times the calls and the characters read; a look-out from every brace to the
     end would be 64 times. Counted, not timed: a busy machine says nothing here."""
     tokens = json_objects._TOKEN
     calls = characters = 0
 
-    def call(frame: object, event: str, argument: object) -> None:
+    def call(frame, event, argument):
         nonlocal calls
         calls += event in ("call", "c_call")
 
     class Reading:
-        def finditer(self, text: str, start: int) -> Iterator[re.Match[str]]:
+        def finditer(self, text, start):
             nonlocal characters
             for match in tokens.finditer(text, start):
                 # A quote alone: its end was looked for up to the end of the text.
@@ -293,7 +291,7 @@ def test_work_is_linear_on_adversarial_strings(unit: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(json_objects, "_TOKEN", Reading())
 
-    def work(count: int) -> tuple[int, int]:
+    def work(count):
         nonlocal calls, characters
         calls = characters = 0
         sys.setprofile(call)
@@ -308,7 +306,7 @@ def test_work_is_linear_on_adversarial_strings(unit: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("brackets", ["[]", "{}"])
-def test_deep_nesting_is_no_recursion_error(brackets: str) -> None:
+def test_deep_nesting_is_no_recursion_error(brackets):
     opened, closed = ("[", "]") if brackets == "[]" else ('{"a":', "}")
     read = checked(tcot('{"bbox_2d":' + opened * N + "1" + closed * N + "}"))
     assert not read.is_well_formed and read.boxes == ()

@@ -31,13 +31,8 @@ MAX_EVIDENCE = 8
 
 @dataclass(frozen=True)
 class Evidence:
-    """Cut evidence.
-
-    Attributes:
-        images: crops in the order of their boxes, then key frames in the order in which they were written.
-        problems: why boxes or frames were left out, one line a reason: a bad pointer must not lose the row, and must
-            not be silent.
-    """
+    """`images`: crops in the order of their boxes, then key frames in the order in which they were written; `problems`:
+    why some were left out, one line a reason: a bad pointer must not lose the row, and must not be silent."""
 
     images: tuple[Image.Image, ...] = ()
     problems: tuple[str, ...] = ()
