@@ -33,6 +33,7 @@ from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.serving.server import Server, ServerError, server_url, within
 
 _LOG = logging.getLogger(__name__)
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it says a line a request
 AFFINITY_SLACK = 16
 """Requests that a server may have above the least busy one and still get those of its affinity."""
 _LONGEST_BACKOFF_S = 10.0
