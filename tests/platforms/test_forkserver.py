@@ -59,7 +59,7 @@ def server():
     """One that has imported little."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(PYTHON, raising=False)
-        server = ForkServer(os.environ, ["json.tool", "numpy"])
+        server = ForkServer(os.environ, ["json.tool", "numpy.random"])
         yield server
         server.close()
 
