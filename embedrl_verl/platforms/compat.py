@@ -44,8 +44,8 @@ def require_version(name: str, found: str | None, expected: str, needed_for: str
         )
 
 
-# A class or module; our files that depend on names that it defines itself, and why; these names, functions with their
-# parameters.
+# Classes or modules; our files that depend on names that they define themselves, and why; these names, functions with
+# their parameters. Six spaces continue a line.
 _TEXT = """
 verl.trainer.ppo.v1.trainer_base.PPOTrainer
   in platforms/trainer.py: worker classes of this package, and a mode of another name than verl's own
@@ -167,22 +167,20 @@ verl.utils.megatron.pipeline_parallel
 verl.single_controller.ray.base.RayWorkerGroup
   in platforms/patches.py: patched by choose_master_ports_that_stay_free
     _get_master_addr_port(self, pg, bundle_index=0, master_port_range=None)
-verl.models.transformers.qwen2_vl
-  in platforms/patches.py: patched by run_the_vision_model_once, compute_log_probs_in_the_head and
-      keep_attention_of_transformers
-    _get_input_embeds(model, input_ids, attention_mask=None, pixel_values=None, pixel_values_videos=None,
-      image_grid_thw=None, video_grid_thw=None)
-    forward_with_torch_backend(self, input_ids=None, labels=None, temperature=1.0, shift_labels=None, **kwargs)
-    qwen2_vl_forward(self, input_ids, attention_mask=None, position_ids=None, pixel_values=None,
-      pixel_values_videos=None, image_grid_thw=None, video_grid_thw=None, **kwargs)
-    qwen2_vl_attn_forward(self, hidden_states, attention_mask=None, position_ids=None, position_embeddings=None,
-      **kwargs)
-    Qwen2VLCausalLMOutputForPPO
-verl.models.transformers.qwen3_vl
+verl.models.transformers.qwen2_vl, verl.models.transformers.qwen3_vl
   in platforms/patches.py: patched by run_the_vision_model_once and compute_log_probs_in_the_head
     _get_input_embeds(model, input_ids, attention_mask=None, pixel_values=None, pixel_values_videos=None,
       image_grid_thw=None, video_grid_thw=None)
     forward_with_torch_backend(self, input_ids=None, labels=None, temperature=1.0, shift_labels=None, **kwargs)
+verl.models.transformers.qwen2_vl
+  in platforms/patches.py: runs the model below the fused log-probs; patched by keep_attention_of_transformers
+    Qwen2VLCausalLMOutputForPPO
+    qwen2_vl_forward(self, input_ids, attention_mask=None, position_ids=None, pixel_values=None,
+      pixel_values_videos=None, image_grid_thw=None, video_grid_thw=None, **kwargs)
+    qwen2_vl_attn_forward(self, hidden_states, attention_mask=None, position_ids=None, position_embeddings=None,
+      **kwargs)
+verl.models.transformers.qwen3_vl
+  in platforms/patches.py: what the fused log-probs return
     Qwen3VLCausalLMOutputForPPO
 verl.models.transformers.monkey_patch
   in platforms/patches.py: the backend of a model's fused log-probs
@@ -204,17 +202,9 @@ vllm.v1.worker.gpu_model_runner.GPUModelRunner
   in platforms/patches.py: patched by rewind_cpu_generators
     _bookkeeping_sync(self, scheduler_output, sampler_output, logits, hidden_states, num_scheduled_tokens)
     input_batch, discard_request_mask, requests
-transformers.models.qwen2_vl.modeling_qwen2_vl
-  in platforms/patches.py: patched by give_vision_rows_at_once, as in the three modules below
-    is_flash_attention_requested
-transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
-  in platforms/patches.py:
-    is_flash_attention_requested
-transformers.models.qwen3_vl.modeling_qwen3_vl
-  in platforms/patches.py:
-    is_flash_attention_requested
-transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe
-  in platforms/patches.py:
+transformers.models.qwen2_vl.modeling_qwen2_vl, transformers.models.qwen2_5_vl.modeling_qwen2_5_vl,
+      transformers.models.qwen3_vl.modeling_qwen3_vl, transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe
+  in platforms/patches.py: patched by give_vision_rows_at_once
     is_flash_attention_requested
 transformers.configuration_utils.PreTrainedConfig
   in platforms/patches.py, embedder/engine.py: the attention of a model
@@ -251,20 +241,18 @@ class Row(NamedTuple):
 
 
 def _rows() -> Iterator[Row]:
-    owner, why = "", ""
-    files: tuple[str, ...] = ()
+    owners, files, why = [""], [""], ""
     for line in re.sub(r"\n {6}", " ", _TEXT).strip().splitlines():
         text = line.strip()
         if not line.startswith(" "):
-            owner = text
+            owners = text.split(", ")
         elif text.startswith("in "):
-            listed, _, why = text.removeprefix("in ").partition(":")
-            files = tuple(listed.split(", "))
-        elif "(" in text:
-            name, bracket, rest = text.partition("(")
-            yield Row(owner, name, bracket + rest, files, why.strip())
+            listed, _, why = text.removeprefix("in ").partition(": ")
+            files = listed.split(", ")
         else:
-            yield from (Row(owner, name, "", files, why.strip()) for name in text.split(", "))
+            for name in [text] if "(" in text else text.split(", "):
+                plain, bracket, rest = name.partition("(")
+                yield from (Row(owner, plain, bracket + rest, tuple(files), why) for owner in owners)
 
 
 TABLE: tuple[Row, ...] = tuple(_rows())
@@ -283,7 +271,7 @@ def moved(package: str = "", root: Path | None = None) -> list[str]:
         if found is None or (row.parameters and found != row.parameters):
             state = "is gone" if found is None else f"has now the parameters {found}, not {row.parameters}"
             files = ", ".join(f"embedrl_verl/{file}" for file in row.files)
-            lines.append(f"{row.owner}.{row.name} {state}; look at {files} ({row.why or 'see compat.py'})")
+            lines.append(f"{row.owner}.{row.name} {state}; look at {files} ({row.why})")
     return lines
 
 

@@ -88,7 +88,7 @@ def test_the_cpu_build_of_vllm_is_none_for_a_gpu(machine, monkeypatch):
 def test_what_a_run_does_not_use_may_be_missing(machine):
     for package in ("flash-attn", "cupy-cuda13x", "liger-kernel", "megatron-core", "megatron-bridge"):
         machine(package, None)
-    check_needs(compose(GPU))
+    check_needs(compose([*GPU, "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl"]))
 
 
 def test_all_that_is_missing_is_said_at_once_and_the_driver_too(machine, monkeypatch):

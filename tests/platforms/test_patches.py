@@ -150,7 +150,9 @@ def test_ranks_of_a_worker_group_meet_outside_the_range_of_the_system(tmp_path, 
 
     monkeypatch.setattr(RayWorkerGroup, "_get_master_addr_port", _get_master_addr_port)
     patches.choose_master_ports_that_stay_free()
+    once = RayWorkerGroup._get_master_addr_port
     patches.choose_master_ports_that_stay_free()
+    assert RayWorkerGroup._get_master_addr_port is once
     (tmp_path / "range").write_text("32768\t60999\n")
     monkeypatch.setattr(ports, "_LINUX", tmp_path / "range")
     group = object.__new__(RayWorkerGroup)

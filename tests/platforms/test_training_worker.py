@@ -85,7 +85,7 @@ def test_overridden_methods_rebuild_ids_and_are_dispatched_as_verls_own(name, mo
     own, verls = (getattr(getattr(cls, name), MAGIC_ATTR) for cls in (NestedPositionIdsTrainingWorker, TrainingWorker))
     assert own["blocking"] == verls["blocking"] and own["execute_mode"] == verls["execute_mode"]
     assert own["dispatch_mode"].keys() == verls["dispatch_mode"].keys()
-    monkeypatch.setattr(TrainingWorker, name, lambda self, data: data)
+    monkeypatch.setattr(TrainingWorker, name, lambda self, data: tu.maybe_fix_3d_position_ids(data) or data)
     data, rows = batch([4, 4])
     method = getattr(NestedPositionIdsTrainingWorker, name)
     found = getattr(method, "__wrapped__", method)(object.__new__(NestedPositionIdsTrainingWorker), data)
