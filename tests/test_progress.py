@@ -76,6 +76,7 @@ def test_the_line_shows_every_step_that_was_written(tmp_path, capfd):
                 time.sleep(0.05)
             handle.write('{"step": 3, "da')  # a line that is still being written
     shown = capfd.readouterr()
+    assert (shown.out + shown.err).count("before training") == 1
     assert "before training  val Hit@1 0.500" in shown.out + shown.err
     assert "2/2" in shown.err
     assert "reward 0.200" in shown.err
