@@ -55,7 +55,7 @@ class RunFolder:
         """Drop metrics of updates after `step`, which will be made again, and the half line of a killed run."""
         if not self.metrics.is_file():
             return
-        whole = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("}}\n")]
+        whole = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
         write_atomically(self.metrics, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def log(self, step: int, data: dict[str, float]) -> None:

@@ -28,7 +28,7 @@ def test_bootstrap_is_repeatable_and_near_the_normal_interval():
     mean, low, high = bootstrap_interval(values)
     assert bootstrap_interval(values.tolist()) == pytest.approx((mean, low, high))
     assert bootstrap_interval(values) == (mean, low, high)
-    assert (high - low) / 2 == pytest.approx(1.96 * float(values.std()) / 20, rel=0.15)
+    assert (high - low) / 2 == pytest.approx(1.96 * float(values.std()) / 20, rel=0.08)
     assert low < mean < high
 
 

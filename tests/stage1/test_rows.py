@@ -18,7 +18,7 @@ from embedrl_verl.embedder.info_nce import contrastive_loss
 from embedrl_verl.errors import DataError, MediaError
 from embedrl_verl.families import facts_of
 from embedrl_verl.stage1 import rows as rows_module
-from embedrl_verl.stage1.rows import EncodedPair, PairRows, read_training_pairs, rows_of_pairs
+from embedrl_verl.stage1.rows import EncodedPair, PairRows, items_of, read_training_pairs, rows_of_pairs
 from recipes.tiny_digits.models import build_tiny_model
 from recipes.tiny_digits.reasoner import tiny_limits
 from recipes.tiny_digits.world import SOURCES, annotated, make_samples
@@ -70,6 +70,7 @@ def test_annotated_rows_hold_the_tcot_and_one_more_image_for_each_piece_of_evide
             expected = 1 if item.images else (2 if item.video else 0)  # one box, or two key frames
             assert pieces[0] - pieces[1] == expected, (record.data_source, side)
         assert full.contents == raw.contents and len(full.contents) == 1
+        assert items_of(record)["query"].instruction == record.instruction != ""
         assert torch.equal(untold[index, False].query.input_ids, raw.query.input_ids)
 
 
