@@ -162,6 +162,11 @@ def test_without_shuffling_every_epoch_has_the_order_of_the_files():
     ] * 2
 
 
+def test_without_shuffling_a_batch_comes_when_its_last_pair_does():
+    crossed = PairBatchSampler(Prompts(["a", "b", "b", "a"]), batch_size=4, shuffle=False)
+    assert list(crossed) == [2, 3, 4, 5, 0, 1, 6, 7]
+
+
 def test_a_position_of_shuffled_batches_is_none_of_the_files_order():
     state = iter(PairBatchSampler(MIXED, 4)).state_dict()
     with pytest.raises(ConfigError, match="the checkpoint's shuffle is True and this run's is False"):
