@@ -110,7 +110,7 @@ verl.experimental.agent_loop.single_turn_agent_loop.SingleTurnAgentLoop
     __init__(self, *args, **kwargs)
     run(self, sampling_params, priority=0, **kwargs)
 verl.experimental.reward_loop.reward_manager.base.RewardManagerBase
-  in trainer/reward_stage.py: a reward manager of whole batches
+  in trainer/setup.py: a reward manager of whole batches
     __init__(self, config, tokenizer, compute_score)
 verl.workers.rollout.llm_server.LLMServerClient
   in trainer/modes_async.py: a continued request gets a new seed; verl's asynchronous client calls it by super()

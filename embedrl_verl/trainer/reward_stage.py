@@ -17,16 +17,12 @@ import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
 from torch import Tensor
-from verl import DataProto
-from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
-from verl.experimental.reward_loop.reward_manager.registry import register
 from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.data.identity import ContentId, shares_content
-from embedrl_verl.errors import ConfigError, EmbedderError
+from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import SIDES, Judge, RewardBatch, batch_metrics
 from embedrl_verl.rewards.dump import write_reward_dump
-from embedrl_verl.rewards.score import call_reward_function
 from embedrl_verl.tcot import TCoT
 
 EMBED_PARTITION = "embed"
@@ -209,39 +205,6 @@ def reward_batch(rows: Sequence[Row], vectors: Vectors, judge: Judge | None = No
         raw_embeddings=vectors.raw,
         judge=judge,
     )
-
-
-@register("embedder_guided")
-class EmbedderGuidedRewardManager(RewardManagerBase):  # type: ignore[misc]
-    """verl's place for the user's reward function. verl asks a manager about one row at a time, but a retrieval reward
-    exists only within a batch: the trainer calls `score_batch` once a step.
-
-    Raises:
-        ConfigError: used without an EG-RL trainer, or without a reward function.
-    """
-
-    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **_router: Any) -> None:
-        mode = str(config.trainer.v1.trainer_mode)
-        if not mode.startswith("egrl_"):
-            raise ConfigError(
-                "reward.reward_manager.name=embedder_guided rewards whole batches and needs an EG-RL trainer; "
-                f"got trainer.v1.trainer_mode={mode}. Set trainer.v1.trainer_mode=egrl_sync"
-            )
-        if not config.reward.custom_reward_function.path:
-            raise ConfigError(
-                "reward.custom_reward_function.path must name a file with compute_score(batch, **reward_kwargs); "
-                "got null. Use one of the files in reward/"
-            )
-        super().__init__(config, tokenizer, compute_score)
-
-    async def run_single(self, data: DataProto) -> dict[str, Any]:
-        """Never called by EG-RL's trainers."""
-        raise ConfigError("embedder_guided rewards whole batches, not single rows; use trainer.v1.trainer_mode=egrl_*")
-
-    def score_batch(self, batch: RewardBatch) -> dict[str, Tensor]:
-        """What the user's function gives for the batch, checked (see `rewards.score.call_reward_function`)."""
-        named = self.config.reward.custom_reward_function
-        return call_reward_function(self.compute_score, batch, f"{named.path}:{named.name}")
 
 
 @dataclass

@@ -13,7 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import ray
+from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
+from verl import DataProto
+from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+from verl.experimental.reward_loop.reward_manager.registry import register
 from verl.single_controller.ray import RayResourcePool
 from verl.trainer.ppo.reward import load_reward_manager
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -31,14 +35,48 @@ from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
+from embedrl_verl.rewards import RewardBatch
+from embedrl_verl.rewards.score import call_reward_function
 from embedrl_verl.stage1.rows import PairRows, read_training_pairs
 from embedrl_verl.trainer.checkpoint import check_run_record, run_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, ProbeSet, refuse_trained_checkpoint
-from embedrl_verl.trainer.reward_stage import EmbedderGuidedRewardManager
 
 logger = logging.getLogger(__name__)
 
 AGENT_LOOPS = Path(embedrl_verl.config.__file__).with_name("agent_loops.yaml")
+
+
+@register("embedder_guided")
+class EmbedderGuidedRewardManager(RewardManagerBase):  # type: ignore[misc]
+    """verl's place for the user's reward function. verl asks a manager about one row at a time, but a retrieval reward
+    exists only within a batch: the trainer calls `score_batch` once a step.
+
+    Raises:
+        ConfigError: used without an EG-RL trainer, or without a reward function.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **_router: Any) -> None:
+        mode = str(config.trainer.v1.trainer_mode)
+        if not mode.startswith("egrl_"):
+            raise ConfigError(
+                "reward.reward_manager.name=embedder_guided rewards whole batches and needs an EG-RL trainer; "
+                f"got trainer.v1.trainer_mode={mode}. Set trainer.v1.trainer_mode=egrl_sync"
+            )
+        if not config.reward.custom_reward_function.path:
+            raise ConfigError(
+                "reward.custom_reward_function.path must name a file with compute_score(batch, **reward_kwargs); "
+                "got null. Use one of the files in reward/"
+            )
+        super().__init__(config, tokenizer, compute_score)
+
+    async def run_single(self, data: DataProto) -> dict[str, Any]:
+        """Never called by EG-RL's trainers."""
+        raise ConfigError("embedder_guided rewards whole batches, not single rows; use trainer.v1.trainer_mode=egrl_*")
+
+    def score_batch(self, batch: RewardBatch) -> dict[str, Tensor]:
+        """What the user's function gives for the batch, checked (see `rewards.score.call_reward_function`)."""
+        named = self.config.reward.custom_reward_function
+        return call_reward_function(self.compute_score, batch, f"{named.path}:{named.name}")
 
 
 class EGRLSetup(WorkerClassesMixin):
