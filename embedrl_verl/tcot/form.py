@@ -8,7 +8,7 @@ A T-CoT reads `<thinking>` reasoning with one JSON object of evidence `</thinkin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from embedrl_verl.errors import ConfigError
@@ -33,6 +33,16 @@ class TCoT:
     answer: str = ""
     evidence: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
     problems: tuple[str, ...] = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        """Text, lists and dicts alone, as they pass through a queue between processes."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> TCoT:
+        """What `to_plain` gave, also if tuples have become lists."""
+        evidence = {key: tuple(map(KINDS[key].restore, found)) for key, found in plain["evidence"].items()}
+        return cls(**{**plain, "evidence": evidence, "problems": tuple(plain["problems"])})
 
     @property
     def text_keywords(self) -> tuple[str, ...]:

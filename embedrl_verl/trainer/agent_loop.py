@@ -151,7 +151,8 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         try:
             loaded = _originals(item, settings.media_root, settings.max_frames)
             frames = info["num_frames"] = len(loaded.frames)
-            info["tcot"] = tcot = parse_tcot(text, num_frames=frames or None, num_images=images or None)
+            tcot = parse_tcot(text, num_frames=frames or None, num_images=images or None)
+            info["tcot"] = tcot.to_plain()
             evidence = cut_evidence(
                 tcot,
                 images=loaded.images,
@@ -167,7 +168,7 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         except (MediaError, EmbedderError) as error:
             logger.warning("row %s has no Embedder input: %s", row.get("uid"), error)
             info["failure"] = str(error)
-            info.setdefault("tcot", parse_tcot(text, num_images=images or None))
+            info.setdefault("tcot", parse_tcot(text, num_images=images or None).to_plain())
         return info, prepared
 
     async def _store(self, key: str, prepared: Any) -> str | None:

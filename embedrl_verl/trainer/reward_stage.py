@@ -95,7 +95,7 @@ def read_rows(keys: Sequence[str], partition_id: str) -> list[Row]:
                 content=ContentId(*(int(columns[f"embedrl_{side}_content"][i]) for side in SIDES)),
                 required=str(columns["embedrl_required"][i]),
                 source=str(columns["data_source"][i]),
-                tcot=info["tcot"],
+                tcot=TCoT.from_plain(info["tcot"]),
                 num_images=int(info["num_images"]),
                 num_frames=int(info["num_frames"]),
                 evidence=int(info["evidence"]),

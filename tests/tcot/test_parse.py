@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.tcot import Box, format_reward, json_objects, parse_tcot
+from embedrl_verl.tcot import Box, TCoT, format_reward, json_objects, parse_tcot
 
 
 def tcot(evidence, *, rethink="It holds.", answer="A bus."):
@@ -310,3 +310,13 @@ def test_deep_nesting_is_no_recursion_error(brackets):
     opened, closed = ("[", "]") if brackets == "[]" else ('{"a":', "}")
     read = checked(tcot('{"bbox_2d":' + opened * N + "1" + closed * N + "}"))
     assert not read.is_well_formed and read.boxes == ()
+
+
+def test_a_tcot_survives_a_queue_that_knows_plain_values_alone() -> None:
+    text = (
+        '<thinking>{"text_keywords": ["red bus"], "bbox_2d": [[0, 1.5, 3, 4], {"image": 2, "box": [5, 6, 7, 8]}], '
+        '"key_frames": [2, 1]}</thinking><rethink>no</rethink><answer></answer>'
+    )
+    tcot = parse_tcot(text, num_frames=2, num_images=2)
+    assert tcot.problems and len(tcot.boxes) == 2
+    assert TCoT.from_plain(json.loads(json.dumps(tcot.to_plain()))) == tcot

@@ -12,6 +12,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.errors import EmbedderError
+from embedrl_verl.tcot import TCoT
 from embedrl_verl.trainer import agent_loop
 from embedrl_verl.trainer.agent_loop import TCoTAgentLoop, _ClipClient, request_seed
 from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, ROW_INFO
@@ -107,7 +108,7 @@ def test_a_row_without_a_vector_says_why_and_stores_nothing(where, run):
     backend = _FakeBackend(**{where: EmbedderError("embedding server: timeout")})
     info = run(backend)
     assert info["failure"] == "embedding server: timeout"
-    assert info["tcot"].text == TEXT and backend.stored == {}
+    assert info["tcot"]["text"] == TEXT and backend.stored == {}
 
 
 def test_a_box_in_pixels_is_cut_where_the_reasoner_saw_it(run):
@@ -143,7 +144,7 @@ def test_evidence_of_a_frame_or_an_image_that_a_row_does_not_have_is_not_well_fo
     text = TEXT.replace('"text_keywords": ["a"]', evidence)
     info = run(_FakeBackend(), text, [picture] * images, embedrl_item=item)
     assert (info["num_images"], info["num_frames"]) == (images, frames)
-    assert info["tcot"].is_well_formed is well_formed
+    assert TCoT.from_plain(info["tcot"]).is_well_formed is well_formed
 
 
 PLACE = {"global_steps": 3, "embedrl_pair_id": "p", "embedrl_side": "query", "session_id": 0}

@@ -270,7 +270,13 @@ def test_a_validation_row_is_told_its_own_numbers_and_none_that_is_unknown(monke
 
 
 def test_the_two_ids_of_a_row_are_read_from_their_own_columns(monkeypatch):
-    info = {"tcot": parse_tcot(WELL_FORMED), "num_images": 0, "num_frames": 0, "evidence": 0, "failure": None}
+    info = {
+        "tcot": parse_tcot(WELL_FORMED).to_plain(),
+        "num_images": 0,
+        "num_frames": 0,
+        "evidence": 0,
+        "failure": None,
+    }
     stored = tu.get_tensordict(
         {
             "responses": torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged),

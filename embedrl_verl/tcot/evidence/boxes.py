@@ -213,4 +213,5 @@ BOXES = EvidenceKind(
     },
     read=_read,
     cut=_cut,
+    restore=lambda plain: Box(**plain),
 )

@@ -37,6 +37,10 @@ class Originals:
     max_aspect: float
 
 
+def _same(plain: Any) -> Any:
+    return plain
+
+
 def _nothing(pointers: Sequence[Any], originals: Originals, problems: Problems) -> Sequence[Piece]:
     return ()
 
@@ -53,6 +57,7 @@ class EvidenceKind:
         read: the valid pointers of one JSON object; breaches of rules go to the `Problems`.
         cut: for each different place that can be cut, in order, what makes the piece; places that cannot go to the
             `Problems`. Evidence in a text has no pieces.
+        restore: a pointer from its plain form (`TCoT.to_plain`).
     """
 
     key: str
@@ -60,6 +65,7 @@ class EvidenceKind:
     ask: Mapping[str, str]
     read: Callable[[JsonObject, InputSize, Problems], Iterable[Any]]
     cut: Callable[[Sequence[Any], Originals, Problems], Sequence[Piece]] = _nothing
+    restore: Callable[[Any], Any] = _same
 
 
 def values_of(found: JsonObject, key: str, problems: Problems) -> Iterator[Any]:
