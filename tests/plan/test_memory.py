@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from embedrl_verl.tiny.models import build_tiny_model
 
 from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.config.batch import BatchPlan
@@ -18,6 +17,7 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.plan import make_plan
 from embedrl_verl.plan.memory import CONTEXT, GIB, Stage, memory_stages
 from embedrl_verl.platforms.footprint import Megatron, shape_of
+from recipes.tiny_digits.models import build_tiny_model
 from tests.config.runs import run_config
 from tests.recipes.test_gpu_recipes import FSDP, MEGATRON, command_of
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embedrl_verl.tiny.models import build_tiny_model
 
 from embedrl_verl.cli import main
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.plan import make_plan
+from recipes.tiny_digits.models import build_tiny_model
 from tests.config.runs import REQUIRED, run_config
 
 JUDGE = ["reward.reward_model.enable=True", "reward.reward_model.model_path=x/y"]

@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor
+from embedrl_verl.families import Family
 from embedrl_verl.platforms import varlen
 from embedrl_verl.platforms.footprint import FP32, PUBLISHED, Fsdp, Megatron, shape_of
 from embedrl_verl.platforms.ports import free_port
 from recipes.tiny_digits.environment import CPU_ENV
-from recipes.tiny_digits.models import TinyFamily, build_tiny_model
+from recipes.tiny_digits.models import build_tiny_model
 from tests import processes
 from tests.embedder.inputs import item, picture
 
@@ -91,7 +92,7 @@ def test_a_layer_at_full_width_takes_what_is_estimated(path: str, training: bool
 @pytest.mark.parametrize(
     "family", ["qwen2_vl", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("qwen2_5_vl", "qwen3_vl"))]
 )
-def test_an_actor_on_verls_engine_takes_what_is_estimated(family: TinyFamily, tmp_path: Path) -> None:
+def test_an_actor_on_verls_engine_takes_what_is_estimated(family: Family, tmp_path: Path) -> None:
     folder = build_tiny_model(
         tmp_path / family, family=family, hidden_size=512, num_layers=4, vision_size=256, vision_layers=4
     )
