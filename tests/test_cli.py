@@ -193,7 +193,10 @@ def test_tiny_models_are_asked_again_by_drawing_and_others_by_explaining(
         ("--url a:1 --tries 0", "tries must be 1 or more"),
         ("--url a:1 --limit 0", "limit of a server pool must be 1 or more"),
         ("--url a:1 --price-prompt -1", "prices must be 0 or more"),
-        ("--url a:1 --image-min-tokens 900", "image tokens must satisfy 1 <= minimum <= maximum; got 900 and 768"),
+        (
+            "--url a:1 --image-min-tokens 900",
+            "data.embedrl.image_max_tokens must be at least image_min_tokens (900); got 768",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(

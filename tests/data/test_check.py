@@ -144,7 +144,7 @@ def test_overlong_prompts_are_listed_with_their_length(check: Check, tmp_path: P
         (("--max-prompt-length", 100), "needs --tokenizer DIR, the Reasoner's folder"),
         (("--tokenizer", "/nope"), "--tokenizer /nope: cannot be loaded"),
         (("--family", "llava"), "got 'llava'"),
-        (("--image-min-tokens", 900), "image tokens must satisfy 1 <= minimum <= maximum; got 900 and 768"),
+        (("--image-min-tokens", 900), "data.embedrl.image_max_tokens must be at least image_min_tokens (900); got 768"),
     ],
 )
 def test_options_that_cannot_work_are_refused(

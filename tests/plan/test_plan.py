@@ -62,7 +62,7 @@ def test_files_and_folders_are_counted_in_pairs_and_missing_ones_marked(tmp_path
     [
         (["reward.custom_reward_function.path=/no/reward.py"], "/no/reward.py"),
         (["reward.custom_reward_function.name=other"], "other"),
-        (["reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.paper"], "and no judge"),
+        (["reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.paper"], "needs a judge"),
         (["reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.gain"], "raw_embeddings=True"),
         (["+reward.custom_reward_function.reward_kwargs.alfa=1"], "reward_kwargs has no key alfa"),
         (["embedrl.judge.urls=['ftp://judge']"], "embedrl.judge.urls: a server's URL must read"),

@@ -51,7 +51,7 @@ def overrides() -> Iterator[tuple[str, str, str]]:
     pending, seen = [object], set()
     while pending:
         cls = pending.pop()
-        new = [one for one in type.__subclasses__(cls) if one not in seen]
+        new = [one for one in type.__subclasses__(cls) if one not in seen and "<locals>" not in one.__qualname__]
         pending += new
         seen.update(new)
         for place, own in enumerate(cls.__mro__ if str(cls.__module__).startswith("embedrl_verl.") else ()):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`embedrl doctor` tells whether a run could start here, and why not."""
 
-import argparse
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ from embedrl_verl.doctor import Finding
 
 
 def test_the_report_names_versions_plugin_platform_and_recipe(capsys):
-    code = doctor.run(argparse.Namespace())
+    code = doctor.main()
     text = capsys.readouterr().out
     for label in ("verl", "vllm", "torch", "ray", "plugin", "platform", "GPUs", "CPUs", "memory", "recipe"):
         assert f" {label} " in text
@@ -21,7 +20,7 @@ def test_the_report_names_versions_plugin_platform_and_recipe(capsys):
 @pytest.mark.parametrize(("ok", "code", "mark"), [(True, 0, "  "), (False, 4, "!!")])
 def test_one_bad_line_is_exit_code_4(ok, code, mark, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "findings", lambda: [Finding("x", "text", ok=ok)])
-    assert doctor.run(argparse.Namespace()) == code
+    assert doctor.main() == code
     assert capsys.readouterr().out.startswith(f"{mark} x ")
 
 
