@@ -161,10 +161,8 @@ def test_kwargs_of_the_run_that_the_function_no_longer_takes_are_named(tmp_path,
     (tmp_path / "mine.py").write_text(MINE)
     write(1, {"score": torch.zeros(8)}, function=f"{tmp_path}/mine.py:compute_score", kwargs={"old": 1})
     assert main(["reward", "try", f"{tmp_path}/mine.py", "--dump", str(tmp_path)]) == 2
-    assert (
-        "with the run's reward_kwargs {'old': 1} (--kwargs sets others): reward_kwargs has no key old"
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "with the run's reward_kwargs {'old': 1} (--kwargs sets others): reward_kwargs has no key old" in error
 
 
 def test_the_tables(run, printed):
