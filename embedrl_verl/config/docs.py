@@ -18,7 +18,7 @@ MARKER = (
 )
 FILES = {
     "egrl_trainer.yaml": "EG-RL: `egrl_trainer.yaml`",
-    "embedder_trainer.yaml": "Stage 1 (`python -m embedrl_verl.contrastive`): `embedder_trainer.yaml`",
+    "embedder_trainer.yaml": "Stage 1 (`python -m embedrl_verl.stage1`): `embedder_trainer.yaml`",
     "platform/cpu.yaml": "`platform=cpu`",
 }
 NOT_SETTINGS = ("hydra", "defaults")

@@ -114,7 +114,7 @@ def export_checkpoint(
             os.replace(target, old)
         try:
             os.replace(new, target)
-        except OSError:
+        except BaseException:  # also Ctrl-C: the hidden folder with the old model is about to go
             if old.exists():
                 os.replace(old, target)
             raise

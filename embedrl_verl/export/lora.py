@@ -2,7 +2,8 @@
 """Low-rank adapters in a checkpoint: peft merges them into the weights that they adapt.
 
 In the state of a peft model a weight W is called `base_model.model.<module>.base_layer.weight`, and beside it are
-`lora_A` (r, in) and `lora_B` (out, r). Merged: W + alpha / r * B A, computed in float32 and rounded once to W's dtype.
+`lora_A` (r, in) and `lora_B` (out, r). Merged: W + alpha / r * B A, computed in float32 and rounded once to W's dtype
+(of an embedding table, B A is rounded first).
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def split_adapter(state: dict[str, torch.Tensor], folder: Path) -> tuple[dict[st
     file = folder / META_FILE
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
+        if int(meta["r"]) < 1 or int(meta["lora_alpha"]) < 1:
+            raise ValueError(f"both must be 1 or more; got {meta['r']} and {meta['lora_alpha']}")
         return base, Adapter(int(meta["r"]), int(meta["lora_alpha"]), meta.get("task_type"), weights)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -126,7 +126,7 @@ class ListwiseJudge:
         self.pool = pool
         self.settings = settings or JudgeConfig()
         self._model: str | None = None
-        self._is_vllm = False
+        self._is_vllm: bool | None = None
         self._logged: set[str] = set()
 
     async def judge(
@@ -203,21 +203,37 @@ class ListwiseJudge:
 
     async def _meet(self, deadline: float) -> None:
         """Ask once which model is served, and by which software."""
-        if self._model is not None:
+        if self._model is not None and self._is_vllm is not None:
             return
         models = []
         try:
             models = await self.pool.models(deadline=deadline)
         except ServerError as error:
-            if error.transient or self.settings.model is None:
+            if self.settings.model is None:
                 raise
+            if error.transient:
+                self._ask_again(error)
+                return
         if self.settings.model is None and not models:
             urls = ", ".join(self.pool.urls)
             raise EmbedRLError(f"GET /v1/models of {urls} must list a model; got none. Name it in embedrl.judge.model")
         self._model = self.settings.model or str(models[0]["id"])
         self._is_vllm = any(model.get("owned_by") == "vllm" for model in models)
+        if not self._is_vllm:  # a gateway may list the model as its own
+            try:
+                answer = await self.pool.get("/version", deadline=deadline)
+                self._is_vllm = isinstance(answer, dict) and "version" in answer
+            except ServerError as error:
+                if error.transient:
+                    self._is_vllm = None
+                    self._ask_again(error)
+                    return
         constrained = self._is_vllm and self.settings.constrained
         _LOG.info("judge: %s decoding (%s)", "constrained" if constrained else "free", self.pool.urls[0])
+
+    def _ask_again(self, error: ServerError) -> None:
+        """It is not known whether the server is vLLM: this step's answers are free."""
+        _LOG.warning("judge: this step's answers are not constrained, the server did not say what it is: %s", error)
 
     async def _ask_all(
         self, batch: RewardBatch, lists: Sequence[JudgeList], write: Callable[[JudgeList], JudgePrompt], deadline: float

@@ -48,6 +48,7 @@ class JudgeStage:
                 "a judge has its servers either from embedrl.judge.urls or from reward.reward_model.enable=True; got "
                 + ("both" if config.urls else "neither")
             )
+        self._servers = servers  # Ray ends servers that nobody holds
         self._sleeper = servers if servers is not None and servers.config.rollout.free_cache_engine else None
         if self._sleeper is not None and not shares_devices:
             self._sleeper.wake_up()  # verl puts them to sleep at the start; nobody else needs their devices

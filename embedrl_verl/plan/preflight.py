@@ -56,7 +56,7 @@ def preflight(config: Any, *, starts: bool) -> EmbedRLConfig:
 def reasoner_type(config: Any) -> str | None:
     """Model type of the Reasoner's local folder; None without one (a hub id says nothing here)."""
     file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
-    return str(json.loads(file.read_text())["model_type"]) if file.is_file() else None
+    return json.loads(file.read_text()).get("model_type") if file.is_file() else None
 
 
 def _check_with_verl(config: Any) -> None:

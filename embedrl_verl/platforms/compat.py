@@ -113,7 +113,7 @@ verl.experimental.reward_loop.reward_manager.base.RewardManagerBase
   in trainer/setup.py: a reward manager of whole batches
     __init__(self, config, tokenizer, compute_score)
 verl.workers.rollout.llm_server.LLMServerClient
-  in trainer/modes_async.py: a continued request gets a new seed; verl's asynchronous client calls it by super()
+  in trainer/agent_loop.py: a continued request gets a new seed; verl's asynchronous client calls it by super()
     generate(self, request_id, *, prompt_ids, sampling_params, image_data=None, video_data=None, audio_data=None,
       mm_processor_kwargs=None, **kwargs)
 verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,8 @@ import psutil
 MIN_DRIVER = 580
 """Of NVIDIA's driver: the wheels of torch 2.11 and vLLM 0.24 are built with CUDA 13."""
 GPU_LINE = "pip install -r requirements/gpu.txt"
-GROUPS = {
-    Path("/sys/fs/cgroup"): ("memory.max", "memory.current", "inactive_file"),
-    Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-"""A container's own control group (version 2, version 1): files of its limit and use, and what it could give back."""
+GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 class Memory(NamedTuple):
@@ -28,16 +26,36 @@ class Memory(NamedTuple):
 
 
 def machine_memory() -> Memory:
-    """Of the machine or, where it is lower, of the container that this process is in."""
+    """Of the machine or, where one of this process's control groups has a lower limit (a container, a batch job), of
+    that group. A group's limit holds for all groups below it."""
     machine = psutil.virtual_memory()
     available, total = machine.available, machine.total
-    for folder, (limit_file, used_file, reclaimable) in GROUPS.items():
+    for folder, limit_file, used_file, reclaimable in _own_groups():
         limit = (folder / limit_file).read_text().strip() if (folder / limit_file).is_file() else "max"
-        if limit != "max" and int(limit) < total:
+        if limit != "max":
             counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / used_file).read_text()) - int(counts[reclaimable])
-            total, available = int(limit), min(available, max(int(limit) - used, 0))
+            used = max(int((folder / used_file).read_text()) - int(counts.get(reclaimable, 0)), 0)
+            total, available = min(total, int(limit)), min(available, max(int(limit) - used, 0))
     return Memory(available, total)
+
+
+def _own_groups() -> Iterator[tuple[Path, str, str, str]]:
+    """The folder of each control group of this process, up to the root (version 2, version 1), with its files of limit
+    and use and what it could give back. A container sees its own group as the root, under a path that may be the
+    host's."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            yield folder, *names
+            if folder == root:
+                break
 
 
 def driver_problem() -> str | None:

@@ -21,13 +21,14 @@ import asyncio
 import logging
 import os
 import random
+import ssl
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from httpx2 import Limits  # comes with openai
-from openai import AsyncOpenAI, DefaultAioHttpClient
+from openai import AsyncOpenAI, DefaultAioHttpClient, omit
 
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.serving.server import Server, ServerError, server_url, within
@@ -248,7 +249,10 @@ class ServerPool:
             elif call.deadline is not None:
                 await session.some_up.wait()
             else:
-                raise self._none_is_up()
+                try:
+                    await within(self.settings.probe_interval_s, asyncio.ensure_future(session.some_up.wait()))
+                except TimeoutError:
+                    raise self._none_is_up() from None
 
     def _choose(self, ready: list[Server], avoid: Server | None, affinity: int | None) -> Server:
         """The server with the fewest requests in flight, of equals the least used; another than `avoid` if it can be.
@@ -344,10 +348,13 @@ class _Session:
         # proxies of the environment: servers are the run's own. Attempts end by `within`. An idle connection goes
         # before uvicorn's 5 s, so that none is used while the server is closing it.
         limits = Limits(max_connections=limit + len(urls), keepalive_expiry=3.0)  # a probe of each server
-        self._http = DefaultAioHttpClient(trust_env=False, timeout=None, limits=limits)
+        context = ssl.create_default_context()  # heeds SSL_CERT_FILE, which trust_env=False would leave out
+        self._http = DefaultAioHttpClient(trust_env=False, timeout=None, limits=limits, verify=context)
         fixed: dict[str, Any] = {"max_retries": 0, "timeout": None, "http_client": self._http}
-        # Without a key AsyncOpenAI would send OPENAI_API_KEY of the environment.
-        self.clients = {url: AsyncOpenAI(base_url=url, api_key=api_key or "EMPTY", **fixed) for url in urls}
+        # Left to itself AsyncOpenAI sends key, organisation and project of OpenAI's own variables.
+        headers = {"OpenAI-Organization": omit, "OpenAI-Project": omit}
+        fixed |= {"api_key": api_key or "EMPTY", "default_headers": headers}
+        self.clients = {url: AsyncOpenAI(base_url=url, **fixed) for url in urls}
         self.keeper = self.loop.create_task(self._keep())
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

@@ -74,7 +74,6 @@ class Server:
             sent = client.post(path, cast_to=bytes, body=body)
         try:
             answer = (await within(timeout_s, asyncio.ensure_future(sent))).result()
-            return json.loads(answer) if answer else None
         except TimeoutError:
             raise self._error("timeout", f"no answer within {timeout_s:.3g} s") from None
         except APIStatusError as error:
@@ -85,6 +84,8 @@ class Server:
             raise self._error(f"HTTP {error.status_code}", detail, error.status_code) from error
         except APIConnectionError as error:
             raise self._error(*_connection_failure(error)) from error
+        try:
+            return json.loads(answer) if answer else None
         except ValueError as error:
             raise self._error("not JSON", repr(answer[:_EXCERPT]), 200) from error
 

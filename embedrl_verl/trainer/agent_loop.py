@@ -20,6 +20,7 @@ from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.data.dataset import media_root_of, row_item
@@ -103,6 +104,36 @@ class _ClipClient:
             arguments = kwargs.get("mm_processor_kwargs") or {}
             kwargs["mm_processor_kwargs"] = {**arguments, **processor_arguments(self._family, clips)}
         return await self._client.generate(prompt_ids=self._prompt_ids or prompt_ids, **kwargs)
+
+
+def continuation_seed(seed: int, generated: int) -> int:
+    """Seed of a request whose response has `generated` tokens so far, 0 to 2^31 - 1; the rollout's own for none."""
+    if generated == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{generated}".encode()).digest()[:4], "big") >> 1
+
+
+class _SeedOfEachAttempt(LLMServerClient):  # type: ignore[misc]
+    """One request of a rollout. `max_tokens` is what is left of the response's budget, which verl's client pins."""
+
+    async def generate(
+        self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """As verl's."""
+        if "seed" in sampling_params:
+            budget = int(self.config.actor_rollout_ref.rollout.response_length)
+            seed = continuation_seed(sampling_params["seed"], budget - sampling_params["max_tokens"])
+            sampling_params = {**sampling_params, "seed": seed}
+        return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **kwargs)
+
+
+class ResumingClient(FullyAsyncLLMServerClient, _SeedOfEachAttempt):  # type: ignore[misc]
+    """verl's client for rollouts that a weight update interrupts, with a new seed for every continuation.
+
+    verl aborts a running request, updates the weights and sends prompt + tokens so far as a new request, until the
+    response is whole. With its first seed (`embedrl.rollout.request_seeds`) a continuation would meet the random
+    numbers again that chose the first tokens: it would depend on them in a way the policy does not know.
+    """
 
 
 class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]

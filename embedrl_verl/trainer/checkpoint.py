@@ -231,7 +231,8 @@ def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -
 def last_complete_step(checkpoints: Path) -> int | None:
     """The step that verl's tracker file names; None before the first."""
     tracker = checkpoints / TRACKER
-    return int(tracker.read_text()) if tracker.is_file() else None
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text else None  # empty: killed while it was written
 
 
 def prune_to(keep: int | None, checkpoints: str | Path) -> list[Path]:

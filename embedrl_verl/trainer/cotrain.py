@@ -220,6 +220,7 @@ class EmbedderTraining:
     def save(self, step_folder: str, step: int, keep: int | None) -> None:
         """Write the Embedder and this state into a checkpoint folder, before verl's tracker file names it."""
         self._client.save(f"{step_folder}/embedder", step, keep)
+        Path(step_folder).mkdir(parents=True, exist_ok=True)  # the client's ranks may be on another node
         write_atomically(Path(step_folder) / STATE, json.dumps(asdict(self.state), indent=1) + "\n")
 
     def load(self, step_folder: str) -> None:

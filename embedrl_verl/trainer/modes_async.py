@@ -7,7 +7,7 @@ Rollouts of later batches run while a batch is trained on: on the same devices, 
 1. prompts are fetched, tagged, sampled, dropped and replaced as whole groups (`replay_buffer`);
 2. with `trainer.v1.separate_async.parameter_sync_step` = k, a step has k mini-batches, each a batch of its own for the
    reward, the source rule and co-training;
-3. a request that an update interrupts goes on with a new seed (`ResumingClient`);
+3. a request that an update interrupts goes on with a new seed (`agent_loop.ResumingClient`);
 4. rollouts wait while validation has the devices to itself;
 5. a resumed run goes on with the groups that were in flight, and nothing is left of those that had been trained on;
 6. `embedrl/off_policy_age/*`: steps from a prompt's submission to the step that trains on it. The lag of the weights
@@ -16,7 +16,6 @@ Rollouts of later batches run while a batch is trained on: on the same devices, 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,45 +28,15 @@ from verl.trainer.ppo.v1 import (
     register_trainer,
     trainer_separate_async,
 )
-from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.platforms import plugin
+from embedrl_verl.trainer.agent_loop import ResumingClient
 from embedrl_verl.trainer.egrl import EGRLMixin
 from embedrl_verl.trainer.replay_buffer import PromptTag, complete_groups, tag_prompts
 from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, ScoredRows
 
 logger = logging.getLogger(__name__)
-
-
-def continuation_seed(seed: int, generated: int) -> int:
-    """Seed of a request whose response has `generated` tokens so far, 0 to 2^31 - 1; the rollout's own for none."""
-    if generated == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}/{generated}".encode()).digest()[:4], "big") >> 1
-
-
-class _SeedOfEachAttempt(LLMServerClient):  # type: ignore[misc]
-    """One request of a rollout. `max_tokens` is what is left of the response's budget, which verl's client pins."""
-
-    async def generate(
-        self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
-    ) -> Any:
-        """As verl's."""
-        if "seed" in sampling_params:
-            budget = int(self.config.actor_rollout_ref.rollout.response_length)
-            seed = continuation_seed(sampling_params["seed"], budget - sampling_params["max_tokens"])
-            sampling_params = {**sampling_params, "seed": seed}
-        return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **kwargs)
-
-
-class ResumingClient(FullyAsyncLLMServerClient, _SeedOfEachAttempt):  # type: ignore[misc]
-    """verl's client for rollouts that a weight update interrupts, with a new seed for every continuation.
-
-    verl aborts a running request, updates the weights and sends prompt + tokens so far as a new request, until the
-    response is whole. With its first seed (`embedrl.rollout.request_seeds`) a continuation would meet the random
-    numbers again that chose the first tokens: it would depend on them in a way the policy does not know.
-    """
 
 
 class _PausesRollouts:

@@ -5,6 +5,7 @@ import asyncio
 import re
 
 import torch
+from aiohttp import web
 
 from embedrl_verl.judge import JudgeSettings, ListwiseJudge
 from embedrl_verl.rewards import RewardBatch
@@ -60,12 +61,15 @@ def reply(text, **choice):
     return {"choices": [{"message": {"content": text}, **choice}]}
 
 
-def says(pick=None, *, vllm=False, chat=None):
-    """A server whose judge answers `pick(body)`; with `chat`, that is asked for the response instead."""
+def says(pick=None, *, vllm=False, gateway=False, chat=None):
+    """A server whose judge answers `pick(body)`; with `chat`, that is asked for the response instead. `gateway`: vLLM
+    behind one that lists the model as its own."""
 
     def answer(path, body):
         if path == "/v1/models":
             return {"data": [{"id": "served", "owned_by": "vllm" if vllm else "somebody"}]}
+        if path == "/version":  # asked of a server that does not list its models as vLLM's
+            return {"version": "0.24.0"} if gateway else web.Response(status=404)
         return chat(body) if chat is not None else reply(pick(body))
 
     return answer

@@ -34,7 +34,7 @@ def test_a_judge_that_reads_hits_everywhere_and_one_that_avoids_nowhere(shared, 
     found, server = run(says(reading, vllm=vllm), make_batch(order=order), shared_lists=shared)
     assert found.scores.tolist() == [1.0] * 48 and found.scores.dtype == torch.float32
     assert all(listed.own[found.picks[row] - 1] for listed in found.lists for row in listed.rows)
-    assert not found.causes and found.requests == 48 + 1 and len(chats(server)) == 48
+    assert not found.causes and found.requests == 48 + 1 + (not vllm) and len(chats(server)) == 48
 
     def wrong(body):
         return "2" if reading(body) == "1" else "1"
@@ -67,13 +67,14 @@ def test_a_judge_that_always_says_one_hits_at_the_blind_rate():
     assert abs(hits - 800 / 3) < 2.576 * math.sqrt(800 * 2 / 9)  # the 99% interval of a binomial
 
 
-@pytest.mark.parametrize("vllm", [True, False])
-def test_the_request_is_what_the_settings_say_and_constrained_for_vllm_only(vllm):
+@pytest.mark.parametrize(("server", "vllm"), [({"vllm": True}, True), ({"gateway": True}, True), ({}, False)])
+def test_the_request_is_what_the_settings_say_and_constrained_for_vllm_only(server, vllm):
     settings = {"extra_body": {"top_p": 0.5}, "max_tokens": 3, "temperature": 0.25, "style": "paper"}
     instructions = [f"Find it, {row // 4}." for row in range(48)]
-    _, server = run(says(lambda body: "1", vllm=vllm), instructions=instructions, steps=2, **settings)
-    asked = chats(server)
-    assert len(server.bodies) == 2 * 48 + 1 and {body["model"] for body in asked} == {"served"}  # asked for once
+    _, found = run(says(lambda body: "1", **server), instructions=instructions, steps=2, **settings)
+    asked = chats(found)
+    assert len(found.bodies) == 2 * 48 + 1 + ("vllm" not in server)  # what it is is asked for once
+    assert {body["model"] for body in asked} == {"served"}
     assert {(body["top_p"], body["max_tokens"], body["temperature"]) for body in asked} == {(0.5, 3, 0.25)}
     choices = {"choice": [str(n) for n in range(1, 9)]} if vllm else None
     assert all(body.get("structured_outputs") == choices and ("top_k" in body) is vllm for body in asked)
@@ -232,10 +233,10 @@ def test_a_judge_that_stops_the_run_passes_on_what_its_server_said_and_what_may_
 
 def test_a_server_that_lists_no_models_is_asked_for_the_named_one():
     def answer(path, body):
-        return web.Response(status=404) if path == "/v1/models" else reply(reading(body))
+        return web.Response(status=404) if path in ("/v1/models", "/version") else reply(reading(body))
 
     found, server = run(answer, model="mine", steps=2)
-    assert found.scores.mean() == 1 and len(server.bodies) == 2 * 48 + 1
+    assert found.scores.mean() == 1 and len(chats(server)) == 2 * 48
 
 
 @pytest.mark.parametrize(("text", "score"), [("Candidate 1 shows a dog, and", None), ("1", None), ("3", 3)])

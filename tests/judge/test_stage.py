@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -68,6 +69,16 @@ def test_servers_on_devices_of_their_own_are_woken_once_and_stay_awake() -> None
         with judge.awake():
             pass
     assert manager.calls == ["wake_up"]
+
+
+@pytest.mark.parametrize("shares_devices", [True, False])
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_verls_servers_live_as_long_as_the_judge(sleeps, shares_devices) -> None:
+    """Ray ends the servers of a manager that nobody holds."""
+    manager = Manager(sleeps=sleeps)
+    judge, alive = stage(JudgeConfig(), manager, shares_devices=shares_devices), weakref.ref(manager)
+    del manager
+    assert alive() is not None and judge.urls
 
 
 @pytest.mark.parametrize("config", [JudgeConfig(urls=URLS), JudgeConfig()])

@@ -138,7 +138,7 @@ def test_constant_has_no_signal():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bta": 1}, "reward_kwargs has no key bta; its keys are alpha, gamma, accuracy, temperature"),
+        ({"bta": 1}, "reward_kwargs has no key bta; its keys are alpha, beta, gamma, accuracy, temperature"),
         ({"alpha": -1}, "alpha must be a finite number of at least 0; got -1"),
         ({"gamma": "much"}, "gamma must be a finite number of at least 0; got 'much'"),
         ({"temperature": 0}, "temperature must be positive and finite; got 0"),

@@ -15,12 +15,8 @@ from verl.workers.rollout.replica import TokenOutput
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.trainer import modes_async
-from embedrl_verl.trainer.modes_async import (
-    EGRLTrainerColocateAsync,
-    EGRLTrainerSeparateAsync,
-    ResumingClient,
-    continuation_seed,
-)
+from embedrl_verl.trainer.agent_loop import ResumingClient, continuation_seed
+from embedrl_verl.trainer.modes_async import EGRLTrainerColocateAsync, EGRLTrainerSeparateAsync
 from embedrl_verl.trainer.replay_buffer import PromptTag, tag_prompts
 from tests.trainer.fake_queue import FakeQueue
 

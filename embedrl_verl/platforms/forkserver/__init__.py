@@ -35,7 +35,7 @@ from embedrl_verl.platforms.forkserver.server import PYTHON
 
 logger = logging.getLogger(__name__)
 
-LONGEST_FOLDER = 80  # a socket's address has at most 107 characters
+LONGEST_FOLDER = 79  # a socket's address has at most 107 characters
 MODULES = (
     "verl.trainer.main_ppo",
     "verl.trainer.ppo.v1",

@@ -16,6 +16,7 @@ def compute_score(
     batch: RewardBatch,
     *,
     alpha: float = 0.05,
+    beta: float = 0.0,
     gamma: float = 0.8,
     accuracy: Accuracy = "share",
     temperature: float = 0.5,
@@ -23,13 +24,16 @@ def compute_score(
     """Format and outcome (method section 4).
 
     Args:
-        alpha, gamma: weights of the two.
+        alpha, gamma: weights of the two. beta: of the judge's pick, as in `paper`.
         accuracy: "share" = the fraction of the row's top G that are its positives; "all" = 1 if all are, else 0.
         temperature: tau of the softmax over the negatives, in cosines.
 
     Returns:
-        (N,) float32 each, NaN = unknown: "score", "format", "accuracy", "margin", "outcome".
+        (N,) float32 each, NaN = unknown: "score", "format", "accuracy", "margin", "outcome" and, with beta > 0,
+        "process".
     """
     acc, margin, outcome = batch.retrieval(temperature=temperature, accuracy=accuracy).reward  # A, M, O = A M (eq. 3)
-    score = row_scores(batch, None, outcome, alpha=alpha, beta=0.0, gamma=gamma)
-    return {"score": score, "format": batch.format(), "accuracy": acc, "margin": margin, "outcome": outcome}
+    process = batch.process() if beta > 0 else None  # J (eq. 4)
+    score = row_scores(batch, process, outcome, alpha=alpha, beta=beta, gamma=gamma)
+    parts = {"score": score, "format": batch.format(), "accuracy": acc, "margin": margin, "outcome": outcome}
+    return parts if process is None else {**parts, "process": process}
