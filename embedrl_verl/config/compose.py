@@ -10,11 +10,7 @@ from embedrl_verl.errors import ConfigError
 
 
 def compose(overrides: Sequence[str], config_name: str = "egrl_trainer") -> Any:
-    """The run's configuration (DictConfig) for hydra overrides as on a command line.
-
-    Raises:
-        ConfigError: hydra cannot compose it: an unknown key, group or file, or an override that cannot be parsed.
-    """
+    """The run's configuration (DictConfig) for hydra overrides as on a command line."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.errors import HydraException

@@ -264,11 +264,7 @@ def missing_files(named: Mapping[str, Sequence[str]], media_root: str | None) ->
 
 
 def check_files(config: Any) -> None:
-    """Check that every local file and folder a run names is there. Hub ids (no such local path, one slash) pass.
-
-    Raises:
-        ConfigError: all that is missing, each with its key.
-    """
+    """Check that every local file and folder a run names is there. Hub ids (no such local path, one slash) pass."""
     needed = ("data.train_files", "data.val_files")
     named = {key: files_of(config, key) for key in (*needed, "embedrl.embedder.train.anchor_files")}
     problems = [f"{key} must name at least one parquet file of pair records" for key in needed if not named[key]]
@@ -289,11 +285,7 @@ def check_files(config: Any) -> None:
 
 
 def check_family(config: Any, found: str | None) -> None:
-    """Check the model type of the Reasoner's folder (None: it is not here) against the settings.
-
-    Raises:
-        ConfigError: another family than the one named, or one that verl's Megatron engine cannot load.
-    """
+    """Check the model type of the Reasoner's folder (None: it is not here) against the settings."""
     named, path = MediaConfig.from_config(config.data).family, config.actor_rollout_ref.model.path
     known = {kind for facts in FACTS.values() for kind in facts.model_types}  # others may share a family's prompts
     if found in known and named != "auto" and family_of(found) != family_of(named):

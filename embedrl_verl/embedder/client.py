@@ -71,9 +71,6 @@ class EmbedderClient:
         """Embed rows that lie in TransferQueue; their pixels go straight to the workers.
 
         Neighbouring keys should be of similar length (rollouts of one prompt): they are dealt to different ranks.
-
-        Raises:
-            EmbedderError: no keys, or keys that the partition does not have.
         """
         if not keys:
             raise EmbedderError("there is nothing to embed: the list of keys is empty")
@@ -101,10 +98,6 @@ class EmbedderClient:
 
         Returns:
             `grad_norm` before clipping and `lr` of the next update.
-
-        Raises:
-            EmbedderError: a key twice, shapes that do not fit, fewer rows than devices, or a gradient norm that is not
-                finite (the weights were left alone).
         """
         ranks = self._group.world_size
         if len(set(keys)) != len(keys) or len(gradients) != len(keys):

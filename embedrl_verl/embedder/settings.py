@@ -15,11 +15,7 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.f
 
 
 def limits_for(config: EmbedderConfig, *, max_frames: int) -> MediaLimits:
-    """The media limits of the section; `max_frames` is the data set's, which decides how many frames there are.
-
-    Raises:
-        EmbedderError: no checkpoint at `path`, or one of another family.
-    """
+    """The media limits of the section; `max_frames` is the data set's, which decides how many frames there are."""
     return MediaLimits(
         token_side=token_side(family_of_config(load_config(config.path))),
         image_min_tokens=config.image_min_tokens,
@@ -31,11 +27,7 @@ def limits_for(config: EmbedderConfig, *, max_frames: int) -> MediaLimits:
 
 
 def processor_for(config: EmbedderConfig, *, max_frames: int | None = None) -> EmbedProcessor:
-    """The processor that encodes rows for the Embedder of the section; `max_frames` None: the default of the data.
-
-    Raises:
-        EmbedderError: the checkpoint and the profile do not fit.
-    """
+    """The processor that encodes rows for the Embedder of the section; `max_frames` None: the default of the data."""
     return EmbedProcessor.from_pretrained(
         config.path,
         config.profile,

@@ -57,9 +57,6 @@ def find_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
     Args:
         path: a checkpoint or a `global_step_N` folder.
         kind: embedder or reasoner; None = as the folder's name (`actor`, `embedder`) or training.json's stage tells.
-
-    Raises:
-        ConfigError: no such folder, no configuration or weights in it, or a kind that cannot be told.
     """
     if kind not in (None, *_FOLDERS.values()):
         raise ConfigError(f"kind must be embedder or reasoner; got {kind!r}")

@@ -64,9 +64,6 @@ def split_adapter(state: dict[str, torch.Tensor], folder: Path) -> tuple[dict[st
     Args:
         state: as `read_shards` gives it.
         folder: the checkpoint, for its `lora_train_meta.json`, which verl's checkpoint manager writes.
-
-    Raises:
-        ConfigError: no rank and alpha in `lora_train_meta.json`.
     """
     base: dict[str, torch.Tensor] = {}
     weights: dict[tuple[str, str, str], torch.Tensor] = {}
@@ -101,9 +98,6 @@ def merge_adapter(
         state: as `complete` returns it; changed in place.
         model: as `empty_model` makes it; used up.
         where: the checkpoint, for messages.
-
-    Raises:
-        ConfigError: half of an adapter, one of another rank or model, or of a weight that is used in two places.
     """
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     if shared := sorted(module for module, _, _ in adapter.weights if f"{module}.weight" in tied):

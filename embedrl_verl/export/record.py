@@ -50,11 +50,7 @@ class TrainingRecord(BaseModel):
 
 
 def read_record(folder: Path) -> TrainingRecord | None:
-    """The record in a checkpoint folder or in its parent; None if neither has one.
-
-    Raises:
-        ConfigError: the file is no JSON object, or a key has another type than above.
-    """
+    """The record in a checkpoint folder or in its parent; None if neither has one."""
     for file in (folder / RECORD_FILE, folder.resolve().parent / RECORD_FILE):
         if file.is_file():
             try:

@@ -23,12 +23,7 @@ _SHARD = re.compile(r"model_world_size_(\d+)_rank_\d+\.pt")
 
 
 def read_shards(folder: Path) -> dict[str, torch.Tensor]:
-    """The state of the model that verl's FSDP checkpoint manager saved: name -> whole tensor on the CPU.
-
-    Raises:
-        ConfigError: a rank's file is missing or unreadable, ranks hold different names or different copies of the same
-            tensor, or a tensor was cut in a way that is not supported.
-    """
+    """The state of the model that verl's FSDP checkpoint manager saved: name -> whole tensor on the CPU."""
     # That a mesh is read without process groups is meant: nothing is communicated here.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     sizes = {int(match[1]) for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))}

@@ -32,11 +32,7 @@ _OLD_NAMES = (
 
 
 def read_files(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files, under the names of the modules.
-
-    Raises:
-        ConfigError: there is none, one cannot be read, or two hold the same name.
-    """
+    """All tensors of a folder's safetensors files, under the names of the modules."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{folder} has no *.safetensors file; save the model in that format")
@@ -65,10 +61,6 @@ def read_megatron(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
     Args:
         folder: the checkpoint.
         scratch: folder for what the merger writes; stays as long as the weights are used.
-
-    Raises:
-        ResourceError: Megatron is not installed.
-        ConfigError: verl's merger cannot merge this checkpoint; the message has its last lines.
     """
     if importlib.util.find_spec("megatron") is None:
         raise ResourceError(
@@ -101,9 +93,6 @@ def complete(state: dict[str, torch.Tensor], model: PreTrainedModel, where: str)
         state: name -> tensor.
         model: as `empty_model` makes it.
         where: the checkpoint, for messages.
-
-    Raises:
-        ConfigError: a name is missing or unknown, a shape is another, or two copies of a shared weight differ.
     """
     state, tied = dict(state), model.all_tied_weights_keys
     for alias, name in tied.items():

@@ -144,10 +144,6 @@ class ListwiseJudge:
             step, identity: see `judge_lists`.
             images: data: URLs of a row's input, or None; asked once a list, in a thread, if the settings show images.
             instructions: of each row's input.
-
-        Raises:
-            EmbedRLError: more rows than `max_unknown_share` are unknown (the message counts them by cause), or the
-                server refuses constrained decoding.
         """
         start = time.monotonic()
         deadline = start + self.settings.deadline_s

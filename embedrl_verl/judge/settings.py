@@ -17,11 +17,7 @@ PLACEHOLDER = "http://judge"
 
 
 def make_judge(config: JudgeConfig, urls: Sequence[str]) -> ListwiseJudge:
-    """The judge of these servers.
-
-    Raises:
-        ConfigError: a malformed or double URL, or a key's variable that is not set.
-    """
+    """The judge of these servers."""
     key = None
     if config.api_key_env is not None:
         key = os.environ.get(config.api_key_env)

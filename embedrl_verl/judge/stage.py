@@ -35,9 +35,6 @@ class JudgeStage:
         servers: verl's reward-model manager, or None with `urls`.
         shares_devices: the manager's servers live on the actor's devices.
         media_root, max_frames: as the data set's, to load the images that the judge is shown.
-
-    Raises:
-        ConfigError: no servers, servers from both sources, or a key's variable that is not set.
     """
 
     def __init__(

@@ -221,11 +221,7 @@ def _folder(path: object) -> str:
 
 
 def _pairs_in(file: str) -> int | None:
-    """Rows of a parquet file or of a data set folder's parts, None when it is not there.
-
-    Raises:
-        ConfigError: a file is not parquet, or the folder is no finished data set.
-    """
+    """Rows of a parquet file or of a data set folder's parts, None when it is not there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

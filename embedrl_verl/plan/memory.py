@@ -92,11 +92,7 @@ class Stage:
 
 
 def memory_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[tuple[str, str]]:
-    """The plan's lines; none on the CPU.
-
-    Raises:
-        ConfigError: GPU_MEMORY is no positive number, or a key that is asked for is null.
-    """
+    """The plan's lines; none on the CPU."""
     if str(config.trainer.device) == "cpu":
         return []
     reasoner, embedder = str(config.actor_rollout_ref.model.path), section.embedder.path
@@ -121,11 +117,7 @@ def memory_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> list[
 
 
 def device_memory() -> tuple[float, str]:
-    """Bytes of a GPU and where that is from: the variable GPU_MEMORY (GiB), a GPU of this machine, or 80 GiB.
-
-    Raises:
-        ConfigError: GPU_MEMORY is no positive number.
-    """
+    """Bytes of a GPU and where that is from: the variable GPU_MEMORY (GiB), a GPU of this machine, or 80 GiB."""
     import torch
 
     given = os.environ.get("GPU_MEMORY", "")

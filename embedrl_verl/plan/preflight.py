@@ -74,11 +74,7 @@ def _check_with_verl(config: Any) -> None:
 
 
 def check_reward_function(config: Any, *, judge: bool = False, raw: bool = False) -> None:
-    """Load the reward function and call it on a made-up batch, which has a `judge` and `raw` vectors as the run has.
-
-    Raises:
-        ConfigError: it cannot be loaded, refuses its arguments, fails, or does not return one score a row.
-    """
+    """Load the reward function and call it on a made-up batch, which has a `judge` and `raw` vectors as the run has."""
     named = config.reward.custom_reward_function
     function, where = load_reward_function(f"{named.path}:{named.name}")
     call_reward_function(partial(function, **(named.reward_kwargs or {})), probe_batch(judge=judge, raw=raw), where)
@@ -110,12 +106,7 @@ async def _probe_judge(batch: RewardBatch) -> Tensor:
 
 
 def check_embedder(config: EmbedderConfig) -> None:
-    """Read the Embedder's configuration and tokenizer, not its weights.
-
-    Raises:
-        EmbedderError: no such checkpoint, or one that does not fit the profile (its token is missing, another family).
-        ConfigError: not a sentence-transformers model, where one is asked for.
-    """
+    """Read the Embedder's configuration and tokenizer, not its weights."""
     if config.backend == "sentence_transformers":
         check_sentence_model(config.path)
         if not has_profile(config):

@@ -91,11 +91,7 @@ def variables_to_hand_on(config: Any) -> dict[str, str]:
 
 
 def check_home() -> None:
-    """Ray 2.60 keeps the token of a cluster in HOME, and ends in a traceback where that cannot be written.
-
-    Raises:
-        ResourceError: it cannot, and no variable says how to do without.
-    """
+    """Ray 2.60 keeps the token of a cluster in HOME, and ends in a traceback where that cannot be written."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         return
     folder = Path.home() / ".ray"
@@ -117,10 +113,6 @@ def join_cluster(config: Any) -> None:
 
     The variables are not put into the configuration, which verl prints and hands to its loggers: there are keys among
     them.
-
-    Raises:
-        ResourceError: the cluster does not answer, or another run is at work in it; or the configuration has slots
-            that only a new cluster can take.
     """
     address = _address(config)
     if address is None:

@@ -128,11 +128,7 @@ def problems(config: Any) -> list[str]:
 
 
 def check_needs(config: Any) -> None:
-    """Refuse a run whose packages or driver are missing here.
-
-    Raises:
-        ResourceError: all that is missing, a line each, with what installs it.
-    """
+    """Refuse a run whose packages or driver are missing here."""
     found = problems(config)
     if found:
         raise ResourceError("this machine lacks what the run needs:\n" + "\n".join(f"  {line}" for line in found))

@@ -37,12 +37,7 @@ def some_ports() -> range:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of `some_ports` at which nobody listens on `host`.
-
-    Raises:
-        ResourceError: there is none.
-        OSError: `host` is no address of this machine.
-    """
+    """A port of `some_ports` at which nobody listens on `host`."""
     ports = some_ports()
     for port in ports:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:

@@ -92,9 +92,6 @@ def check_ray_cpus(config: Any, nodes: Sequence[Node] | None = None) -> None:
     Args:
         config: verl's whole config.
         nodes: of the cluster, by default `ray_nodes(config)`.
-
-    Raises:
-        ResourceError: names what is missing.
     """
     needs = ray_needs(config)
     nodes = ray_nodes(config) if nodes is None else nodes

@@ -38,9 +38,6 @@ def claim_weight_sockets(job: str, *, folder: Path = SOCKETS, wait_s: float = 60
         job: Ray's job id, as `ray.get_runtime_context().get_job_id()` writes it.
         folder: where the sockets lie.
         wait_s: how long to wait for a run that is just ending.
-
-    Raises:
-        ResourceError: another run on this machine holds them.
     """
     path = folder / f"rl-colocate-zmq-{job}.embedrl.lock"
     # A file of another user can be read only, which is enough to lock it.

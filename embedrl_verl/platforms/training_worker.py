@@ -63,9 +63,6 @@ def rebuild_position_ids(data: TensorDict) -> None:
     at the values (`maybe_fix_3d_position_ids`): unbinding raises, and chunking can cut the ids to 4 columns without an
     error. `input_ids`, jagged (B, L_i), is always packed rightly, so its lengths tell what the values are: afterwards
     they have shape (4, sum L_i) and dimension 2 is ragged. (B, L) ids and dense tensors are left alone.
-
-    Raises:
-        ValueError: the two do not belong together.
     """
     keys = data.keys()
     if "position_ids" not in keys or "input_ids" not in keys:
@@ -177,9 +174,6 @@ _REPLACEMENT: dict[type, type] = {
 def use_nested_position_ids_workers(role_worker_mapping: dict[Any, Any]) -> None:
     """Replace verl's worker classes in `role_worker_mapping` (role -> Ray actor class) by those of this module, in
     place.
-
-    Raises:
-        PluginError: a class that is not known, and would run with verl's own handling of position ids.
     """
     for role, actor_class in role_worker_mapping.items():
         worker_class = actor_class.__ray_actor_class__

@@ -67,10 +67,6 @@ def attend(
 
     Returns:
         (1, T, heads, D), and no weights.
-
-    Raises:
-        ConfigError: what only padded batches have (a mask, several sequences, a cache of keys), dropout, a window; or
-            rows that do not cover the sequence (a part of it, under sequence parallelism).
     """
     for name, found, allowed in (
         ("attention mask", attention_mask is not None, False),

@@ -31,9 +31,6 @@ def embed_with_media(
 
     Returns:
         (B, L, D), and the arguments that the language model of Qwen3-VL takes beside (deep-stack features), else {}.
-
-    Raises:
-        MediaError: placeholders and media do not belong together.
     """
     embeds = inner.get_input_embeddings()(input_ids)
     held = [(media[pixels], media[grid]) for pixels, grid in PAIRS if media.get(grid) is not None]

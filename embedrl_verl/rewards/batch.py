@@ -154,9 +154,6 @@ class RewardBatch:
 
         Args:
             raw: with the similarity of the raw inputs, valid being what has a raw embedding.
-
-        Raises:
-            ConfigError: raw, and the raw inputs were not embedded.
         """
         if side not in SIDES:
             raise ValueError(f"side must be query or target; got {side!r}")

@@ -73,10 +73,6 @@ def write_reward_dump(
     Args:
         path: file to write, named by `dump_name`; its folder is made if missing.
         rows: parsing `text` for `num_images` and `num_frames` (0 or None: the input has none) gives the batch's T-CoT.
-
-    Raises:
-        ValueError: rows or parts are not those of the batch.
-        EmbedRLError: the file cannot be written.
     """
     _check(batch, parts, rows)
     tensors = {name: value for name in (*_ALWAYS, *_MAYBE) if (value := getattr(batch, name)) is not None}
@@ -162,9 +158,6 @@ def find_dumps(run: str | Path) -> list[tuple[str, Path]]:
 
     Args:
         run: one dump file, the folder with them, or the folder of the run (`rollouts` in it, or one folder below).
-
-    Raises:
-        DataError: there are none, or several folders have some.
     """
     run = Path(run)
     if run.is_file():

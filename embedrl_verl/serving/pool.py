@@ -117,9 +117,6 @@ class ServerPool:
         Args:
             section: its name for messages, such as "embedrl.judge".
             share: processes that send; each has its part of the limit.
-
-        Raises:
-            ConfigError: a value that cannot work, or the variable named by `api_key_env` is not set.
         """
         key = os.environ.get(config.api_key_env) if config.api_key_env is not None else None
         if config.api_key_env is not None and not key:
@@ -152,9 +149,6 @@ class ServerPool:
             deadline: `time.monotonic()` at which the request ends, come what may. With one, a request waits that long
                 for a lost server to come back; without, finding no server up counts as an attempt.
             affinity: requests of the same number share a server where they can, for its prefix cache.
-
-        Raises:
-            ServerError: there is no answer; `cause` says why.
         """
         return await self._request(_Call(path, payload, deadline, affinity))
 

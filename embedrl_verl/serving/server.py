@@ -60,12 +60,7 @@ class Server:
     async def exchange(
         self, client: AsyncOpenAI, path: str, body: Mapping[str, Any] | bytes | None, timeout_s: float
     ) -> Any:
-        """One attempt: POST, or GET without a body. The decoded JSON answer, None for an empty one.
-
-        Raises:
-            ServerError: with cause "timeout", "connection refused", "cannot connect", "connection lost",
-                "HTTP <status>" or "not JSON".
-        """
+        """One attempt: POST, or GET without a body. The decoded JSON answer, None for an empty one."""
         if body is None:
             sent = client.get(path, cast_to=bytes)
         elif isinstance(body, bytes):
@@ -97,9 +92,6 @@ async def within(seconds: float | None, task: asyncio.Task[_T] | asyncio.Future[
     """The task when it is done; it is cancelled with the caller, and after `seconds`.
 
     `asyncio.wait_for` may swallow a cancellation before Python 3.12, and `asyncio.timeout` came with 3.11.
-
-    Raises:
-        TimeoutError: it was not done in time.
     """
     task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to read it
     try:
@@ -141,9 +133,6 @@ def server_url(url: str) -> str:
 
     Returns:
         "http(s)://host[:port][/prefix]" without a slash at its end.
-
-    Raises:
-        ConfigError: not an http or https address of a host, or it holds a user name, a query or a fragment.
     """
     text = url.strip() if isinstance(url, str) else ""
     parts = urlsplit(text if "://" in text else f"http://{text}")

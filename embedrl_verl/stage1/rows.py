@@ -47,9 +47,6 @@ def read_training_pairs(files: Sequence[str], *, tcot: bool) -> list[LocatedPair
 
     Args:
         tcot: every side, and every hard negative (it would be told apart by that alone), must have a T-CoT.
-
-    Raises:
-        DataError: malformed rows, double ids, items without T-CoT, of which the first five are named; or no pair.
     """
     pairs, problems = locate_pairs(files)
     messages = [problem.message for problem in problems]

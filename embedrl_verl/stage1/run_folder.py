@@ -31,11 +31,7 @@ class RunFolder:
         return self.checkpoints / f"global_step_{step}"
 
     def last_step(self) -> int:
-        """Updates of the last complete checkpoint; 0 without one.
-
-        Raises:
-            ConfigError: the tracker names a checkpoint that is not there.
-        """
+        """Updates of the last complete checkpoint; 0 without one."""
         tracker = self.checkpoints / TRACKER
         if not tracker.is_file():
             return 0

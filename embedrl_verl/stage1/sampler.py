@@ -34,9 +34,6 @@ class SubBatchPlan:
         weights: source -> weight; 1 where not named.
         video_sources: sources of which at most `max_video_sub_batches` parts stand in one batch.
         raw_share: share of the batches without T-CoT.
-
-    Raises:
-        ConfigError: a weight for an unknown source, a source that cannot fill one sub-batch, or too few for one batch.
     """
 
     def __init__(

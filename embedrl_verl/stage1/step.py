@@ -29,10 +29,6 @@ def two_pass_step(worker: Any, batch: Rows, config: EmbedderTrainConfig) -> dict
     Returns:
         Metrics of the whole batch: those of `contrastive_gradients`, `grad_norm` before clipping and `lr` of the
         next update.
-
-    Raises:
-        NoNegativesError: on all ranks alike; nothing was changed.
-        EmbedderError: a row without a finite vector, or a gradient norm that is not finite.
     """
     vectors = embed_local(worker, batch.rows)
     own = len(batch.layout.query_pair)

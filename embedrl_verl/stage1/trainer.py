@@ -42,11 +42,7 @@ SETTINGS = (
 
 
 class ContrastiveTrainer:
-    """Stage 1 of this rank. All ranks build one with the same configuration and call `fit`.
-
-    Raises:
-        ConfigError, DataError, EmbedderError: settings, data and checkpoint are checked before weights are loaded.
-    """
+    """Stage 1 of this rank. All ranks build one with the same configuration and call `fit`."""
 
     def __init__(self, config: Stage1Config, *, rank: int, world_size: int, local_world_size: int) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
@@ -116,11 +112,7 @@ class ContrastiveTrainer:
     # ------------------------------------------------------------------ the run
 
     def fit(self) -> None:
-        """Train to the last update. Rank 0 prints and writes.
-
-        Raises:
-            EmbedderError: a vector, loss or gradient that is not finite, or too many batches without negatives.
-        """
+        """Train to the last update. Rank 0 prints and writes."""
         run = self.config.contrastive
         if self.rank == 0:
             self.folder.out.mkdir(parents=True, exist_ok=True)

@@ -65,9 +65,6 @@ def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]
 
     Args:
         config: the whole run's.
-
-    Raises:
-        ConfigError: the file of the reward function is not there.
     """
     named, data, rollout = config.reward.custom_reward_function, config.data, config.actor_rollout_ref.rollout
     prompts = {key: data[key] for key in ("max_prompt_length", "max_response_length", "filter_overlong_prompts")}
@@ -89,11 +86,7 @@ def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]
 
 
 def check_run_record(step_folder: str, record: Mapping[str, Any]) -> None:
-    """Refuse to resume with anything that would give other rewards than so far.
-
-    Raises:
-        ConfigError: the checkpoint has no record, or a part of it differs; the message names each with both values.
-    """
+    """Refuse to resume with anything that would give other rewards than so far."""
     file = Path(step_folder) / RECORD
     if not file.is_file():
         raise ConfigError(

@@ -46,9 +46,6 @@ class ProbeSet:
     Args:
         rows: all pairs of the files (`embedrl.embedder.train.anchor_files`).
         count: how many are used, at most.
-
-    Raises:
-        MediaError, EmbedderError: a pair that cannot be encoded; the message names it.
     """
 
     def __init__(self, rows: PairRows, count: int) -> None:
@@ -64,9 +61,6 @@ class ProbeSet:
 
         Args:
             embed: rows -> float32 (n, D); a failed row is NaN and not retrieved.
-
-        Raises:
-            EmbedderError: no row has a vector.
         """
         vectors = embed([pair.query for pair in self._pairs] + [pair.target for pair in self._pairs])
         known = vectors.isfinite().all(dim=1)
@@ -150,9 +144,6 @@ class EmbedderTraining:
 
         Returns:
             Metrics `embedder/...`: loss, Hit@1 in the batch and of the probe set, rows, gradient norm, learning rate.
-
-        Raises:
-            EmbedderError: a loss or gradient that is not finite.
         """
         state = self.state
         if state.baseline is None:
@@ -224,11 +215,7 @@ class EmbedderTraining:
         write_atomically(Path(step_folder) / STATE, json.dumps(asdict(self.state), indent=1) + "\n")
 
     def load(self, step_folder: str) -> None:
-        """Go on from a checkpoint folder.
-
-        Raises:
-            ConfigError: it was written without co-training.
-        """
+        """Go on from a checkpoint folder."""
         file = Path(step_folder) / STATE
         if not file.is_file():
             raise ConfigError(
@@ -240,11 +227,7 @@ class EmbedderTraining:
 
 
 def refuse_trained_checkpoint(step_folder: str) -> None:
-    """A run with a frozen Embedder must not go on from a checkpoint whose Embedder was trained.
-
-    Raises:
-        ConfigError: the folder holds one.
-    """
+    """A run with a frozen Embedder must not go on from a checkpoint whose Embedder was trained."""
     if (Path(step_folder) / STATE).is_file():
         raise ConfigError(
             f"the Embedder of {step_folder} was co-trained; resume with embedrl.embedder.train.enable=True, or export "

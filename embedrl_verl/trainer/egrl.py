@@ -240,11 +240,7 @@ class PolicyWatch:
         self._low_before = self._warned_unwatched = False
 
     def check(self, metrics: Mapping[str, float], step: int) -> None:
-        """Look at the metrics of a step.
-
-        Raises:
-            EmbedRLError: the correlation is below `least` for the second step in a row.
-        """
+        """Look at the metrics of a step."""
         value = float(metrics.get(CORRELATION, float("nan")))
         if math.isnan(value):
             if not self._warned_unwatched:

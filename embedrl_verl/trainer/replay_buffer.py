@@ -50,11 +50,7 @@ class PromptTag:
 
     @classmethod
     def of(cls, uid: str, tags: Mapping[str, Any]) -> PromptTag:
-        """The tag of a prompt in the queue.
-
-        Raises:
-            EmbedderError: the prompt was not submitted by one of this package's asynchronous trainers.
-        """
+        """The tag of a prompt in the queue."""
         missing = [name for name in (_GROUP, _SIZE, _PAIR, _SIDE, _SOURCE) if name not in tags]
         if missing:
             raise EmbedderError(
@@ -67,11 +63,7 @@ class PromptTag:
 def tag_prompts(
     uids: Sequence[str], pair_ids: Sequence[str], sides: Sequence[str], sources: Sequence[str], size: int
 ) -> list[PromptTag]:
-    """Tags of prompts in the order of the pair sampler: `size` prompts a group, the sides of a pair side by side.
-
-    Raises:
-        EmbedderError: the prompts do not consist of whole groups of one data source.
-    """
+    """Tags of prompts in the order of the pair sampler: `size` prompts a group, the sides of a pair side by side."""
     tags = [
         PromptTag(uids[i - i % size], size, str(pair_ids[i]), str(sides[i]), str(sources[i])) for i in range(len(uids))
     ]
@@ -150,11 +142,7 @@ def _prompts(groups: Iterable[Group]) -> int:
 
 
 def replay_buffer(trainer_mode: str, sampler_kwargs: Any, **kwargs: Any) -> ReplayBuffer:
-    """The buffer of a trainer mode, with the arguments that verl gives a custom sampler.
-
-    Raises:
-        ConfigError: no poll interval.
-    """
+    """The buffer of a trainer mode, with the arguments that verl gives a custom sampler."""
     if "poll_interval" not in sampler_kwargs:
         raise ConfigError("trainer.v1.sampler.sampler_kwargs.poll_interval (seconds) is missing")
     kwargs |= {"trainer_mode": trainer_mode, "sampler_kwargs": sampler_kwargs}
@@ -169,9 +157,6 @@ class PairReplayBuffer(ReplayBufferAsync):
     still running: so nothing can write rows of a group that is gone. When no source can fill a batch and nothing is in
     flight that could, more prompts are asked for; with S sources and batches of N groups that ends at the latest with
     S (N - 1) + 1 groups in the queue.
-
-    Raises:
-        EmbedderError: (while sampling) as many prompts as a batch holds have failed since the last batch.
     """
 
     def __init__(self, **kwargs: Any) -> None:

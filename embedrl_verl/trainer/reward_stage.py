@@ -68,11 +68,7 @@ class Row:
 
 
 def read_rows(keys: Sequence[str], partition_id: str) -> list[Row]:
-    """The finished rollouts of a batch, sorted by (pair, side, session) so that arrival order never matters.
-
-    Raises:
-        EmbedderError: TransferQueue lost rows or the rows were not written by the agent loop `tcot`.
-    """
+    """The finished rollouts of a batch, sorted by (pair, side, session) so that arrival order never matters."""
     data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=list(_FIELDS))
     missing = [name for name in _FIELDS if name not in set(data.keys())]
     if missing or len(data) != len(keys):
@@ -169,9 +165,6 @@ def refuse_failures(rows: Sequence[Row], failures: Mapping[int, str], max_share:
 
     Args:
         expected: rows that a complete batch has; what lacks are rollouts that failed.
-
-    Raises:
-        EmbedderError: they are more than `max_share` of it; the message counts them by cause.
     """
     lost, total = max(expected - len(rows), 0), max(expected, len(rows))
     if (len(failures) + lost) / total <= max_share:
@@ -290,9 +283,6 @@ def check_scores(scored: ScoredRows, function: str) -> None:
 
     Args:
         function: the reward function's "path:name", for the message.
-
-    Raises:
-        EmbedderError: no row has a score, or the score has an outcome and no row has a negative.
     """
     nothing = scored.parts["score"].isnan().all()
     no_negatives = "outcome" in scored.parts and scored.without_negatives == scored.batch.valid.sum()
@@ -316,9 +306,6 @@ def write_scores(scored: ScoredRows, *, groups: bool = True) -> None:
     An unknown row has a zero response mask, so that it has no gradient, and a group of its own, so that the advantages
     of the others are those of the known rows. So has a row that is the only known one of its group: it has nothing to
     be compared with (`groups`: a prompt has several rollouts).
-
-    Raises:
-        EmbedderError: no row is left.
     """
     rows, known = scored.rows, scored.parts["score"].isfinite().tolist()
     members = Counter(row.uid for row, is_known in zip(rows, known, strict=True) if is_known)

@@ -50,9 +50,6 @@ AGENT_LOOPS = Path(embedrl_verl.config.__file__).with_name("agent_loops.yaml")
 class EmbedderGuidedRewardManager(RewardManagerBase):  # type: ignore[misc]
     """verl's place for the user's reward function. verl asks a manager about one row at a time, but a retrieval reward
     exists only within a batch: the trainer calls `score_batch` once a step.
-
-    Raises:
-        ConfigError: used without an EG-RL trainer, or without a reward function.
     """
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **_router: Any) -> None:

@@ -62,11 +62,7 @@ class ServedEmbedder:
         self.pool = open_pool(config.server, share=share)
 
     def prepare(self, inputs: EmbedInput, side: str = "") -> EmbedRequest:
-        """The request of a row, on both sides alike; blocks, so call it in a thread.
-
-        Raises:
-            MediaError, EmbedderError: the row cannot be encoded.
-        """
+        """The request of a row, on both sides alike; blocks, so call it in a thread."""
         return embed_request(self._processor, inputs)
 
     async def embed(self, request: EmbedRequest) -> torch.Tensor:
@@ -88,10 +84,6 @@ def check_servers(config: EmbedderConfig, processor: EmbedProcessor, urls: Seque
 
     Each tokenises probes (text, images of the smallest and largest size, a video) and must come to the tokens that
     `EmbedProcessor` comes to; then it embeds two of them.
-
-    Raises:
-        EmbedderError: one does not answer, reads other prompts, or gives vectors of another width; the message names it
-            and says how to start it.
     """
     processor.max_length = longest_prompt(config, processor)
     requests = _probes(processor)

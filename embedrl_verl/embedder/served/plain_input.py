@@ -78,11 +78,7 @@ class PlainInput:
 
 
 def completed(body: bytes) -> bytes:
-    """The body of a request to /v1/embeddings with its texts as chat requests; a chat request as it is.
-
-    Raises:
-        ValueError: it would be embedded without the prompt or with part of it; says how to ask.
-    """
+    """The body of a request to /v1/embeddings with its texts as chat requests; a chat request as it is."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):  # not UTF-8, no JSON, or nested without end

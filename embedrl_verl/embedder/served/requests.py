@@ -38,11 +38,7 @@ class EmbedRequest:
 
 
 def embed_request(processor: EmbedProcessor, inputs: EmbedInput) -> EmbedRequest:
-    """The request of one row. Blocks (decoding, PNG): call it in a thread.
-
-    Raises:
-        MediaError, EmbedderError: as `EmbedProcessor.encode`.
-    """
+    """The request of one row. Blocks (decoding, PNG): call it in a thread."""
     prepared, input_ids, _ = processor.fit(inputs)
     payload: dict[str, Any] = {
         "messages": [
@@ -71,12 +67,7 @@ def content_part(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_vector(answer: Any, request: EmbedRequest) -> torch.Tensor:
-    """The vector of an answer: float32 (D,), length 1.
-
-    Raises:
-        EmbedderError: no vector in it, one that is not finite or has not length 1, or the server read another number of
-            tokens than the row has.
-    """
+    """The vector of an answer: float32 (D,), length 1."""
     try:
         value, tokens = answer["data"][0]["embedding"], answer["usage"]["prompt_tokens"]
         if isinstance(value, list):

@@ -79,11 +79,7 @@ class ServerProcess:
         self._watcher.start()
 
     def wait_ready(self) -> None:
-        """Block until it answers.
-
-        Raises:
-            EmbedderError: it died or did not answer in time; with the end of its log.
-        """
+        """Block until it answers."""
         self._settled.wait()
         if self.failure is not None:
             raise EmbedderError(self.failure)
@@ -190,11 +186,7 @@ class _ServerActor:
 
 
 class ServerFleet:
-    """Starts the servers of the section `embedrl.embedder` at once; `urls` answer after `wait_ready`.
-
-    Raises:
-        ResourceError: the cluster has no room for them.
-    """
+    """Starts the servers of the section `embedrl.embedder` at once; `urls` answer after `wait_ready`."""
 
     def __init__(self, config: EmbedderConfig, processor: EmbedProcessor, *, on_cpu: bool) -> None:
         server = config.server
@@ -215,11 +207,7 @@ class ServerFleet:
         self.urls: list[str] = ray.get([one.url.remote() for one in self._actors])
 
     def wait_ready(self) -> None:
-        """Block until all servers answer.
-
-        Raises:
-            EmbedderError: one does not; with the end of its log.
-        """
+        """Block until all servers answer."""
         ray.get([one.wait_ready.remote() for one in self._actors])
 
     def states(self) -> list[tuple[int, str | None]]:
