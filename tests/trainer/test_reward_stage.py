@@ -136,6 +136,12 @@ def test_too_many_failures_stop_the_step_and_name_their_causes():
     assert "max_failed_share=0.3" in message
 
 
+def test_rollouts_that_never_came_are_counted():
+    scored = score_rows(_rows(), _FakeEmbedder(), _margin, expected_rows=10)
+    assert scored.metrics["embedrl/rollouts_missing"] == 2 and scored.metrics["embedrl/rows"] == 8
+    assert score_rows(_rows(), _FakeEmbedder(), _margin).metrics["embedrl/rollouts_missing"] == 0
+
+
 def test_raw_inputs_are_embedded_in_the_same_call_and_shared_by_a_prompts_rollouts(monkeypatch):
     """A prompt whose raw input is missing has no raw similarity; nothing else changes."""
     rows = _rows()
@@ -282,7 +288,7 @@ def test_the_two_ids_of_a_row_are_read_from_their_own_columns(monkeypatch):
             "responses": torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged),
             "extra_fields": [{ROW_INFO: info}] * 2,
             "embedrl_pair_id": ["p0", "p0"],
-            "embedrl_side": ["target", "query"],
+            "embedrl_side": ["query", "target"],
             "embedrl_query_content": [2**62, 2**62],
             "embedrl_target_content": [-7, -7],
             "embedrl_required": ["text_keywords"] * 2,
@@ -291,6 +297,7 @@ def test_the_two_ids_of_a_row_are_read_from_their_own_columns(monkeypatch):
     )
     monkeypatch.setattr(reward_stage.tq, "kv_batch_get", lambda keys, partition_id, select_fields: stored)
     rows = read_rows(["b_0_0", "a_0_0"], "train")
-    assert [(row.key, row.side, row.response_tokens) for row in rows] == [("a_0_0", 0, 2), ("b_0_0", 1, 3)]
+    # Sorted by who the row is, not by verl's random uid.
+    assert [(row.key, row.side, row.response_tokens) for row in rows] == [("b_0_0", 0, 3), ("a_0_0", 1, 2)]
     assert {row.content for row in rows} == {ContentId(query=2**62, target=-7)}
     assert rows[0].tcot == parse_tcot(WELL_FORMED)
