@@ -73,7 +73,7 @@ FACTS: Mapping[Family, FamilyFacts] = {
         megatron=("qwen3_vl", "qwen3_vl_moe"),
     ),
 }
-_FAMILY_OF_MODEL_TYPE = {kind: family for family, facts in FACTS.items() for kind in facts.model_types}
+FAMILY_OF_MODEL_TYPE = {kind: family for family, facts in FACTS.items() for kind in facts.model_types}
 
 
 def family_of(hf_model_type: str) -> Family:
@@ -82,10 +82,10 @@ def family_of(hf_model_type: str) -> Family:
     Raises:
         ConfigError: a model type whose box units are not known.
     """
-    family = _FAMILY_OF_MODEL_TYPE.get(hf_model_type)
+    family = FAMILY_OF_MODEL_TYPE.get(hf_model_type)
     if family is None:
         raise ConfigError(
-            f"model type must be one of {', '.join(_FAMILY_OF_MODEL_TYPE)}; got {hf_model_type!r}. "
+            f"model type must be one of {', '.join(FAMILY_OF_MODEL_TYPE)}; got {hf_model_type!r}. "
             f"Name the family whose box units the model writes: {', '.join(FAMILIES)}"
         )
     return family

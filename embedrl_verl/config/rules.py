@@ -20,7 +20,7 @@ from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.config.batch import SEPARATE, BatchPlan, is_megatron, longest_row, mini_batches, replica_size
 from embedrl_verl.config.schema import EmbedderConfig, EmbedRLConfig, MediaConfig, Rule
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import FACTS, facts_of, family_of
+from embedrl_verl.families import FACTS, FAMILY_OF_MODEL_TYPE, facts_of, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -287,8 +287,8 @@ def check_files(config: Any) -> None:
 def check_family(config: Any, found: str | None) -> None:
     """Check the model type of the Reasoner's folder (None: it is not here) against the settings."""
     named, path = MediaConfig.from_config(config.data).family, config.actor_rollout_ref.model.path
-    known = {kind for facts in FACTS.values() for kind in facts.model_types}  # others may share a family's prompts
-    if found in known and named != "auto" and family_of(found) != family_of(named):
+    # A type that is not known may share the prompts of the family that is named.
+    if found in FAMILY_OF_MODEL_TYPE and named != "auto" and family_of(found) != family_of(named):
         raise ConfigError(f"data.embedrl.family is {named}, but {path} is a {found}. Use the recipe of that family")
     if found is not None and is_megatron(config) and found not in MEGATRON_TYPES:
         raise ConfigError(f"actor_rollout_ref.model.path must be {NO_MEGATRON}; {path} is a {found}")

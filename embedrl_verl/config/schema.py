@@ -21,7 +21,7 @@ from pydantic_core import ArgsKwargs
 from typing_extensions import Self
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import FACTS, FAMILIES
+from embedrl_verl.families import FAMILIES, FAMILY_OF_MODEL_TYPE
 
 _T = TypeVar("_T")
 _S = TypeVar("_S", bound="Section")
@@ -330,8 +330,8 @@ class MediaConfig(MediaTokens):
         return cls(**dict(data_config.get("embedrl") or {}))
 
     def rules(self) -> list[Rule]:
-        known = ("auto", *(kind for facts in FACTS.values() for kind in facts.model_types))
-        return [*super().rules(), ("family", self.family in known, f"auto or one of {', '.join(FAMILIES)}")]
+        known = self.family == "auto" or self.family in FAMILY_OF_MODEL_TYPE
+        return [*super().rules(), ("family", known, f"auto or one of {', '.join(FAMILIES)}")]
 
 
 @section("data", "embedder_trainer")

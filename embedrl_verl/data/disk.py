@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of a disk that is full, and digests of files."""
+"""Errors of a disk that is full, digests of files, and verl's tracker of complete checkpoints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from embedrl_verl.errors import DataError, ResourceError
 CHUNK = 1 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's file that names the last complete checkpoint of a folder of checkpoints."""
+
+
+def last_complete_step(checkpoints: Path) -> int | None:
+    """The step that the tracker file names; None before the first."""
+    tracker = checkpoints / TRACKER
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text else None  # empty: killed while it was written
 
 
 @contextmanager

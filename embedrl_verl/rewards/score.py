@@ -65,8 +65,8 @@ def total_reward(
     return total.masked_fill_(~known, torch.nan).to(dtype)
 
 
-def row_scores(batch: RewardBatch, process: Tensor | None, outcome: Tensor, **weights: float) -> Tensor:
-    """(N,) float32 `total_reward` of a batch's rows, with the format of their T-CoTs.
+def row_scores(batch: RewardBatch, format: Tensor, process: Tensor | None, outcome: Tensor, **weights: float) -> Tensor:
+    """(N,) float32 `total_reward` of a batch's rows.
 
     A row without embedding is unknown as a whole (NaN), and so is a row that the judge could not answer while it
     answered others of its group: their rewards have a term more. Where a whole group has a term unknown (a silent
@@ -75,7 +75,7 @@ def row_scores(batch: RewardBatch, process: Tensor | None, outcome: Tensor, **we
     unknown = ~batch.valid
     if process is not None:
         unknown = unknown | partly_known(process, batch.groups())
-    return total_reward(batch.format(), process, outcome, **weights).masked_fill(unknown, torch.nan)
+    return total_reward(format, process, outcome, **weights).masked_fill(unknown, torch.nan)
 
 
 @torch.no_grad()

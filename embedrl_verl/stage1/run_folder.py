@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from embedrl_verl.data.disk import TRACKER
+from embedrl_verl.data.disk import TRACKER, last_complete_step
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 
@@ -32,12 +32,13 @@ class RunFolder:
 
     def last_step(self) -> int:
         """Updates of the last complete checkpoint; 0 without one."""
-        tracker = self.checkpoints / TRACKER
-        if not tracker.is_file():
+        step = last_complete_step(self.checkpoints)
+        if step is None:
             return 0
-        step = int(tracker.read_text())
         if not (self.step_folder(step) / "embedder").is_dir():
-            raise ConfigError(f"{tracker} names step {step}, but {self.step_folder(step)} is not there; restore it")
+            raise ConfigError(
+                f"{self.checkpoints / TRACKER} names step {step}, but {self.step_folder(step)} is not there; restore it"
+            )
         return step
 
     def complete(self, step: int, keep: int) -> None:

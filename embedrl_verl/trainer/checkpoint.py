@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.data.disk import TRACKER, sha256_of
+from embedrl_verl.data.disk import last_complete_step, sha256_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
@@ -219,13 +219,6 @@ def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -
 
 
 # ---------------------------------------------------------------------- which checkpoints stay
-
-
-def last_complete_step(checkpoints: Path) -> int | None:
-    """The step that verl's tracker file names; None before the first."""
-    tracker = checkpoints / TRACKER
-    text = tracker.read_text().strip() if tracker.is_file() else ""
-    return int(text) if text else None  # empty: killed while it was written
 
 
 def prune_to(keep: int | None, checkpoints: str | Path) -> list[Path]:

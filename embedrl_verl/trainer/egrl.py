@@ -20,6 +20,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,7 @@ class EGRLMixin(EGRLSetup):
 
         judge = self.judge.of(rows, batch.partition_id, self.global_steps) if self.judge else None
         compared = reward_batch(rows, vectors, judge)
-        if self.judge:
-            with self.judge.awake():
-                parts = self.reward_manager.score_batch(compared)
-        else:
+        with self.judge.awake() if self.judge else nullcontext():
             parts = self.reward_manager.score_batch(compared)
 
         scored = ScoredRows(rows, compared, vectors, parts)

@@ -210,8 +210,7 @@ class ScoredRows:
     parts: dict[str, Tensor]
     metrics: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def without_negatives(self) -> int:
+    def _without_negatives(self) -> int:
         """Valid rows to which every valid row of the other side is a right answer."""
         batch, count = self.batch, 0
         for side in (0, 1):
@@ -225,7 +224,7 @@ class ScoredRows:
         self.metrics |= batch_metrics(self.batch, self.parts, evidence=evidence)
         if self.vectors.raw is not None:
             self.metrics["embedrl/rows_without_raw"] = float(self.vectors.raw.isnan().any(dim=1).sum())
-        self.metrics["embedrl/rows_without_negatives"] = float(self.without_negatives)
+        self.metrics["embedrl/rows_without_negatives"] = float(self._without_negatives())
         self.metrics["embedrl/rollouts_missing"] = float(max(expected - len(self.rows), 0))
 
     def describe(self, index: int) -> dict[str, Any]:
@@ -282,10 +281,13 @@ def check_scores(scored: ScoredRows, function: str) -> None:
     is highest where all vectors are the same.
 
     Args:
+        scored: measured.
         function: the reward function's "path:name", for the message.
     """
     nothing = scored.parts["score"].isnan().all()
-    no_negatives = "outcome" in scored.parts and scored.without_negatives == scored.batch.valid.sum()
+    no_negatives = "outcome" in scored.parts and (
+        scored.metrics["embedrl/rows_without_negatives"] == scored.batch.valid.sum()
+    )
     if nothing or no_negatives:
         queries, targets = (len(set(ids)) for ids in zip(*(row.content for row in scored.rows), strict=True))
         raise EmbedderError(

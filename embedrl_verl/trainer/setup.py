@@ -128,9 +128,8 @@ class EGRLSetup(WorkerClassesMixin):
         super()._setup()  # type: ignore[misc]
         if rules.has_judge(self.config):
             self.judge = self._start_judge()
-        # Without handles of per-row reward workers verl asks the trainer for the rewards of a batch. The manager itself
-        # must live on: the judge's servers end with it.
-        self.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=None, inner=self.reward_loop_manager)
+        # Without handles of per-row reward workers verl asks the trainer for the rewards of a batch.
+        self.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=None)
         manager = load_reward_manager(self.config, self.tokenizer)
         assert isinstance(manager, EmbedderGuidedRewardManager), type(manager)
         self.reward_manager = manager

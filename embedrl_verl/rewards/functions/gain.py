@@ -54,9 +54,10 @@ def compute_score(
     gain = thought.reciprocal - raw.reciprocal if tau is None else thought.outranked - raw.outranked
     paid = torch.where(gain < 0, loss_weight * gain, gain)
     helped, hurt = ((gain * sign > 0).float().masked_fill(gain.isnan(), torch.nan) for sign in (1, -1))
-    parts = {"format": batch.format(), "rank": thought.rank, "raw_rank": raw.rank, "gain": gain}
+    form = batch.format()
+    parts = {"format": form, "rank": thought.rank, "raw_rank": raw.rank, "gain": gain}
     return {
-        "score": row_scores(batch, None, paid, alpha=alpha, beta=0.0, gamma=1.0),
+        "score": row_scores(batch, form, None, paid, alpha=alpha, beta=0.0, gamma=1.0),
         **parts,
         "helped": helped,
         "hurt": hurt,

@@ -25,5 +25,6 @@ def compute_score(
         or without a partner is unknown.
     """
     acc, margin, outcome = batch.retrieval(temperature=temperature, accuracy=accuracy).reward
-    score = row_scores(batch, None, outcome, alpha=0.0, beta=0.0, gamma=1.0)
-    return {"score": score, "format": batch.format(), "accuracy": acc, "margin": margin, "outcome": outcome}
+    form = batch.format()
+    score = row_scores(batch, form, None, outcome, alpha=0.0, beta=0.0, gamma=1.0)
+    return {"score": score, "format": form, "accuracy": acc, "margin": margin, "outcome": outcome}

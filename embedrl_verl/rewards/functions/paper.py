@@ -35,6 +35,7 @@ def compute_score(
     """
     acc, margin, outcome = batch.retrieval(temperature=temperature, accuracy=accuracy).reward  # A, M, O = A M (eq. 3)
     process = batch.process() if beta > 0 else None  # J (eq. 4)
-    score = row_scores(batch, process, outcome, alpha=alpha, beta=beta, gamma=gamma)
-    parts = {"score": score, "format": batch.format(), "accuracy": acc, "margin": margin, "outcome": outcome}
+    form = batch.format()
+    score = row_scores(batch, form, process, outcome, alpha=alpha, beta=beta, gamma=gamma)
+    parts = {"score": score, "format": form, "accuracy": acc, "margin": margin, "outcome": outcome}
     return parts if process is None else {**parts, "process": process}

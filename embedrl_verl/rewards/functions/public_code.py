@@ -29,6 +29,7 @@ def compute_score(
     acc, margin, outcome = batch.retrieval(temperature=temperature, accuracy=accuracy).reward  # A, M, O = A M (eq. 3)
     process = batch.process() if beta > 0 else None  # J (eq. 4)
     paid = None if process is None else process * margin.clamp(min=0)
-    score = row_scores(batch, paid, outcome / 2, alpha=alpha, beta=beta, gamma=gamma)
-    parts = {"score": score, "format": batch.format(), "accuracy": acc, "margin": margin, "outcome": outcome}
+    form = batch.format()
+    score = row_scores(batch, form, paid, outcome / 2, alpha=alpha, beta=beta, gamma=gamma)
+    parts = {"score": score, "format": form, "accuracy": acc, "margin": margin, "outcome": outcome}
     return parts if process is None else {**parts, "process": process}

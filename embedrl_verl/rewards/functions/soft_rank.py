@@ -28,5 +28,6 @@ def compute_score(batch: RewardBatch, *, alpha: float = 0.05, temperature: float
     """
     check_number("temperature", temperature, 0.005)
     ranks = batch.ranks(temperature=temperature)
-    score = row_scores(batch, None, ranks.outranked, alpha=alpha, beta=0.0, gamma=1.0)
-    return {"score": score, "format": batch.format(), "soft_rank": ranks.outranked, "rank": ranks.rank}
+    form = batch.format()
+    score = row_scores(batch, form, None, ranks.outranked, alpha=alpha, beta=0.0, gamma=1.0)
+    return {"score": score, "format": form, "soft_rank": ranks.outranked, "rank": ranks.rank}
