@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from embedrl_verl.embedder.profiles import EMB_TOKEN, EMBED_RL, EmbedderProfile
+from embedrl_verl.tcot import cut_evidence, parse_tcot
 from embedrl_verl.tcot.harmless import break_tokens
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from embedrl_verl.config.schema import EvidenceConfig
     from embedrl_verl.data.media import LoadedItem
+    from embedrl_verl.families import Family
     from embedrl_verl.tcot import TCoT
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -33,6 +36,35 @@ class EmbedInput:
     item: LoadedItem
     tcot: TCoT | None = None
     evidence: tuple[Image.Image, ...] = ()
+
+    @classmethod
+    def with_tcot(
+        cls,
+        item: LoadedItem,
+        text: str,
+        family: Family,
+        limits: EvidenceConfig,
+        seen_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> EmbedInput:
+        """The item with the T-CoT `text`, parsed, and its evidence cut from the originals.
+
+        Args:
+            family: of the Reasoner that wrote the text.
+            limits: what may be cut.
+            seen_sizes: (width, height) in pixels of each image as the Reasoner saw it; None = it saw the originals.
+        """
+        tcot = parse_tcot(text, num_frames=len(item.frames) or None, num_images=len(item.images) or None)
+        evidence = cut_evidence(
+            tcot,
+            images=item.images,
+            frames=item.frames,
+            family=family,
+            resized_sizes=seen_sizes,
+            min_side=limits.min_side,
+            max_aspect=limits.max_aspect,
+            max_evidence=limits.max_items,
+        )
+        return cls(item, tcot, evidence.images)
 
 
 def build_messages(

@@ -20,7 +20,6 @@ from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout
 from embedrl_verl.errors import DataError, EmbedderError, MediaError
 from embedrl_verl.families import box_convention, family_of, token_side
-from embedrl_verl.tcot import cut_evidence, parse_tcot
 
 Contents = tuple[int, ...]
 """Ids of what a pair is of; pairs that share one, in the same place, are no negatives of each other. A `ContentId`, and
@@ -133,18 +132,7 @@ class PairRows(Dataset[EncodedPair]):
         if box_convention(self._family) == "absolute":
             limits = self._media.limits(token_side(self._family))
             seen = [fit_image(image, limits).size for image in loaded.images]
-        parsed = parse_tcot(item.tcot, num_frames=len(loaded.frames) or None, num_images=len(loaded.images) or None)
-        evidence = cut_evidence(
-            parsed,
-            images=loaded.images,
-            frames=loaded.frames,
-            family=self._family,
-            resized_sizes=seen,
-            min_side=self._evidence.min_side,
-            max_aspect=self._evidence.max_aspect,
-            max_evidence=self._evidence.max_items,
-        )
-        return EmbedInput(loaded, parsed, evidence.images)
+        return EmbedInput.with_tcot(loaded, item.tcot, self._family, self._evidence, seen)
 
 
 class Rows(NamedTuple):

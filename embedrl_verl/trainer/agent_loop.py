@@ -34,7 +34,7 @@ from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
 from embedrl_verl.families import Family, facts_of
 from embedrl_verl.serving.vllm import processor_arguments
-from embedrl_verl.tcot import cut_evidence, parse_tcot
+from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, ROW_INFO, raw_key
 
 logger = logging.getLogger(__name__)
@@ -174,28 +174,18 @@ class TCoTAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
         self, row: dict[str, Any], response_ids: list[int], resized: list[tuple[int, int]]
     ) -> tuple[dict[str, Any], Any]:
         """Parse, cut evidence and encode (in a thread). `resized`: (width, height) of the images the Reasoner saw."""
-        settings, limits, item = self._settings, self._settings.embedrl.evidence, row_item(row)
+        settings, item = self._settings, row_item(row)
         text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
         images = len(item.images)
         info: dict[str, Any] = {"num_images": images, "num_frames": 0, "evidence": 0, "failure": None}
         prepared = None
         try:
             loaded = _originals(item, settings.media_root, settings.max_frames)
-            frames = info["num_frames"] = len(loaded.frames)
-            tcot = parse_tcot(text, num_frames=frames or None, num_images=images or None)
-            info["tcot"] = tcot.to_plain()
-            evidence = cut_evidence(
-                tcot,
-                images=loaded.images,
-                frames=loaded.frames,
-                family=settings.family,
-                resized_sizes=resized,
-                min_side=limits.min_side,
-                max_aspect=limits.max_aspect,
-                max_evidence=limits.max_items,
-            ).images
-            info["evidence"] = len(evidence)
-            prepared = settings.backend.prepare(EmbedInput(loaded, tcot, evidence), str(row["embedrl_side"]))
+            info["num_frames"] = len(loaded.frames)
+            inputs = EmbedInput.with_tcot(loaded, text, settings.family, settings.embedrl.evidence, resized)
+            assert inputs.tcot is not None
+            info |= {"tcot": inputs.tcot.to_plain(), "evidence": len(inputs.evidence)}
+            prepared = settings.backend.prepare(inputs, str(row["embedrl_side"]))
         except (MediaError, EmbedderError) as error:
             logger.warning("row %s has no Embedder input: %s", row.get("uid"), error)
             info["failure"] = str(error)

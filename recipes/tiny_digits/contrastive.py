@@ -24,6 +24,7 @@ import torch
 import typer
 from transformers import AutoProcessor
 
+from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import SIDES, Item, Side
@@ -32,7 +33,6 @@ from embedrl_verl.embedder.batching import pack_rows
 from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.model import embed_packed
 from embedrl_verl.families import Family
-from embedrl_verl.tcot import cut_evidence, parse_tcot
 from recipes.tiny_digits.muon import MuonAdamW
 from recipes.tiny_digits.reasoner import tiny_limits
 from recipes.tiny_digits.world import FAMILY_SIZE, Sample, read_samples
@@ -54,11 +54,7 @@ def load_embedder(path: Path) -> Embedder:
 def embed_input(sample: Sample, side: Side, tcot: str | None, family: Family) -> EmbedInput:
     """What the Embedder reads of one side: the input alone, or with a T-CoT and the evidence that it points at."""
     item = _loaded(sample.record.item(side))
-    if tcot is None:
-        return EmbedInput(item)
-    parsed = parse_tcot(tcot, num_frames=len(item.frames) or None, num_images=len(item.images) or None)
-    evidence = cut_evidence(parsed, images=item.images, frames=item.frames, family=family)
-    return EmbedInput(item, parsed, evidence.images)
+    return EmbedInput(item) if tcot is None else EmbedInput.with_tcot(item, tcot, family, EvidenceConfig())
 
 
 def train_contrastive(

@@ -13,7 +13,7 @@ from embedrl_verl.data.identity import NO_QUERY, content_id, target_content
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.settings import DataSettings
-from embedrl_verl.embedder import EmbedProcessor, Encoded
+from embedrl_verl.embedder import EmbedProcessor, Encoded, messages
 from embedrl_verl.embedder.info_nce import contrastive_loss
 from embedrl_verl.errors import DataError, MediaError
 from embedrl_verl.families import facts_of
@@ -77,8 +77,8 @@ def test_annotated_rows_hold_the_tcot_and_one_more_image_for_each_piece_of_evide
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_boxes_in_pixels_are_cut_where_the_writer_saw_them(family, records, rows, monkeypatch):
     told = []
-    cut = rows_module.cut_evidence
-    monkeypatch.setattr(rows_module, "cut_evidence", lambda *a, **k: told.append(k["resized_sizes"]) or cut(*a, **k))
+    cut = messages.cut_evidence
+    monkeypatch.setattr(messages, "cut_evidence", lambda *a, **k: told.append(k["resized_sizes"]) or cut(*a, **k))
     [record] = [one for one in records if one.data_source == "digits_i2t"]
     rows([record], family=family)[0, False]
     seen = told[0]
