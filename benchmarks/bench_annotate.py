@@ -28,8 +28,9 @@ from embedrl_verl.annotate.progress import RunnerSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
 from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
 from embedrl_verl.data.media import MediaLimits
-from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.embedder.served.servers import ServerProcess
 from embedrl_verl.families import token_side
 from embedrl_verl.platforms.ports import free_port

@@ -34,8 +34,8 @@ from embedrl_verl.annotate.progress import RunnerSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
 from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
 from embedrl_verl.data.media import MediaLimits
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.serving import PoolSettings, ServerPool
 
 EVIDENCE = ('{"text_keywords":["red"]}', '{"bbox_2d":[0,0,1000,1000]}')

@@ -14,8 +14,8 @@ import typer.main
 
 from embedrl_verl import __version__, cli
 from embedrl_verl.curate.split_settings import SplitSettings
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError, EmbedderError, EmbedRLError
 
 HEAVY = {"torch", "verl", "ray", "vllm", "pyarrow", "numpy", "transformers", "hydra"}

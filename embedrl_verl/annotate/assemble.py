@@ -22,8 +22,8 @@ from embedrl_verl.annotate.replies import rule_of
 from embedrl_verl.annotate.runner import journal_path
 from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import REJECTED_FILE, part_name, publish, temporary_name, write_json
-from embedrl_verl.data.parquet import PairWriter
 from embedrl_verl.data.schema import SIDES, PairRecord, Side, input_kind
+from embedrl_verl.data.writer import PairWriter
 
 FAILED_FILE = "failed.jsonl"
 Answers = dict[tuple[str, str], list[Entry]]

@@ -40,7 +40,6 @@ from embedrl_verl.convert.inputs import Root
 from embedrl_verl.convert.media_store import MediaStore
 from embedrl_verl.convert.parts import PartJob, convert_part, rejected_entry
 from embedrl_verl.convert.plan import PLAN_FILE, Plan, Unit, build_facts, make_plan
-from embedrl_verl.convert.pool import run_tasks
 from embedrl_verl.convert.restart import check_media_folder, earlier_conversion, remove_earlier
 from embedrl_verl.convert.sampling import Sampling
 from embedrl_verl.data.cards import read_object
@@ -58,6 +57,7 @@ from embedrl_verl.data.files import (
     write_atomically,
     write_json,
 )
+from embedrl_verl.data.pool import run_tasks
 from embedrl_verl.errors import ConfigError, DataError
 
 DOUBLES_FILE = "doubles.json"

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from tqdm import tqdm
 
-from embedrl_verl.convert import pool
+from embedrl_verl.data import pool
 from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import write_json
 

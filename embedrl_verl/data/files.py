@@ -22,6 +22,7 @@ from embedrl_verl.errors import ConfigError, DataError
 
 PART_PATTERN = "part-*.parquet"
 CARD_FILE = "data_card.json"
+CARD_TEXT_FILE = "data_card.md"
 REJECTED_FILE = "rejected.jsonl"
 MEDIA_FOLDER = "media"
 WORK_FOLDER = "_work"

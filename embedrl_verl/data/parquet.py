@@ -10,23 +10,24 @@
 
 media = struct {path: string, bytes: binary}; video = struct {frames: list<media>, path: string, fps: double}. Null
 means empty everywhere, and of a struct only the fields that are used need to exist. A media struct with bytes is
-those bytes (its path is then only a name, as in files written by `datasets`). Other columns are ignored. Arrow's
+those bytes (its path is then only a name, as in files written by `datasets`). Other columns are not read. Arrow's
 other forms of a type (large, view, dictionary, as of pandas' categories) are the type.
 
-Rows are counted from 0 over the whole file.
+Rows are counted from 0 over the whole file. `PairTable` (data/table.py) reads the same files memory-mapped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedrl_verl.data.files import publish, temporary_name
 from embedrl_verl.data.schema import Item, Media, PairRecord, Video
 from embedrl_verl.errors import DataError
 
@@ -55,43 +56,161 @@ SCHEMA = pa.schema(
     ]
 )
 OPTIONAL_COLUMNS = ("query_id", "target_id", "negatives")
-ROWS_PER_BATCH = 256
-BYTES_PER_BATCH = 256 << 20
-ROWS_PER_GROUP = 1024
+ROWS_PER_BATCH, BYTES_PER_BATCH = 1024, 32 << 20
+
 READ_BUFFER = 1 << 20
-BYTES_PER_GROUP = 16 << 20
+
+
+@dataclass(frozen=True)
+class Span:
+    """Whole row groups of a file that follow each other, the unit of a job.
+
+    Attributes:
+        file: parquet file of pair records.
+        groups: row groups, first and one past the last.
+        start, stop: rows of the file, from 0.
+    """
+
+    file: Path
+    groups: tuple[int, int]
+    start: int
+    stop: int
+
+
+def spans(files: Sequence[Path], rows: int) -> list[Span]:
+    """Files cut into spans of about `rows` rows, in order. Reads the files' footers only; raises DataError."""
+    found: list[Span] = []
+    for path in files:
+        with opened(path) as file:
+            sizes = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
+        first, start, stop = 0, 0, 0
+        for index, size in enumerate(sizes):
+            if stop > start and stop + size - start > rows:
+                found.append(Span(path, (first, index), start, stop))
+                first, start = index, stop
+            stop += size
+        if stop > start:
+            found.append(Span(path, (first, len(sizes)), start, stop))
+    return found
+
+
+def read_batches(
+    source: Span | str | Path, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches in `SCHEMA`, bounded in rows and bytes, each with the row of the file at which it begins.
+
+    Args:
+        source: a span, or a whole file.
+        columns: of `SCHEMA`, to read; None for all. What a file lacks comes out as null.
+
+    Raises:
+        DataError: the file cannot be read, or does not hold pair records.
+    """
+    path = source.file if isinstance(source, Span) else Path(source)
+    schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
+    with opened(path) as file:
+        row, groups = (source.start, range(*source.groups)) if isinstance(source, Span) else (0, None)
+        present = [name for name in schema.names if name in file.schema_arrow.names]
+        for group in range(file.num_row_groups) if groups is None else groups:
+            facts = file.metadata.row_group(group)
+            rows = BYTES_PER_BATCH * facts.num_rows // max(_size(facts, present), 1)
+            rows = max(1, min(ROWS_PER_BATCH, rows))
+            try:
+                # A group at a time: a batch over several groups of large media would hold all of them.
+                for batch in in_pieces(file, rows, row_groups=[group], columns=present, use_threads=False):
+                    batch.validate(full=True)  # strings are UTF-8
+                    yield row, conform(batch, schema)
+                    row += batch.num_rows
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
 
 
 def read_pairs(path: str | Path) -> Iterator[PairRecord]:
-    """The records of a file, in order, read in small batches."""
+    """The records of a file, in order, read in small batches. Raises DataError at the first row that is none."""
     for _, record in scan_pairs(path):
         if isinstance(record, DataError):
             raise record
         yield record
 
 
-def scan_pairs(path: str | Path) -> Iterator[tuple[int, PairRecord | DataError]]:
+def scan_pairs(source: Span | str | Path) -> Iterator[tuple[int, PairRecord | DataError]]:
     """Every row number (from 0) with its record, or with the error that says why it is none."""
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error
-    with file:
-        check_schema(file.schema_arrow, path)
-        columns = [name for name in SCHEMA.names if name in file.schema_arrow.names]
-        row = 0
+    path = source.file if isinstance(source, Span) else source
+    for row, batch in read_batches(source):
+        for number, values in enumerate(batch.to_pylist(), row):
+            yield number, record_or_error(values, path, number)
+
+
+class opened:
+    """Context manager: a parquet file of pair records, read through a small buffer; damaged pages are noticed if they
+    have checksums. Raises DataError, naming the file, for what cannot be read or holds no pair records."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> pq.ParquetFile:
         try:
-            # A group at a time: a batch over several groups of large media would hold all of them.
-            for group in range(file.num_row_groups):
-                facts = file.metadata.row_group(group)
-                rows = BYTES_PER_BATCH * facts.num_rows // max(facts.total_byte_size, 1)
-                rows = max(1, min(ROWS_PER_BATCH, rows))
-                for batch in in_pieces(file, rows, row_groups=[group], columns=columns):
-                    for values in batch.to_pylist():
-                        yield row, record_or_error(values, path, row)
-                        row += 1
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
+            self._file = pq.ParquetFile(
+                self._path, pre_buffer=False, buffer_size=READ_BUFFER, page_checksum_verification=True
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self._path}: not a readable parquet file ({error})") from error
+        check_schema(self._file.schema_arrow, self._path)
+        return self._file
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def conform(batch: pa.RecordBatch, schema: pa.Schema = SCHEMA) -> pa.RecordBatch:
+    """The batch in exactly this schema: missing columns and fields null, other forms of a type cast.
+
+    `datasets.table.table_cast` does the same but for views of lists.
+    """
+    if batch.schema.equals(schema):
+        return batch
+    names = batch.schema.names
+    columns = [
+        _fit(batch[field.name], field.type) if field.name in names else pa.nulls(batch.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _fit(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    if array.type.equals(kind):
+        return array
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array), kind)
+    if pa.types.is_struct(kind) and pa.types.is_struct(array.type):
+        known = dict(zip((field.name for field in array.type), array.flatten(), strict=True))
+        children = [
+            _fit(known[field.name], field.type) if field.name in known else pa.nulls(len(array), field.type)
+            for field in kind
+        ]
+        return pa.StructArray.from_arrays(children, fields=list(kind), mask=array.is_null())
+    if pa.types.is_list(kind):
+        return with_values(array, _fit(pc.list_flatten(array), kind.value_type), kind)
+    return array.cast(kind)
+
+
+def with_values(lists: pa.Array, values: pa.Array, kind: pa.DataType) -> pa.ListArray:
+    """Lists as long as these, null where these are, of other values.
+
+    Args:
+        lists: list array of any form.
+        values: one for each of `pc.list_flatten(lists)`.
+        kind: type of the result, a list.
+    """
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, values, type=kind, mask=lists.is_null())
+
+
+def _size(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    """Bytes of these columns in a row group, as the footer has them."""
+    parts = (group.column(index) for index in range(group.num_columns))
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.partition(".")[0] in columns)
 
 
 def in_pieces(file: pq.ParquetFile, rows: int, **options: Any) -> Iterator[pa.RecordBatch]:
@@ -114,57 +233,6 @@ def in_pieces(file: pq.ParquetFile, rows: int, **options: Any) -> Iterator[pa.Re
             if rows == 1:
                 raise
             rows //= 2
-
-
-class PairWriter:
-    """Writes records to a parquet file, in order, with bounded memory: a row group is written when it has
-    `ROWS_PER_GROUP` records or `BYTES_PER_GROUP` bytes of media. Pages carry checksums. A context manager."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._writer = pq.ParquetWriter(path, SCHEMA, write_page_checksum=True)
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
-
-    def __enter__(self) -> PairWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._write_group()
-        finally:
-            self._writer.close()
-
-    def add(self, record: PairRecord) -> None:
-        """Append a record."""
-        self._rows.append(_row_from_record(record))
-        self._bytes += sum(len(media) for media in _media_of(record) if isinstance(media, bytes))
-        if len(self._rows) == ROWS_PER_GROUP or self._bytes >= BYTES_PER_GROUP:
-            self._write_group()
-
-    def _write_group(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
-        self._rows, self._bytes = [], 0
-
-
-def write_pairs(records: Iterable[PairRecord], path: str | Path) -> None:
-    """Write records to a parquet file, in order; the folder is made if missing.
-
-    The file appears when it is whole: a record that cannot be written leaves what was there before.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(target)
-    try:
-        with PairWriter(temporary) as writer:
-            for record in records:
-                writer.add(record)
-        publish(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_schema(found: pa.Schema, path: str | Path) -> None:
@@ -215,7 +283,7 @@ def is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in forms)
 
 
-def record_or_error(values: dict[str, Any], path: str | Path, row: int) -> PairRecord | DataError:
+def record_or_error(values: Mapping[str, Any], path: str | Path, row: int) -> PairRecord | DataError:
     """A row's plain values as a record, or the error that names file, row (from 0) and field."""
     try:
         return _record(values)
@@ -223,7 +291,7 @@ def record_or_error(values: dict[str, Any], path: str | Path, row: int) -> PairR
         return DataError(f"{path}, row {row}: {error}")
 
 
-def _record(values: dict[str, Any]) -> PairRecord:
+def _record(values: Mapping[str, Any]) -> PairRecord:
     for side, other in (("query", "target"), ("target", "query")):
         if values[side] is None:
             raise DataError(f"field {side}: null; a pair needs both sides, and this {other} has no partner")
@@ -278,32 +346,3 @@ def _media_list(values: list[dict[str, Any] | None] | None, field: str) -> tuple
             raise DataError(f"field {field}[{index}]: must have a path or bytes; both are empty")
         media.append(reference)
     return tuple(media)
-
-
-def _media_of(record: PairRecord) -> Iterator[Media]:
-    for item in (record.query, record.target, *record.negatives):
-        yield from item.images
-        if item.video is not None:
-            yield from item.video.frames
-
-
-def _row_from_record(record: PairRecord) -> dict[str, Any]:
-    items = {"query": _row_from_item(record.query), "target": _row_from_item(record.target)}
-    return {**vars(record), **items, "negatives": [_row_from_item(item) for item in record.negatives]}
-
-
-def _row_from_item(item: Item) -> dict[str, Any]:
-    video = item.video and {**vars(item.video), "frames": _structs(item.video.frames)}
-    return {**vars(item), "images": _structs(item.images), "video": video}
-
-
-def _structs(several: Iterable[Media]) -> list[dict[str, str | bytes | None]]:
-    return [
-        {"path": media, "bytes": None} if isinstance(media, str) else {"path": None, "bytes": media}
-        for media in several
-    ]
-
-
-def opened(path: str | Path) -> pq.ParquetFile:
-    """Read through a small buffer, not a whole row group ahead; damaged pages are noticed if they have checksums."""
-    return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER, page_checksum_verification=True)

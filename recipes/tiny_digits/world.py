@@ -33,8 +33,9 @@ from typing import TypeAlias
 import numpy as np
 import typer
 
-from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side, Video
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.families import Family, box_convention, token_side
 from recipes.tiny_digits.canvas import (

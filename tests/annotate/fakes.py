@@ -19,8 +19,8 @@ from embedrl_verl.annotate.progress import RunnerSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
 from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
 from embedrl_verl.data.media import MediaLimits
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.writer import write_pairs
 
 LIMITS = MediaLimits(token_side=28, image_min_tokens=1, image_max_tokens=16, frame_min_tokens=1, frame_max_tokens=16)
 PROMPTS = TcotPrompts("qwen2_vl", "compact", False, LIMITS)

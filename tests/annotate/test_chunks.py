@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.annotate.chunks import ChunkedInput
-from embedrl_verl.data.parquet import SCHEMA, write_pairs
+from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.data.schema import Item
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import DataError
 from tests.annotate.fakes import pair_file, pairs
 

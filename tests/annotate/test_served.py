@@ -13,7 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.embedder.served.servers import ServerProcess
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.platforms.ports import free_port

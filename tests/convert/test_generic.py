@@ -19,8 +19,9 @@ from embedrl_verl.convert.converter import RawRow, RowError, Shard
 from embedrl_verl.convert.generic import GenericConverter, add_generic_options, make_generic
 from embedrl_verl.convert.inputs import RemoteRoot, open_root
 from embedrl_verl.data.files import pair_files
-from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError, ResourceError
 from tests.convert.conftest import Draw, write_lines
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
 
 MakePair = Callable[..., PairRecord]
 WriteParts = Callable[..., list[Path]]

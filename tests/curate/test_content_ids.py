@@ -17,8 +17,9 @@ import pytest
 from embedrl_verl.curate.id_job import IdSettings, fill_content_ids
 from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, media_root_of, pair_files
 from embedrl_verl.data.identity import content_id
-from embedrl_verl.data.parquet import SCHEMA, write_pairs
+from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.data.schema import SIDES, Item, PairRecord, Video
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError
 
 MakePair = Callable[..., PairRecord]

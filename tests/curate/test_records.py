@@ -20,8 +20,9 @@ import pytest
 from embedrl_verl.curate import records as records_module
 from embedrl_verl.curate.id_job import fill_content_ids
 from embedrl_verl.curate.records import PartWriter, batches, chosen_batches, rows_at, set_field, span_batches, spans
-from embedrl_verl.data.parquet import SCHEMA, read_pairs, write_pairs
+from embedrl_verl.data.parquet import SCHEMA, read_pairs
 from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import DataError, ResourceError
 from tests.data.test_parquet import FORMS, FULL, limited, of_another_form
 

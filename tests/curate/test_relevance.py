@@ -21,8 +21,8 @@ from embedrl_verl.curate.relevance import (
 )
 from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, verdict_files_of, verdicts_of
 from embedrl_verl.curate.verdicts import VerdictJob, report_lines
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError, ResourceError
 from tests.annotate.fakes import FakeBackend, tcot
 

@@ -18,8 +18,9 @@ from embedrl_verl.curate.split import FATES
 from embedrl_verl.curate.split_job import split_pairs
 from embedrl_verl.curate.split_settings import SplitSettings
 from embedrl_verl.data.files import REJECTED_FILE, media_root_of
-from embedrl_verl.data.parquet import SCHEMA, write_pairs
+from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.data.schema import PairRecord
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError
 
 MakePair = Callable[..., PairRecord]

@@ -12,9 +12,9 @@ import pytest
 
 from embedrl_verl.cli import main
 from embedrl_verl.data import inspection
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.threads import default_threads, in_threads
+from embedrl_verl.data.writer import write_pairs
 from recipes.tiny_digits.models import build_tiny_model
 from tests.data.clips import write_clip
 

@@ -18,9 +18,9 @@ from verl.workers.rollout.utils import qwen2_5_vl_dedup_image_tokens
 from embedrl_verl.data.dataset import TCoTDataset, row_item
 from embedrl_verl.data.lengths import served_prompt_ids
 from embedrl_verl.data.media import load_item
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.data.schema import Item, Video
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError
 from recipes.tiny_digits.models import build_tiny_model
 from tests.data.clips import write_clip

@@ -12,9 +12,9 @@ import pytest
 from embedrl_verl.data import inspection, prompts
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.inspection import LocatedPair, PairInspector, check_memory, embedded_bytes, locate_pairs
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ResourceError
 from embedrl_verl.platforms.machine import Memory
 from tests.data.clips import write_clip

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.data import parquet
-from embedrl_verl.data.parquet import OPTIONAL_COLUMNS, SCHEMA, read_pairs, scan_pairs, write_pairs
+from embedrl_verl.data.parquet import OPTIONAL_COLUMNS, SCHEMA, read_pairs, scan_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import DataError
 
 ROW = {

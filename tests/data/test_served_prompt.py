@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.platforms.forkserver import python
 from recipes.tiny_digits.environment import CPU_ENV
 from recipes.tiny_digits.models import build_tiny_model

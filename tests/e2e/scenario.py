@@ -13,7 +13,8 @@ from pathlib import Path
 
 from embedrl_verl.convert.command import convert_main
 from embedrl_verl.data.files import pair_files
-from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.writer import write_pairs
 from tests.convert.make_fixtures import write_all
 from tests.e2e import harness
 from tests.e2e.judge_faults import LIMIT, FaultyJudge

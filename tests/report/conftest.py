@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.data.writer import write_pairs
 from tests.report.inputs import MEAN_TEXT, noise, png, tcot
 
 

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl.data.parquet import SCHEMA, write_pairs
+from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import DataError
 from embedrl_verl.report.rows import choose, index_rows, read_rows, rows_with_ids
 

@@ -10,9 +10,9 @@ import torch
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.identity import NO_QUERY, content_id, target_content
-from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.embedder import EmbedProcessor, Encoded, messages
 from embedrl_verl.embedder.info_nce import contrastive_loss
 from embedrl_verl.errors import DataError, MediaError

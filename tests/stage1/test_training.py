@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.platforms.forkserver import python
 from embedrl_verl.progress import read_metrics
 from recipes.tiny_digits.environment import CPU_ENV
