@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data set folder as a command makes it: parts in worker processes, bad rows, a data card.
 
-1. `building` notes in `_work/` what the folder is made from. Other options or other input are refused; with the same the
-   command goes on where it was killed.
-2. `make_parts` runs one task for each part. A part gets its name when it is whole, and its report after that; a part with
-   a report is never made again, one without is made again and has the same rows.
+1. `building` notes in `_work/` what the folder is made from. Other options or other input are refused; with the same
+   the command goes on where it was killed.
+2. `make_parts` runs one task for each part. A part gets its name when it is whole, and its report after that: a part
+   with a report is never made again, one without is made again and has the same rows.
 3. `finish` writes `rejected.jsonl`, the data card for people and, last, the data card; then `_work/` goes.
 """
 

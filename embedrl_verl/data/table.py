@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pair records by number, memory-mapped: what is in memory is the rows that were asked for.
 
-`datasets` maps Arrow files, so each parquet file is copied once to one in its cache (`HF_DATASETS_CACHE`), in the schema
-of data/parquet.py, and found there again as long as path, size and time of change are the same. All processes of a
-machine share its pages.
+`datasets` maps Arrow files, so each parquet file is copied once to one in its cache (`HF_DATASETS_CACHE`), in the
+schema of data/parquet.py, and found there again as long as path, size and time of change are the same. All processes of
+a machine share its pages.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Problem:
 
 
 class PairTable:
-    """The rows of some files, numbered from 0 in order: `table[i]` is a `LocatedPair`, or the `Problem` of a row that is
-    none.
+    """The rows of some files, numbered from 0 in order: `table[i]` is a `LocatedPair`, or the `Problem` of a row that
+    is none.
 
     Args:
         paths: parquet files and data set folders, which stand for their parts.
