@@ -117,7 +117,7 @@ class Reading:
     media_root: MediaRoot = None
     family: Annotated[str | None, Option(help="qwen2_vl, qwen2_5_vl, qwen3_vl, or auto: by the tokenizer.")] = None
     prompt_style: Annotated[str | None, Option(help="Prompt templates: paper or compact (paper).")] = None
-    max_prompt_length: Annotated[int | None, Option(help="data.max_prompt_length, in tokens.")] = None
+    max_prompt_length: Annotated[int | None, Option(min=1, help="data.max_prompt_length, in tokens.")] = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Recipe:
     set: Annotated[list[str], Option(metavar="KEY=VALUE...", help="Hydra overrides, as a recipe takes them.")] = field(
         default_factory=list
     )
-    max_response_length: Annotated[int | None, Option(help="data.max_response_length (2048).")] = None
+    max_response_length: Annotated[int | None, Option(min=1, help="data.max_response_length (2048).")] = None
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """One HTML file of cards: style, script and pictures inside, nothing from outside.
 
-The page carries a content security policy with the hashes of its own style and script, so that even a hole in the
-escaping could not run or load anything.
+A record may hold anything, `<script>` included; it can only ever be shown. Templates escape every value, and the page
+carries a content security policy with the hashes of its own style and script, so that even a hole in the escaping could
+not run or load anything.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from embedrl_verl import __version__
-from embedrl_verl.report.card import render_card
-from embedrl_verl.report.html import Html, join, raw_element, tag
-from embedrl_verl.report.pictures import Budget, PictureBook
-from embedrl_verl.report.views import FLAG_LABELS, NOTES, CardView, Facts
+from embedrl_verl.report import text
+from embedrl_verl.report.pictures import encode, shown_at
+from embedrl_verl.report.views import FAULTS, NOTES, CardView, Facts
 
 GENERATOR = "embedrl-verl"
 MIB = 1 << 20
 RESERVED = 64 * 1024
 """Bytes kept for what is not a card."""
-TEXT_OF_CARD = 12 * 1024
-"""Bytes that the text of a card is taken to need until one was seen."""
-TEXT_MARGIN = 1.25
-"""How much more than the mean of the cards so far is kept for the text of one to come."""
-MIN_MIB = 0.25
+# Control characters that HTML forbids, and halves of surrogate pairs, which UTF-8 cannot hold.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_TEMPLATES = Environment(
+    loader=PackageLoader("embedrl_verl.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
+_TEMPLATES.filters["thousands"] = "{:,}".format
+_TEMPLATES.globals |= {"encode": encode, "shown_at": shown_at, "texts": text}
 
 
 @dataclass(frozen=True)
 class PageHead:
-    """What stands above the cards.
-
-    Attributes:
-        title: of the page.
-        facts: how the records were chosen and read.
-        counts: rows of the files by data source; what is shown is counted by the page itself.
-        notes: sentences that a reader has to know.
-    """
+    """What stands above the cards: `facts` of how records were chosen and read, `counts` of the files' rows by data
+    source (what is shown is counted by the page itself), `notes` that a reader has to know."""
 
     title: str
     facts: Facts = ()
@@ -59,145 +60,77 @@ class Page:
     pictures_left_out: int
 
 
-def render_page(
-    head: PageHead,
-    cards: Iterable[CardView],
-    *,
-    expected: int = 0,
-    max_mib: float = 20.0,
-    max_side: int = 640,
-    late_notes: Callable[[], Sequence[str]] = tuple,
-) -> Page:
-    """Render cards until the limit is reached. Pictures that do not fit are left out first, then whole cards.
+def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 20.0, max_side: int = 640) -> Page:
+    """Render the cards that fit. Texts come first: pictures that do not fit are left out, a card's all together, and
+    cards only if their texts do not fit.
 
     Args:
         cards: taken one by one, so only the page is in memory.
-        expected: how many cards there will be at most; room for the text of those to come is kept.
         max_mib: limit of the file in MiB, at least 0.25.
         max_side: longest side of a picture in the file, in pixels.
-        late_notes: more sentences for the head, asked for when all cards are done.
     """
-    room = int(max(max_mib, MIN_MIB) * MIB) - RESERVED
-    rendered: list[Html] = []
-    shown: Counter[str] = Counter()
-    faulty: Counter[str] = Counter()
-    flags: Counter[str] = Counter()
-    left_out = refused = text = 0
-    for number, card in enumerate(cards, 1):
-        mean_text = text / len(rendered) if rendered else TEXT_OF_CARD
-        kept = int(TEXT_MARGIN * mean_text * max(1, expected - number + 1))
-        body, pictures, missing = _fitting_card(card, len(rendered) + 1, max(0, room - kept), room, max_side)
-        if body is None:
+    room, embedded = int(max_mib * MIB) - RESERVED, 0
+    kept: list[tuple[Markup, Markup | None, int]] = []  # without pictures, with them, how many
+    shown, faulty, flags = Counter[str](), Counter[str](), Counter[str]()
+    left_out = pictures_left_out = 0
+    for view in cards:
+        card = {"card": view, "number": len(kept) + 1}
+        bare, full = _rendered("card", **card, max_side=0), None
+        if _size(bare) > room:
             left_out += 1
             continue
-        refused += missing
-        size = len(body.encode())
-        text += size - pictures
-        room -= size
-        rendered.append(body)
-        shown[card.source] += 1
-        faulty[card.source] += card.has_problem
-        flags.update(flag.code for flag in card.all_flags())
-    faults = sum(faulty.values())
-    notes = [*head.notes, *late_notes()]
-    if left_out:
-        notes.append(f"{left_out} records are left out: the page has reached its limit of {max_mib:g} MiB (--max-mib).")
-    if refused:
-        notes.append(f"{refused} pictures are left out for the page's limit of {max_mib:g} MiB (--max-mib).")
-    top = [
-        tag("h1", head.title),
-        tag("dl", (tag("div", tag("dt", name), tag("dd", value)) for name, value in head.facts), class_="facts"),
-        (tag("p", note, class_="warning") for note in notes),
-        _count_table(head.counts, shown, faulty),
-        _filters(shown, flags, len(rendered), faults),
+        room -= _size(bare)
+        pictures = bare.count('<span class="absent-picture">')  # quotes of a record are escaped
+        if pictures and embedded < room:
+            full = _rendered("card", **card, max_side=max_side)
+            embedded += _size(full) - _size(bare)
+        kept.append((bare, full, pictures))
+        shown[view.source] += 1
+        faulty[view.source] += view.has_fault
+        flags.update(flag.code for flag in view.all_flags())
+    fitting = []
+    for bare, full, count in kept:  # only now it is known what the texts need
+        extra = 0 if full is None else _size(full) - _size(bare)
+        if full is None or extra > room:
+            pictures_left_out += count
+            fitting.append(bare)
+        else:
+            room -= extra
+            fitting.append(full)
+    notes = [
+        f"{count} {what} are left out: the page has reached its limit of {max_mib:g} MiB (--max-mib)."
+        for count, what in ((left_out, "records"), (pictures_left_out, "pictures"))
+        if count
     ]
-    empty = None if rendered else tag("p", "No record to show.", class_="empty")
-    html = _document(head.title, join([tag("header", top, class_="top"), tag("main", empty, rendered)]))
-    return Page(html, len(rendered), faults, left_out, refused)
-
-
-def _fitting_card(card: CardView, number: int, pictures: int, room: int, max_side: int) -> tuple[Html | None, int, int]:
-    """A card whose pictures have so many bytes at most, their bytes, and how many were refused.
-
-    (None, 0, 0) if not even its text fits.
-    """
-    for allowed in (pictures, 0):
-        budget = Budget(allowed)
-        body = render_card(card, PictureBook(budget, max_side), number)
-        if len(body.encode()) <= room:
-            return body, allowed - budget.left, budget.refused
-    return None, 0, 0
-
-
-def _count_table(counts: Sequence[tuple[str, int]], shown: Counter[str], faulty: Counter[str]) -> Html:
-    rows = dict(counts)
-    names = sorted({*rows, *shown})
-    header = ["data source", *(["rows"] if counts else []), "shown", "with a fault"]
-
-    def line(name: str, total: int, *numbers: int, cell: str = "td") -> Html:
-        values = [*([total] if counts else []), *numbers]
-        return tag("tr", tag("th", name, scope="row"), (tag(cell, f"{value:,}") for value in values))
-
-    body = [line(name, rows.get(name, 0), shown[name], faulty[name]) for name in names]
-    total = line("all", sum(rows.values()), sum(shown.values()), sum(faulty.values()))
-    table = tag(
-        "table",
-        tag("thead", tag("tr", (tag("th", name, scope="col") for name in header))),
-        tag("tbody", body),
-        tag("tfoot", total) if len(names) > 1 else None,
-        class_="counts",
-    )
-    return tag("div", table, class_="scroll")
-
-
-def _filters(shown: Counter[str], flags: Counter[str], cards: int, faults: int) -> Html:
-    """Controls that the script shows; without a script every card is there to read."""
-    sources = [tag("option", f"all sources ({cards})", value="")]
-    sources += [tag("option", f"{name} ({count})", value=name) for name, count in sorted(shown.items())]
-    states = [
-        tag("option", "all records", value=""),
-        tag("option", f"with a fault ({faults})", value="fault"),
-        tag("option", f"without a fault ({cards - faults})", value="fine"),
-    ]
-    for code, label in FLAG_LABELS.items():
-        if flags[code]:
-            mark = "note: " if code in NOTES else ""
-            states.append(tag("option", f"{mark}{label} ({flags[code]})", value=f"flag:{code}"))
-    return tag(
-        "form",
-        tag("label", "Source ", tag("select", sources, name="source")),
-        tag("label", "Problems ", tag("select", states, name="state")),
-        tag("label", "Find ", tag("input", type="search", name="find", placeholder="id or text")),
-        tag("output", f"{cards} of {cards}", name="count", aria_live="polite"),
-        tag("span", "j, k: next, previous", class_="hint"),
-        id="filter",
-        hidden=True,
-    )
-
-
-def _document(title: str, body: Html) -> str:
+    rows = dict(head.counts)
     style, script = _asset("page.css"), _asset("page.js")
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+    html = _rendered(
+        "page",
+        head=head,
+        notes=[*head.notes, *notes],
+        counts=[(name, rows.get(name, 0), shown[name], faulty[name]) for name in sorted({*rows, *shown})],
+        total=("all", sum(rows.values()), len(kept), faulty.total()),
+        flags=[(f"flag:{code}", label, flags[code]) for code, label in (FAULTS | NOTES).items() if flags[code]],
+        cards=fitting,
+        generator=f"{GENERATOR} {__version__}",
+        policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'",
+        style=style,
+        script=script,
     )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", name="generator", content=f"{GENERATOR} {__version__}"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("title", title),
-        raw_element("style", style),
-    )
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body, raw_element('script', script)), lang='en')}\n"
+    return Page(str(html), len(kept), faulty.total(), left_out, pictures_left_out)
 
 
-def _asset(name: str) -> str:
-    text = resources.files("embedrl_verl.report").joinpath(name).read_text(encoding="utf-8")
-    return text.replace("\r\n", "\n")
+def _rendered(name: str, **values: Any) -> Markup:
+    return Markup(_UNPRINTABLE.sub("\ufffd", _TEMPLATES.get_template(f"{name}.html.jinja").render(values)))
+
+
+def _size(html: str) -> int:
+    return len(html.encode())
+
+
+def _asset(name: str) -> Markup:
+    return Markup(resources.files("embedrl_verl.report").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _hash(content: str) -> str:

@@ -8,20 +8,17 @@ tells them apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, InputKind
+from PIL import Image
+
+from embedrl_verl.data.media import LoadedItem
+from embedrl_verl.kinds import InputKind
 from embedrl_verl.tcot import TCoT
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from embedrl_verl.data.media import LoadedItem
-    from embedrl_verl.tcot.evidence.boxes import PixelBox
+from embedrl_verl.tcot.evidence.boxes import PixelBox
 
 Facts = tuple[tuple[str, str], ...]
 
-FLAG_LABELS = {
+FAULTS = {
     "unreadable": "unreadable row",
     "media": "media missing or broken",
     "no_tcot": "one side has no T-CoT",
@@ -31,29 +28,28 @@ FLAG_LABELS = {
     "tiny_box": "box too small or thin",
     "units": "box in other units?",
     "too_long": "too long",
+}
+NOTES = {
     "too_much": "more evidence than is read",
     "keyword": "keyword not in the text",
     "whole_image": "box holds the whole image",
 }
-NOTES = frozenset({"too_much", "keyword", "whole_image"})
-"""Flags worth a look that are no fault by themselves."""
+"""Worth a look, but no fault by themselves."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Something to look at. `code` is a key of `FLAG_LABELS`; `detail` says what was found, in a sentence."""
+    """Something to look at. `code` is a key of `FAULTS` or `NOTES`; `detail` says what was found, in a sentence."""
 
     code: str
     detail: str = ""
 
     @property
     def label(self) -> str:
-        """Short name for a badge."""
-        return FLAG_LABELS[self.code]
+        return FAULTS.get(self.code) or NOTES[self.code]
 
     @property
     def is_note(self) -> bool:
-        """Whether it is worth a look, but no fault."""
         return self.code in NOTES
 
 
@@ -63,10 +59,9 @@ class BoxView:
 
     Attributes:
         name: number in the T-CoT, counted from 1, with the T-CoT's prefix.
-        colour: number of its colour, any integer from 0.
-        written: the four numbers as written, and `image`, counted from 1.
+        colour: any number from 0.
+        image: counted from 1.
         pixels: in the original; None if it has no area there.
-        label: what the T-CoT calls it, "" if nothing.
         status: "" if it is cut as evidence, else why it is not.
     """
 
@@ -75,13 +70,12 @@ class BoxView:
     written: tuple[float, float, float, float]
     image: int
     pixels: PixelBox | None
-    label: str = ""
     status: str = ""
 
 
 @dataclass(frozen=True)
 class PieceView:
-    """A piece of evidence as it is cut, and (width, height) in pixels at which the Embedder reads it."""
+    """A piece of evidence as it is cut, and (width, height) at which the Embedder reads it; frames have no colour."""
 
     name: str
     colour: int | None
@@ -105,14 +99,7 @@ class TcotView:
 
 @dataclass(frozen=True)
 class SideView:
-    """One side of a pair, or a negative.
-
-    Attributes:
-        title: "Query", "Target", "Negative 1".
-        item: decoded originals; None if they cannot be decoded.
-        text, instruction: shown also without `item`.
-        media_note: what the stored media are, such as "8 of 64 frames".
-    """
+    """One side of a pair, or a negative. `item` has the decoded originals; None if they cannot be decoded."""
 
     title: str
     kind: InputKind | None
@@ -124,15 +111,10 @@ class SideView:
     facts: Facts = ()
     flags: tuple[Flag, ...] = ()
 
-    @property
-    def required(self) -> str | None:
-        """Evidence key that the side's kind calls for."""
-        return None if self.kind is None else EVIDENCE_KEY_OF_KIND[self.kind]
-
 
 @dataclass(frozen=True)
 class CardView:
-    """One record. `where` names file and row; `flags` are those of no side."""
+    """One record. `where` names file and row; `more` are its hard negatives; `flags` are those of no side."""
 
     title: str
     source: str
@@ -143,13 +125,14 @@ class CardView:
     flags: tuple[Flag, ...] = ()
 
     def all_flags(self) -> tuple[Flag, ...]:
-        """Flags of the record, its sides, negatives and T-CoTs, one of each code."""
-        sides = [*self.sides, *self.more]
-        found = [*self.flags, *(flag for side in sides for flag in side.flags)]
-        found += [flag for side in sides for tcot in side.tcots for flag in tcot.flags]
-        return tuple({flag.code: flag for flag in reversed(found)}.values())[::-1]
+        """Of the record, its sides, negatives and T-CoTs, one of each code."""
+        sides = (*self.sides, *self.more)
+        parts = (self, *sides, *(view for side in sides for view in side.tcots))
+        found: dict[str, Flag] = {}
+        for flag in (flag for part in parts for flag in part.flags):
+            found.setdefault(flag.code, flag)
+        return tuple(found.values())
 
     @property
-    def has_problem(self) -> bool:
-        """Whether any flag is a fault."""
+    def has_fault(self) -> bool:
         return any(not flag.is_note for flag in self.all_flags())

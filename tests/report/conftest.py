@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from embedrl_verl.cli import main
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.writer import write_pairs
-from tests.report.inputs import MEAN_TEXT, noise, png, tcot
+from tests.report.inputs import noise, png, tcot
 
 
 @pytest.fixture
 def records() -> list[PairRecord]:
-    """Images, a page and a clip, sound ones; then a mean, a broken and a bare one."""
+    """Images, a page and a clip, sound ones; then one with words for a T-CoT, a broken and a bare one."""
 
     def pair(name: str, source: str, query: Item, target: Item, negatives: tuple[Item, ...] = ()) -> PairRecord:
         return PairRecord(name, source, "Find it.", query, target, f"id of {name}", negatives)
@@ -23,17 +24,12 @@ def records() -> list[PairRecord]:
     picture, page = png(noise(0, 400, 200)), png(noise(1, 300, 424))
     frames = tuple(png(noise(10 + number, 56, 56)) for number in range(4))
     answer = Item("a red bus", tcot=tcot({"text_keywords": ["red bus"]}))
-    boxes = tcot({"bbox_2d": [[100, 200, 500, 800], {"label": "stop sign", "bbox": [600, 0, 1000, 500]}]})
+    boxes = tcot({"bbox_2d": [[100, 200, 500, 800], [600, 0, 1000, 500]]})
     return [
         pair("image", "vqa", Item("what drives?", (picture,), tcot=boxes), answer, (Item("a blue car"),)),
         pair("page", "docs", answer, Item("", (page,), kind="page", tcot=tcot({"bbox_2d": [0, 0, 1000, 100]}))),
         pair("clip", "videos", Item(video=Video(frames, fps=2.0), tcot=tcot({"key_frames": [4, 2]})), answer),
-        pair(
-            MEAN_TEXT,
-            MEAN_TEXT,
-            Item(MEAN_TEXT, tcot=MEAN_TEXT),
-            Item(MEAN_TEXT, tcot=tcot({"text_keywords": [MEAN_TEXT]})),
-        ),
+        pair("words", "odd", Item("a question", tcot="words"), answer),
         pair("broken", "vqa", Item("where?", ("gone.png",)), answer),
         pair("bare", "text", Item("a question"), Item("an answer")),
     ]
@@ -41,7 +37,6 @@ def records() -> list[PairRecord]:
 
 @pytest.fixture
 def file(tmp_path: Path, records: list[PairRecord]) -> Path:
-    """The records in a parquet file."""
     write_pairs(records, tmp_path / "pairs.parquet")
     return tmp_path / "pairs.parquet"
 
@@ -49,7 +44,5 @@ def file(tmp_path: Path, records: list[PairRecord]) -> Path:
 @pytest.fixture
 def embedrl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     """`embedrl("data", "show", FILE)`: exit code of the command, run in `tmp_path`."""
-    from embedrl_verl.cli import main
-
     monkeypatch.chdir(tmp_path)
     return lambda *words: main([str(word) for word in words])
