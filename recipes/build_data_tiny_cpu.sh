@@ -98,7 +98,8 @@ if [[ ! -f "$OUT/pairs.parquet" ]]; then
     tiny world "$OUT/world" --seed "$((SEED + 100))"
     "$PYTHON" - "$OUT" "$PAIRS" <<'PY'
 import sys
-from embedrl_verl.data.parquet import read_pairs, write_pairs
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.writer import write_pairs
 
 out, count = sys.argv[1], int(sys.argv[2])
 pairs = list(read_pairs(f"{out}/world/train.parquet"))

@@ -5,6 +5,8 @@ Generated cases are the same in every run and have all the time they need.
 """
 
 import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,13 +16,17 @@ from recipes.tiny_digits.environment import CPU_ENV
 
 for _name, _value in CPU_ENV.items():
     os.environ.setdefault(_name, _value)
+_CACHE = tempfile.mkdtemp(prefix="embedrl-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE  # read when `datasets` is imported, here and in all processes of the tests
 
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One fork server for all tests and their processes; it starts when it is first used."""
+    """One fork server for all tests and their processes, which starts when it is first used; the cache goes at the
+    end."""
+    config.add_cleanup(lambda: shutil.rmtree(_CACHE, ignore_errors=True))
     if PYTHON not in os.environ:
         server = ForkServer(os.environ, [*MODULES, "peft", "sklearn.datasets"], on_demand=True)
         os.environ[PYTHON] = server.python

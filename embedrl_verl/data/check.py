@@ -10,16 +10,15 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import numpy as np
 from tqdm import tqdm
 
-from embedrl_verl.data.files import media_root_of
 from embedrl_verl.data.identity import content_id, false_negative_share
-from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem, scan_located
+from embedrl_verl.data.inspection import PairInspector
 from embedrl_verl.data.schema import SIDES, input_kind
 from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.data.table import LocatedPair, PairTable, Problem
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.errors import ConfigError, DataError, MediaError
 from embedrl_verl.families import family_of
@@ -64,19 +63,23 @@ def check_pairs(
     else:
         family = family_of(default_family if settings.family == "auto" else settings.family)
         inspector = PairInspector(settings, family, media_root, meter=None)
-    root_of = cache(lambda file: media_root or media_root_of(file))
+    table, problems = PairTable.readable(files, media_root)
+    bad_rows = table.problems() if table else {}
 
-    def look(found: LocatedPair | Problem) -> tuple[LocatedPair | Problem, list[int], list[Problem]]:
-        if isinstance(found, Problem):
-            return found, [], [found]
-        here = replace(inspector, media_root=root_of(found.file))
+    def look(number: int) -> tuple[LocatedPair | Problem, list[int], list[Problem]]:
+        assert table is not None
+        if number in bad_rows:
+            return bad_rows[number], [], [bad_rows[number]]
+        found = table[number]
+        assert isinstance(found, LocatedPair)
         # The records go, which may hold their media; a source keeps numbers.
+        here = replace(inspector, media_root=table.media_root(number))
         return found, *_inspected(found, here, max_prompt_length)
 
     sources: dict[str, _Source] = defaultdict(_Source)
-    problems: list[Problem] = []
-    looked = in_threads(look, scan_located(files), default_threads())
-    for found, contents, bad in tqdm(looked, desc="checking pairs", unit="pair", disable=None):
+    rows_in_all = len(table) if table else 0
+    looked = in_threads(look, range(rows_in_all), default_threads())
+    for found, contents, bad in tqdm(looked, total=rows_in_all, desc="checking pairs", unit="pair", disable=None):
         problems += bad
         if isinstance(found, LocatedPair):
             source = sources[found.record.data_source]

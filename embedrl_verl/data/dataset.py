@@ -21,6 +21,7 @@ Columns of a row: `raw_prompt`, `index`, `data_source`, `reward_model` and `extr
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,15 +29,19 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from verl.utils.fs import copy_to_local
 
-from embedrl_verl.data.identity import records_digest
-from embedrl_verl.data.inspection import LocatedPair, PairFacts, PairInspector, locate_pairs
+from embedrl_verl.data.identity import ContentId
+from embedrl_verl.data.inspection import Facts, PairInspector, inspect_rows, raise_if_any
 from embedrl_verl.data.lengths import PromptMeter
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, Item, Video, input_kind
 from embedrl_verl.data.settings import DataSettings, resolve_family
+from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.data.threads import default_threads
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.families import Family, token_side
@@ -78,46 +83,54 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         self.media_root = media_root_of(config)
         files = [data_files] if isinstance(data_files, str) else list(data_files)
         local_files = [copy_to_local(src=file, cache_dir=config.get("cache_dir")) for file in files]
-        pairs, problems = locate_pairs(local_files)
-        _raise_if_any([problem.message for problem in problems], local_files[0])
-        if not pairs:
+        self._table = PairTable(local_files)
+        raise_if_any([problem.message for problem in self._table.problems().values()], local_files[0])
+        if not len(self._table):
             raise DataError(f"no pair records in {', '.join(local_files)}")
-        pairs = _select(pairs, max_samples, config, shuffle=_is_shuffled(files, config))
-        facts = self._inspect(pairs, PromptMeter(tokenizer, processor, self.family, config), config)
-        kept = self._without_overlong(pairs, facts, int(config.get("max_prompt_length", 1024)))
-        self._pairs = [pair for pair, _ in kept]
-        self._file_frames = [found.file_frames for _, found in kept]
-        self.contents = [found.content for _, found in kept]
-        self.pair_sources = [pair.record.data_source for pair in self._pairs]
-        self.pair_ids = [pair.record.pair_id for pair in self._pairs]
-        self.fingerprint = records_digest([pair.record for pair in self._pairs], self.media_root)[:16]
+        numbers = _select(len(self._table), max_samples, config, shuffle=_is_shuffled(files, config))
+        facts = self._inspect(numbers, PromptMeter(tokenizer, processor, self.family, config), config)
+        self._facts = facts = self._without_overlong(facts, int(config.get("max_prompt_length", 1024)))
+        self.contents = [ContentId(*content) for content in facts["content"].tolist()]
+        self.pair_sources = self._column("data_source", facts["row"])
+        self.pair_ids = self._column("pair_id", facts["row"])
+        self.fingerprint = hashlib.sha256(facts["digest"].tobytes()).hexdigest()[:16]
 
-    def _inspect(self, pairs: list[LocatedPair], meter: PromptMeter, config: Any) -> list[PairFacts]:
+    def _column(self, name: str, numbers: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
+        found: list[str] = self._table.column(name).take(pa.array(numbers, pa.int64())).to_pylist()
+        return found
+
+    def _inspect(self, numbers: Sequence[int], meter: PromptMeter, config: Any) -> Facts:
         count_all = config.get("filter_overlong_prompts", True)
         inspector = PairInspector(self.settings, self.family, self.media_root, meter if count_all else None)
-        results = list(inspector.inspect_all(pairs, default_threads()))
-        _raise_if_any([str(result) for result in results if isinstance(result, DataError)], pairs[0].file)
+        facts, errors = inspect_rows(self._table, numbers, inspector, default_threads())
+        raise_if_any(errors, self._table.files[0])
         if not count_all:  # the processor is still proved to take fitted media as they are
-            PairInspector(self.settings, self.family, self.media_root, meter).inspect(pairs[0])
-        return [result for result in results if isinstance(result, PairFacts)]
+            PairInspector(self.settings, self.family, self.media_root, meter).inspect(self._pair(numbers[0]))
+        return facts
 
-    def _without_overlong(
-        self, pairs: list[LocatedPair], facts: list[PairFacts], limit: int
-    ) -> list[tuple[LocatedPair, PairFacts]]:
+    def _pair(self, number: int) -> LocatedPair:
+        pair = self._table[int(number)]
+        assert isinstance(pair, LocatedPair)
+        return pair
+
+    def _without_overlong(self, facts: Facts, limit: int) -> Facts:
         """The pairs whose prompts fit; the others are reported, and a source of which none is left is an error."""
-        found = list(zip(pairs, facts, strict=True))
-        self.overlong = {str(pair): sides for pair, one in found if (sides := one.overlong(limit))}
-        self.left_out = dict(Counter(pair.record.data_source for pair in pairs if str(pair) in self.overlong))
+        fits = (facts["tokens"] <= limit).all(axis=1)
+        self.overlong = {
+            str(self._pair(row)): {side: count for side, count in zip(SIDES, tokens, strict=True) if count > limit}
+            for row, tokens in zip(facts["row"][~fits], facts["tokens"][~fits].tolist(), strict=True)
+        }
+        self.left_out = dict(Counter(self._column("data_source", facts["row"][~fits])))
         if self.overlong:
             listed = [
                 f"{name} ({', '.join(f'{side} {tokens}' for side, tokens in sides.items())})"
                 for name, sides in list(self.overlong.items())[:SHOWN]
             ]
             message = (
-                f"{len(self.overlong)} of {len(pairs)} pairs have a prompt over data.max_prompt_length={limit} tokens "
+                f"{len(self.overlong)} of {len(facts)} pairs have a prompt over data.max_prompt_length={limit} tokens "
                 f"and are left out: {'; '.join(listed)}{'; ...' if len(self.overlong) > SHOWN else ''}"
             )
-            total = Counter(pair.record.data_source for pair in pairs)
+            total = Counter(self._column("data_source", facts["row"]))
             gone = sorted(source for source, count in self.left_out.items() if count == total[source])
             if gone:
                 raise DataError(
@@ -125,22 +138,26 @@ class TCoTDataset(Dataset[dict[str, Any]]):
                     "data.embedrl.*_max_tokens, or leave the source out"
                 )
             logger.warning(message)
-        return [(pair, one) for pair, one in found if str(pair) not in self.overlong]
+        return facts[fits]
 
     @property
     def first_video(self) -> str | None:
         """Name of the first pair with a video; None without one."""
-        return next((str(one) for one in self._pairs if one.record.query.video or one.record.target.video), None)
+        rows = pa.array(self._facts["row"])
+        videos = [pc.is_valid(pc.struct_field(self._table.column(side).take(rows), "video")) for side in SIDES]
+        place = pc.index(pc.or_(*videos), True).as_py()
+        return None if place < 0 else str(self._pair(self._facts["row"][place]))
 
     def __len__(self) -> int:
         """Prompts: two a pair."""
-        return 2 * len(self._pairs)
+        return 2 * len(self._facts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
-        pair, side = self._pairs[index // 2], SIDES[index % 2]
+        facts, side = self._facts[index // 2], SIDES[index % 2]
+        pair = self._pair(facts["row"])
         record, content = pair.record, self.contents[index // 2]
         kind = input_kind(record, side)
         partner = record.target if side == "query" else record.query
@@ -151,7 +168,7 @@ class TCoTDataset(Dataset[dict[str, Any]]):
             style=self.settings.prompt_style,
             few_shot=self.settings.few_shot,
             max_frames=self.settings.max_frames,
-            file_frames=self._file_frames[index // 2][side],
+            file_frames=int(facts["frames"][index % 2]),
         )
         return {
             "raw_prompt": messages,
@@ -212,24 +229,14 @@ def _is_shuffled(files: Sequence[str], config: Any) -> bool:
     return bool(config.get("shuffle") or (files == named and config.get("validation_shuffle")))
 
 
-def _select(pairs: list[LocatedPair], max_samples: int, config: Any, *, shuffle: bool) -> list[LocatedPair]:
-    """The same in every process and at every start, without a `data.seed` too."""
+def _select(total: int, max_samples: int, config: Any, *, shuffle: bool) -> Sequence[int]:
+    """Numbers of rows, the same in every process and at every start, without a `data.seed` too."""
     wanted = max_samples // 2
-    if max_samples < 0 or wanted >= len(pairs):
-        return pairs
+    if max_samples < 0 or wanted >= total:
+        return range(total)
     if wanted == 0:
         raise ConfigError(f"max_samples counts prompts, two a pair, so it must be at least 2 or -1; got {max_samples}")
     if not shuffle:
-        return pairs[:wanted]
-    chosen = np.random.default_rng(config.get("seed") or 0).choice(len(pairs), size=wanted, replace=False)
-    return [pairs[index] for index in sorted(chosen)]
-
-
-def _raise_if_any(messages: list[str], file: str) -> None:
-    if messages:
-        more = f"\n... and {len(messages) - SHOWN} more" if len(messages) > SHOWN else ""
-        raise DataError(
-            f"{len(messages)} row(s) cannot be used; `embedrl data check {file}` lists them:\n"
-            + "\n".join(messages[:SHOWN])
-            + more
-        )
+        return range(wanted)
+    chosen = np.random.default_rng(config.get("seed") or 0).choice(total, size=wanted, replace=False)
+    return [int(number) for number in sorted(chosen)]

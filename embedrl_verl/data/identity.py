@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -148,8 +148,8 @@ def _to_int64(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def records_digest(records: Iterable[PairRecord], media_root: str | Path | None) -> str:
-    """Changes with the order of records and with any of their fields; of a medium in a file, with its path and size."""
+def record_digest(record: PairRecord, media_root: str | Path | None) -> bytes:
+    """16 bytes that change with any field of a record; of a medium in a file, with its path and size."""
 
     def plain(media: Media) -> str:
         if isinstance(media, bytes):
@@ -162,9 +162,6 @@ def records_digest(records: Iterable[PairRecord], media_root: str | Path | None)
         media = {"images": [plain(image) for image in one.images], "video": video}
         return {"text": one.text, "instruction": one.instruction, "kind": one.kind, "tcot": one.tcot, **media}
 
-    digest = hashlib.sha256()
-    for record in records:
-        ids = [record.pair_id, record.data_source, record.instruction, record.query_id, record.target_id]
-        sides = [item(one) for one in (record.query, record.target, *record.negatives)]
-        digest.update(json.dumps([ids, sides], ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
+    ids = [record.pair_id, record.data_source, record.instruction, record.query_id, record.target_id]
+    sides = [item(one) for one in (record.query, record.target, *record.negatives)]
+    return hashlib.sha256(json.dumps([ids, sides], ensure_ascii=False).encode()).digest()[:16]

@@ -1,63 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at every pair before anything is trained: records, ids, media, prompt lengths.
+"""Look at every pair before anything is trained: media, ids of contents, lengths of prompts.
 
-The training data set and `embedrl data check` share this code: the first stops at problems, the second lists them.
+The training data set and `embedrl data check` share `PairInspector`: the first stops at problems, the second lists
+them. What the first has found is kept in the cache of `datasets`, so that a run that is resumed, or another one on the
+same data, decodes nothing again. It counts until something changes that it depends on: the files and all media in them
+(size and time of change), media root, settings, tokenizer, processor, and this package's reading of them.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from tqdm import tqdm
 
-from embedrl_verl.data.files import pair_files
-from embedrl_verl.data.identity import ContentId, content_id
+from embedrl_verl import tcot
+from embedrl_verl.data.disk import disk_errors
+from embedrl_verl.data.files import publish, temporary_name
+from embedrl_verl.data.identity import ContentId, content_id, record_digest
 from embedrl_verl.data.media import load_item, resolve_media_path
-from embedrl_verl.data.parquet import SCHEMA, scan_pairs
 from embedrl_verl.data.prompts import frames_of_file, load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, PairRecord, Side
 from embedrl_verl.data.settings import DataSettings
-from embedrl_verl.errors import DataError, MediaError, ResourceError
+from embedrl_verl.data.table import LocatedPair, PairTable, cache_folder
+from embedrl_verl.errors import DataError, MediaError
 from embedrl_verl.families import Family, token_side
-from embedrl_verl.platforms.machine import machine_memory
 
 if TYPE_CHECKING:  # imports verl, which only counting needs
     from embedrl_verl.data.lengths import PromptMeter
 
-logger = logging.getLogger(__name__)
-GIB = 1 << 30
-SAID_FROM = 0.1
-"""Share of the machine's memory from which media in the rows are worth a warning."""
-
-
-@dataclass(frozen=True)
-class LocatedPair:
-    """A record and where it was read: file, and row counted from 0."""
-
-    file: str
-    row: int
-    record: PairRecord
-
-    def __str__(self) -> str:
-        return f"{self.file}, row {self.row}, pair {self.record.pair_id!r}"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a row, or with row None a whole file, cannot be used. `message` names file, row and field."""
-
-    file: str
-    row: int | None
-    message: str
-    data_source: str = ""
+FACTS = np.dtype(
+    [("row", "i8"), ("digest", "V16"), ("frames", "i4", 2), ("tokens", "i4", 2), ("content", "i8", 2)], align=True
+)
+"""What a row's media tell: number in the table, `record_digest`, and by side the frames of a video file (0 without),
+the prompt's tokens (-1: not counted) and the content's id."""
+Facts = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
@@ -72,93 +59,6 @@ class PairFacts:
     def overlong(self, max_prompt_length: int) -> dict[Side, int]:
         """Sides whose prompt is over the limit, with their tokens."""
         return {side: count for side, count in self.tokens.items() if count is not None and count > max_prompt_length}
-
-
-def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]]:
-    """All well-formed records in order, and a problem for every other row; ids must be unique.
-
-    Args:
-        files: parquet files, or data set folders, which stand for their parts.
-    """
-    files = list(files)
-    check_memory(files)
-    found = list(scan_located(files))
-    pairs = [one for one in found if isinstance(one, LocatedPair)]
-    return pairs, [one for one in found if isinstance(one, Problem)]
-
-
-def scan_located(files: Iterable[str]) -> Iterator[LocatedPair | Problem]:
-    """As `locate_pairs`, one after another: what is held is the ids, not the records with their media."""
-    first_with: dict[str, tuple[str, int]] = {}
-    for file in files:
-        try:
-            parts = _parts(file)
-        except DataError as error:
-            yield Problem(file, None, str(error))
-            continue
-        for part in parts:
-            try:
-                yield from _scan_part(part, first_with)
-            except DataError as error:
-                yield Problem(part, None, str(error))
-
-
-def _scan_part(file: str, first_with: dict[str, tuple[str, int]]) -> Iterator[LocatedPair | Problem]:
-    for row, record in scan_pairs(file):
-        if isinstance(record, DataError):
-            yield Problem(file, row, str(record))
-            continue
-        pair = LocatedPair(file, row, record)
-        first = first_with.setdefault(record.pair_id, (file, row))
-        if first == (file, row):
-            yield pair
-        else:
-            message = f"{pair}: pair_id must be unique; {first[0]}, row {first[1]} has it too"
-            yield Problem(file, row, message, record.data_source)
-
-
-def _parts(file: str) -> list[str]:
-    """The parts of a folder, or the file itself, which need not be there."""
-    return [str(part) for part in pair_files([file])] if Path(file).is_dir() else [file]
-
-
-def embedded_bytes(path: str) -> int:
-    """Bytes of media in the rows of a parquet file, from its footer alone. Equal media of a row group may count once,
-    so that it takes at least so much to hold them."""
-    footer = pq.read_metadata(path)
-    groups = (footer.row_group(group) for group in range(footer.num_row_groups))
-    columns = (group.column(column) for group in groups for column in range(group.num_columns))
-    held = 0
-    for column in columns:
-        names = column.path_in_schema.split(".")
-        if names[-1] == "bytes" and names[0] in SCHEMA.names:  # other columns are not read
-            held += column.total_uncompressed_size
-    return held
-
-
-def check_memory(files: Iterable[str]) -> None:
-    """Warn when the media in the rows of files, which training keeps in memory, take much of the machine's (or
-    container's); refuse what cannot fit. Every process of a `torchrun` on the machine holds them. Files that cannot be
-    read are left to whoever reads their rows."""
-    held, named = 0, ""
-    for file in files:
-        try:
-            here = sum(map(embedded_bytes, _parts(file)))
-        except (OSError, pa.ArrowException, DataError):
-            continue
-        held += here
-        named = named or (file if here else "")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    total = machine_memory().total
-    text = (
-        f"media in the rows of {named} and the files beside it take {held / GIB:.1f} GiB in each of {processes} "
-        f"process(es), and training keeps them in memory; the machine has {total / GIB:.1f} GiB. Media in files of "
-        "their own are read when they are needed: convert the data again with --media files"
-    )
-    if held * processes > total:
-        raise ResourceError(text)
-    if held * processes > SAID_FROM * total:
-        logger.warning(text)
 
 
 @dataclass(frozen=True)
@@ -209,15 +109,103 @@ class PairInspector:
         images, videos = load_prompt_media(messages, limits, self.media_root)
         return file_frames, self.meter.count(messages, images, videos) if self.meter else None
 
-    def inspect_all(self, pairs: Sequence[LocatedPair], threads: int) -> Iterator[PairFacts | MediaError]:
-        """Facts or the error of every pair, in order; decoding runs in threads."""
 
-        def facts_or_error(pair: LocatedPair) -> PairFacts | MediaError:
-            try:
-                return self.inspect(pair)
-            except MediaError as error:
-                return error
+def inspect_rows(
+    table: PairTable, numbers: Sequence[int], inspector: PairInspector, threads: int
+) -> tuple[Facts, list[str]]:
+    """Facts of rows that are records, in the order given, and what is wrong with media. Facts that an earlier start has
+    kept are not found out again; rows with a fault are not kept."""
+    kept = cache_folder() / f"checked-{_identity(table, inspector)}.npy"
+    known: dict[int, Any] = {int(one["row"]): one for one in np.load(kept)} if kept.is_file() else {}
+    missing = [number for number in numbers if number not in known]
+    errors: list[str] = []
 
-        with ThreadPoolExecutor(threads) as pool:
-            results = pool.map(facts_or_error, pairs)
-            yield from tqdm(results, total=len(pairs), desc="checking pairs", unit="pair", disable=None)
+    def look(number: int) -> tuple[Any, ...] | MediaError:
+        pair = table[number]
+        assert isinstance(pair, LocatedPair)
+        try:
+            facts = inspector.inspect(pair)
+        except MediaError as error:
+            return error
+        tokens = [-1 if count is None else count for count in facts.tokens.values()]
+        digest = record_digest(pair.record, inspector.media_root)
+        return number, digest, list(facts.file_frames.values()), tokens, list(facts.content)
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(look, missing)
+        shown = tqdm(found, total=len(missing), desc="checking pairs", unit="pair", disable=None)
+        for number, one in zip(missing, shown, strict=True):
+            if isinstance(one, MediaError):
+                errors.append(str(one))
+            else:
+                known[number] = np.array(one, FACTS)
+    if missing and known:
+        temporary = temporary_name(kept)
+        with disk_errors(kept):
+            with open(temporary, "wb") as file:
+                np.save(file, np.stack([known[number] for number in sorted(known)]))
+            publish(temporary, kept, flush_folder=False)
+    facts = [known[number] for number in numbers if number in known]
+    return (np.stack(facts) if facts else np.empty(0, FACTS)), errors
+
+
+def _identity(table: PairTable, inspector: PairInspector) -> str:
+    """Of everything that facts depend on."""
+    root = inspector.media_root
+    parts = [
+        table.identity,
+        os.path.realpath(root) if root else "",
+        repr(sorted(asdict(inspector.settings).items())),
+        inspector.family,
+        inspector.meter.identity if inspector.meter else "",
+        _own_code(),
+        *(f"{path}:{_stamp(path, root)}" for path in _media_paths(table)),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _media_paths(table: PairTable) -> Iterator[str]:
+    """Paths of all media in a table, each once a column."""
+    for name in ("query", "target", "negatives"):
+        for chunk in table.column(name).chunks:
+            for paths in _leaves(chunk):
+                yield from filter(None, pc.unique(paths).to_pylist())
+
+
+def _leaves(array: pa.Array, name: str = "") -> Iterator[pa.Array]:
+    """All fields called path below an array."""
+    if pa.types.is_struct(array.type):
+        for field, child in zip(array.type, array.flatten(), strict=True):
+            yield from _leaves(child, field.name)
+    elif pa.types.is_list(array.type):
+        yield from _leaves(pc.list_flatten(array))
+    elif name == "path":
+        yield array
+
+
+def _stamp(path: str, media_root: str | None) -> str:
+    try:
+        stat = os.stat(os.path.join(media_root or "", path))
+    except (OSError, ValueError):  # the look at the row says what is wrong
+        return "none"
+    return f"{stat.st_size}:{stat.st_mtime_ns}"
+
+
+@cache
+def _own_code() -> str:
+    """Digest of the code that reads media and writes prompts: facts of another one do not count."""
+    folders = (Path(__file__).parent, Path(tcot.__file__).parent)
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.suffix in (".py", ".j2", ".txt"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def raise_if_any(messages: Sequence[str], file: str | Path) -> None:
+    """DataError that shows the first of what is wrong with data."""
+    shown = 10
+    if messages:
+        more = f"\n... and {len(messages) - shown} more" if len(messages) > shown else ""
+        raise DataError(
+            f"{len(messages)} row(s) cannot be used; `embedrl data check {file}` lists them:\n"
+            + "\n".join(messages[:shown])
+            + more
+        )

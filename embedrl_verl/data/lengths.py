@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from PIL import Image
@@ -39,6 +40,10 @@ class PromptMeter:
             processor=processor,
         )
         self._counted: dict[bytes, int] = {}
+        parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, processor.image_processor.to_dict()]
+        parts += [data_config.get(name) for name in ("apply_chat_template_kwargs", "mm_processor_kwargs")]
+        parts += [version(name) for name in ("verl", "transformers")]
+        self.identity = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @classmethod
     def from_pretrained(cls, path: str, family: str) -> PromptMeter:

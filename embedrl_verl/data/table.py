@@ -9,24 +9,23 @@ a machine share its pages.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import media_root_of, pair_files, publish, temporary_name
-from embedrl_verl.data.parquet import SCHEMA, read_batches, record_or_error
+from embedrl_verl.data.files import media_root_of, pair_files, publish, read_object, temporary_name, write_json
+from embedrl_verl.data.parquet import SCHEMA, opened, read_batches, record_or_error
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import DataError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
+logger = logging.getLogger(__name__)
 FORMAT = "1"
 """Part of the name of a copy: another schema, another copy."""
 ROWS_AT_ONCE = 64
@@ -65,19 +64,48 @@ class PairTable:
     Attributes:
         files: parquet files, in order.
         starts: number of each file's first row, and the number of all rows.
+        identity: changes when a file changes.
 
     Raises:
         DataError: a file cannot be read, holds no pair records or is named twice; a folder is unfinished.
     """
 
     def __init__(self, paths: Iterable[str | Path], media_root: str | None = None) -> None:
-        from datasets import concatenate_datasets  # slow to import
+        from datasets import Dataset, concatenate_datasets  # slow to import
 
         self.files = pair_files(paths)
         self._media_roots = [media_root or media_root_of(file) for file in self.files]
-        mapped = [_mapped(file) for file in self.files]
+        copies = [_copy_of(file) for file in self.files]
+        mapped = [Dataset.from_file(str(copy)) for copy in copies]
+        self.identity = hashlib.sha256("".join(copy.name for copy in copies).encode()).hexdigest()
         self.starts = list(accumulate(map(len, mapped), initial=0))
         self._data = concatenate_datasets(mapped)
+        notes = [read_object(_noted(copy)) for copy in copies]
+        self._bad = [note["problems"] for note in notes]
+        for file, note in zip(self.files, notes, strict=True):
+            if note["not_read"]:
+                logger.warning("%s: columns that are no part of a pair record are not read: %s", file, note["not_read"])
+
+    @classmethod
+    def readable(
+        cls, paths: Iterable[str | Path], media_root: str | None = None
+    ) -> tuple[PairTable | None, list[Problem]]:
+        """The table of those files that can be read, and why others cannot; None if there are none."""
+        files: list[Path] = []
+        problems: list[Problem] = []
+        for path in paths:
+            try:
+                parts = pair_files([path])
+            except DataError as error:
+                problems.append(Problem(str(path), None, str(error)))
+                continue
+            for part in parts:
+                try:
+                    cls([part])
+                    files.append(part)
+                except DataError as error:
+                    problems.append(Problem(str(part), None, str(error)))
+        return (cls(files, media_root) if files else None), problems
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -119,13 +147,22 @@ class PairTable:
         """A column of `SCHEMA`, mapped and not read."""
         return self._data.data.column(name)
 
-    def repeated_ids(self) -> dict[int, Problem]:
-        """Rows whose `pair_id` an earlier row has, by number."""
+    def problems(self) -> dict[int, Problem]:
+        """Rows that are no records, and rows whose `pair_id` an earlier record has, by number."""
+        found = {
+            start + row: Problem(str(file), row, message, source)
+            for file, start, bad in zip(self.files, self.starts, self._bad, strict=False)
+            for row, message, source in bad
+        }
+        return dict(sorted((found | self._repeated_ids(found)).items()))
+
+    def _repeated_ids(self, bad: Mapping[int, Problem]) -> dict[int, Problem]:
         ids = self.column("pair_id").to_pandas()
-        again = np.flatnonzero(ids.duplicated().to_numpy() & ids.fillna("").ne("").to_numpy())
-        first = {name: number for number, name in reversed([*ids[ids.isin(ids.iloc[again])].items()])}
+        ids = ids.drop(index=list(bad))
+        again = ids[ids.duplicated()]
+        first = {name: number for number, name in reversed([*ids[ids.isin(again)].items()])}
         found = {}
-        for number in again.tolist():
+        for number in again.index.tolist():
             (file, row), (other, other_row) = self.place(number), self.place(first[ids[number]])
             message = (
                 f"{file}, row {row}, pair {ids[number]!r}: pair_id must be unique; {other}, row {other_row} has it too"
@@ -139,23 +176,41 @@ def _plain(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _mapped(file: Path) -> Dataset:
-    """The file's copy, made if it is not there."""
-    from datasets import Dataset, config
+def cache_folder() -> Path:
+    """Where copies of files, and what was found out about them, are kept: in the cache of `datasets`."""
+    from datasets import config
 
+    folder = Path(config.HF_DATASETS_CACHE) / "embedrl_pairs"
+    with disk_errors(f"{folder} (HF_DATASETS_CACHE names another place)"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _copy_of(file: Path) -> Path:
+    """The file's copy, made if it is not there; its rows that are no records are noted beside it."""
     stat = file.stat()
     key = f"{FORMAT}\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    folder = Path(config.HF_DATASETS_CACHE) / "embedrl_pairs"
-    copy = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
-    if not copy.is_file():
-        with disk_errors(f"{folder} (set HF_DATASETS_CACHE to a folder with room)"):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_name(copy)
-            try:
-                with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-                    for _, batch in read_batches(file):
-                        writer.write_batch(batch)
-                publish(temporary, copy, flush_folder=False)
-            finally:
-                temporary.unlink(missing_ok=True)
-    return Dataset.from_file(str(copy))
+    copy = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+    if copy.is_file():
+        return copy
+    temporary, bad = temporary_name(copy), []
+    with disk_errors(f"{copy.parent} (HF_DATASETS_CACHE names another place)"):
+        try:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+                for first, batch in read_batches(file):
+                    writer.write_batch(batch)
+                    for row, values in enumerate(batch.to_pylist(), first):
+                        found = record_or_error(values, file, row)
+                        if isinstance(found, DataError):
+                            bad.append((row, str(found), values["data_source"] or ""))
+            with opened(file) as parquet:
+                unknown = [name for name in parquet.schema_arrow.names if name not in SCHEMA.names]
+            write_json(_noted(copy), {"problems": bad, "not_read": ", ".join(unknown)})
+            publish(temporary, copy, flush_folder=False)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return copy
+
+
+def _noted(copy: Path) -> Path:
+    return copy.with_suffix(".problems.json")

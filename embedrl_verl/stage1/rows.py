@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.identity import NO_QUERY, content_id, target_content
-from embedrl_verl.data.inspection import LocatedPair, locate_pairs
 from embedrl_verl.data.media import fit_image, load_item
-from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.schema import SIDES, Item, PairRecord
 from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout
 from embedrl_verl.errors import DataError, EmbedderError, MediaError
@@ -41,32 +43,44 @@ def items_of(record: PairRecord) -> dict[str, Item]:
     return items | {f"negatives[{i}]": item for i, item in enumerate(record.negatives)}
 
 
-def read_training_pairs(files: Sequence[str], *, tcot: bool) -> list[LocatedPair]:
-    """All pairs of the files.
+def read_training_pairs(files: Sequence[str], *, tcot: bool) -> PairTable:
+    """All pairs of the files, of which every row is one.
 
     Args:
         tcot: every side, and every hard negative (it would be told apart by that alone), must have a T-CoT.
     """
-    pairs, problems = locate_pairs(files)
-    messages = [problem.message for problem in problems]
-    if tcot:
+    pairs = PairTable(files)
+    messages = [problem.message for problem in pairs.problems().values()]
+    if tcot and not messages:
         messages += [
             f"{pair}: {name}.tcot is empty; annotate it (a hard negative may be left out instead), or train on the "
             "input alone (data.tcot=False)"
-            for pair in pairs
+            for pair in pairs.rows(_without_tcot(pairs))
+            if isinstance(pair, LocatedPair)
             for name, item in items_of(pair.record).items()
             if not item.tcot.strip()
         ]
     if messages:
         raise DataError(f"{len(messages)} problem(s) in the training data:\n" + "\n".join(messages[:5]))
-    if not pairs:
+    if not len(pairs):
         raise DataError(f"no pair records in {', '.join(files)}")
     return pairs
 
 
-def count_by_source(pairs: Iterable[LocatedPair]) -> dict[str, int]:
+def _without_tcot(pairs: PairTable) -> list[int]:
+    """Rows that lack the T-CoT of a side, and those with hard negatives, which are looked at one by one."""
+    negatives = pairs.column("negatives")
+    found = pc.fill_null(pc.greater(pc.list_value_length(negatives), 0), False)
+    for side in SIDES:
+        written = pc.utf8_trim_whitespace(pc.struct_field(pairs.column(side), "tcot"))
+        found = pc.or_(found, pc.fill_null(pc.equal(pc.utf8_length(written), 0), True))
+    rows: list[int] = np.flatnonzero(found.to_numpy()).tolist()
+    return rows
+
+
+def count_by_source(pairs: PairTable) -> dict[str, int]:
     """Pairs of each source, by name."""
-    return dict(sorted(Counter(pair.record.data_source for pair in pairs).items()))
+    return dict(sorted(Counter(pairs.column("data_source").to_pylist()).items()))
 
 
 class PairRows(Dataset[EncodedPair]):
@@ -80,7 +94,7 @@ class PairRows(Dataset[EncodedPair]):
 
     def __init__(
         self,
-        pairs: Sequence[LocatedPair],
+        pairs: PairTable,
         processor: EmbedProcessor,
         *,
         media: DataSettings,
@@ -90,7 +104,7 @@ class PairRows(Dataset[EncodedPair]):
         negatives: bool = True,
     ) -> None:
         self._pairs, self._processor = pairs, processor
-        self._negatives = negatives and any(pair.record.negatives for pair in pairs)
+        self._negatives = negatives and bool(pc.sum(pc.list_value_length(pairs.column("negatives"))).as_py())
         self._media, self._evidence, self._media_root, self._tcot = media, evidence, media_root, tcot
         self._family = family_of(media.family)
         self._contents: dict[int, tuple[Contents, ...]] = {}
@@ -102,6 +116,7 @@ class PairRows(Dataset[EncodedPair]):
         """Decode and encode one pair; MediaError and EmbedderError name file, row and side."""
         index, raw = key
         pair, rows = self._pairs[index], []
+        assert isinstance(pair, LocatedPair)
         items = list(items_of(pair.record).items())
         for name, item in items if self._negatives else items[:2]:
             try:
@@ -114,7 +129,7 @@ class PairRows(Dataset[EncodedPair]):
 
     def source(self, index: int) -> str:
         """Data source of a pair."""
-        return self._pairs[index].record.data_source
+        return str(self._pairs.column("data_source")[index])
 
     def _contents_of(self, record: PairRecord) -> tuple[Contents, ...]:
         own = content_id(record, self._media_root)

@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
-from embedrl_verl.data.inspection import LocatedPair
+from embedrl_verl.data.schema import SIDES
+from embedrl_verl.data.table import PairTable
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.stage1.settings import Stage1Config
 
@@ -119,15 +121,16 @@ class SubBatchPlan:
         return sum(len(self.epoch(epoch)) for epoch in range(epochs))
 
 
-def plan_batches(config: Stage1Config, pairs: Sequence[LocatedPair]) -> SubBatchPlan:
+def plan_batches(config: Stage1Config, pairs: PairTable) -> SubBatchPlan:
     """The batches of a run over these pairs; a source with a video on either side of a pair is a video source."""
-    run, records = config.contrastive, [pair.record for pair in pairs]
+    run, sources = config.contrastive, pairs.column("data_source")
+    videos = [pc.is_valid(pc.struct_field(pairs.column(side), "video")) for side in SIDES]
     return SubBatchPlan(
-        [record.data_source for record in records],
+        sources.to_pylist(),
         batch_pairs=run.batch_pairs,
         sub_batch_pairs=run.sub_batch_pairs,
         weights=run.source_weights,
-        video_sources={record.data_source for record in records if record.query.video or record.target.video},
+        video_sources=set(pc.unique(sources.filter(pc.or_(*videos))).to_pylist()),
         max_video_sub_batches=run.max_video_sub_batches,
         raw_share=run.raw_share if config.data.tcot else 0.0,
         seed=run.seed,

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.cli import main
-from embedrl_verl.data import inspection
+from embedrl_verl.data import table
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.data.writer import write_pairs
@@ -154,22 +154,25 @@ def test_options_that_cannot_work_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_few_records_are_held_at_a_time(check: Check, pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_records_are_held_at_a_time(
+    check: Check, pair: MakePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Documents carry their pages as bytes: a file may be larger than the memory."""
+    write_pairs([pair(f"p{row}") for row in range(300)], tmp_path / "many.parquet")
     alive: weakref.WeakSet[PairRecord] = weakref.WeakSet()
     most = 0
+    read = table.record_or_error
 
-    def scan(path: str) -> Iterator[tuple[int, PairRecord]]:
+    def noted(*arguments: object) -> object:
         nonlocal most
-        for row in range(300):
-            record = pair(f"p{row}")
-            alive.add(record)
-            most = max(most, len(alive))
-            yield row, record
+        record = read(*arguments)
+        alive.add(record)
+        most = max(most, len(alive))
+        return record
 
-    monkeypatch.setattr(inspection, "scan_pairs", scan)
-    assert check([])[0] == 0
-    assert most <= 3 * default_threads() + 4  # one more of each thread while it hands its result over
+    monkeypatch.setattr(table, "record_or_error", noted)
+    assert main(["data", "check", str(tmp_path / "many.parquet")]) == 0
+    assert 1 < most <= 3 * default_threads() + 4  # one more of each thread while it hands its result over
 
 
 def test_threads_keep_the_order_and_read_only_a_little_ahead() -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedrl_verl.data.identity import content_id, false_negative_share, records_digest, shares_content
+from embedrl_verl.data.identity import content_id, false_negative_share, record_digest, shares_content
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import MediaError
 
@@ -66,8 +66,8 @@ def test_the_digest_of_records_changes_with_any_field_their_order_and_a_files_si
     second = PairRecord(
         "r", "s", "find", Item(text="q", video=Video(frames=(b"1", b"2"), fps=2.0)), Item(text="t"), "id"
     )
-    known = records_digest([first, second], tmp_path)
-    assert known == records_digest([first, second], tmp_path)
+    known = tuple(record_digest(one, tmp_path) for one in (first, second))
+    assert known == tuple(record_digest(one, tmp_path) for one in (first, second))
     others = [
         [second, first],
         [first],
@@ -80,9 +80,9 @@ def test_the_digest_of_records_changes_with_any_field_their_order_and_a_files_si
         [first, replace(second, query=replace(second.query, video=Video(frames=(b"2", b"1"), fps=2.0)))],
         [first, replace(second, negatives=(Item(text="n"),))],
     ]
-    digests = [records_digest(records, tmp_path) for records in others]
+    digests = [tuple(record_digest(one, tmp_path) for one in records) for records in others]
     (tmp_path / "a.png").write_bytes(b"another picture")
-    digests.append(records_digest([first, second], tmp_path))
+    digests.append(tuple(record_digest(one, tmp_path) for one in (first, second)))
     assert len({known, *digests}) == len(digests) + 1
 
 

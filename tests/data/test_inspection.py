@@ -1,87 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Media in the rows are counted before they are read, and refused where they cannot fit; a video is decoded once."""
+"""What is found out about pairs before training is kept, and counts only while nothing is changed."""
 
-import logging
 import os
+from dataclasses import replace
 from unittest.mock import Mock
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from embedrl_verl.data import inspection, prompts
 from embedrl_verl.data.identity import content_id
-from embedrl_verl.data.inspection import LocatedPair, PairInspector, check_memory, embedded_bytes, locate_pairs
+from embedrl_verl.data.inspection import PairInspector, inspect_rows
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.data.writer import write_pairs
-from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms.machine import Memory
 from tests.data.clips import write_clip
-
-NOISE = os.urandom(1 << 16)
 
 
 def record(number, **target):
     return PairRecord(f"p{number}", "s", "find", Item(text="q"), Item(**target), "")
 
 
+def draw(path, grey):
+    Image.new("L", (40, 40), grey).save(path)
+
+
 @pytest.fixture
-def files(tmp_path):
-    write_pairs([record(i, images=(NOISE[i:],)) for i in range(10)], tmp_path / "a.parquet")
-    frames = [record(10 + i, video=Video(frames=(NOISE[i:], "b.png"))) for i in range(10)]
-    write_pairs(frames, tmp_path / "b.parquet")
-    write_pairs([record(20, images=("c.png",)), record(21, text="t")], tmp_path / "c.parquet")
-    return [str(tmp_path / name) for name in ("a.parquet", "b.parquet", "c.parquet")]
+def looked(tmp_path, monkeypatch):
+    """`looked(**changes)`: facts and faults of three pairs, and how many were looked at for them."""
+    for name in "abc":
+        draw(tmp_path / f"{name}.png", ord(name))
+    write_pairs([record(i, images=(f"{name}.png",)) for i, name in enumerate("abc")], tmp_path / "p.parquet")
+    look = Mock(side_effect=inspection.load_prompt_media)
+    monkeypatch.setattr(inspection, "load_prompt_media", look)
+    inspector = PairInspector(DataSettings(), "qwen2_vl", str(tmp_path), None)
+
+    def start(rows=(0, 1, 2), **changes):
+        before = look.call_count
+        facts, errors = inspect_rows(PairTable([tmp_path / "p.parquet"]), rows, replace(inspector, **changes), 2)
+        return facts, errors, (look.call_count - before) // 2
+
+    return start
 
 
-def machine(monkeypatch, size):
-    monkeypatch.setattr(inspection, "machine_memory", lambda: Memory(available=0, total=size))
+def test_a_second_start_looks_at_nothing_and_knows_the_same(looked):
+    facts, errors, count = looked()
+    assert count == 3 and not errors and facts["row"].tolist() == [0, 1, 2]
+    again, errors, count = looked((2, 0))
+    assert count == 0 and not errors and again.tobytes() == facts[[2, 0]].tobytes()
 
 
-def test_media_bytes_are_counted_wherever_they_stand_and_paths_and_other_columns_are_not(files, tmp_path):
-    for file in files[:2]:
-        assert embedded_bytes(file) == pytest.approx(10 * len(NOISE), rel=0.01)
-    table = pq.read_table(files[2])
-    other = pa.array([{"path": None, "bytes": NOISE}] * table.num_rows)
-    pq.write_table(table.append_column("thumbnail", other), tmp_path / "d.parquet")
-    assert embedded_bytes(files[2]) < 1000 and embedded_bytes(str(tmp_path / "d.parquet")) < 1000
+def test_rows_that_another_start_did_not_need_are_looked_at_then(looked):
+    assert looked((1,))[2] == 1
+    assert looked()[2] == 2
 
 
-def test_what_cannot_fit_is_refused_before_it_is_read(files, monkeypatch):
-    machine(monkeypatch, 15 * len(NOISE))
-    with monkeypatch.context() as patched:
-        patched.setattr(inspection, "scan_located", lambda files: pytest.fail("was read"))
-        with pytest.raises(ResourceError, match=r"a\.parquet and the files beside it .*--media files"):
-            locate_pairs(files)
-    assert len(locate_pairs(files[:1])[0]) == 10
+@pytest.mark.parametrize("change", ["medium", "file", "settings", "family", "code"])
+def test_what_is_changed_is_looked_at_again(looked, tmp_path, monkeypatch, change):
+    assert looked()[2] == 3
+    changes = {}
+    if change == "medium":
+        draw(tmp_path / "b.png", 7)
+        os.utime(tmp_path / "b.png", (1, 1))
+    elif change == "file":
+        write_pairs([record(i, images=("a.png",)) for i in range(3)], tmp_path / "p.parquet")
+    elif change == "settings":
+        changes["settings"] = DataSettings(image_max_tokens=700)
+    elif change == "family":
+        changes["family"] = "qwen2_5_vl"
+    else:
+        monkeypatch.setattr(inspection, "_own_code", lambda: "other")
+    assert looked(**changes)[2] == 3
 
 
-def test_every_process_of_a_machine_counts(files, monkeypatch):
-    machine(monkeypatch, 25 * len(NOISE))
-    check_memory(files)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ResourceError, match="2 process"):
-        check_memory(files)
-
-
-def test_much_is_said_and_little_is_not(files, monkeypatch, caplog):
-    caplog.set_level(logging.WARNING)
-    machine(monkeypatch, 1000 * len(NOISE))
-    check_memory(files)
-    assert not caplog.records
-    machine(monkeypatch, 100 * len(NOISE))
-    check_memory(files)
-    assert "training keeps them in memory" in caplog.text
-
-
-def test_a_file_that_cannot_be_read_is_a_problem_and_the_others_are_read(tmp_path):
-    folder = tmp_path / "set"
-    write_pairs([record(0, text="t")], folder / "part-00001.parquet")
-    (folder / "part-00000.parquet").write_bytes(b"PAR1 torn")
-    pairs, problems = locate_pairs([str(tmp_path / "none.parquet"), str(folder)])
-    assert [pair.record.pair_id for pair in pairs] == ["p0"]
-    assert ["not a readable parquet file" in problem.message for problem in problems] == [True, True]
+def test_a_fault_is_told_again_until_it_is_mended(looked, tmp_path):
+    (tmp_path / "b.png").write_bytes(b"torn")
+    for _ in range(2):
+        facts, (error,), _ = looked()
+        assert facts["row"].tolist() == [0, 2] and "row 1, pair 'p1', field target: media path 'b.png'" in error
+    draw(tmp_path / "b.png", 1)
+    assert not looked()[1]
 
 
 def test_a_video_file_is_decoded_once_and_its_frames_are_counted(tmp_path, monkeypatch):
