@@ -46,13 +46,8 @@ class TcotReader:
         prefix: str = "",
         facts: Facts = (),
     ) -> TcotView:
-        """View of a T-CoT as the Reasoner wrote it.
-
-        Args:
-            item: its input; None if that cannot be decoded: then only the form is looked at.
-            kind: decides which evidence is called for; None: any will do.
-            prefix: before the names of boxes and key frames, where a side has several T-CoTs.
-        """
+        """A T-CoT as the Reasoner wrote it. Without `item` (what it was written about) only its form is looked at;
+        without `kind` any evidence will do; `prefix` tells the boxes and key frames of several T-CoTs apart."""
         sizes = (None, None) if item is None else (len(item.frames) or None, len(item.images) or None)
         tcot = parse_tcot(text, num_frames=sizes[0], num_images=sizes[1])
         flags = [] if tcot.is_well_formed else [Flag("form", "; ".join(tcot.problems) + ".")]

@@ -8,7 +8,6 @@ input is cut there).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -21,11 +20,6 @@ if TYPE_CHECKING:  # imports verl
 
 Measure: TypeAlias = Literal["prompt", "tcot", "text"]
 Lengths: TypeAlias = dict[tuple[Measure, Side], int]
-LIMITS: Mapping[Measure, str] = {
-    "prompt": "max_prompt_length",
-    "tcot": "max_response_length",
-    "text": "max_text_tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,15 @@ class LengthMeter:
         return cls(limits, PromptMeter.from_pretrained(path, limits.data.family))
 
     def limit(self, measure: Measure) -> int:
-        return int(getattr(self.limits, LIMITS[measure]))
+        of = self.limits
+        return {"prompt": of.max_prompt_length, "tcot": of.max_response_length, "text": of.max_text_tokens}[measure]
 
     def measure(self, pair: LocatedPair, media_root: str | None) -> Lengths:
         """A side without T-CoT or text has no length of it. The MediaError of a medium names file, row and field."""
-        from embedrl_verl.data import inspection  # imports torch
+        from embedrl_verl.data.inspection import PairInspector  # imports torch
 
-        inspector = inspection.PairInspector(self.limits.data, self.prompts.family, media_root, self.prompts)
-        prompts = inspector.inspect(inspection.LocatedPair(**vars(pair))).tokens
+        inspector = PairInspector(self.limits.data, self.prompts.family, media_root, self.prompts)
+        prompts = inspector.inspect(pair).tokens
         lengths: Lengths = {}
         for side in SIDES:
             item = pair.record.item(side)

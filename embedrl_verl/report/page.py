@@ -61,14 +61,8 @@ class Page:
 
 
 def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 20.0, max_side: int = 640) -> Page:
-    """Render the cards that fit. Texts come first: pictures that do not fit are left out, a card's all together, and
-    cards only if their texts do not fit.
-
-    Args:
-        cards: taken one by one, so only the page is in memory.
-        max_mib: limit of the file in MiB, at least 0.25.
-        max_side: longest side of a picture in the file, in pixels.
-    """
+    """Render the cards that fit in `max_mib` (at least 0.25), no side of a picture over `max_side` pixels. Texts come
+    first: pictures that do not fit are left out, a card's all together, and cards only if their texts do not fit."""
     room, embedded = int(max_mib * MIB) - RESERVED, 0
     kept: list[tuple[Markup, Markup | None, int]] = []  # without pictures, with them, how many
     shown, faulty, flags = Counter[str](), Counter[str](), Counter[str]()

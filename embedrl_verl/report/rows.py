@@ -23,11 +23,8 @@ def rows_by_source(table: PairTable) -> dict[str, NDArray[np.int64]]:
 
 
 def choose(table: PairTable, limit: int, seed: int | None = None) -> list[int]:
-    """Numbers of at most `limit` rows, in order; every source has a share by its size, and one row at least.
-
-    Args:
-        seed: None spaces the rows of a source evenly from first to last; a number draws them at random.
-    """
+    """Numbers of at most `limit` rows, in order; every source has a share by its size, and one row at least. Without a
+    seed the rows of a source are evenly spaced from first to last, with one they are drawn at random."""
     if not len(table):
         raise DataError(f"no rows in {', '.join(map(str, table.files))}")
     if limit >= len(table):

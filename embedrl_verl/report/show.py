@@ -4,7 +4,7 @@ if every record is broken."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -44,8 +44,7 @@ def show_records(
     max_mib: float = 20.0,
     picture_side: int = 640,
 ) -> None:
-    """Write the page and print what is on it; arguments as the options of the command. `default_family`: where neither
-    the limits nor a tokenizer say."""
+    """Write the page and print what is on it. `default_family`: where neither the limits nor a tokenizer say."""
     page = Path(out or f"{Path(files[0]).resolve().stem}.html")
     if page.exists() and not (page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]):
         raise ConfigError(f"{page} exists and is not a page of `embedrl data show`; name another file with --out")
@@ -63,12 +62,9 @@ def show_records(
     found = verdicts_of(verdict_files, ids) if verdict_files else None
     examiner = Examiner(reader, limits.data.max_frames, meter, found)
 
-    def card(number: int) -> CardView:
-        return examiner.card(table[number], table.media_root(number))
-
-    def cards(numbers: Sequence[int], told: str) -> Iterable[CardView]:
-        made = in_threads(card, numbers, default_threads())
-        return tqdm(made, total=len(numbers), desc=told, unit="record", disable=None)
+    def cards(numbers: Sequence[int], told: str) -> Iterator[CardView]:
+        made = in_threads(lambda row: examiner.card(table[row], table.media_root(row)), numbers, default_threads())
+        yield from tqdm(made, total=len(numbers), desc=told, unit="record", disable=None)
 
     notes: tuple[str, ...] = ()
     if only:

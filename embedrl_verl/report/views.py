@@ -39,7 +39,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Flag:
-    """Something to look at. `code` is a key of `FAULTS` or `NOTES`; `detail` says what was found, in a sentence."""
+    """Something to look at: a key of `FAULTS` or `NOTES`, and a sentence that says what was found."""
 
     code: str
     detail: str = ""
@@ -55,15 +55,8 @@ class Flag:
 
 @dataclass(frozen=True)
 class BoxView:
-    """One box of a T-CoT.
-
-    Attributes:
-        name: number in the T-CoT, counted from 1, with the T-CoT's prefix.
-        colour: any number from 0.
-        image: counted from 1.
-        pixels: in the original; None if it has no area there.
-        status: "" if it is cut as evidence, else why it is not.
-    """
+    """One box of a T-CoT: its number there, from 1, after the T-CoT's prefix; the numbers as written, and the image,
+    from 1; its pixels in the original, if it has an area there; and why it is not cut as evidence, "" if it is."""
 
     name: str
     colour: int
@@ -85,7 +78,7 @@ class PieceView:
 
 @dataclass(frozen=True)
 class TcotView:
-    """A T-CoT with what it points at; `prefix` stands before the names of its boxes and key frames."""
+    """A T-CoT with what it points at."""
 
     title: str
     tcot: TCoT
@@ -114,7 +107,7 @@ class SideView:
 
 @dataclass(frozen=True)
 class CardView:
-    """One record. `where` names file and row; `more` are its hard negatives; `flags` are those of no side."""
+    """One record; `more` are its hard negatives."""
 
     title: str
     source: str
@@ -127,11 +120,9 @@ class CardView:
     def all_flags(self) -> tuple[Flag, ...]:
         """Of the record, its sides, negatives and T-CoTs, one of each code."""
         sides = (*self.sides, *self.more)
-        parts = (self, *sides, *(view for side in sides for view in side.tcots))
-        found: dict[str, Flag] = {}
-        for flag in (flag for part in parts for flag in part.flags):
-            found.setdefault(flag.code, flag)
-        return tuple(found.values())
+        flags = [*self.flags, *(flag for side in sides for flag in side.flags)]
+        flags += [flag for side in sides for view in side.tcots for flag in view.flags]
+        return tuple({flag.code: flag for flag in reversed(flags)}.values())[::-1]
 
     @property
     def has_fault(self) -> bool:

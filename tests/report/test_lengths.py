@@ -8,63 +8,43 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl.data.parquet import SCHEMA
+from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.table import PairTable
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import DataError
 from embedrl_verl.report.lengths import LengthMeter
 from embedrl_verl.report.recipe import RecipeLimits, recipe_limits
-from embedrl_verl.report.rows import choose, rows_by_source, rows_with_ids
+from embedrl_verl.report.rows import choose, rows_with_ids
 from embedrl_verl.report.stats import summaries
 
 
-def table(path: Path, sources: list[str | None]) -> PairTable:
-    """A file of text pairs `ROW`."""
-    item = {"text": "t"}
-    rows = [
-        {"pair_id": str(row), "data_source": name, "query": item, "target": item} for row, name in enumerate(sources)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path / "a.parquet", row_group_size=7)
-    return PairTable([path / "a.parquet"])
-
-
 def test_every_source_is_shown_and_shares_follow_sizes(tmp_path: Path) -> None:
-    found = table(tmp_path, ["large"] * 300 + [None] * 30 + ["tiny"])
-    sizes = {name: len(rows) for name, rows in rows_by_source(found).items()}
-    assert list(sizes.items()) == [("(no source)", 30), ("large", 300), ("tiny", 1)]
-    names = found.column("data_source").to_pylist()
-    assert Counter(names[row] for row in choose(found, 34)) == {"large": 30, None: 3, "tiny": 1}
-    assert [len(choose(found, limit)) for limit in (1, 2, 5, 330)] == [1, 2, 5, 330]
-    assert choose(found, 1000) == list(range(331))
-
-
-def test_choice_is_even_or_drawn_by_the_seed(tmp_path: Path) -> None:
-    found = table(tmp_path, ["s"] * 101)
-    assert choose(found, 5) == [0, 25, 50, 75, 100]
-    assert choose(found, 20, seed=1) == choose(found, 20, seed=1) != choose(found, 20, seed=2)
-    assert len(set(choose(found, 20, seed=1))) == 20
-    assert rows_with_ids(found, ["8", "0"]) == [0, 8]
-    with pytest.raises(DataError, match="'nobody'"):
-        rows_with_ids(found, ["1", "nobody"])
-    with pytest.raises(DataError, match="no rows in .*a.parquet"):
-        choose(table(tmp_path, []), 3)
+    names = ["large"] * 300 + ["small"] * 30 + ["tiny"]
+    pairs = [PairRecord(str(row), name, "", Item("q"), Item("t")) for row, name in enumerate(names)]
+    write_pairs(pairs, tmp_path / "a.parquet")
+    table = PairTable([tmp_path / "a.parquet"])
+    assert Counter(names[row] for row in choose(table, 34)) == {"large": 30, "small": 3, "tiny": 1}
+    assert choose(table, 7) == [0, 75, 150, 224, 299, 300, 330] and choose(table, 1000) == list(range(331))
+    assert [len(choose(table, limit, seed)) for limit in (1, 2, 330) for seed in (None, 1)] == [1, 1, 2, 2, 330, 330]
+    assert choose(table, 20, seed=1) == choose(table, 20, seed=1) != choose(table, 20, seed=2)
+    assert rows_with_ids(table, ["8", "0"]) == [0, 8]
+    write_pairs([], tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"no rows in .*b.parquet"):
+        choose(PairTable([tmp_path / "b.parquet"]), 3)
 
 
 def test_percentiles_are_lengths_that_rows_have() -> None:
     meter: Any = LengthMeter(RecipeLimits(max_prompt_length=95), None)  # type: ignore[arg-type]
-    counts = array("i", range(100, 0, -1))
-    tokens: Any = {("b", "text", "query"): array("i", [3, 1, 2]), ("a", "prompt", "target"): counts}
-    tokens |= {("a", "prompt", "query"): array("i", [7])}
-    single, many, few = summaries(tokens, meter)
+    tokens: Any = {("b", "text", "query"): array("i", [3, 1, 2])}
+    tokens["a", "prompt", "target"] = array("i", range(100, 0, -1))
+    many, few = summaries(tokens, meter)
     assert many == {
         **{"source": "a", "measure": "prompt", "side": "target", "rows": 100, "mean": 50.5, "max": 100},
         **{"p50": 50, "p90": 90, "p99": 99, "limit": 95, "over": 5, "share_over": 0.05},
     }
-    assert [few[name] for name in ("source", "p50", "p90", "p99")] == ["b", 2, 3, 3]
-    assert [single[name] for name in ("side", "p50", "p99")] == ["query", 7, 7]
+    assert [few[name] for name in ("source", "p50", "p90", "p99", "limit")] == ["b", 2, 3, 3, 480]
 
 
 def test_limits_are_those_of_the_recipe_its_overrides_and_named_options() -> None:

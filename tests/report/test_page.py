@@ -21,7 +21,7 @@ from embedrl_verl.report.examine import Examiner
 from embedrl_verl.report.page import MIB, Page, PageHead, render_page
 from embedrl_verl.report.text import MAX_TEXT, json_apart, keywords_apart, tags_apart
 from embedrl_verl.report.views import CardView, Flag
-from tests.report.inputs import Seen, noise, png, tcot
+from tests.report.conftest import Seen, noise, png, tcot
 
 READER = TcotReader("relative_1000", MediaLimits(28))
 MEAN = "</p></script><script>owned = 1</script>\"' onerror=alert(1) javascript:alert(1) <img src=x> &amp; {{ 7 }} <!--"
