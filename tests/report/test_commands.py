@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`embedrl data show` and `embedrl data stats` as a user calls them."""
+"""`embedrl data show` and `embedrl data stats`, from the choice of rows to what they print."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from array import array
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.cli import main
-from embedrl_verl.data.parquet import SCHEMA
+from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.table import PairTable
+from embedrl_verl.data.writer import write_pairs
+from embedrl_verl.report.lengths import LengthMeter
+from embedrl_verl.report.recipe import RecipeLimits, recipe_limits
+from embedrl_verl.report.rows import choose
+from embedrl_verl.report.stats import summaries
 from recipes.tiny_digits.models import build_tiny_model
 from tests.report.conftest import Seen
 
@@ -37,7 +46,7 @@ def shown(file: Path, tmp_path: Path) -> Show:
 
     def show(*options: object) -> tuple[list[str], str]:
         assert embedrl("show", file, "--out", tmp_path / "deep" / "p.html", *options) == 0
-        seen = Seen((tmp_path / "deep" / "p.html").read_text(encoding="utf-8"))
+        seen = Seen((tmp_path / "deep" / "p.html").read_text())
         return [one["data-source"] for one in seen.all("article")], seen.characters
 
     return show
@@ -58,33 +67,32 @@ def test_records_can_be_chosen(shown: Show, model: Path) -> None:
     assert sources == ["odd", "vqa"] and "6 records were looked through" in text
     assert shown("--only", "problems", "--limit", 1)[0] == ["odd"]
     assert "random in each source, seed 3" in shown("--seed", 3, "--limit", 5)[1]
-    units: tuple[tuple[str, ...], ...] = (("--family", "qwen2_5_vl"), ("--boxes", "absolute"), ())
-    boxes = [shown("--pair-id", "image", *some)[1] for some in units]
-    assert boxes[0] == boxes[1] != boxes[2]
+    absolute = shown("--pair-id", "image", "--boxes", "absolute")
+    assert absolute == shown("--pair-id", "image", "--family", "qwen2_5_vl") != shown("--pair-id", "image")
     counted = shown("--pair-id", "image", "--tokenizer", model, *COUNTED, "--max-response-length", 20)[1]
     assert "tokens; the recipe's limit is 20" in counted
 
 
-def test_cards_have_the_verdicts_of_the_judge(shown: Show, tmp_path: Path) -> None:
+def test_cards_have_the_verdicts_of_the_judge(shown: Show) -> None:
     assert "relevance" not in shown()[1]
     verdicts = pa.table({"pair_id": ["clip", "image", "elsewhere"], "verdict": ["mismatch", "match", "match"]})
-    pq.write_table(verdicts, tmp_path / "other.parquet")
-    assert "relevance mismatch" in shown("--verdicts", tmp_path / "other.parquet", "--pair-id", "clip")[1]
-    (tmp_path / "other.parquet").rename(tmp_path / "verdicts.parquet")
+    pq.write_table(verdicts, "other.parquet")
+    assert "relevance mismatch" in shown("--verdicts", "other.parquet", "--pair-id", "clip")[1]
+    Path("other.parquet").rename("verdicts.parquet")
     text = shown()[1]
     assert [text.count(f"relevance {verdict}") for verdict in ("match", "mismatch", "not judged")] == [1, 1, 4]
 
 
 def test_what_cannot_work_is_told(file: Path, shown: Show, capsys: pytest.CaptureFixture[str]) -> None:
-    assert embedrl("show", file, "--max-response-length", 0) == embedrl("show", file, "--limit", 0) == 2
-    assert embedrl("show", file, "--seed", 1, "--pair-id", "clip") == 2
-    assert embedrl("show", file, "--pair-id", "nobody") == 3
-    assert "no row has the pair_id 'nobody'" in capsys.readouterr().err
-    rows = pq.read_table(file).to_pylist()[:2]
-    rows[1]["target"] = None
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+    write_pairs([], "empty.parquet")
+    assert embedrl("show", file, "--seed", 1, "--pair-id", "clip") == embedrl("show", file, "--limit", 0) == 2
+    assert embedrl("show", file, "--pair-id", "nobody") == embedrl("show", "empty.parquet") == 3
+    err = capsys.readouterr().err
+    assert "no row has the pair_id 'nobody'" in err and "no rows in empty.parquet" in err
+    table = pq.read_table(file).slice(0, 2)
+    pq.write_table(table.set_column(0, "pair_id", pa.array(["image", None])), file)
     sources, text = shown()
-    assert sources == ["vqa", "docs"] and "pairs.parquet, row 1: field target: null" in text
+    assert sources == ["vqa", "docs"] and "pairs.parquet, row 1: pair_id must not be empty" in text
 
 
 def test_stats_counts_tokens(file: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +114,38 @@ def test_stats_counts_tokens(file: Path, model: Path, capsys: pytest.CaptureFixt
 def test_pages_need_neither_torch_nor_verl(file: Path) -> None:
     code = (
         "import sys; from embedrl_verl.report import stats; from embedrl_verl.cli import main; "
-        f"assert main(['data', 'show', {str(file)!r}, '--limit', '2', '--out', {str(file) + '.html'!r}]) == 0; "
+        f"assert main(['data', 'show', {str(file)!r}]) == 0; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'verl', 'ray', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_source_is_shown_and_shares_follow_sizes(tmp_path: Path) -> None:
+    names = ["large"] * 300 + ["small"] * 30 + ["tiny"]
+    pairs = [PairRecord(str(row), name, "", Item("q"), Item("t")) for row, name in enumerate(names)]
+    write_pairs(pairs, tmp_path / "a.parquet")
+    table = PairTable([tmp_path / "a.parquet"])
+    assert Counter(names[row] for row in choose(table, 34)) == {"large": 30, "small": 3, "tiny": 1}
+    assert choose(table, 7) == [0, 75, 150, 224, 299, 300, 330] and choose(table, 1000) == list(range(331))
+    assert [len(choose(table, limit, seed)) for limit in (1, 2, 330) for seed in (None, 1)] == [1, 1, 2, 2, 330, 330]
+    assert choose(table, 20, seed=1) == choose(table, 20, seed=1) != choose(table, 20, seed=2)
+
+
+def test_percentiles_are_lengths_that_rows_have() -> None:
+    meter: Any = LengthMeter(RecipeLimits(max_prompt_length=95), None)  # type: ignore[arg-type]
+    tokens: Any = {("b", "text", "query"): array("i", [3, 1, 2])}
+    tokens["a", "prompt", "target"] = array("i", range(100, 0, -1))
+    many, few = summaries(tokens, meter)
+    assert many == {
+        **{"source": "a", "measure": "prompt", "side": "target", "rows": 100, "mean": 50.5, "max": 100},
+        **{"p50": 50, "p90": 90, "p99": 99, "limit": 95, "over": 5, "share_over": 0.05},
+    }
+    assert list(few.values())[5:8] == [2, 3, 3] and few["limit"] == 480
+
+
+def test_limits_are_those_of_the_recipe_its_overrides_and_named_options() -> None:
+    assert recipe_limits(["trainer.nnodes=1"], {}) == RecipeLimits()
+    overrides = ["data.max_prompt_length=99", "data.embedrl.max_frames=3", "embedrl.evidence.max_items=2"]
+    limits = recipe_limits(overrides, {"max_frames": 5, "media_root": "m"})
+    assert (limits.max_prompt_length, limits.evidence.max_items) == (99, 2)
+    assert (limits.data.max_frames, limits.media_root) == (5, "m")
