@@ -29,12 +29,11 @@ def png(image: Image.Image) -> bytes:
 
 
 def tcot(evidence: Any, words: str = "It matters.") -> str:
-    """A well-formed T-CoT with this evidence."""
     return f"<thinking>{words} {json.dumps(evidence)}</thinking><rethink>{words}</rethink><answer>{words}</answer>"
 
 
 class Seen(HTMLParser):
-    """The elements of a text with their attributes, its characters, and tags that are not closed."""
+    """What is in a page; `open`: tags that are not closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -55,7 +54,6 @@ class Seen(HTMLParser):
         self.characters += text
 
     def all(self, name: str, class_: str = "") -> list[dict[str, str]]:
-        """Attributes of the elements of a name, and of a class if given."""
         found = [one for element, one in self.elements if element == name]
         return [one for one in found if not class_ or class_ in one.get("class", "").split()]
 
@@ -79,8 +77,7 @@ def records() -> list[PairRecord]:
 
 
 @pytest.fixture
-def file(tmp_path: Path, records: list[PairRecord], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The records in a parquet file, in the folder in which the test runs."""
+def file(tmp_path: Path, records: list[PairRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records in pairs.parquet, in the folder in which the test runs."""
     monkeypatch.chdir(tmp_path)
-    write_pairs(records, tmp_path / "pairs.parquet")
-    return tmp_path / "pairs.parquet"
+    write_pairs(records, "pairs.parquet")

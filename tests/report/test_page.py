@@ -75,15 +75,14 @@ def test_the_page_is_whole_and_loads_nothing(records: list[PairRecord]) -> None:
     seen = Seen(html)
     assert seen.open == [] and "a\ufffd\ufffdd" in seen.characters and html.encode()
     loading = ("src", "href", "action", "data", "srcset", "style")
-    links = [value for _, one in seen.elements for name, value in one.items() if name in loading]
-    assert all(re.match(r"data:image/(png|jpeg);base64,|#card-\d+$", link) for link in links)
+    for link in (value for _, one in seen.elements for name, value in one.items() if name in loading):
+        assert re.match(r"data:image/(png|jpeg);base64,|#card-\d+$", link)
     assert all(one["alt"] and int(one["width"]) and int(one["height"]) for one in seen.all("img"))
     (policy,) = [one["content"] for one in seen.all("meta") if one.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     for name in ("script", "style"):  # its own alone may run
         (program,) = re.findall(f"<{name}>(.*?)</{name}>", html, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
-        assert f"{name}-src 'sha256-{digest}'" in policy and "url(" not in program and "@import" not in program
+        assert base64.b64encode(hashlib.sha256(program.encode()).digest()).decode() in policy and "url(" not in program
 
 
 def test_boxes_are_drawn_in_pixels_of_their_own_image(records: list[PairRecord]) -> None:
@@ -96,8 +95,7 @@ def test_boxes_are_drawn_in_pixels_of_their_own_image(records: list[PairRecord])
     assert [one["class"] for one in seen.all("g")] == ["box c0", "box c2 out", "box c1"]
     assert [one["class"] for one in seen.all("span", "dot")] == [f"dot c{box}" for box in (0, 1, 2, 0, 1)]
     assert [one["alt"] for one in seen.all("img")][:2] == ["Image 1, boxes 1, 3", "Image 2, boxes 2"]
-    assert "image 2: 0,0 to 50,30 (50×30)" in re.sub(r"\s+", " ", seen.characters)
-    assert "160×120 px, read at 168×112" in seen.characters
+    assert "0,0 to 50,30 (50×30)" in seen.characters and "160×120 px, read at 168×112" in seen.characters
 
 
 def test_key_frames_are_numbered_from_one_and_marked(records: list[PairRecord]) -> None:
@@ -122,8 +120,8 @@ def test_problems_and_counts_can_be_seen_and_filtered(records: list[PairRecord])
     seen = Seen(page_of(*records, counts=(("vqa", 1200), ("unseen", 7))).html)
     flags = [(one["data-fault"], one["data-flags"]) for one in seen.all("article")]
     assert flags == [("0", "")] * 3 + [("1", "form no_evidence"), ("1", "no_tcot media"), ("0", "")]
-    values = [one["value"] for one in seen.all("option")]
-    assert "flag:media" in values and "flag:units" not in values and "vqa" in values
+    values = {one["value"] for one in seen.all("option")}
+    assert {"flag:media", "vqa", "fault"} < values and "flag:units" not in values
     assert "is no folder; check the path" in seen.characters
     assert "unseen700videos010vqa1,20021all1,20762" in re.sub(r"\s", "", seen.characters)
 
@@ -135,6 +133,6 @@ def test_the_limit_of_the_file_holds_and_what_is_left_out_is_told(records: list[
     assert 0 < small.pictures_left_out < 72 and f"{small.pictures_left_out} pictures are left out" in small.html
     assert Seen(small.html).characters.count("left out to keep the page within its size") == small.pictures_left_out
     tiny = page_of(*[replace(records[5], query=Item("Ж" * (MAX_TEXT + 1234)))] * 20, max_mib=0.25)
-    assert len(tiny.html.encode()) <= MIB / 4 and tiny.cards + tiny.left_out == 20 and tiny.left_out > 0
-    assert f"{tiny.left_out} records are left out" in tiny.html
+    assert len(tiny.html.encode()) <= MIB / 4 and tiny.cards + tiny.left_out == 20
+    assert 0 < tiny.left_out < 20 and f"{tiny.left_out} records are left out" in tiny.html
     assert tiny.html.count("Ж") == tiny.cards * MAX_TEXT and "1,234 more characters" in tiny.html
