@@ -11,13 +11,13 @@ from PIL import Image
 
 from embedrl_verl.data.media import LoadedItem, MediaLimits, smart_resize
 from embedrl_verl.errors import MediaError
-from embedrl_verl.families import FACTS, BoxConvention, Family
+from embedrl_verl.families import BOX_UNITS, FACTS, BoxConvention, Family
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, InputKind
 from embedrl_verl.report.text import is_in_text
 from embedrl_verl.report.views import BoxView, Facts, Flag, PieceView, TcotView
 from embedrl_verl.tcot import TCoT, boxes_to_pixels, cut_evidence, parse_tcot
 from embedrl_verl.tcot.evidence import MAX_ASPECT, MAX_EVIDENCE, MIN_SIDE
-from embedrl_verl.tcot.evidence.boxes import BOX_KEYS, RELATIVE_SIZE, Box, PixelBox
+from embedrl_verl.tcot.evidence.boxes import BOX_KEYS, Box, PixelBox
 from embedrl_verl.tcot.json_objects import JsonObject, find_objects
 
 WHOLE = 0.95
@@ -176,7 +176,7 @@ class TcotReader:
             flags.append(Flag("tiny_box", f"Box {_names(tiny)}: {tiny[0].status}."))
         outside = [box for box in boxes if box.image <= len(item.images) and self._is_outside(box, seen)]
         if outside:
-            units = "0 to 1000" if self.convention == "relative_1000" else "pixels of the image as the Reasoner saw it"
+            units = BOX_UNITS[self.convention].words
             flags.append(
                 Flag("units", f"Box {_names(outside)} reaches outside its image: boxes are read as {units} (--boxes).")
             )
@@ -186,9 +186,7 @@ class TcotReader:
         return flags
 
     def _is_outside(self, box: BoxView, seen: Sequence[Size]) -> bool:
-        width, height = seen[box.image - 1]
-        if self.convention == "relative_1000":
-            width, height = RELATIVE_SIZE, RELATIVE_SIZE
+        width, height = BOX_UNITS[self.convention].of(seen[box.image - 1])
         x1, y1, x2, y2 = box.written
         return min(x1, y1) < 0 or max(x1, x2) > width or max(y1, y2) > height
 

@@ -17,7 +17,7 @@ from embedrl_verl.curate.verdict_file import verdict_files_of, verdicts_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import BoxConvention, box_convention, family_of, token_side
+from embedrl_verl.families import BOX_UNITS, BoxConvention, box_convention, family_of, token_side
 from embedrl_verl.report.evidence import TcotReader
 from embedrl_verl.report.examine import Examiner
 from embedrl_verl.report.lengths import LengthMeter
@@ -27,10 +27,6 @@ from embedrl_verl.report.rows import choose, ids_of, index_rows, read_rows, rows
 from embedrl_verl.report.views import CardView
 
 FACT_FILES = 5
-UNITS = {
-    "relative_1000": "0 to 1000 of width and height",
-    "absolute": "pixels of the image as the Reasoner saw it",
-}
 
 
 def show_records(
@@ -102,7 +98,7 @@ def show_records(
         ("files", names if len(files) <= FACT_FILES else f"{names} and {len(files) - FACT_FILES} more"),
         ("records", f"{len(index):,}"),
         ("chosen", how),
-        ("boxes are read as", UNITS[reader.convention]),
+        ("boxes are read as", BOX_UNITS[reader.convention].words),
     ]
     if verdict_files:
         facts.append(("relevance verdicts of", ", ".join(map(str, verdict_files[:FACT_FILES]))))
