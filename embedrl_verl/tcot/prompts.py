@@ -111,4 +111,5 @@ def _compiled(text: str) -> jinja2.Template:
 
 def style_words(style: str) -> str:
     """All words of a style, to tell whether they have changed."""
-    return (_FOLDER / f"{style}.jinja").read_text("utf-8") + "".join(kind.ask[style] for kind in KINDS.values())
+    words = (_FOLDER / f"{style}.jinja").read_text("utf-8") + "".join(kind.ask[style] for kind in KINDS.values())
+    return words + "".join(f"{units.prompt}{units.compact}" for units in BOX_UNITS.values())
