@@ -21,6 +21,42 @@ BOX_CONVENTIONS: tuple[BoxConvention, ...] = get_args(BoxConvention)
 
 
 @dataclass(frozen=True)
+class BoxUnits:
+    """How a family writes boxes.
+
+    Attributes:
+        side: what width and height of every image count to; None: pixels of the image as resized for the model.
+        prompt: the words that ask for them; `compact`: the same in one.
+        words: the same for a person who reads a report.
+        digits: behind the decimal point.
+    """
+
+    side: int | None
+    prompt: str
+    compact: str
+    words: str
+    digits: int = 0
+
+    def of(self, seen: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of an image that the Reasoner saw as (width, height) pixels, in these units."""
+        return seen if self.side is None else (self.side, self.side)
+
+
+_RELATIVE = "relative to the width (x) and the height (y) of the image"
+BOX_UNITS: Mapping[BoxConvention, BoxUnits] = {
+    "relative_1000": BoxUnits(
+        1000, f"whole numbers from 0 to 1000, {_RELATIVE}", "relative", "0 to 1000 of width and height"
+    ),
+    "absolute": BoxUnits(
+        None,
+        "whole numbers in pixels of the image as you see it",
+        "pixels",
+        "pixels of the image as the Reasoner saw it",
+    ),
+}
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """What the package knows of a family.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import FACTS, FAMILIES, box_convention, family_of, token_side
+from embedrl_verl.families import BOX_CONVENTIONS, BOX_UNITS, FACTS, FAMILIES, box_convention, family_of, token_side
+from embedrl_verl.tcot.evidence.boxes import boxes_to_pixels, example_box
 
 
 def test_units_and_token_sides_of_the_families() -> None:
@@ -43,6 +44,28 @@ def test_no_other_file_asks_for_a_family_by_its_name() -> None:
         if set(FAMILIES) & {value for value in constants if isinstance(value, str)}:
             named.add(file.relative_to(package).as_posix())
     assert named == MAY_NAME | DEFAULTS
+
+
+def test_no_other_file_asks_for_a_convention_of_boxes_by_its_name() -> None:
+    """A new convention is a record too."""
+    package = Path(__file__).resolve().parents[1] / "embedrl_verl"
+    texts = {file.relative_to(package).as_posix(): ast.parse(file.read_text()) for file in package.rglob("*.py")}
+    compared = {
+        name
+        for name, tree in texts.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        for one in ast.walk(node)
+        if isinstance(one, ast.Constant) and one.value in BOX_CONVENTIONS
+    }
+    assert not compared and set(BOX_UNITS) == set(BOX_CONVENTIONS)
+
+
+@pytest.mark.parametrize("convention", BOX_CONVENTIONS)
+def test_the_example_of_every_convention_is_cut_where_it_points(convention) -> None:  # type: ignore[no-untyped-def]
+    box = example_box((100, 200, 500, 900), (400, 800), convention)
+    cut = boxes_to_pixels([box], convention=convention, width=800, height=1600, resized_width=400, resized_height=800)
+    assert cut == [(80, 320, 400, 1440)]
 
 
 def test_every_family_has_a_record_and_a_time_axis() -> None:

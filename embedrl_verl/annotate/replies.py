@@ -26,9 +26,8 @@ from embedrl_verl.annotate.prompts import Prompt
 from embedrl_verl.data.identity import normalise_text
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import DataError
-from embedrl_verl.families import Family, box_convention
+from embedrl_verl.families import BOX_UNITS, Family, box_convention
 from embedrl_verl.tcot import TCoT, cut_evidence, parse_tcot
-from embedrl_verl.tcot.evidence.boxes import RELATIVE_SIZE
 
 EvidenceLevel: TypeAlias = Literal["off", "usable", "strict"]
 LEVELS: tuple[EvidenceLevel, ...] = get_args(EvidenceLevel)
@@ -91,10 +90,10 @@ def _places(tcot: TCoT, prompt: Prompt, family: Family, required: str) -> tuple[
     """Problems of boxes or key frames, and how many pieces can be cut."""
     wrong: list[str] = []
     if required == "bbox_2d":
-        relative = box_convention(family) == "relative_1000"
+        units = BOX_UNITS[box_convention(family)]
         outside = []
         for box in tcot.boxes:
-            width, height = (RELATIVE_SIZE, RELATIVE_SIZE) if relative else prompt.seen_sizes[box.image - 1]
+            width, height = units.of(prompt.seen_sizes[box.image - 1])
             low = min(box.x1 / width, box.x2 / width, box.y1 / height, box.y2 / height)
             high = max(box.x1 / width, box.x2 / width, box.y1 / height, box.y2 / height)
             if low < -OVERSHOOT or high > 1 + OVERSHOOT:

@@ -56,13 +56,15 @@ verl.trainer.ppo.v1.trainer_base.PPOTrainer
     _setup(self)
     fit(self, agent_loop_manager)
     get_reward_handles(self)
-    _init_dataloader(self)
     train_dataset, val_dataset, train_dataloader, steps_per_epoch, total_training_steps, global_steps
     reward_loop_manager, resource_pool_manager, parameter_sync_step, local_trigger_step
-  in trainer/egrl.py: the stages of EG-RL, and checkpoints that state what gave the rewards
+  in trainer/setup.py, trainer/modes_async.py: batches of whole pairs; prompts are fetched as whole groups
+    _init_dataloader(self)
+  in trainer/egrl.py, trainer/modes_async.py: the stages of EG-RL; rollouts pause for them
     _compute_reward_colocate(self, batch, metrics=None)
-    _compute_old_log_prob(self, batch, metrics)
     _validate(self)
+  in trainer/egrl.py: the stages of EG-RL, and checkpoints that state what gave the rewards
+    _compute_old_log_prob(self, batch, metrics)
     _val_metrics_update(self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns,
       expected_acc_counts=None)
     _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
@@ -144,6 +146,7 @@ verl.experimental.separation.engine_workers.DetachActorWorker
 verl.utils.tensordict_utils
   in platforms/training_worker.py: verl's engines call the first on a batch, which must leave rebuilt ids alone
     maybe_fix_3d_position_ids(data)
+  in platforms/training_worker.py, embedder/engine.py: position ids of rows of different lengths
     nested_tensor_from_tensor_list(tensors, ragged_idx=None)
 verl.workers.engine.fsdp.transformer_impl.FSDPEngine
   in platforms/training_worker.py, embedder/engine.py: no offload policy on a CPU; the Embedder's model

@@ -10,19 +10,14 @@ from dataclasses import dataclass, replace
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.media import LoadedItem, MediaLimits, smart_resize
 from embedrl_verl.errors import MediaError
-from embedrl_verl.families import FACTS, BoxConvention
+from embedrl_verl.families import BOX_UNITS, FACTS, BoxConvention
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, InputKind
 from embedrl_verl.report.text import is_in_text
 from embedrl_verl.report.views import BoxView, Facts, Flag, PieceView, TcotView
 from embedrl_verl.tcot import Evidence, TCoT, boxes_to_pixels, cut_evidence, parse_tcot
-from embedrl_verl.tcot.evidence.boxes import RELATIVE_SIZE
 
 WHOLE = 0.95
 """Share of the image from which a box points at nothing in particular."""
-UNITS: dict[BoxConvention, str] = {
-    "relative_1000": "0 to 1000 of width and height",
-    "absolute": "pixels of the image as the Reasoner saw it",
-}
 FAMILY_OF_UNITS = {facts.boxes: family for family, facts in FACTS.items()}
 Size = tuple[int, int]
 
@@ -124,15 +119,15 @@ class TcotReader:
                 found["lost_box" if box.pixels is None else "tiny_box"].append(box)
             if box.image > len(item.images):
                 continue
-            units = (RELATIVE_SIZE, RELATIVE_SIZE) if self.convention == "relative_1000" else seen[box.image - 1]
-            if min(box.written) < 0 or any(value > size for value, size in zip(box.written, units * 2, strict=True)):
+            size = BOX_UNITS[self.convention].of(seen[box.image - 1])
+            if min(box.written) < 0 or any(value > side for value, side in zip(box.written, size * 2, strict=True)):
                 found["units"].append(box)
             if box.pixels is not None:
                 (width, height), (x1, y1, x2, y2) = item.images[box.image - 1].size, box.pixels
                 if (x2 - x1) * (y2 - y1) >= WHOLE * width * height:
                     found["whole_image"].append(box)
         said = {
-            "units": f"outside the image; boxes are read as {UNITS[self.convention]} (--boxes)",
+            "units": f"outside the image; boxes are read as {BOX_UNITS[self.convention].words} (--boxes)",
             "whole_image": f"{WHOLE:.0%} of the image or more",
         }
         for code, some in found.items():

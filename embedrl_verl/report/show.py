@@ -15,8 +15,8 @@ from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.table import PairTable
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import BoxConvention, box_convention, family_of, token_side
-from embedrl_verl.report.evidence import UNITS, TcotReader
+from embedrl_verl.families import BOX_UNITS, BoxConvention, box_convention, family_of, token_side
+from embedrl_verl.report.evidence import TcotReader
 from embedrl_verl.report.examine import Examiner
 from embedrl_verl.report.lengths import LengthMeter
 from embedrl_verl.report.page import GENERATOR, PageHead, render_page
@@ -80,7 +80,7 @@ def show_records(
         "files": _listed(files),
         "records": f"{len(table):,}",
         "chosen": how,
-        "boxes are read as": UNITS[convention],
+        "boxes are read as": BOX_UNITS[convention].words,
         "relevance verdicts of": _listed(map(str, verdict_files)),
         "lengths by": tokenizer,
     }

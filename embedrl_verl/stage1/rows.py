@@ -21,7 +21,7 @@ from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout
 from embedrl_verl.errors import DataError, EmbedderError, MediaError
-from embedrl_verl.families import box_convention, family_of, token_side
+from embedrl_verl.families import BOX_UNITS, box_convention, family_of, token_side
 
 Contents = tuple[int, ...]
 """Ids of what a pair is of; pairs that share one, in the same place, are no negatives of each other. A `ContentId`, and
@@ -144,7 +144,7 @@ class PairRows(Dataset[EncodedPair]):
         if not tcot or not item.tcot.strip():
             return EmbedInput(loaded)
         seen = None  # sizes of the images as the writer of the T-CoT saw them
-        if box_convention(self._family) == "absolute":
+        if BOX_UNITS[box_convention(self._family)].side is None:
             limits = self._media.limits(token_side(self._family))
             seen = [fit_image(image, limits).size for image in loaded.images]
         return EmbedInput.with_tcot(loaded, item.tcot, self._family, self._evidence, seen)

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.families import Family, box_convention
+from embedrl_verl.families import BOX_UNITS, Family, box_convention
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, INPUT_KINDS, InputKind
 from embedrl_verl.tcot.evidence import KINDS
 from embedrl_verl.tcot.evidence.boxes import example_box
@@ -87,7 +87,7 @@ def prompt_text(
     if not {"text": text.strip(), "an image": num_images, "frames": num_frames}[evidence.medium]:
         raise DataError(f"an item of kind {kind} must have {evidence.medium}; it has none")
     units = box_convention(family)
-    sizes = {"absolute": units == "absolute", "num_images": num_images, "num_frames": num_frames}
+    sizes = {"units": BOX_UNITS[units], "num_images": num_images, "num_frames": num_frames}
 
     def box(corners: Sequence[int], size: tuple[int, int]) -> str:
         return json.dumps(example_box(corners, size, units))
@@ -111,4 +111,5 @@ def _compiled(text: str) -> jinja2.Template:
 
 def style_words(style: str) -> str:
     """All words of a style, to tell whether they have changed."""
-    return (_FOLDER / f"{style}.jinja").read_text("utf-8") + "".join(kind.ask[style] for kind in KINDS.values())
+    words = (_FOLDER / f"{style}.jinja").read_text("utf-8") + "".join(kind.ask[style] for kind in KINDS.values())
+    return words + "".join(f"{units.prompt}{units.compact}" for units in BOX_UNITS.values())

@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
-from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.config.schema import EmbedderConfig, Requests
 from embedrl_verl.data.disk import last_complete_step, sha256_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.settings import DataSettings
@@ -37,15 +37,16 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
 
 RECORD = "run.json"
-# Keys that change where and how fast the Embedder runs, not its vectors.
-_FREE = (
-    *("strategy", "offload", "max_tokens_per_gpu", "attn_implementation", "nnodes", "n_gpus_per_node"),
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "path", "train", "backend", "server", "sentence"),
-)
-_OF_THE_JUDGE = (
-    *("model", "style", "images", "hard_pairs", "shared_lists", "constrained", "max_tokens", "temperature"),
-    *("seed", "extra_body"),
-)
+# Keys that change where and how fast something runs, not what it answers; `path` and the Embedder's sections are
+# recorded in other words. A new key counts until it stands here.
+_FREE = {
+    "embedder": (
+        *("strategy", "offload", "max_tokens_per_gpu", "attn_implementation", "nnodes", "n_gpus_per_node", "path"),
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "train", "backend", "server", "sentence"),
+    ),
+    "judge": (*(field.name for field in dataclasses.fields(Requests)), "max_unknown_share"),
+    "reward": ("max_failed_share", "poll_interval", "raw_embeddings"),
+}
 _MODEL_FILES = (
     *("*.safetensors", "*.bin", "config.json", "tokenizer*", "*.jinja", "*processor_config.json", "vocab.json"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.json", "adapter_config.json"),
@@ -73,6 +74,7 @@ def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]
         "embedrl.evidence": dataclasses.asdict(embedrl.evidence),
         "data.embedrl": dataclasses.asdict(DataSettings.from_config(data)) | prompts,
         "embedrl.judge": _judge(config, embedrl),
+        "embedrl.reward": _bound(embedrl.reward, "reward"),
         "actor_rollout_ref.rollout": {key: rollout[key] for key in ("n", "temperature", "top_p")},
         "reward.custom_reward_function": {
             "function": named.name,
@@ -113,7 +115,7 @@ def check_run_record(step_folder: str, record: Mapping[str, Any]) -> None:
 
 
 def _embedder(config: EmbedderConfig) -> dict[str, Any]:
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    settings = _bound(config, "embedder")
     if config.backend == "sentence_transformers":  # its own prompts; the other backends give the same vectors
         settings["prompts"] = [config.sentence.query_prompt, config.sentence.target_prompt]
     if config.backend == "server":  # text of longer rows is cut
@@ -128,9 +130,12 @@ def _judge(config: Any, embedrl: EmbedRLConfig) -> dict[str, Any]:
     served = config.reward.reward_model
     if not served.enable and not embedrl.judge.urls:
         return {}
-    settings = {name: getattr(embedrl.judge, name) for name in _OF_THE_JUDGE}
     path = str(served.model_path) if served.enable else None
-    return {"path": path, "weights": path and model_digest(path), **settings}
+    return {"path": path, "weights": path and model_digest(path), **_bound(embedrl.judge, "judge")}
+
+
+def _bound(section: Any, name: str) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(section).items() if key not in _FREE[name]}
 
 
 def model_digest(path: str) -> str | None:

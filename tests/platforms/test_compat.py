@@ -43,6 +43,19 @@ def test_every_row_is_used_by_its_files():
         assert not unused and not idle, f"platforms/compat.py, {owner}: nobody uses {unused}; {idle} use none of them"
 
 
+def test_every_file_that_uses_a_private_name_is_named():
+    private = {row.name for row in TABLE if row.name.startswith("_") and not row.name.startswith("__")}
+    named = {(row.name, file) for row in TABLE for file in row.files}
+    used = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "name", None)
+            if name in private:
+                used.add((name, file.relative_to(PACKAGE).as_posix()))
+    left = sorted(used - named)
+    assert not left, f"add files to the rows of platforms/compat.py: {left}"
+
+
 def overrides() -> Iterator[tuple[str, str, str]]:
     """(our class, upstream class, method) of what our classes, mixins too, override and upstream has a body for."""
     for module in pkgutil.walk_packages(embedrl_verl.__path__, "embedrl_verl."):

@@ -64,7 +64,7 @@ def cut_evidence(
     """
     convention = box_convention(family)
     sizes = [image.size for image in images]
-    if convention == "absolute" and resized_sizes is not None:
+    if resized_sizes is not None:
         sizes = list(resized_sizes)
         if len(sizes) != len(images):
             raise DataError(

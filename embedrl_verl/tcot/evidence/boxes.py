@@ -24,13 +24,13 @@ from functools import partial
 from typing import Any
 
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.families import BOX_CONVENTIONS, BoxConvention
+from embedrl_verl.families import BOX_CONVENTIONS, BOX_UNITS, BoxConvention
 from embedrl_verl.tcot.evidence.kind import EvidenceKind, InputSize, Originals, Piece, values_of
 from embedrl_verl.tcot.json_objects import JsonObject
 from embedrl_verl.tcot.problems import Problems
 
-RELATIVE_SIZE = 1000
-"""Width and height of every image in the relative convention."""
+EXAMPLE_SIZE = 1000
+"""Width and height of every image in worked examples."""
 BOX_KEYS = ("box", "bbox", "bbox_2d")
 
 PixelBox = tuple[int, int, int, int]
@@ -88,12 +88,8 @@ def boxes_to_pixels(
     """
     if convention not in BOX_CONVENTIONS:
         raise ConfigError(f"convention must be one of {', '.join(BOX_CONVENTIONS)}; got {convention!r}")
-    units = (RELATIVE_SIZE, RELATIVE_SIZE)
-    if convention == "absolute":
-        units = (
-            width if resized_width is None else resized_width,
-            height if resized_height is None else resized_height,
-        )
+    seen = (width if resized_width is None else resized_width, height if resized_height is None else resized_height)
+    units = BOX_UNITS[convention].of(seen)
     if min(width, height, *units) < 1:
         raise DataError(f"sizes must be at least 1 px; got original {width}x{height}, resized {units[0]}x{units[1]}")
 
@@ -192,11 +188,13 @@ def _cut(boxes: Sequence[Box], originals: Originals, problems: Problems) -> Sequ
     return [partial(originals.images[image - 1].crop, pixels) for image, pixels in places]
 
 
-def example_box(corners: Sequence[int], size: tuple[int, int], convention: BoxConvention) -> list[int]:
+def example_box(corners: Sequence[int], size: tuple[int, int], convention: BoxConvention) -> list[float]:
     """A box of a worked example, written in 0..1000, in a family's units; `size`: (width, height) of its image."""
-    if convention == "relative_1000":
-        return list(corners)
-    return [round(value / RELATIVE_SIZE * side) for value, side in zip(corners, (*size, *size), strict=True)]
+    units = BOX_UNITS[convention]
+    return [
+        round(value / EXAMPLE_SIZE * side, units.digits or None)
+        for value, side in zip(corners, units.of(size) * 2, strict=True)
+    ]
 
 
 BOXES = EvidenceKind(
@@ -204,12 +202,11 @@ BOXES = EvidenceKind(
     medium="an image",
     ask={
         "paper": 'Point at the evidence in the image: a JSON object with the key "bbox_2d", a list of boxes '
-        "[x1, y1, x2, y2] around the regions that decide a match, upper left corner first. Coordinates are whole "
-        "numbers {{ 'in pixels of the image as you see it' if absolute else "
-        "'from 0 to 1000, relative to the width (x) and the height (y) of the image' }}. "
+        "[x1, y1, x2, y2] around the regions that decide a match, upper left corner first. Coordinates are "
+        "{{ units.prompt }}. "
         "The number of images is {{ num_images }}. If there are several, let each box name its image, counted from 1: "
         '{"bbox_2d": [{"image": 2, "box": [x1, y1, x2, y2]}]}.',
-        "compact": "bbox_2d {{ 'pixels' if absolute else 'relative' }}",
+        "compact": "bbox_2d {{ units.compact }}",
     },
     read=_read,
     cut=_cut,

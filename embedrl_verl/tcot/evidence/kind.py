@@ -52,8 +52,8 @@ class EvidenceKind:
     Attributes:
         key: its key in the JSON object.
         medium: what an input must have to be pointed at.
-        ask: by prompt style, the jinja2 text that asks for it; may use `absolute` (boxes are in pixels of the image as
-            the model sees it, not in 0..1000), `num_images` and `num_frames`.
+        ask: by prompt style, the jinja2 text that asks for it; may use `units` (the family's `BoxUnits`),
+            `num_images` and `num_frames`.
         read: the valid pointers of one JSON object; breaches of rules go to the `Problems`.
         cut: for each different place that can be cut, in order, what makes the piece; places that cannot go to the
             `Problems`. Evidence in a text has no pieces.
