@@ -77,7 +77,8 @@ def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 2
         pictures = bare.count('<span class="absent-picture">')  # quotes of a record are escaped
         if pictures and embedded < room:
             full = _rendered("card", **card, max_side=max_side)
-            embedded += _size(full) - _size(bare)
+            extra = _size(full) - _size(bare)
+            embedded, full = (embedded + extra, full) if embedded + extra <= room else (embedded, None)
         kept.append((bare, full, pictures))
         shown[view.source] += 1
         faulty[view.source] += view.has_fault
