@@ -225,8 +225,8 @@ def stats(
     Prompts are counted as the rollout reads them, media included. A row that cannot be read is named and left out; the
     exit code is then 3.
     """
-    from embedrl_verl.report.stats import print_lengths
     from embedrl_verl.report.recipe import recipe_limits
+    from embedrl_verl.report.stats import print_lengths
 
     limits = recipe_limits(recipe.set, _named(recipe, reading, sizes))
     return print_lengths(files, tokenizer, limits, limit, seed, as_json=json)
