@@ -15,11 +15,11 @@ from functools import cache
 import numpy as np
 from tqdm import tqdm
 
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.files import media_root_of
 from embedrl_verl.data.identity import content_id, false_negative_share
 from embedrl_verl.data.inspection import LocatedPair, PairInspector, Problem, scan_located
 from embedrl_verl.data.schema import SIDES, input_kind
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.errors import ConfigError, DataError, MediaError
 from embedrl_verl.families import family_of
@@ -40,7 +40,7 @@ class _Source:
 
 def check_pairs(
     files: Iterable[str],
-    settings: DataSettings,
+    settings: MediaConfig,
     media_root: str | None,
     tokenizer: str | None,
     max_prompt_length: int | None,

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.data.identity import ContentId, content_id
-from embedrl_verl.data.media import load_item, resolve_media_path
+from embedrl_verl.data.media import MediaLimits, load_item, resolve_media_path
 from embedrl_verl.data.parquet import SCHEMA, scan_pairs
 from embedrl_verl.data.prompts import frames_of_file, load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, PairRecord, Side
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import DataError, MediaError, ResourceError
 from embedrl_verl.families import Family, token_side
 from embedrl_verl.platforms.machine import machine_memory
@@ -165,7 +165,7 @@ def check_memory(files: Iterable[str]) -> None:
 class PairInspector:
     """Loads the media of a pair as a rollout would, and counts its prompts when there is a meter."""
 
-    settings: DataSettings
+    settings: MediaConfig
     family: Family
     media_root: str | None
     meter: PromptMeter | None
@@ -190,7 +190,7 @@ class PairInspector:
     def _side(self, record: PairRecord, side: Side) -> tuple[int, int | None]:
         """Frames of a video file, and tokens of the prompt."""
         settings, video = self.settings, record.item(side).video
-        limits = settings.limits(token_side(self.family))
+        limits = MediaLimits.of(settings, token_side(self.family), settings.max_frames)
         file_frames = 0
         if video is not None and video.path is not None:
             file_frames = frames_of_file(video.path, video.fps, limits, self.media_root)

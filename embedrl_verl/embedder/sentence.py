@@ -269,14 +269,7 @@ class SentenceClient:
 
     def __init__(self, config: EmbedderConfig, *, max_frames: int) -> None:
         self._processor = processor_for(config, max_frames=max_frames) if has_profile(config) else None
-        self._limits = MediaLimits(
-            FOREIGN_TOKEN_SIDE,
-            config.image_min_tokens,
-            config.image_max_tokens,
-            config.frame_min_tokens,
-            config.frame_max_tokens,
-            max_frames,
-        )
+        self._limits = MediaLimits.of(config, FOREIGN_TOKEN_SIDE, max_frames)
         self._actor: Any = None
 
     def prepare(self, inputs: EmbedInput, side: str) -> SentenceRow:

@@ -14,24 +14,14 @@ from embedrl_verl.families import token_side
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def limits_for(config: EmbedderConfig, *, max_frames: int) -> MediaLimits:
-    """The media limits of the section; `max_frames` is the data set's, which decides how many frames there are."""
-    return MediaLimits(
-        token_side=token_side(family_of_config(load_config(config.path))),
-        image_min_tokens=config.image_min_tokens,
-        image_max_tokens=config.image_max_tokens,
-        frame_min_tokens=config.frame_min_tokens,
-        frame_max_tokens=config.frame_max_tokens,
-        max_frames=max_frames,
-    )
-
-
 def processor_for(config: EmbedderConfig, *, max_frames: int | None = None) -> EmbedProcessor:
     """The processor that encodes rows for the Embedder of the section; `max_frames` None: the default of the data."""
+    side = token_side(family_of_config(load_config(config.path)))
+    frames = MediaConfig().max_frames if max_frames is None else max_frames
     return EmbedProcessor.from_pretrained(
         config.path,
         config.profile,
-        limits_for(config, max_frames=MediaConfig().max_frames if max_frames is None else max_frames),
+        MediaLimits.of(config, side, frames),
         max_text_tokens=config.max_text_tokens,
         pixel_dtype=DTYPES[config.dtype],
     )

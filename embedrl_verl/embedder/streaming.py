@@ -22,8 +22,7 @@ import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 
-from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
 from embedrl_verl.embedder.batching import failed_rows, unit
 from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.messages import EmbedInput
@@ -178,7 +177,7 @@ def _start_servers(run_config: Any, config: EmbedderConfig) -> StreamedEmbedder:
     from embedrl_verl.embedder.served.client import check_servers
     from embedrl_verl.embedder.served.servers import ServerFleet
 
-    processor = processor_for(config, max_frames=DataSettings.from_config(run_config.data).max_frames)
+    processor = processor_for(config, max_frames=MediaConfig.from_config(run_config.data).max_frames)
     if config.server.urls:
         check_servers(config, processor, config.server.urls)
         return StreamedEmbedder(f"server(s) {', '.join(config.server.urls)}", lambda datasets: QueuedVectors())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot.evidence import MAX_ASPECT, MAX_EVIDENCE, MIN_SIDE
 
@@ -25,7 +25,7 @@ class RecipeLimits:
         min_side, max_aspect, max_evidence: section `embedrl.evidence`.
     """
 
-    data: DataSettings = DataSettings()  # noqa: RUF009 - immutable
+    data: MediaConfig = MediaConfig()  # noqa: RUF009 - immutable
     media_root: str | None = None
     max_prompt_length: int = 14336
     max_response_length: int = 2048
@@ -58,7 +58,7 @@ def _composed(overrides: Sequence[str]) -> RecipeLimits:
     config = compose(["embedrl.embedder.path=none", *overrides])  # a required key that has no say here
     section = load_embedrl_config(config)
     return RecipeLimits(
-        data=DataSettings.from_config(config.data),
+        data=MediaConfig.from_config(config.data),
         media_root=config.data.media_root,
         max_prompt_length=_positive(config.data.max_prompt_length, "data.max_prompt_length"),
         max_response_length=_positive(config.data.max_response_length, "data.max_response_length"),

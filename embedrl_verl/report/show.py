@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from embedrl_verl.curate.verdict_file import verdict_files_of, verdicts_of
 from embedrl_verl.data.files import write_atomically
+from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import BoxConvention, box_convention, family_of, token_side
@@ -73,7 +74,7 @@ def show_records(
     family = family_of(named) if meter is None else meter.family
     reader = TcotReader(
         convention=boxes or box_convention(family),
-        limits=limits.data.limits(token_side(family)),
+        limits=MediaLimits.of(limits.data, token_side(family), limits.data.max_frames),
         min_side=limits.min_side,
         max_aspect=limits.max_aspect,
         max_evidence=limits.max_evidence,

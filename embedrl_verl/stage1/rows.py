@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from embedrl_verl.config.schema import EvidenceConfig
+from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.identity import NO_QUERY, content_id, target_content
 from embedrl_verl.data.inspection import LocatedPair, locate_pairs
-from embedrl_verl.data.media import fit_image, load_item
+from embedrl_verl.data.media import MediaLimits, fit_image, load_item
 from embedrl_verl.data.schema import Item, PairRecord
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout
 from embedrl_verl.errors import DataError, EmbedderError, MediaError
@@ -83,7 +82,7 @@ class PairRows(Dataset[EncodedPair]):
         pairs: Sequence[LocatedPair],
         processor: EmbedProcessor,
         *,
-        media: DataSettings,
+        media: MediaConfig,
         evidence: EvidenceConfig,
         media_root: str | None,
         tcot: bool,
@@ -130,7 +129,7 @@ class PairRows(Dataset[EncodedPair]):
             return EmbedInput(loaded)
         seen = None  # sizes of the images as the writer of the T-CoT saw them
         if box_convention(self._family) == "absolute":
-            limits = self._media.limits(token_side(self._family))
+            limits = MediaLimits.of(self._media, token_side(self._family), self._media.max_frames)
             seen = [fit_image(image, limits).size for image in loaded.images]
         return EmbedInput.with_tcot(loaded, item.tcot, self._family, self._evidence, seen)
 

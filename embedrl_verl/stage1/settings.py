@@ -9,8 +9,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from embedrl_verl.config.rules import missing_files
-from embedrl_verl.config.schema import ContrastiveConfig, EmbedderConfig, EvidenceConfig, Stage1DataConfig, section
-from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.config.schema import (
+    ContrastiveConfig,
+    EmbedderConfig,
+    EvidenceConfig,
+    MediaConfig,
+    Stage1DataConfig,
+    section,
+)
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import FAMILIES
 
@@ -30,7 +36,7 @@ class Stage1Config:
     """The whole configuration. `media` is `data.embedrl`, of the model that wrote the T-CoTs."""
 
     data: DataConfig
-    media: DataSettings
+    media: MediaConfig
     embedder: EmbedderConfig
     evidence: EvidenceConfig
     contrastive: ContrastiveConfig
@@ -44,7 +50,7 @@ def load_stage1_config(config: Any) -> Stage1Config:
     if unknown:
         raise ConfigError(f"unknown section {', '.join(unknown)}; known are data, embedrl and contrastive")
     data, sections = dict(plain["data"]), dict(plain["embedrl"])
-    media = DataSettings(**data.pop("embedrl"))
+    media = MediaConfig(**data.pop("embedrl"))
     for name in ("train_files", "val_files"):
         if isinstance(data.get(name), str):
             data[name] = [data[name]]

@@ -29,10 +29,9 @@ from omegaconf import OmegaConf
 
 from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
-from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
 from embedrl_verl.data.disk import last_complete_step, sha256_of
 from embedrl_verl.data.files import write_atomically
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
 
@@ -71,7 +70,7 @@ def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]
     record = {
         "embedrl.embedder": _embedder(embedrl.embedder),
         "embedrl.evidence": dataclasses.asdict(embedrl.evidence),
-        "data.embedrl": dataclasses.asdict(DataSettings.from_config(data)) | prompts,
+        "data.embedrl": dataclasses.asdict(MediaConfig.from_config(data)) | prompts,
         "embedrl.judge": _judge(config, embedrl),
         "actor_rollout_ref.rollout": {key: rollout[key] for key in ("n", "temperature", "top_p")},
         "reward.custom_reward_function": {

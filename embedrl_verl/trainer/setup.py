@@ -25,14 +25,15 @@ from verl.utils.dataset.rl_dataset import collate_fn
 import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config, rules
 from embedrl_verl.config.compose import bound_served_lengths
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
-from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder.client import EmbedderClient
 from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.embedder.streaming import QueuedVectors, start_streamed_embedder
 from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import resolve_family
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.rewards import RewardBatch
@@ -178,7 +179,7 @@ class EGRLSetup(WorkerClassesMixin):
 
     def _probe_set(self) -> ProbeSet:
         """The held-out pairs that watch over co-training."""
-        train, media = self.embedrl.embedder.train, DataSettings.from_config(self.config.data)
+        train, media = self.embedrl.embedder.train, MediaConfig.from_config(self.config.data)
         files = list(train.anchor_files) or self.config.data.val_files
         rows = PairRows(
             read_training_pairs([files] if isinstance(files, str) else list(files), tcot=False),
@@ -198,7 +199,7 @@ class EGRLSetup(WorkerClassesMixin):
             self.reward_loop_manager.reward_model_manager,
             shares_devices=not model.enable_resource_pool,
             media_root=media_root_of(self.config.data),
-            max_frames=DataSettings.from_config(self.config.data).max_frames,
+            max_frames=MediaConfig.from_config(self.config.data).max_frames,
         )
 
     def _resume_from(self, folder: str) -> None:
@@ -235,7 +236,7 @@ class EGRLSetup(WorkerClassesMixin):
             self.train_dataset,
             batch_size=self.prompts_a_batch,
             seed=self.config.data.get("seed") or 0,
-            pairs_together=DataSettings.from_config(self.config.data).pairs_together,
+            pairs_together=MediaConfig.from_config(self.config.data).pairs_together,
             shuffle=bool(self.config.data.shuffle),
         )
         self.train_dataloader = StatefulDataLoader(

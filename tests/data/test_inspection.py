@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data import inspection, prompts
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.inspection import LocatedPair, PairInspector, check_memory, embedded_bytes, locate_pairs
 from embedrl_verl.data.parquet import write_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.errors import ResourceError
 from embedrl_verl.platforms.machine import Memory
 from tests.data.clips import write_clip
@@ -89,6 +89,6 @@ def test_a_video_file_is_decoded_once_and_its_frames_are_counted(tmp_path, monke
     load = Mock(side_effect=prompts.load_frames)
     monkeypatch.setattr(prompts, "load_frames", load)
     pair = LocatedPair("f", 0, record(0, video=Video(path="c.mp4")))
-    facts = PairInspector(DataSettings(), "qwen2_vl", str(tmp_path), None).inspect(pair)
+    facts = PairInspector(MediaConfig(), "qwen2_vl", str(tmp_path), None).inspect(pair)
     assert load.call_count == 1 and facts.file_frames == {"query": 0, "target": 2}
     assert facts.content == content_id(pair.record, tmp_path)

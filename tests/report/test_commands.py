@@ -119,9 +119,9 @@ def test_stats_counts_what_training_counts(
 ) -> None:
     from verl.utils.tokenizer import hf_processor, hf_tokenizer
 
+    from embedrl_verl.config.schema import MediaConfig
     from embedrl_verl.data.inspection import PairInspector, locate_pairs
     from embedrl_verl.data.lengths import PromptMeter
-    from embedrl_verl.data.settings import DataSettings
 
     options = ["--tokenizer", model, "--prompt-style", "compact", "--image-min-tokens", 4]
     options += ["--set", "data.max_prompt_length=9", "data.max_response_length=8", "--max-prompt-length", 150]
@@ -130,7 +130,7 @@ def test_stats_counts_what_training_counts(
     assert (report["records"], report["counted"], report["unusable"]) == (6, 5, 1)
     assert "row 4, pair 'broken', field query: media path 'gone.png'" in report["first_unusable"][0]
     tokenizer, processor = hf_tokenizer(str(model)), hf_processor(str(model))
-    settings = DataSettings(prompt_style="compact", image_min_tokens=4)
+    settings = MediaConfig(prompt_style="compact", image_min_tokens=4)
     meter = PromptMeter(tokenizer, processor, "qwen2_vl", {})
     pairs, _ = locate_pairs([str(file)])
     facts = PairInspector(settings, "qwen2_vl", None, meter).inspect(pairs[0])
