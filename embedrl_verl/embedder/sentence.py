@@ -25,7 +25,7 @@ from PIL import Image
 
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.media import MediaLimits, fit_image
-from embedrl_verl.embedder.batching import unit
+from embedrl_verl.embedder.batching import NOT_FINITE, unit
 from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.messages import EmbedInput, build_messages
 from embedrl_verl.embedder.processor import cut_text
@@ -39,7 +39,6 @@ ACTOR = "embedrl_sentence_embedder"
 PLAIN = EmbedderProfile(name="plain")
 FOREIGN_TOKEN_SIDE = 28
 """Pixels of a visual token's side where the limits of the section are applied to a model of another family."""
-NOT_FINITE = "the sentence-transformers model gave a vector that is not finite or has no direction"
 _ENCODE_ERRORS = (ValueError, TypeError, RuntimeError, KeyError, IndexError, OSError, TemplateError)
 
 

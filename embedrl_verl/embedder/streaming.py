@@ -23,7 +23,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 
 from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
-from embedrl_verl.embedder.batching import failed_rows, unit
+from embedrl_verl.embedder.batching import Embedded, unit
 from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 VECTOR = "embeddings"
-NO_DIRECTION = "the Embedder gave a vector that is not finite or has no direction"
 
 
 class RowBackend:
@@ -103,6 +102,23 @@ def row_backend(config: EmbedderConfig, *, max_frames: int, processes: int) -> R
     return EmbeddedRows(SentenceClient(config, max_frames=max_frames))
 
 
+def read_vectors(keys: Sequence[str], partition_id: str) -> torch.Tensor:
+    """The vectors (N, D) that lie in TransferQueue, in the order of `keys`."""
+    data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[VECTOR])
+    if len(data) != len(keys) or VECTOR not in set(data.keys()):
+        raise EmbedderError(
+            f"asked for {len(keys)} vectors of partition {partition_id!r}, got {len(data)} rows with "
+            f"{sorted(data.keys())}"
+        )
+    rows = list(data[VECTOR].unbind())
+    widths = sorted({len(row) for row in rows})
+    if len(widths) > 1:
+        raise EmbedderError(
+            f"the vectors of a batch have different widths, {widths}: the servers hold different models"
+        )
+    return torch.stack(rows)
+
+
 class QueuedVectors:
     """Reads the vectors that agent loops have put into TransferQueue; stands where the worker's client would.
 
@@ -114,29 +130,14 @@ class QueuedVectors:
     def __init__(self, owner: Any = None, watch: Callable[[], None] = lambda: None) -> None:
         self._owner, self._watch = owner, watch
 
-    def embed_rows(
-        self, keys: Sequence[str], partition_id: str, *, averaged: bool = False
-    ) -> tuple[torch.Tensor, dict[int, str]]:
-        """float32 (N, D) at length 1 in the order of `keys`, NaN where a row failed, and why it did, by position."""
+    def embed_rows(self, keys: Sequence[str], partition_id: str, *, averaged: bool = False) -> Embedded:
+        """The rows' vectors."""
         if not keys or averaged:
             raise EmbedderError(
                 "rows of a frozen Embedder are read by their keys; got none, or an average was asked for"
             )
         self._watch()
-        data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[VECTOR])
-        if len(data) != len(keys) or VECTOR not in set(data.keys()):
-            raise EmbedderError(
-                f"asked for {len(keys)} vectors of partition {partition_id!r}, got {len(data)} rows with "
-                f"{sorted(data.keys())}"
-            )
-        rows = list(data[VECTOR].unbind())
-        widths = sorted({len(row) for row in rows})
-        if len(widths) > 1:
-            raise EmbedderError(
-                f"the vectors of a batch have different widths, {widths}: the servers hold different models"
-            )
-        vectors = unit(torch.stack(rows))
-        return vectors, dict.fromkeys(failed_rows(vectors), NO_DIRECTION)
+        return Embedded.of(unit(read_vectors(keys, partition_id)))
 
 
 @dataclass(frozen=True)
