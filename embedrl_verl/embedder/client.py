@@ -7,7 +7,6 @@ finite vector is reported with its reason and is NaN, never zeros.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from embedrl_verl.embedder.batching import Embedded
 from embedrl_verl.embedder.engine import INFERENCE, ROW_FIELDS, rows_of, tensordict_of
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.embedder.streaming import read_vectors
-from embedrl_verl.embedder.two_pass import GRADIENT
+from embedrl_verl.embedder.two_pass import GRADIENT, after_update
 from embedrl_verl.embedder.worker import USE_AVERAGE
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.platforms.training_worker import rebuild_position_ids
@@ -80,7 +79,7 @@ class EmbedderClient:
             gradients: float32 (len(keys), D), d loss / d vector of each row.
 
         Returns:
-            `grad_norm` before clipping and `lr` of the next update.
+            See `after_update`.
         """
         ranks = self._group.world_size
         if len(set(keys)) != len(keys) or len(gradients) != len(keys):
@@ -94,15 +93,7 @@ class EmbedderClient:
         tq.kv_batch_put(keys=list(keys), partition_id=partition_id, fields=fields)
         order = _deal(list(keys), ranks)
         meta = _queued(order, partition_id, (*ROW_FIELDS, GRADIENT), {"update_lr_scheduler": True})
-        output = self._group.train_batch(meta).get()
-        metrics = tu.get(output, "metrics")
-        norm = float(metrics["grad_norm"])
-        if not math.isfinite(norm):
-            raise EmbedderError(
-                f"the norm of the Embedder's gradient must be finite; got {norm}, and verl has left the weights alone. "
-                "Lower embedrl.embedder.train.lr or raise temperature, or compute in float32 (embedrl.embedder.dtype)"
-            )
-        return {"grad_norm": norm, "lr": float(metrics["lr"])}
+        return after_update(tu.get(self._group.train_batch(meta).get(), "metrics"))
 
     def save(self, folder: str, step: int, keep: int | None = None) -> None:
         """Write weights, optimizer, schedule, random state and the average; `keep` = how many of this run's stay."""

@@ -163,14 +163,7 @@ class EmbedderTraining:
         query, target, layout = layout_of(rows)
         metrics = {"embedder/rows": float(len(rows)), "embedder/baseline_anchor_hit@1": state.baseline}
         try:
-            gradients = contrastive_gradients(
-                vectors[query],
-                vectors[target],
-                layout,
-                temperature=self._config.temperature,
-                symmetric=self._config.symmetric,
-                matryoshka_dims=self._config.matryoshka_dims,
-            )
+            gradients = contrastive_gradients(vectors[query], vectors[target], layout, **self._config.loss_options())
         except (NoNegativesError, NoPairsError) as error:
             state.skipped += 1
             logger.warning("step %d: the Embedder was not trained: %s", step, error)
