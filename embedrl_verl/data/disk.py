@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from embedrl_verl.errors import DataError, ResourceError
 CHUNK = 1 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's file that names the last complete checkpoint of a folder of checkpoints."""
+_STEP = re.compile(r"global_step_(\d+)")
 
 
 def last_complete_step(checkpoints: Path) -> int | None:
@@ -21,6 +23,18 @@ def last_complete_step(checkpoints: Path) -> int | None:
     tracker = checkpoints / TRACKER
     text = tracker.read_text().strip() if tracker.is_file() else ""
     return int(text) if text else None  # empty: killed while it was written
+
+
+def complete_steps(checkpoints: Path) -> dict[int, Path]:
+    """Folders of the complete steps, oldest first. Later ones are still being written, or belong to a run that was gone
+    back behind. Links are not among them."""
+    newest = last_complete_step(checkpoints)
+    steps = {
+        int(match[1]): path
+        for path in checkpoints.glob("global_step_*")
+        if (match := _STEP.fullmatch(path.name)) and not path.is_symlink()
+    }
+    return {step: steps[step] for step in sorted(steps) if newest is not None and step <= newest}
 
 
 @contextmanager

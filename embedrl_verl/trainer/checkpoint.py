@@ -18,7 +18,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from omegaconf import OmegaConf
 from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
-from embedrl_verl.data.disk import last_complete_step, sha256_of
+from embedrl_verl.data.disk import complete_steps, last_complete_step, sha256_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
@@ -53,7 +52,6 @@ _MODEL_FILES = (
 )
 # What verl's managers would remove; the small files of a step stay, as they do there.
 _WEIGHTS = ("actor", "embedder")
-_STEP = re.compile(r"global_step_(\d+)")
 BEST, SCORE, METRIC = "best", "score.json", "hit@1"
 
 # ---------------------------------------------------------------------- run.json: what gave the rewards
@@ -224,7 +222,7 @@ def prune_to(keep: int | None, checkpoints: str | Path) -> list[Path]:
     """Remove the weights of a run's steps but the `keep` newest ones (`trainer.max_actor_ckpt_to_keep`).
 
     verl's managers forget at every start what they saved before. Only complete steps with this package's record are
-    looked at: later ones are still being written, or belong to a run that was gone back behind. Links stay.
+    looked at. Links stay.
 
     Args:
         keep: None, 0 or less = all.
@@ -232,17 +230,14 @@ def prune_to(keep: int | None, checkpoints: str | Path) -> list[Path]:
     Returns:
         What was removed.
     """
-    root = Path(checkpoints)
-    newest = last_complete_step(root)
-    if keep is None or keep < 1 or newest is None:
+    if keep is None or keep < 1:
         return []
-    own: dict[int, list[Path]] = {}
-    for folder in root.glob("global_step_*"):
-        match = _STEP.fullmatch(folder.name)
-        weights = [part for name in _WEIGHTS if (part := folder / name).is_dir() and not part.is_symlink()]
-        if match and weights and int(match[1]) <= newest and (folder / RECORD).is_file() and not folder.is_symlink():
-            own[int(match[1])] = weights
-    removed = [part for step in sorted(own)[:-keep] for part in own[step]]
+    own = [
+        [part for name in _WEIGHTS if (part := folder / name).is_dir() and not part.is_symlink()]
+        for folder in complete_steps(Path(checkpoints)).values()
+        if (folder / RECORD).is_file()
+    ]
+    removed = [part for weights in list(filter(None, own))[:-keep] for part in weights]
     for part in removed:
         shutil.rmtree(part)
     return removed
