@@ -277,9 +277,6 @@ def check_files(config: Any) -> None:
             problems.append(f"{key}: vLLM reads [, ], * and ? in a model's path as a pattern; rename it: {value}")
         elif not is_hub_id and "://" not in value and not Path(value).expanduser().is_dir():
             problems.append(f"{key}: no such folder: {value}")
-    function = str(config.reward.custom_reward_function.path)
-    if not function.startswith("pkg://") and not Path(function.removeprefix("file://")).is_file():
-        problems.append(f"reward.custom_reward_function.path: no such file: {function}")
     if problems:
         raise ConfigError("; ".join(problems))
 

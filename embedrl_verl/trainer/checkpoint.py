@@ -33,6 +33,7 @@ from embedrl_verl.data.disk import complete_steps, last_complete_step, sha256_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
+from embedrl_verl.rewards.load import source_of
 
 RECORD = "run.json"
 # Keys that change where and how fast the Embedder runs, not its vectors.
@@ -150,15 +151,13 @@ def model_digest(path: str) -> str | None:
 
 
 def _code(path: str) -> str:
-    """sha256 of the file that a reward function is in (a file, file://FILE or pkg://module)."""
-    if path.startswith("pkg://"):
-        found = importlib.util.find_spec(path.removeprefix("pkg://").strip("/").replace("/", "."))
-        file = Path(found.origin) if found is not None and found.origin else None
-    else:
-        file = Path(path.removeprefix("file://")).expanduser()
-    if file is None or not file.is_file():
-        raise ConfigError(f"reward.custom_reward_function.path: no such file or module: {path}")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """sha256 of the file that the run's reward function, which is loaded, is in."""
+    source = source_of(path)
+    if isinstance(source, str):
+        module = importlib.util.find_spec(source)
+        assert module is not None and module.origin is not None, source
+        source = Path(module.origin)
+    return sha256_of(source)
 
 
 def _package_code() -> str:
