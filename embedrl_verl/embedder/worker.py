@@ -166,12 +166,6 @@ def worker_config(
 
 
 def _check_strategy(config: EmbedderConfig, *, on_cpu: bool) -> None:
-    train = config.train
-    if config.strategy == "megatron" and train.enable and (train.lora_rank or train.ema_decay):
-        raise ConfigError(
-            "embedrl.embedder.strategy=megatron trains all weights and keeps no average; set train.lora_rank and "
-            f"train.ema_decay to 0 or use fsdp2; got {train.lora_rank} and {train.ema_decay}"
-        )
     if on_cpu and config.strategy != "fsdp2":
         raise ConfigError(f"embedrl.embedder.strategy must be fsdp2 on a CPU; got {config.strategy}")
     model_type = load_config(str(config.path)).model_type

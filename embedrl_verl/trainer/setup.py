@@ -60,11 +60,6 @@ class EmbedderGuidedRewardManager(RewardManagerBase):  # type: ignore[misc]
                 "reward.reward_manager.name=embedder_guided rewards whole batches and needs an EG-RL trainer; "
                 f"got trainer.v1.trainer_mode={mode}. Set trainer.v1.trainer_mode=egrl_sync"
             )
-        if not config.reward.custom_reward_function.path:
-            raise ConfigError(
-                "reward.custom_reward_function.path must name a file with compute_score(batch, **reward_kwargs); "
-                "got null. Use one of the files in reward/"
-            )
         super().__init__(config, tokenizer, compute_score)
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
