@@ -25,9 +25,16 @@ from embedrl_verl.annotate.report import Prices, lines, summary
 from embedrl_verl.annotate.runner import Asker, Runner, journal_header, journal_path
 from embedrl_verl.annotate.tcots import TcotAsker
 from embedrl_verl.annotate.workfolder import WorkFolder
-from embedrl_verl.data.cards import FORMAT, input_facts, licences_of, part_facts
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import REJECTED_FILE, part_name, write_atomically
+from embedrl_verl.data.files import (
+    FORMAT,
+    REJECTED_FILE,
+    disk_errors,
+    input_facts,
+    licences_of,
+    part_facts,
+    part_name,
+    write_atomically,
+)
 from embedrl_verl.errors import DataError
 
 _LOG_EVERY_S = 30.0

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from embedrl_verl.data.disk import disk_errors
+from embedrl_verl.data.files import disk_errors
 from embedrl_verl.errors import DataError, EmbedRLError
 
 Entry: TypeAlias = dict[str, Any]

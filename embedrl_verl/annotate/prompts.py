@@ -25,9 +25,8 @@ from embedrl_verl.data.schema import PairRecord, Side, input_kind
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import Family, token_side
 from embedrl_verl.tcot import build_prompt
-from embedrl_verl.tcot.harmless import break_control
+from embedrl_verl.tcot.harmless import break_control, fill
 from embedrl_verl.tcot.prompts import style_words
-from embedrl_verl.tcot.styles import fill
 
 Messages: TypeAlias = list[dict[str, Any]]
 _SHOWN_REPLY = 4000  # characters of a bad reply that are shown again

@@ -17,9 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from embedrl_verl.data.cards import read_object
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import CARD_FILE, PART_PATTERN, WORK_FOLDER, begin_work, only_writer, write_json
+from embedrl_verl.data.files import (
+    CARD_FILE,
+    PART_PATTERN,
+    WORK_FOLDER,
+    begin_work,
+    disk_errors,
+    only_writer,
+    read_object,
+    write_json,
+)
 from embedrl_verl.errors import ConfigError
 
 SETTINGS_FILE, SERVED_FILE = "settings.json", "served.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from embedrl_verl.convert.converter import InputRoot
-from embedrl_verl.data.disk import sha256_of
+from embedrl_verl.data.files import sha256_of
 from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
 HUB_ID = re.compile(r"(?:hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

@@ -35,8 +35,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from embedrl_verl.convert.converter import RowError
-from embedrl_verl.data.disk import sha256_of
-from embedrl_verl.data.files import MEDIA_FOLDER, temporary_name
+from embedrl_verl.data.files import MEDIA_FOLDER, sha256_of, temporary_name
 from embedrl_verl.data.media import (
     IMAGE_FORMATS,
     MAX_ASPECT,

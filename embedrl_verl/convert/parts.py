@@ -21,8 +21,7 @@ from embedrl_verl.convert.inputs import Root
 from embedrl_verl.convert.media_store import MediaCounts, MediaStore
 from embedrl_verl.convert.plan import Unit
 from embedrl_verl.convert.rows import is_jsonl, read_rows
-from embedrl_verl.data.disk import sha256_of
-from embedrl_verl.data.files import part_name, publish, temporary_name, write_json
+from embedrl_verl.data.files import part_name, publish, sha256_of, temporary_name, write_json
 from embedrl_verl.data.parquet import PairWriter
 from embedrl_verl.data.schema import Item, PairRecord, input_kind
 from embedrl_verl.errors import DataError, EmbedRLError, ResourceError

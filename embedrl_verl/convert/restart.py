@@ -15,18 +15,19 @@ from typing import Any
 
 from embedrl_verl.convert.card import CARD_TEXT_FILE
 from embedrl_verl.convert.plan import PLAN_FILE
-from embedrl_verl.data.cards import FORMAT, read_object
-from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import (
     CARD_FILE,
     COMMAND_FILE,
+    FORMAT,
     LOCK_FILE,
     MEDIA_FOLDER,
     PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    disk_errors,
     only_writer,
+    read_object,
     write_json,
 )
 from embedrl_verl.errors import ConfigError

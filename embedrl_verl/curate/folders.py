@@ -13,15 +13,18 @@ from typing import Any
 from embedrl_verl import __version__
 from embedrl_verl.convert.card import count_causes, difference
 from embedrl_verl.curate.records import remove_temporary_files
-from embedrl_verl.data.cards import FORMAT, known_hash, licences_of, read_object
 from embedrl_verl.data.files import (
     CARD_FILE,
+    FORMAT,
     PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    known_hash,
+    licences_of,
     only_writer,
     publish,
+    read_object,
     temporary_name,
     write_atomically,
     write_json,
@@ -94,7 +97,7 @@ def finish(
 
     Args:
         name: what the data set is, for people.
-        parts: of `embedrl_verl.data.cards.part_facts`, in order.
+        parts: of `embedrl_verl.data.files.part_facts`, in order.
         by_source: pairs of each data source.
         media_root: absolute; None if no record has a path.
         rejected: `rejected.jsonl`.

@@ -24,9 +24,7 @@ from embedrl_verl.curate.media_paths import merged_root
 from embedrl_verl.curate.near_duplicates import Likeness, Looks, LookWriter, Representatives, near_groups
 from embedrl_verl.curate.records import span_batches, spans
 from embedrl_verl.curate.validity import bad_rows
-from embedrl_verl.data.cards import part_facts
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import REJECTED_FILE, pair_files, part_name, write_json
+from embedrl_verl.data.files import REJECTED_FILE, disk_errors, pair_files, part_facts, part_name, write_json
 from embedrl_verl.data.identity import media_digest
 from embedrl_verl.data.media import load_image
 from embedrl_verl.errors import ConfigError, MediaError

@@ -21,8 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from embedrl_verl.convert import pool
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import write_json
+from embedrl_verl.data.files import disk_errors, write_json
 
 Entry = dict[str, Any]
 Task = TypeVar("Task")

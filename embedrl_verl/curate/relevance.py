@@ -39,8 +39,7 @@ from embedrl_verl.curate.verdict_file import Verdict
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.tcot.harmless import break_control, break_tags
-from embedrl_verl.tcot.styles import fill
+from embedrl_verl.tcot.harmless import break_control, break_tags, fill
 
 STYLES = ("paper", "compact")
 ERRAND = "relevance"

@@ -37,9 +37,17 @@ from embedrl_verl.curate.split import BOTH, CONTRASTIVE, FATES, REJECTED, RL, Fa
 from embedrl_verl.curate.split_settings import SplitSettings
 from embedrl_verl.curate.validity import bad_rows
 from embedrl_verl.curate.verdict_file import VERDICTS
-from embedrl_verl.data.cards import part_facts
-from embedrl_verl.data.disk import disk_errors, sha256_of
-from embedrl_verl.data.files import REJECTED_FILE, pair_files, part_name, publish, temporary_name, write_json
+from embedrl_verl.data.files import (
+    REJECTED_FILE,
+    disk_errors,
+    pair_files,
+    part_facts,
+    part_name,
+    publish,
+    sha256_of,
+    temporary_name,
+    write_json,
+)
 from embedrl_verl.errors import ConfigError
 
 ROWS_PER_PART = 50_000

@@ -28,10 +28,9 @@ from embedrl_verl.data.media import MediaLimits, fit_image
 from embedrl_verl.embedder.batching import NOT_FINITE, unit
 from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.messages import EmbedInput, build_messages
-from embedrl_verl.embedder.processor import cut_text
+from embedrl_verl.embedder.processor import DTYPES, cut_text, processor_for
 from embedrl_verl.embedder.profiles import EMB_TOKEN, EmbedderProfile, load_tokenizer, resolve_profile, token_id
 from embedrl_verl.embedder.served.command import media_size
-from embedrl_verl.embedder.settings import DTYPES, processor_for
 from embedrl_verl.errors import ConfigError, EmbedderError, ResourceError
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,7 @@ from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
 from embedrl_verl.embedder.batching import Embedded, unit
 from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.messages import EmbedInput
-from embedrl_verl.embedder.processor import EmbedProcessor
-from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.embedder.processor import EmbedProcessor, processor_for
 from embedrl_verl.errors import EmbedderError
 
 if TYPE_CHECKING:

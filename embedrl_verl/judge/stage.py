@@ -21,7 +21,7 @@ from embedrl_verl.data.media import load_item
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import Judgement, image_urls
-from embedrl_verl.judge.settings import make_judge
+from embedrl_verl.judge.judge import make_judge
 from embedrl_verl.rewards import Judge, RewardBatch
 
 ITEM = "embedrl_item"

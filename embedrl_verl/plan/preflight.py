@@ -19,7 +19,7 @@ from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.embedder.profiles import fitting_profile
 from embedrl_verl.embedder.sentence import check_sentence_model, has_profile
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.judge.settings import check_judge
+from embedrl_verl.judge.judge import check_judge
 from embedrl_verl.platforms.needs import check_needs
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.load import load_reward_function

@@ -13,9 +13,9 @@ import json
 import shutil
 from pathlib import Path
 
-from embedrl_verl.data.disk import TRACKER, complete_steps, last_complete_step
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.checkpoint import TRACKER, complete_steps, last_complete_step
 
 
 class RunFolder:

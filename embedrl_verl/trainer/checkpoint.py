@@ -29,9 +29,9 @@ from omegaconf import OmegaConf
 from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
-from embedrl_verl.data.disk import complete_steps, last_complete_step, sha256_of
-from embedrl_verl.data.files import write_atomically
+from embedrl_verl.data.files import sha256_of, write_atomically
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.checkpoint import complete_steps, last_complete_step
 from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
 from embedrl_verl.rewards.load import source_of
 

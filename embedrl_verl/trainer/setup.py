@@ -29,7 +29,7 @@ from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.embedder.client import EmbedderClient
-from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.embedder.processor import processor_for
 from embedrl_verl.embedder.streaming import QueuedVectors, start_streamed_embedder
 from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError

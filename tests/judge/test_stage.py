@@ -14,7 +14,7 @@ from embedrl_verl.config.schema import JudgeConfig
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import stage as module
-from embedrl_verl.judge.settings import check_judge
+from embedrl_verl.judge.judge import check_judge
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer.reward_stage import Row

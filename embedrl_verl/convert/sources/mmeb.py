@@ -33,7 +33,7 @@ from embedrl_verl.convert.answers import answer_id
 from embedrl_verl.convert.converter import InputRoot, RawRow, RowError, Setting, Shard, show
 from embedrl_verl.convert.instructions import MMEB_TASKS, MmebTask, split_instruction
 from embedrl_verl.convert.media_store import map_media
-from embedrl_verl.convert.names import MMEB_SOURCES
+from embedrl_verl.convert.sources import MMEB_SOURCES
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import ConfigError, DataError
 

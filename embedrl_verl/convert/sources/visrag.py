@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from embedrl_verl.convert.converter import InputRoot, RawRow, RowError, Setting, Shard
 from embedrl_verl.convert.instructions import FIND_PAGE, UNDERSTAND_PAGE, VISRAG_WORDS, VisRagWords
-from embedrl_verl.convert.names import VISRAG
+from embedrl_verl.convert.sources import VISRAG
 from embedrl_verl.convert.sources.colpali import page_images, train_files
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import ConfigError
