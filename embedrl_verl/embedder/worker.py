@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,9 +124,7 @@ class EmbedderWorker(NestedPositionIdsTrainingWorker):
         return Path(local_path) / f"average_world_size_{self.world_size}_rank_{self.rank}.pt"
 
 
-def worker_config(
-    config: EmbedderConfig, *, ranks_per_node: int, total_steps: int = 1, save_contents: Sequence[str] = CONTENTS
-) -> TrainingWorkerConfig:
+def worker_config(config: EmbedderConfig, *, ranks_per_node: int, total_steps: int = 1) -> TrainingWorkerConfig:
     """What an `EmbedderWorker` is built from; refuses what cannot run. Shards lie within a node; nodes hold replicas.
 
     A trained Embedder holds its weights in float32 whatever `dtype` says (small updates would be lost in bfloat16), and
@@ -136,7 +133,6 @@ def worker_config(
     Args:
         ranks_per_node: devices of the pool on one node.
         total_steps: updates of the whole run, for the learning rate's schedule.
-        save_contents: parts of a checkpoint, in verl's names.
     """
     assert config.path is not None  # EmbedderConfig refuses a missing path
     train, on_cpu = config.train, get_device_name() == "cpu"
@@ -160,7 +156,7 @@ def worker_config(
         ),
         engine_config=_engine_config(config, ranks_per_node, offload=config.offload and not on_cpu),
         optimizer_config=_optimizer_config(config, total_steps),
-        checkpoint_config=CheckpointConfig(save_contents=list(save_contents), load_contents=list(CONTENTS)),
+        checkpoint_config=CheckpointConfig(save_contents=list(CONTENTS), load_contents=list(CONTENTS)),
         extra_context={"ema_decay": train.ema_decay if train.enable else 0.0},
     )
 
