@@ -78,11 +78,7 @@ _FAMILY_OF_PROCESSOR: dict[str, Family] = {facts.processor: family for family, f
 
 
 def family_of(hf_model_type: str) -> Family:
-    """Family of a Hugging Face `config.model_type` (a family's own name is one).
-
-    Raises:
-        ConfigError: a model type whose box units are not known.
-    """
+    """Family of a Hugging Face `config.model_type` (a family's own name is one)."""
     family = FAMILY_OF_MODEL_TYPE.get(hf_model_type)
     if family is None:
         raise ConfigError(
@@ -93,11 +89,7 @@ def family_of(hf_model_type: str) -> Family:
 
 
 def resolve_family(family: str, processor: object) -> Family:
-    """The family named in the settings, or for "auto" the one of the processor's class.
-
-    Raises:
-        ConfigError: an unknown family, or "auto" and the processor is none of Qwen-VL's.
-    """
+    """The family named in the settings, or for "auto" the one of the processor's class."""
     if family != "auto":
         return family_of(family)
     name = type(processor).__name__

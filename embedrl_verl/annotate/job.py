@@ -131,11 +131,7 @@ def ask_about_all(
     label: str,
     unit: str,
 ) -> None:
-    """Complete the journals of a work folder; nothing is asked, and nobody has to serve, if they are complete.
-
-    Raises:
-        EmbedRLError: see `Runner.run`, `Backend.meet`.
-    """
+    """Complete the journals of a work folder; nothing is asked, and nobody has to serve, if they are complete."""
     complete = all(
         summary_of(journal_path(work.path, chunk), journal_header(work.hash, chunk)) for chunk in source.chunks
     )

@@ -76,11 +76,7 @@ class TcotPrompts:
             )
 
     def prompt(self, record: PairRecord, side: Side, gold_answer: str | None = None) -> Prompt:
-        """The first question about a side. Decodes media: call it in a thread.
-
-        Raises:
-            MediaError: a medium is missing, refused, unreadable or of an impossible shape.
-        """
+        """The first question about a side. Decodes media: call it in a thread."""
         item = load_item(record.item(side), self.media_root, max_frames=self.limits.max_frames)
         messages = build_prompt(
             input_kind(record, side),

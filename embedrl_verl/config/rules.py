@@ -35,11 +35,7 @@ Rules = Iterator[Rule]
 
 
 def check_run_config(config: Any) -> EmbedRLConfig:
-    """Check a whole run configuration (DictConfig) and return its section `embedrl`.
-
-    Raises:
-        ConfigError: the first rule that does not hold, with the value found.
-    """
+    """Check a whole run configuration (DictConfig) and return its section `embedrl`."""
     embedrl, media, batch = load_embedrl_config(config), MediaConfig.from_config(config.data), BatchPlan.of(config)
     for rules in (
         _mode_rules(config, batch, media.pairs_together),

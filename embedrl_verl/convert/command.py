@@ -111,9 +111,6 @@ def run(arguments: argparse.Namespace, converter: Converter, command: Sequence[s
 
     Args:
         command: what a user runs to go on after a crash.
-
-    Raises:
-        EmbedRLError: see `run_conversion`.
     """
     options = JobOptions(
         out=arguments.out,

@@ -199,11 +199,6 @@ def open_root(location: str, without: str | Path | None = None) -> Root:
 
     Args:
         without: folder that is being written; its files are no input.
-
-    Raises:
-        DataError: neither an existing path nor a hub id.
-        ConfigError: a hub id, and `huggingface_hub` is not installed.
-        ResourceError: the hub cannot be reached, or does not show the repository.
     """
     if Path(location).expanduser().exists():
         return LocalRoot(location, without)

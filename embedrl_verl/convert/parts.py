@@ -180,11 +180,7 @@ class _Part:
 
 
 def check_record(record: PairRecord, source: str) -> None:
-    """Types and Unicode of all texts, and the data source: what a data class does not check by itself.
-
-    Raises:
-        RowError: naming the field.
-    """
+    """Types and Unicode of all texts, and the data source: what a data class does not check by itself."""
     for name in ("pair_id", "data_source", "instruction", "query_id", "target_id"):
         _check_text(getattr(record, name), name)
     if source and record.data_source != source:

@@ -88,11 +88,7 @@ def earlier_conversion(out: Path) -> Earlier | None:
 
 
 def check_media_folder(out: Path, place: str, earlier: Earlier | None) -> None:
-    """Keep `--media files` out of a `media/` with files that no conversion stored.
-
-    Raises:
-        ConfigError: there is one.
-    """
+    """Keep `--media files` out of a `media/` with files that no conversion stored."""
     media = out / MEDIA_FOLDER
     if place != "files" or (earlier is not None and earlier.stored_media) or not media.exists():
         return
@@ -134,11 +130,7 @@ def remove_earlier(out: Path, earlier: Earlier, needed: Iterable[Path], command:
 
 
 def _check_removal(out: Path, earlier: Earlier, needed: Iterable[Path]) -> None:
-    """Whether the removal of an earlier conversion takes nothing else with it.
-
-    Raises:
-        ConfigError: see `remove_earlier`.
-    """
+    """Whether the removal of an earlier conversion takes nothing else with it."""
     going = {path.resolve() for path in (*earlier.paths(out), out / WORK_FOLDER)}
     for path in needed:
         full = path.expanduser().resolve()

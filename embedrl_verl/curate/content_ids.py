@@ -103,9 +103,6 @@ def write_part(task: IdTask) -> Entry:
     Returns:
         rows (read), written, sources (counts by data source, see `SourceIds`), rejected (lines of `rejected.jsonl`) and
         near (an entry for each medium that has near duplicates: pair_id, group, medium, sha256).
-
-    Raises:
-        DataError: the file cannot be read.
     """
     notes = _Notes()
     namer = _Namer(task)

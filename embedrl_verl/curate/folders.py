@@ -155,9 +155,6 @@ def stop_if_bad(rejected: Sequence[Mapping[str, Any]], rows: int, max_bad_share:
         rows: of the input.
         max_bad_share: of them that may be rejected.
         file: `rejected.jsonl`; it is written before the error is raised.
-
-    Raises:
-        DataError: the message has the causes.
     """
     if len(rejected) <= max_bad_share * rows:
         return

@@ -58,11 +58,7 @@ class Span:
 
 @contextmanager
 def open_pairs(path: str | Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file of pair records; errors of reading it inside the block become data errors.
-
-    Raises:
-        DataError: the file cannot be read, a column is missing or has another type; names the file.
-    """
+    """A parquet file of pair records; errors of reading it inside the block become data errors."""
     try:
         with opened(path) as file:
             check_schema(file.schema_arrow, path)
@@ -72,11 +68,7 @@ def open_pairs(path: str | Path) -> Iterator[pq.ParquetFile]:
 
 
 def spans(files: Sequence[Path], rows_per_span: int) -> list[Span]:
-    """Cut files into spans of about `rows_per_span` rows, at borders of row groups. Reads the files' footers only.
-
-    Raises:
-        DataError: as `open_pairs`.
-    """
+    """Cut files into spans of about `rows_per_span` rows, at borders of row groups. Reads the files' footers only."""
     found: list[Span] = []
     for path in files:
         with open_pairs(path) as file:
@@ -98,9 +90,6 @@ def span_batches(span: Span, columns: Sequence[str] | None = None) -> Iterator[t
     Args:
         columns: names of columns to read, in `SCHEMA`; None reads them all. Missing optional columns and struct fields
             come out as null; a file's columns that are not in `SCHEMA` are not read.
-
-    Raises:
-        DataError: as `open_pairs`.
     """
     schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
     row = span.start
@@ -128,9 +117,6 @@ def chosen_batches(
     Args:
         path, columns: as in `span_batches`.
         numbers: rows from 0, ascending.
-
-    Raises:
-        DataError: as `open_pairs`.
     """
     with open_pairs(path) as file:
         sizes = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]

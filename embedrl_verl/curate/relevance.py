@@ -76,23 +76,14 @@ class RelevanceStyle:
 
 @functools.cache
 def load_relevance_style(name: str) -> RelevanceStyle:
-    """A style that ships with the package.
-
-    Raises:
-        ConfigError: an unknown name, or a malformed file.
-    """
+    """A style that ships with the package."""
     if name not in STYLES:
         raise ConfigError(f"the relevance judge's style must be one of {', '.join(STYLES)}; got {name!r}")
     return parse_relevance_style(_template(name), source=f"relevance_{name}.yaml")
 
 
 def parse_relevance_style(text: str, *, source: str) -> RelevanceStyle:
-    """Read and check a style.
-
-    Raises:
-        ConfigError: not YAML, a key missing, unknown or of the wrong type, a text that is not shown, or words that
-            cannot be told apart; the message names `source`.
-    """
+    """Read and check a style."""
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -144,9 +135,6 @@ class RelevanceSettings:
         temperature, max_tokens: of the reply.
         constrained: have the server decode one of the two words, where it is vLLM.
         seed: of the draws.
-
-    Raises:
-        ConfigError: a value that cannot work.
     """
 
     style: str = "paper"

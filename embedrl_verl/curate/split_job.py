@@ -133,9 +133,6 @@ def write_part(task: PartTask) -> Entry:
 
     Returns:
         written, sources (pairs by data source), rejected (lines of `rejected.jsonl`).
-
-    Raises:
-        DataError: a file cannot be read.
     """
     rejected: list[dict[str, Any]] = []
     sources: dict[str, int] = {}

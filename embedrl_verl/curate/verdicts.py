@@ -72,11 +72,7 @@ class VerdictJob:
         return self.out / VERDICTS_FILE
 
     def run(self, say: Callable[[str], None] = print) -> int:
-        """Do what is left to do. Returns 0, or 3 if a row of the input cannot be used (see rejected.jsonl).
-
-        Raises:
-            ConfigError, DataError, EmbedRLError: as `embedrl_verl.annotate.job.AnnotateJob.run`.
-        """
+        """Do what is left to do. Returns 0, or 3 if a row of the input cannot be used (see rejected.jsonl)."""
         source = ChunkedInput(self.files, self.chunk_rows)
         settings = {
             "command": "data filter",

@@ -35,11 +35,7 @@ class EmbedderClient:
         self._group = group
 
     def embed(self, rows: Sequence[Encoded], *, averaged: bool = False) -> Embedded:
-        """Embed rows held by the driver, with the moving average of the weights if `averaged`.
-
-        Raises:
-            EmbedderError: no rows.
-        """
+        """Embed rows held by the driver, with the moving average of the weights if `averaged`."""
         if not rows:
             raise EmbedderError("there is nothing to embed: the list of rows is empty")
         ranks = self._group.world_size
@@ -77,9 +73,6 @@ class EmbedderClient:
         Args:
             keys: rows with a finite vector, each once.
             gradients: float32 (len(keys), D), d loss / d vector of each row.
-
-        Returns:
-            See `after_update`.
         """
         ranks = self._group.world_size
         if len(set(keys)) != len(keys) or len(gradients) != len(keys):

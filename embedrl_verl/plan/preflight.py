@@ -35,9 +35,6 @@ def preflight(config: Any, *, starts: bool) -> EmbedRLConfig:
     Args:
         starts: a run follows: packages and files must be here, an Embedder of the hub is looked at. A plan may be made
             on another machine.
-
-    Raises:
-        ConfigError, EmbedderError, ResourceError: the first thing that the run would refuse.
     """
     embedrl = check_run_config(config)
     if starts:

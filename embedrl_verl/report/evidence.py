@@ -90,11 +90,7 @@ class TcotReader:
         return TcotView(title, tcot, boxes, pieces, missing, facts, tuple(flags), prefix)
 
     def _fitted(self, size: Size) -> Size:
-        """(width, height) at which a model reads a picture.
-
-        Raises:
-            MediaError: impossible sides.
-        """
+        """(width, height) at which a model reads a picture."""
         low, high = self.limits.tokens(is_frame=False)
         height, width = smart_resize(
             size[1], size[0], token_side=self.limits.token_side, min_tokens=low, max_tokens=high

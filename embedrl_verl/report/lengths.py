@@ -51,23 +51,14 @@ class LengthMeter:
 
     @classmethod
     def from_pretrained(cls, path: str, limits: RecipeLimits) -> LengthMeter:
-        """Load tokenizer and image processor of a Reasoner; no weights.
-
-        Raises:
-            ConfigError: the folder has no image processor, or is of no known family.
-        """
+        """Load tokenizer and image processor of a Reasoner; no weights."""
         from embedrl_verl.data.lengths import PromptMeter  # imports verl
 
         meter = PromptMeter.from_pretrained(path, limits.data.family)
         return cls(limits, meter.family, meter.tokenizer, meter)
 
     def measure(self, record: PairRecord, row: Row) -> Lengths:
-        """Lengths of both sides; a side without T-CoT has no length of one, and one without text none of that.
-
-        Raises:
-            MediaError: a medium cannot be read; names file, row and field.
-            ConfigError: the processor does not take fitted media as they are.
-        """
+        """Lengths of both sides; a side without T-CoT has no length of one, and one without text none of that."""
         from embedrl_verl.data.inspection import LocatedPair, PairInspector  # imports torch
 
         inspector = PairInspector(self.limits.data, self.family, row.media_root, self.meter)

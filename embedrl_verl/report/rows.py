@@ -67,10 +67,6 @@ def index_rows(paths: Iterable[str | Path], media_root: str | None = None) -> Ro
     Args:
         paths: parquet files and data set folders.
         media_root: of all files; None: each data set folder's own.
-
-    Raises:
-        DataError: no such file, an unfinished folder, a file that cannot be read or holds no pair records, no row, or
-            more than 65,535 sources.
     """
     files = pair_files(paths)
     roots = tuple(media_root_of(file) if media_root is None else media_root for file in files)
@@ -112,11 +108,7 @@ def choose(index: RowIndex, limit: int, seed: int | None = None) -> list[int]:
 
 
 def rows_with_ids(index: RowIndex, ids: Sequence[str]) -> list[int]:
-    """Numbers of the rows with these pair ids, in the order of the ids (an id that comes twice gives all its rows).
-
-    Raises:
-        DataError: an id that no row has.
-    """
+    """Numbers of the rows with these pair ids, in the order of the ids (an id that comes twice gives all its rows)."""
     found: dict[str, list[int]] = {name: [] for name in ids}
     for file, start in zip(index.files, index.starts, strict=False):
         row = start
@@ -145,11 +137,7 @@ def ids_of(index: RowIndex, numbers: Iterable[int]) -> set[str]:
 
 
 def read_rows(index: RowIndex, numbers: Iterable[int]) -> Iterator[Row]:
-    """Rows by number, in order; row groups without any of them are not read.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """Rows by number, in order; row groups without any of them are not read."""
     wanted = np.array(sorted(numbers), dtype=np.int64)
     for number, file in enumerate(index.files):
         first, last = np.searchsorted(wanted, index.starts[number : number + 2])

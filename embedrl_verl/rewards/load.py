@@ -21,9 +21,6 @@ def load_reward_function(spec: str) -> tuple[Callable[..., Any], str]:
     Args:
         spec: what `reward.custom_reward_function.path` takes: a file, file://FILE or pkg://module; then ":name" for
             another function than `compute_score`.
-
-    Raises:
-        ConfigError: no such file or module, it cannot be imported (with the line), or it has no such function.
     """
     path, name = spec, "compute_score"
     head, colon, tail = spec.rpartition(":")

@@ -225,9 +225,6 @@ def prune_to(keep: int | None, checkpoints: str | Path) -> list[Path]:
 
     Args:
         keep: None, 0 or less = all.
-
-    Returns:
-        What was removed.
     """
     if keep is None or keep < 1:
         return []
@@ -250,9 +247,6 @@ def keep_if_best(checkpoints: str | Path, step: int, hit1: float) -> bool:
 
     Args:
         hit1: mean over data sources, in [0, 1].
-
-    Returns:
-        Whether it was kept.
     """
     root = Path(checkpoints)
     best, new, old, folder = root / BEST, root / ".best.new", root / ".best.old", root / f"global_step_{step}"

@@ -56,9 +56,6 @@ class ColPaliTrain:
     Args:
         reading: "answer" or "page".
         answers: "clean" or "raw", see above; the reading "page" does not use them.
-
-    Raises:
-        ConfigError: an unknown value.
     """
 
     reading: Reading = "answer"

@@ -69,9 +69,6 @@ class LlavaHound:
         frames: frames to name of a folder; 0 = all.
         question_lines: lines of `video_240k_caption_15k.jsonl` that are questions.
         embed_rl: read Embed-RL's copies, *.jsonl whose rows name their mode.
-
-    Raises:
-        ConfigError: an unknown mode, or a negative count.
     """
 
     media_root: str

@@ -34,9 +34,6 @@ class VisRagTrain:
 
     Args:
         prompts: "by_source" or "benchmark", see above.
-
-    Raises:
-        ConfigError: another value.
     """
 
     prompts: Prompts = "by_source"
