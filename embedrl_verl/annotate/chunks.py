@@ -47,12 +47,7 @@ class Row:
 
 
 class ChunkedInput:
-    """Files of pair records, cut into chunks.
-
-    Args:
-        files: parquet files in order.
-        chunk_rows: rows of a chunk, at most.
-    """
+    """Files of pair records, cut into chunks."""
 
     def __init__(self, files: Sequence[Path], chunk_rows: int) -> None:
         self.files = list(files)

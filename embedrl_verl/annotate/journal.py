@@ -31,10 +31,6 @@ class JournalError(EmbedRLError):
 class Journal:
     """A journal that is open for appending. One thread at a time.
 
-    Args:
-        path: the file; made if missing.
-        header: what its first line must say.
-
     Attributes:
         entries: what it held when it was opened, without header and closing line.
         lost: why entries could not be written; "" = all were. Nothing is written after it, for later entries may

@@ -148,11 +148,7 @@ def follow(row: Mapping[str, Any], path: str) -> Any:
 
 
 def item_of(values: Mapping[str, Any], name: Callable[[str], str], side: str) -> Item:
-    """A side from raw values by field.
-
-    Args:
-        name: field -> column, for messages.
-    """
+    """A side from raw values by field."""
     images, video, kind = values.get("images"), values.get("video"), values.get("kind")
     try:
         return Item(

@@ -237,11 +237,7 @@ def _texts(batch: pa.RecordBatch, side: Side) -> Callable[[int], list[str]]:
 
 
 def side_media(items: pa.StructArray, side: Side) -> list[list[tuple[str, Media]]]:
-    """The media of each item with the names of their fields ("target.images[0]"), images before frames.
-
-    Args:
-        items: good rows of the column `side`.
-    """
+    """The media of each item with the names of their fields ("target.images[0]"), images before frames."""
     found: list[list[tuple[str, Media]]] = [[] for _ in range(len(items))]
     _, images, video, *_ = items.flatten()
     frames, path, _ = video.flatten()

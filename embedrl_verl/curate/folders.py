@@ -148,14 +148,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def stop_if_bad(rejected: Sequence[Mapping[str, Any]], rows: int, max_bad_share: float, file: Path) -> None:
-    """Raise when too many rows cannot be used.
-
-    Args:
-        rejected: lines for `rejected.jsonl`.
-        rows: of the input.
-        max_bad_share: of them that may be rejected.
-        file: `rejected.jsonl`; it is written before the error is raised.
-    """
+    """Raise when too many rows cannot be used; `rejected.jsonl` is written before."""
     if len(rejected) <= max_bad_share * rows:
         return
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -75,11 +75,7 @@ class PairFacts:
 
 
 def locate_pairs(files: Iterable[str]) -> tuple[list[LocatedPair], list[Problem]]:
-    """All well-formed records in order, and a problem for every other row; ids must be unique.
-
-    Args:
-        files: parquet files, or data set folders, which stand for their parts.
-    """
+    """All well-formed records in order, and a problem for every other row; ids must be unique."""
     files = list(files)
     check_memory(files)
     found = list(scan_located(files))

@@ -34,8 +34,6 @@ def prompt_messages(
     """The user turn that asks for the T-CoT of one side, as `embedrl_verl.tcot.build_prompt`, with references to media.
 
     Args:
-        record, side: which prompt.
-        family, style, few_shot: choose the template.
         max_frames: frames drawn from a list of frames.
         file_frames: frames that a video *file* yields (it has to be decoded to know).
 

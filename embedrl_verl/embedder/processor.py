@@ -114,9 +114,7 @@ class EmbedProcessor:
         """Load the tokenizer and image processor of a checkpoint; no weights.
 
         Args:
-            path: folder or hub id.
-            profile: a profile, its name, or "auto".
-            limits: sizes of media; None = those of the profile.
+            limits: None = those of the profile.
         """
         profile = fitting_profile(path, profile)
         config = load_config(path)

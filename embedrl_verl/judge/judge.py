@@ -117,12 +117,7 @@ class Judgement:
 
 
 class ListwiseJudge:
-    """A judge behind a pool of servers. `judge` may be called under one event loop after another.
-
-    Args:
-        pool: the judge's servers; all serve the same model.
-        settings: lists, prompt and limits.
-    """
+    """A judge behind a pool of servers. `judge` may be called under one event loop after another."""
 
     def __init__(self, pool: ServerPool, settings: JudgeConfig | None = None) -> None:
         self.pool = pool

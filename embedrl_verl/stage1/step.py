@@ -21,10 +21,6 @@ from embedrl_verl.stage1.rows import Rows
 def two_pass_step(worker: Any, batch: Rows, config: EmbedderTrainConfig) -> dict[str, float]:
     """Embed, take the loss over all ranks, backpropagate, update.
 
-    Args:
-        worker: an `EmbedderWorker` of this rank, called directly.
-        batch: this rank's rows.
-
     Returns:
         Metrics of the whole batch: those of `contrastive_gradients` and of `after_update`.
     """

@@ -59,11 +59,7 @@ BEST, SCORE, METRIC = "best", "score.json", "hit@1"
 
 
 def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]:
-    """The record of a run, section by section, in JSON's types; made once, of what the run has loaded.
-
-    Args:
-        config: the whole run's.
-    """
+    """The record of a run, section by section, in JSON's types; made once, of what the run has loaded."""
     named, data, rollout = config.reward.custom_reward_function, config.data, config.actor_rollout_ref.rollout
     prompts = {key: data[key] for key in ("max_prompt_length", "max_response_length", "filter_overlong_prompts")}
     record = {

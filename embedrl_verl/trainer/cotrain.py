@@ -41,12 +41,7 @@ STATE = "cotraining.json"
 
 
 class ProbeSet:
-    """Encoded held-out pairs, drawn evenly from a file.
-
-    Args:
-        rows: all pairs of the files (`embedrl.embedder.train.anchor_files`).
-        count: how many are used, at most.
-    """
+    """At most `count` encoded held-out pairs, drawn evenly from all of `embedrl.embedder.train.anchor_files`."""
 
     def __init__(self, rows: PairRows, count: int) -> None:
         indices = even_indices(len(rows), min(count, len(rows)))

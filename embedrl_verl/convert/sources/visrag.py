@@ -30,11 +30,7 @@ BENCHMARK = VisRagWords(FIND_PAGE, UNDERSTAND_PAGE)
 
 @dataclass(frozen=True)
 class VisRagTrain:
-    """Converter of openbmb/VisRAG-Ret-Train-In-domain-data.
-
-    Args:
-        prompts: "by_source" or "benchmark", see above.
-    """
+    """Converter of openbmb/VisRAG-Ret-Train-In-domain-data."""
 
     prompts: Prompts = "by_source"
 
