@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from embedrl_verl import __version__
-from embedrl_verl.convert.card import count_causes, difference
+from embedrl_verl.convert.card import CARD_TEXT_FILE, count_causes, difference
+from embedrl_verl.curate.jobs import Entry, rejected_in
 from embedrl_verl.curate.records import remove_temporary_files
 from embedrl_verl.data.files import (
     CARD_FILE,
@@ -31,7 +32,6 @@ from embedrl_verl.data.files import (
 )
 from embedrl_verl.errors import ConfigError, DataError
 
-CARD_TEXT_FILE = "data_card.md"
 STATE_FILE = "state.json"
 CAUSES_SHOWN = 20
 
@@ -160,6 +160,19 @@ def stop_if_bad(rejected: Sequence[Mapping[str, Any]], rows: int, max_bad_share:
         + f"\n{file} has all that were found. Mend the input and write a new folder, or run the same command with a "
         "higher --max-bad-share to leave them out"
     )
+
+
+def bad_rows_watch(journal: Path, rows: int, max_bad_share: float, file: Path) -> Callable[[Entry], None]:
+    """Calls `stop_if_bad` as soon as the entries that `run_tasks` shows it have too many."""
+    bad = 0
+
+    def count(entry: Entry) -> None:
+        nonlocal bad
+        bad += len(entry["rejected"])
+        if bad > max_bad_share * rows:
+            stop_if_bad(rejected_in(journal), rows, max_bad_share, file)
+
+    return count
 
 
 def _card_text(card: Mapping[str, Any]) -> str:
