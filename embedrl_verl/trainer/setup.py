@@ -136,7 +136,7 @@ class EGRLSetup(WorkerClassesMixin):
         # Made once, whatever is edited later; it reads every weight of the Embedder, while its workers load it.
         self.run_record = run_record(self.config, self.embedrl)
         if self.global_steps > 0:
-            self._resume_from(self._step_folder(self.global_steps))
+            self._resume_from(self._resumed_folder())
         logger.warning(
             "EG-RL: Embedder %s (%s) on %s, reward function %s, judge: %s",
             self.embedrl.embedder.path,
@@ -206,10 +206,10 @@ class EGRLSetup(WorkerClassesMixin):
             ray.get(self._embedder_loads)
             self.embedder_training.load(folder)
 
-    def _step_folder(self, step: int) -> str:
-        if self.config.trainer.resume_mode == "resume_path":
-            return str(self.config.trainer.resume_from_path)
-        return f"{self.config.trainer.default_local_dir}/global_step_{step}"
+    def _resumed_folder(self) -> str:
+        run = self.config.trainer
+        named = run.resume_mode == "resume_path"
+        return str(run.resume_from_path) if named else f"{run.default_local_dir}/global_step_{self.global_steps}"
 
     def get_reward_handles(self) -> None:
         """No per-row reward workers: the reward needs the whole batch."""
