@@ -24,7 +24,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
@@ -48,7 +48,7 @@ NO_WORD = "names neither word, or both"
 
 @dataclass(frozen=True)
 class RelevanceStyle:
-    """A checked style; see the module for its fields."""
+    """A style; see the module for its fields."""
 
     style: str
     shows: str
@@ -79,41 +79,9 @@ def load_relevance_style(name: str) -> RelevanceStyle:
     """A style that ships with the package."""
     if name not in STYLES:
         raise ConfigError(f"the relevance judge's style must be one of {', '.join(STYLES)}; got {name!r}")
-    return parse_relevance_style(_template(name), source=f"relevance_{name}.yaml")
-
-
-def parse_relevance_style(text: str, *, source: str) -> RelevanceStyle:
-    """Read and check a style."""
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"template {source}: not YAML: {error}") from error
-    names = [field.name for field in fields(RelevanceStyle)]
-    if not isinstance(raw, dict) or set(raw) != set(names):
-        raise ConfigError(f"template {source} must have exactly the keys {', '.join(names)}; got {raw!r:.200}")
-    for name in names:
-        wanted = {"one_line": bool, "delimiters": list, "layout": list}.get(name, str)
-        entries = raw[name] if wanted is list and isinstance(raw[name], list) else []
-        if not isinstance(raw[name], wanted) or not all(isinstance(entry, str) for entry in entries):
-            kind = "a list of strings" if wanted is list else wanted.__name__
-            raise ConfigError(f"template {source}: {name} must be {kind}; got {raw[name]!r}")
-    style = RelevanceStyle(**{**raw, "delimiters": tuple(raw["delimiters"]), "layout": tuple(raw["layout"])})
-    if style.shows not in ("text", "answer"):
-        raise ConfigError(f"template {source}: shows must be text or answer; got {style.shows!r}")
-    words = [re.fullmatch(r"\w+", word) and word.casefold() for word in (style.yes_word, style.no_word)]
-    if not all(words) or words[0] == words[1]:
-        raise ConfigError(
-            f"template {source}: yes_word and no_word must be two different words; "
-            f"got {style.yes_word!r}, {style.no_word!r}"
-        )
-    try:
-        shown = style.prompt("(task)", *("<answer>(query)</answer>", "<answer>(target)</answer>"))
-    except ConfigError as error:
-        raise ConfigError(f"template {source}: {error}") from error
-    for part in ("(query)", "(target)"):
-        if part not in shown:
-            raise ConfigError(f"template {source}: the layout must show ${part.strip('()')}")
-    return style
+    values = yaml.safe_load(_template(name))
+    lists = {key: tuple(values[key]) for key in ("delimiters", "layout")}
+    return RelevanceStyle(**{**values, **lists})
 
 
 def read_verdict(text: str, style: RelevanceStyle) -> Verdict:
