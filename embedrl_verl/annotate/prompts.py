@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from string import Template
 from typing import Any, TypeAlias
 
 import yaml
@@ -25,7 +26,7 @@ from embedrl_verl.data.schema import PairRecord, Side, input_kind
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import Family, token_side
 from embedrl_verl.tcot import build_prompt
-from embedrl_verl.tcot.harmless import break_control, fill
+from embedrl_verl.tcot.harmless import break_control
 from embedrl_verl.tcot.prompts import style_words
 
 Messages: TypeAlias = list[dict[str, Any]]
@@ -94,11 +95,11 @@ class TcotPrompts:
 def again(prompt: Prompt, reply: str, problems: Sequence[str]) -> Prompt:
     """The question, the reply that cannot be used, and what is wrong with it."""
     template = again_template()
-    lines = "\n".join(fill(template["problem"], problem=break_control(problem)) for problem in problems)
+    lines = "\n".join(Template(template["problem"]).substitute(problem=break_control(problem)) for problem in problems)
     said = break_control(reply.strip())[:_SHOWN_REPLY] or template["empty"]
     turns = [
         {"role": "assistant", "content": said},
-        {"role": "user", "content": fill(template["again"], problems=lines)},
+        {"role": "user", "content": Template(template["again"]).substitute(problems=lines)},
     ]
     return replace(prompt, messages=[*prompt.messages, *turns])
 

@@ -26,6 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
+from string import Template
 from typing import Any
 
 import yaml
@@ -39,7 +40,7 @@ from embedrl_verl.curate.verdict_file import Verdict
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
-from embedrl_verl.tcot.harmless import break_control, break_tags, fill
+from embedrl_verl.tcot.harmless import break_control, break_tags
 
 STYLES = ("paper", "compact")
 ERRAND = "relevance"
@@ -62,9 +63,10 @@ class RelevanceStyle:
 
     def prompt(self, instruction: str, query_tcot: str, target_tcot: str) -> str:
         """The question about two T-CoTs. They, and the instruction, are put in as data."""
-        wish = fill(self.instruction, value=self._harmless(instruction)) if instruction.strip() else ""
+        wish = Template(self.instruction).substitute(value=self._harmless(instruction)) if instruction.strip() else ""
         values = {"query": self._shown(query_tcot), "target": self._shown(target_tcot), "instruction": wish}
-        return self.join.join(block for layout in self.layout if (block := fill(layout, **values)).strip())
+        blocks = [Template(layout).substitute(values) for layout in self.layout]
+        return self.join.join(block for block in blocks if block.strip())
 
     def _shown(self, tcot: str) -> str:
         return self._harmless(parse_tcot(tcot).answer if self.shows == "answer" else tcot)

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts that models or data wrote, made safe to show inside a prompt: they can neither forge a turn or a medium, nor
-leave the tags that a template puts around them; and `fill`, which puts them into a template."""
+leave the tags that a template puts around them."""
 
 from __future__ import annotations
 
 import re
-import string
-
-from embedrl_verl.errors import ConfigError
 
 # Marks of the chat formats in use: <|...|> (Qwen, Llama 3, Phi), <｜...｜> (DeepSeek), <start_of_turn> (Gemma), [INST]
 # (Mistral, Llama 2), sentence marks, image and embedding placeholders.
@@ -43,15 +40,3 @@ def break_tags(text: str, names: tuple[str, ...]) -> str:
         return text
     # The stroke comes with its white space, so that a bracket is looked at in linear time.
     return re.sub(rf"<(?=\s*(?:/\s*)?(?:{'|'.join(map(re.escape, names))})\b)", "&lt;", text, flags=re.IGNORECASE)
-
-
-def fill(template: str, **values: str) -> str:
-    """A YAML template of the judge, the relevance judge or annotation with values in the place of its $names, once: a
-    "$" in a value stays. (Prompts of T-CoTs are jinja2.)"""
-    try:
-        return string.Template(template).substitute(values)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"a template may use {', '.join('$' + name for name in values)}, and $$ for a dollar; "
-            f"got {error} in {template!r}"
-        ) from error
