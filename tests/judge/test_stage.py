@@ -46,12 +46,6 @@ def test_the_servers_are_those_of_the_urls_or_verls_own_asked_directly() -> None
     assert stage(JudgeConfig(), Manager()).urls == ("http://10.0.0.1:8001", "http://10.0.0.2:8001")
 
 
-@pytest.mark.parametrize(("urls", "servers", "got"), [((), None, "neither"), (URLS, Manager(), "both")])
-def test_no_servers_and_two_kinds_of_servers_are_refused(urls, servers, got) -> None:
-    with pytest.raises(ConfigError, match=f"embedrl.judge.urls or from reward.reward_model.enable=True; got {got}"):
-        stage(JudgeConfig(urls=urls), servers)
-
-
 def test_servers_on_the_actors_devices_are_awake_only_while_they_judge_also_after_an_error() -> None:
     manager = Manager()
     judge = stage(JudgeConfig(), manager)
