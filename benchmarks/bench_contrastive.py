@@ -74,7 +74,7 @@ def two_passes(checkpoint: str, pairs: int, budget: int, *, alike: bool = False)
     """The step of stage 1 on one rank."""
     from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
     from embedrl_verl.data.identity import ContentId
-    from embedrl_verl.embedder.settings import processor_for
+    from embedrl_verl.embedder.processor import processor_for
     from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
     from embedrl_verl.stage1.__main__ import one_rank
     from embedrl_verl.stage1.rows import EncodedPair, rows_of_pairs

@@ -24,7 +24,8 @@ from multiprocessing.connection import Connection
 import torch
 from aiohttp import web
 
-from embedrl_verl.judge import Judgement, JudgeSettings, ListwiseJudge, judge_lists, judge_prompt
+from embedrl_verl.config.schema import JudgeConfig
+from embedrl_verl.judge import Judgement, ListwiseJudge, judge_lists, judge_prompt
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.serving import PoolSettings, ServerPool
 from embedrl_verl.tcot import parse_tcot
@@ -130,7 +131,7 @@ def main() -> None:
         processes[-1].start()
         urls.append(f"http://127.0.0.1:{here.recv()}")
     best = math.ceil(len(batch) / arguments.limit) * arguments.latency
-    judge = ListwiseJudge(ServerPool(urls, PoolSettings(limit=arguments.limit)), JudgeSettings(images=bool(shown)))
+    judge = ListwiseJudge(ServerPool(urls, PoolSettings(limit=arguments.limit)), JudgeConfig(images=bool(shown)))
     print(f"{len(batch)} rows, limit {arguments.limit}, latency {arguments.latency} s, servers {arguments.servers}\n")
     columns = ["round", "best possible s", "stage s", "ratio (target)", "blocked ms (target)", "busy ms", "lists ms"]
     columns += ["prompts ms"]

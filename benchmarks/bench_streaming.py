@@ -36,10 +36,10 @@ from aiohttp import web
 from tiny_run import overrides
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
+from embedrl_verl.embedder.processor import processor_for
 from embedrl_verl.embedder.served.command import prompt_template, server_arguments, server_command
 from embedrl_verl.embedder.served.requests import PATH
 from embedrl_verl.embedder.served.servers import ServerProcess
-from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.platforms.ports import free_port
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.rewards.dump import dump_name

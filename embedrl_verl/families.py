@@ -110,14 +110,11 @@ FACTS: Mapping[Family, FamilyFacts] = {
     ),
 }
 FAMILY_OF_MODEL_TYPE = {kind: family for family, facts in FACTS.items() for kind in facts.model_types}
+_FAMILY_OF_PROCESSOR: dict[str, Family] = {facts.processor: family for family, facts in FACTS.items()}
 
 
 def family_of(hf_model_type: str) -> Family:
-    """Family of a Hugging Face `config.model_type` (a family's own name is one).
-
-    Raises:
-        ConfigError: a model type whose box units are not known.
-    """
+    """Family of a Hugging Face `config.model_type` (a family's own name is one)."""
     family = FAMILY_OF_MODEL_TYPE.get(hf_model_type)
     if family is None:
         raise ConfigError(
@@ -125,6 +122,19 @@ def family_of(hf_model_type: str) -> Family:
             f"Name the family whose box units the model writes: {', '.join(FAMILIES)}"
         )
     return family
+
+
+def resolve_family(family: str, processor: object) -> Family:
+    """The family named in the settings, or for "auto" the one of the processor's class."""
+    if family != "auto":
+        return family_of(family)
+    name = type(processor).__name__
+    if name not in _FAMILY_OF_PROCESSOR:
+        raise ConfigError(
+            f"data.embedrl.family=auto knows the processors {', '.join(_FAMILY_OF_PROCESSOR)}; got {name}. "
+            f"Train a Qwen-VL model, or name the family whose prompts and sizes it shares"
+        )
+    return _FAMILY_OF_PROCESSOR[name]
 
 
 def facts_of(family: str) -> FamilyFacts:

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import BOX_CONVENTIONS, BOX_UNITS, FACTS, FAMILIES, box_convention, family_of, token_side
+from embedrl_verl.families import (
+    BOX_CONVENTIONS,
+    BOX_UNITS,
+    FACTS,
+    FAMILIES,
+    box_convention,
+    family_of,
+    resolve_family,
+    token_side,
+)
 from embedrl_verl.tcot.evidence.boxes import boxes_to_pixels, example_box
 
 
@@ -72,3 +81,13 @@ def test_every_family_has_a_record_and_a_time_axis() -> None:
     assert set(FACTS) == set(FAMILIES)
     times = {family: facts.clip_time for family, facts in FACTS.items()}
     assert times == {"qwen2_vl": "patches", "qwen2_5_vl": "seconds", "qwen3_vl": "stamps"}
+
+
+def test_family_is_named_or_that_of_the_processor() -> None:
+    class Qwen3VLProcessor:
+        pass
+
+    assert resolve_family("auto", Qwen3VLProcessor()) == "qwen3_vl"
+    assert resolve_family("qwen2_vl", Qwen3VLProcessor()) == "qwen2_vl"
+    with pytest.raises(ConfigError, match="got NoneType. Train a Qwen-VL model"):
+        resolve_family("auto", None)

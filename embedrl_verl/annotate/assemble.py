@@ -20,8 +20,7 @@ from embedrl_verl.annotate.journal import Entry, read_journal
 from embedrl_verl.annotate.prompts import gold_answer_of
 from embedrl_verl.annotate.replies import rule_of
 from embedrl_verl.annotate.runner import journal_path
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import REJECTED_FILE, part_name, publish, temporary_name, write_json
+from embedrl_verl.data.files import REJECTED_FILE, disk_errors, part_name, publish, temporary_name, write_json
 from embedrl_verl.data.schema import SIDES, PairRecord, Side, input_kind
 from embedrl_verl.data.writer import PairWriter
 

@@ -130,12 +130,7 @@ class ServerBackend:
         return named | ({"videos": self.videos} if self.videos != "auto" else {})
 
     async def meet(self) -> Mapping[str, Any]:
-        """See `Backend`. Waits up to `patience_s` for a server.
-
-        Raises:
-            ConfigError: the model is not among the served ones, or not one of several was named.
-            ServersLost: no server answers.
-        """
+        """See `Backend`. Waits up to `patience_s` for a server."""
         await self.pool.__aenter__()
         try:
             listed = await self.pool.models(deadline=time.monotonic() + self.patience_s)

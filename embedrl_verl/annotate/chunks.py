@@ -47,15 +47,7 @@ class Row:
 
 
 class ChunkedInput:
-    """Files of pair records, cut into chunks.
-
-    Args:
-        files: parquet files in order.
-        chunk_rows: rows of a chunk, at most.
-
-    Raises:
-        DataError: a file cannot be read or has another schema, or there is no row at all.
-    """
+    """Files of pair records, cut into chunks."""
 
     def __init__(self, files: Sequence[Path], chunk_rows: int) -> None:
         self.files = list(files)
@@ -75,11 +67,7 @@ class ChunkedInput:
         self._doubles = _doubles(self.files)
 
     def read(self, wanted: Callable[[Chunk], bool]) -> Iterator[tuple[Chunk, Iterator[Row]]]:
-        """The wanted chunks in order, each with an iterator of its rows that must be used up before the next.
-
-        Raises:
-            DataError: a file ends early or is damaged.
-        """
+        """The wanted chunks in order, each with an iterator of its rows that must be used up before the next."""
         for index, file in enumerate(self.files):
             chunks = [chunk for chunk in self.chunks if chunk.file == file and wanted(chunk)]
             if not chunks:

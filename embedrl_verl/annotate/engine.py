@@ -48,11 +48,7 @@ class EngineBackend:
         return {"model": self.path, "engine": "vllm.LLM", "options": dict(self.options)}
 
     async def meet(self) -> Mapping[str, Any]:
-        """See `Backend`.
-
-        Raises:
-            ConfigError: vLLM is not installed, or cannot load the model with these options.
-        """
+        """See `Backend`."""
         loop = asyncio.get_running_loop()
         self._engine = await loop.run_in_executor(self._thread, self._start)
         self._tokenizer = self._engine.get_tokenizer()

@@ -25,9 +25,16 @@ from embedrl_verl.annotate.report import Prices, lines, summary
 from embedrl_verl.annotate.runner import Asker, Runner, journal_header, journal_path
 from embedrl_verl.annotate.tcots import TcotAsker
 from embedrl_verl.annotate.workfolder import WorkFolder
-from embedrl_verl.data.cards import FORMAT, input_facts, licences_of, part_facts
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import REJECTED_FILE, part_name, write_atomically
+from embedrl_verl.data.files import (
+    FORMAT,
+    REJECTED_FILE,
+    disk_errors,
+    input_facts,
+    licences_of,
+    part_facts,
+    part_name,
+    write_atomically,
+)
 from embedrl_verl.errors import DataError
 
 _LOG_EVERY_S = 30.0
@@ -124,11 +131,7 @@ def ask_about_all(
     label: str,
     unit: str,
 ) -> None:
-    """Complete the journals of a work folder; nothing is asked, and nobody has to serve, if they are complete.
-
-    Raises:
-        EmbedRLError: see `Runner.run`, `Backend.meet`.
-    """
+    """Complete the journals of a work folder; nothing is asked, and nobody has to serve, if they are complete."""
     complete = all(
         summary_of(journal_path(work.path, chunk), journal_header(work.hash, chunk)) for chunk in source.chunks
     )

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from embedrl_verl.data.disk import disk_errors
+from embedrl_verl.data.files import disk_errors
 from embedrl_verl.errors import DataError, EmbedRLError
 
 Entry: TypeAlias = dict[str, Any]
@@ -31,18 +31,10 @@ class JournalError(EmbedRLError):
 class Journal:
     """A journal that is open for appending. One thread at a time.
 
-    Args:
-        path: the file; made if missing.
-        header: what its first line must say.
-
     Attributes:
         entries: what it held when it was opened, without header and closing line.
         lost: why entries could not be written; "" = all were. Nothing is written after it, for later entries may
             build on the lost ones.
-
-    Raises:
-        DataError: another header, or a damaged line that is not the last.
-        JournalError, ResourceError: the file cannot be written.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
@@ -104,11 +96,7 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> list[Entry]:
-    """The entries of a complete journal, without header and closing line.
-
-    Raises:
-        DataError: it is damaged or not complete.
-    """
+    """The entries of a complete journal, without header and closing line."""
     found, _ = _read(Path(path))
     if len(found) < 2 or "end" not in found[-1]:
         raise DataError(f"{path}: the journal is not complete; run the command that writes it again")
@@ -116,11 +104,7 @@ def read_journal(path: str | Path) -> list[Entry]:
 
 
 def summary_of(path: str | Path, header: Mapping[str, Any]) -> Entry | None:
-    """The summary of a complete journal; None if there is none or it is not complete. Reads its two ends only.
-
-    Raises:
-        DataError: another header.
-    """
+    """The summary of a complete journal; None if there is none or it is not complete. Reads its two ends only."""
     try:
         with open(path, "rb") as file:
             first = _decode(file.readline())

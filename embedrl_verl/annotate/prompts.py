@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from string import Template
 from typing import Any, TypeAlias
 
 import yaml
@@ -27,7 +28,6 @@ from embedrl_verl.families import Family, token_side
 from embedrl_verl.tcot import build_prompt
 from embedrl_verl.tcot.harmless import break_control
 from embedrl_verl.tcot.prompts import style_words
-from embedrl_verl.tcot.styles import fill
 
 Messages: TypeAlias = list[dict[str, Any]]
 _SHOWN_REPLY = 4000  # characters of a bad reply that are shown again
@@ -77,11 +77,7 @@ class TcotPrompts:
             )
 
     def prompt(self, record: PairRecord, side: Side, gold_answer: str | None = None) -> Prompt:
-        """The first question about a side. Decodes media: call it in a thread.
-
-        Raises:
-            MediaError: a medium is missing, refused, unreadable or of an impossible shape.
-        """
+        """The first question about a side. Decodes media: call it in a thread."""
         item = load_item(record.item(side), self.media_root, max_frames=self.limits.max_frames)
         messages = build_prompt(
             input_kind(record, side),
@@ -99,11 +95,11 @@ class TcotPrompts:
 def again(prompt: Prompt, reply: str, problems: Sequence[str]) -> Prompt:
     """The question, the reply that cannot be used, and what is wrong with it."""
     template = again_template()
-    lines = "\n".join(fill(template["problem"], problem=break_control(problem)) for problem in problems)
+    lines = "\n".join(Template(template["problem"]).substitute(problem=break_control(problem)) for problem in problems)
     said = break_control(reply.strip())[:_SHOWN_REPLY] or template["empty"]
     turns = [
         {"role": "assistant", "content": said},
-        {"role": "user", "content": fill(template["again"], problems=lines)},
+        {"role": "user", "content": Template(template["again"]).substitute(problems=lines)},
     ]
     return replace(prompt, messages=[*prompt.messages, *turns])
 

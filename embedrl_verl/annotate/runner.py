@@ -138,12 +138,7 @@ class Runner:
         self._writer = ThreadPoolExecutor(1, "journal")
 
     async def run(self) -> Progress:
-        """Ask about everything that is not answered yet.
-
-        Raises:
-            TooManyBad: a share is above its limit.
-            EmbedRLError: whatever ends the backend.
-        """
+        """Ask about everything that is not answered yet."""
         queue: asyncio.Queue[Errand | None] = asyncio.Queue(maxsize=2 * self._settings.threads)
         workers = self._settings.limit + 2 * self._settings.threads
         loop = asyncio.get_running_loop()

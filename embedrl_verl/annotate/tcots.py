@@ -36,9 +36,6 @@ class TcotSettings:
         gold_share: share of the queries with a text target that are asked with the answer given. Rows are drawn by a
             hash of seed and pair id.
         seed: of all draws.
-
-    Raises:
-        ConfigError: a value that cannot work.
     """
 
     sides: tuple[Side, ...] = SIDES

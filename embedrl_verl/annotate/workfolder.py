@@ -17,9 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from embedrl_verl.data.cards import read_object
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import CARD_FILE, PART_PATTERN, WORK_FOLDER, begin_work, only_writer, write_json
+from embedrl_verl.data.files import (
+    CARD_FILE,
+    PART_PATTERN,
+    WORK_FOLDER,
+    begin_work,
+    disk_errors,
+    only_writer,
+    read_object,
+    write_json,
+)
 from embedrl_verl.errors import ConfigError
 
 SETTINGS_FILE, SERVED_FILE = "settings.json", "served.json"
@@ -38,11 +45,6 @@ class WorkFolder:
     Attributes:
         path: `_work/`.
         is_finished: nothing is left to do.
-
-    Raises:
-        ConfigError: the folder was begun or finished under other settings (the message names them), or another process
-            works in it.
-        DataError, ResourceError: the folder cannot be written, for example because the disk is full.
     """
 
     def __init__(
@@ -87,11 +89,7 @@ class WorkFolder:
         self._held.close()
 
     def served(self, facts: Mapping[str, Any]) -> None:
-        """Note what is served the first time, and refuse anything else later.
-
-        Raises:
-            ConfigError: another model, or a server that is asked in another way.
-        """
+        """Note what is served the first time, and refuse anything else later."""
         file, found = self.path / SERVED_FILE, json.loads(json.dumps(facts))
         if file.is_file():
             self._compare(json.loads(file.read_bytes()), found, "was begun")
@@ -100,11 +98,7 @@ class WorkFolder:
                 write_json(file, found)
 
     def check_wanted(self, wanted: Mapping[str, Any]) -> None:
-        """Refuse facts that the user has named and that are not those of what was served.
-
-        Raises:
-            ConfigError: another model, or other fields of the requests.
-        """
+        """Refuse facts that the user has named and that are not those of what was served."""
         known = self.known_served() or {}
         found = json.loads(json.dumps(wanted))
         self._compare(

@@ -83,7 +83,7 @@ def plan(
 @app.command()
 def add_emb(checkpoint: Annotated[str, Argument(help="Folder or hub id.")], out: Out) -> int:
     """Give a Qwen-VL checkpoint the token <emb>. It can then be trained as Embedder."""
-    from embedrl_verl.embedder.add_token import add_emb_token
+    from embedrl_verl.embedder.profiles import add_emb_token
 
     number = add_emb_token(checkpoint, out)
     print(f"wrote {out}; <emb> is token {number}")
@@ -154,8 +154,8 @@ def serve_embedder(
     import torch
 
     from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
+    from embedrl_verl.embedder.processor import processor_for
     from embedrl_verl.embedder.served.command import prompt_template, server_arguments, server_command, shell_line
-    from embedrl_verl.embedder.settings import processor_for
 
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     config = EmbedderConfig(

@@ -45,12 +45,13 @@ def annotate(
     from embedrl_verl.annotate.job import AnnotateJob
     from embedrl_verl.annotate.prompts import TcotPrompts
     from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
+    from embedrl_verl.config.schema import MediaConfig
     from embedrl_verl.data.files import common_media_root, pair_files
+    from embedrl_verl.data.media import MediaLimits
     from embedrl_verl.data.schema import SIDES
-    from embedrl_verl.data.settings import DataSettings
     from embedrl_verl.families import token_side
 
-    asked = dict(vars(questions))
+    asked, tokens = dict(vars(questions)), MediaConfig(**_named(sizes))
     side, reask, style, no_few_shot = (asked.pop(name) for name in ("side", "reask", "style", "no_few_shot"))
     settings = TcotSettings(
         sides=SIDES if side == "both" else (side,),
@@ -61,7 +62,7 @@ def annotate(
         family=media.family,
         style=style,
         few_shot=not no_few_shot,
-        limits=DataSettings(**_named(sizes)).limits(token_side(media.family)),
+        limits=MediaLimits.of(tokens, token_side(media.family), tokens.max_frames),
         media_root=common_media_root(files) if media.media_root is None else media.media_root,
     )
     job = AnnotateJob(
@@ -172,12 +173,12 @@ def check(*, files: opt.Files, tokenizer: opt.Tokenizer = None, reading: opt.Rea
     Prints a table by data source and a line for each row that cannot be used; the exit code is 3 if there is any. Notes
     ids that contradict the contents.
     """
+    from embedrl_verl.config.schema import MediaConfig
     from embedrl_verl.data.check import check_pairs
-    from embedrl_verl.data.settings import DataSettings
 
     values = _named(reading)
     media_root, max_length = values.pop("media_root", None), values.pop("max_prompt_length", None)
-    settings = DataSettings(**values, **_named(sizes))
+    settings = MediaConfig(**values, **_named(sizes))
     return check_pairs(files, settings, media_root, tokenizer, max_length, default_family=FAMILY)
 
 

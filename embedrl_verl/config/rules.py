@@ -35,11 +35,7 @@ Rules = Iterator[Rule]
 
 
 def check_run_config(config: Any) -> EmbedRLConfig:
-    """Check a whole run configuration (DictConfig) and return its section `embedrl`.
-
-    Raises:
-        ConfigError: the first rule that does not hold, with the value found.
-    """
+    """Check a whole run configuration (DictConfig) and return its section `embedrl`."""
     embedrl, media, batch = load_embedrl_config(config), MediaConfig.from_config(config.data), BatchPlan.of(config)
     for rules in (
         _mode_rules(config, batch, media.pairs_together),
@@ -277,9 +273,6 @@ def check_files(config: Any) -> None:
             problems.append(f"{key}: vLLM reads [, ], * and ? in a model's path as a pattern; rename it: {value}")
         elif not is_hub_id and "://" not in value and not Path(value).expanduser().is_dir():
             problems.append(f"{key}: no such folder: {value}")
-    function = str(config.reward.custom_reward_function.path)
-    if not function.startswith("pkg://") and not Path(function.removeprefix("file://")).is_file():
-        problems.append(f"reward.custom_reward_function.path: no such file: {function}")
     if problems:
         raise ConfigError("; ".join(problems))
 

@@ -150,6 +150,11 @@ class EmbedderTrainConfig(Section):
     max_anchor_drop: Fraction
     seed: Natural
 
+    def loss_options(self) -> dict[str, Any]:
+        """What the contrastive loss takes of this section."""
+        names = ("temperature", "symmetric", "matryoshka_dims")
+        return {name: getattr(self, name) for name in names}
+
     def rules(self) -> list[Rule]:
         return [
             ("lora_alpha", self.lora_alpha > 0 or not self.lora_rank, "positive with a lora_rank"),

@@ -12,8 +12,7 @@ from typing import Any
 from embedrl_verl.convert.media_store import MediaCounts
 from embedrl_verl.convert.plan import Plan
 from embedrl_verl.convert.sampling import preset
-from embedrl_verl.data.cards import FORMAT
-from embedrl_verl.data.files import part_name
+from embedrl_verl.data.files import FORMAT, part_name
 
 CARD_TEXT_FILE = "data_card.md"
 CAUSES_SHOWN, MAX_CAUSES = 20, 1000

@@ -51,11 +51,7 @@ class Reference:
     key: str = ""
 
     def look_up(self, row: Mapping[str, Any]) -> Any:
-        """The value in a row.
-
-        Raises:
-            RowError: the column, or a step into it, does not exist.
-        """
+        """The value in a row."""
         if self.template:
             parts = string.Formatter().parse(self.template)
             return "".join(text + (_as_words(row, name) if name else "") for text, name, _, _ in parts)
@@ -93,11 +89,7 @@ class ColumnMap:
 
 
 def load_column_map(path: str | None, columns: Sequence[str] = (), values: Sequence[str] = ()) -> ColumnMap | None:
-    """The map of a YAML file, with KEY=COLUMN and KEY=TEXT of the command line over it; None if nothing is given.
-
-    Raises:
-        ConfigError: the file cannot be read, an unknown key, or a value that is no reference.
-    """
+    """The map of a YAML file, with KEY=COLUMN and KEY=TEXT of the command line over it; None if nothing is given."""
     plain: dict[str, Any] = {}
     if path is not None:
         try:
@@ -135,11 +127,7 @@ def column_map(plain: Mapping[str, Any], where: str) -> ColumnMap:
 
 
 def follow(row: Mapping[str, Any], path: str) -> Any:
-    """The value at a path such as `conversations[1].value`; a column of that very name wins; null stays null.
-
-    Raises:
-        RowError: a step does not exist.
-    """
+    """The value at a path such as `conversations[1].value`; a column of that very name wins; null stays null."""
     if path in row:
         return row[path]
     value: Any = row
@@ -160,14 +148,7 @@ def follow(row: Mapping[str, Any], path: str) -> Any:
 
 
 def item_of(values: Mapping[str, Any], name: Callable[[str], str], side: str) -> Item:
-    """A side from raw values by field.
-
-    Args:
-        name: field -> column, for messages.
-
-    Raises:
-        RowError: naming the column.
-    """
+    """A side from raw values by field."""
     images, video, kind = values.get("images"), values.get("video"), values.get("kind")
     try:
         return Item(

@@ -107,14 +107,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, converter: Converter, command: Sequence[str]) -> int:
-    """Convert with parsed options and print what came out. Returns the exit code.
-
-    Args:
-        command: what a user runs to go on after a crash.
-
-    Raises:
-        EmbedRLError: see `run_conversion`.
-    """
+    """Convert with parsed options and print what came out. Returns the exit code."""
     options = JobOptions(
         out=arguments.out,
         media_root=arguments.media_root,

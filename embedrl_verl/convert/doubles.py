@@ -20,10 +20,6 @@ def find_doubles(
     """Part -> number of a record in it -> why it is rejected. The first record of an id, in order of the parts, stays.
 
     Ids are compared by 64-bit hashes, and those that agree as texts. The search ends when more than `limit` are found.
-
-    Args:
-        units: by index, for the names of files.
-        sizes: records of each part, by index.
     """
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     hashes = np.concatenate([np.load(job.file(index, ".ids.npy")) for index in range(len(sizes))] or [np.zeros(0)])

@@ -122,11 +122,7 @@ class GenericConverter:
 
 
 def make_generic(arguments: argparse.Namespace) -> GenericConverter:
-    """From the options of `add_generic_options`.
-
-    Raises:
-        ConfigError: an unreadable or wrong column map, or one source said twice.
-    """
+    """From the options of `add_generic_options`."""
     columns = load_column_map(arguments.columns, arguments.column, arguments.value)
     in_map = columns is not None and "data_source" in columns.record
     if in_map and arguments.source:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from embedrl_verl.convert.converter import InputRoot
-from embedrl_verl.data.disk import sha256_of
+from embedrl_verl.data.files import sha256_of
 from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
 HUB_ID = re.compile(r"(?:hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -199,11 +199,6 @@ def open_root(location: str, without: str | Path | None = None) -> Root:
 
     Args:
         without: folder that is being written; its files are no input.
-
-    Raises:
-        DataError: neither an existing path nor a hub id.
-        ConfigError: a hub id, and `huggingface_hub` is not installed.
-        ResourceError: the hub cannot be reached, or does not show the repository.
     """
     if Path(location).expanduser().exists():
         return LocalRoot(location, without)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 
-from embedrl_verl.convert.names import MMEB_SOURCES
+from embedrl_verl.convert.sources import MMEB_SOURCES
 
 QUESTION = "Represent the given image with the following question:"
 CLASSIFY = "Represent the given image for classification"

@@ -42,17 +42,17 @@ from embedrl_verl.convert.parts import PartJob, convert_part, rejected_entry
 from embedrl_verl.convert.plan import PLAN_FILE, Plan, Unit, build_facts, make_plan
 from embedrl_verl.convert.restart import check_media_folder, earlier_conversion, remove_earlier
 from embedrl_verl.convert.sampling import Sampling
-from embedrl_verl.data.cards import read_object
-from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import (
     CARD_FILE,
     MEDIA_FOLDER,
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    disk_errors,
     only_writer,
     part_name,
     publish,
+    read_object,
     temporary_name,
     write_atomically,
     write_json,

@@ -35,8 +35,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from embedrl_verl.convert.converter import RowError
-from embedrl_verl.data.disk import sha256_of
-from embedrl_verl.data.files import MEDIA_FOLDER, temporary_name
+from embedrl_verl.data.files import MEDIA_FOLDER, sha256_of, temporary_name
 from embedrl_verl.data.media import (
     IMAGE_FORMATS,
     MAX_ASPECT,
@@ -90,9 +89,6 @@ class MediaStore:
         place, verify: see the module.
         media_root: folder that the converter's paths are relative to; None if there is none.
         folder: the data set folder.
-
-    Raises:
-        ConfigError: unknown mode.
     """
 
     def __init__(self, place: str, verify: str, media_root: str | Path | None, folder: str | Path) -> None:
@@ -107,12 +103,7 @@ class MediaStore:
         self._written: list[Path] = []
 
     def put(self, record: PairRecord, counts: MediaCounts) -> PairRecord:
-        """The record with its media where they belong. All are checked before the first is written; `counts` grows.
-
-        Raises:
-            RowError: naming the field of a medium that cannot be used.
-            OSError: a file cannot be written.
-        """
+        """The record with its media where they belong. All are checked before the first is written; `counts` grows."""
         items = (record.query, record.target, *record.negatives)
         if not any(item.images or item.video for item in items):
             return record

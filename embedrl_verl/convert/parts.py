@@ -21,8 +21,7 @@ from embedrl_verl.convert.inputs import Root
 from embedrl_verl.convert.media_store import MediaCounts, MediaStore
 from embedrl_verl.convert.plan import Unit
 from embedrl_verl.convert.rows import is_jsonl, read_rows
-from embedrl_verl.data.disk import sha256_of
-from embedrl_verl.data.files import part_name, publish, temporary_name, write_json
+from embedrl_verl.data.files import part_name, publish, sha256_of, temporary_name, write_json
 from embedrl_verl.data.schema import Item, PairRecord, input_kind
 from embedrl_verl.data.writer import PairWriter
 from embedrl_verl.errors import DataError, EmbedRLError, ResourceError
@@ -181,11 +180,7 @@ class _Part:
 
 
 def check_record(record: PairRecord, source: str) -> None:
-    """Types and Unicode of all texts, and the data source: what a data class does not check by itself.
-
-    Raises:
-        RowError: naming the field.
-    """
+    """Types and Unicode of all texts, and the data source: what a data class does not check by itself."""
     for name in ("pair_id", "data_source", "instruction", "query_id", "target_id"):
         _check_text(getattr(record, name), name)
     if source and record.data_source != source:

@@ -101,12 +101,7 @@ class Plan:
 
 
 def make_plan(root: Root, converter: Converter, sampling: Sampling, shard_rows: int) -> Plan:
-    """Ask the converter for its shards, count their rows and draw the sample.
-
-    Raises:
-        ConfigError: `shard_rows` is not positive, or a cap names a source that the input does not have.
-        DataError: the input has none of the expected files.
-    """
+    """Ask the converter for its shards, count their rows and draw the sample."""
     if shard_rows < 1:
         raise ConfigError(f"a part must have at least 1 row; got {shard_rows}")
     named = converter.shards(root)

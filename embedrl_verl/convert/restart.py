@@ -15,18 +15,19 @@ from typing import Any
 
 from embedrl_verl.convert.card import CARD_TEXT_FILE
 from embedrl_verl.convert.plan import PLAN_FILE
-from embedrl_verl.data.cards import FORMAT, read_object
-from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import (
     CARD_FILE,
     COMMAND_FILE,
+    FORMAT,
     LOCK_FILE,
     MEDIA_FOLDER,
     PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    disk_errors,
     only_writer,
+    read_object,
     write_json,
 )
 from embedrl_verl.errors import ConfigError
@@ -87,11 +88,7 @@ def earlier_conversion(out: Path) -> Earlier | None:
 
 
 def check_media_folder(out: Path, place: str, earlier: Earlier | None) -> None:
-    """Keep `--media files` out of a `media/` with files that no conversion stored.
-
-    Raises:
-        ConfigError: there is one.
-    """
+    """Keep `--media files` out of a `media/` with files that no conversion stored."""
     media = out / MEDIA_FOLDER
     if place != "files" or (earlier is not None and earlier.stored_media) or not media.exists():
         return
@@ -133,11 +130,7 @@ def remove_earlier(out: Path, earlier: Earlier, needed: Iterable[Path], command:
 
 
 def _check_removal(out: Path, earlier: Earlier, needed: Iterable[Path]) -> None:
-    """Whether the removal of an earlier conversion takes nothing else with it.
-
-    Raises:
-        ConfigError: see `remove_earlier`.
-    """
+    """Whether the removal of an earlier conversion takes nothing else with it."""
     going = {path.resolve() for path in (*earlier.paths(out), out / WORK_FOLDER)}
     for path in needed:
         full = path.expanduser().resolve()

@@ -62,12 +62,7 @@ def is_jsonl(name: str) -> bool:
 
 
 def survey(root: Root, name: str) -> FileSurvey:
-    """Count the rows of a file.
-
-    Raises:
-        DataError: the name has none of the known endings.
-        ResourceError: a remote file cannot be read.
-    """
+    """Count the rows of a file."""
     try:
         if is_jsonl(name):
             return _survey_lines(root, name)
@@ -90,9 +85,6 @@ def read_rows(root: Root, name: str, wanted: Rows, anchor: tuple[int, int] = (0,
 
     Args:
         anchor: `FileSurvey.anchor` of the first wanted row.
-
-    Raises:
-        ResourceError: a remote file cannot be read.
     """
     if len(wanted) == 0:
         return

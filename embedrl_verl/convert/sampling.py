@@ -139,11 +139,7 @@ def presets() -> dict[str, Preset]:
 
 
 def preset(name: str) -> Preset:
-    """A published table by name.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
+    """A published table by name."""
     if name not in presets():
         raise ConfigError(f"unknown preset {name!r}; known are {', '.join(presets())}")
     return presets()[name]
@@ -154,9 +150,6 @@ def sampling_from_options(
 ) -> Sampling:
     """Sampling as told on the command line: `--cap 50000`, `--cap SOURCE=1000`, `--preset NAME`; a cap wins over the
     preset's.
-
-    Raises:
-        ConfigError: unknown preset, or a cap that is no positive number.
     """
     by_source = preset(preset_name).caps if preset_name else {}
     default: int | None = None

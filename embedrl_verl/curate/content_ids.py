@@ -103,9 +103,6 @@ def write_part(task: IdTask) -> Entry:
     Returns:
         rows (read), written, sources (counts by data source, see `SourceIds`), rejected (lines of `rejected.jsonl`) and
         near (an entry for each medium that has near duplicates: pair_id, group, medium, sha256).
-
-    Raises:
-        DataError: the file cannot be read.
     """
     notes = _Notes()
     namer = _Namer(task)
@@ -240,11 +237,7 @@ def _texts(batch: pa.RecordBatch, side: Side) -> Callable[[int], list[str]]:
 
 
 def side_media(items: pa.StructArray, side: Side) -> list[list[tuple[str, Media]]]:
-    """The media of each item with the names of their fields ("target.images[0]"), images before frames.
-
-    Args:
-        items: good rows of the column `side`.
-    """
+    """The media of each item with the names of their fields ("target.images[0]"), images before frames."""
     found: list[list[tuple[str, Media]]] = [[] for _ in range(len(items))]
     _, images, video, *_ = items.flatten()
     frames, path, _ = video.flatten()

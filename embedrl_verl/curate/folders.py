@@ -5,30 +5,33 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from embedrl_verl import __version__
-from embedrl_verl.convert.card import count_causes, difference
+from embedrl_verl.convert.card import CARD_TEXT_FILE, count_causes, difference
+from embedrl_verl.curate.jobs import Entry, rejected_in
 from embedrl_verl.curate.records import remove_temporary_files
-from embedrl_verl.data.cards import FORMAT, known_hash, licences_of, read_object
 from embedrl_verl.data.files import (
     CARD_FILE,
+    FORMAT,
     PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    known_hash,
+    licences_of,
     only_writer,
     publish,
+    read_object,
     temporary_name,
     write_atomically,
     write_json,
 )
 from embedrl_verl.errors import ConfigError, DataError
 
-CARD_TEXT_FILE = "data_card.md"
 STATE_FILE = "state.json"
 CAUSES_SHOWN = 20
 
@@ -94,7 +97,7 @@ def finish(
 
     Args:
         name: what the data set is, for people.
-        parts: of `embedrl_verl.data.cards.part_facts`, in order.
+        parts: of `embedrl_verl.data.files.part_facts`, in order.
         by_source: pairs of each data source.
         media_root: absolute; None if no record has a path.
         rejected: `rejected.jsonl`.
@@ -145,17 +148,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def stop_if_bad(rejected: Sequence[Mapping[str, Any]], rows: int, max_bad_share: float, file: Path) -> None:
-    """Raise when too many rows cannot be used.
-
-    Args:
-        rejected: lines for `rejected.jsonl`.
-        rows: of the input.
-        max_bad_share: of them that may be rejected.
-        file: `rejected.jsonl`; it is written before the error is raised.
-
-    Raises:
-        DataError: the message has the causes.
-    """
+    """Raise when too many rows cannot be used; `rejected.jsonl` is written before."""
     if len(rejected) <= max_bad_share * rows:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +160,19 @@ def stop_if_bad(rejected: Sequence[Mapping[str, Any]], rows: int, max_bad_share:
         + f"\n{file} has all that were found. Mend the input and write a new folder, or run the same command with a "
         "higher --max-bad-share to leave them out"
     )
+
+
+def bad_rows_watch(journal: Path, rows: int, max_bad_share: float, file: Path) -> Callable[[Entry], None]:
+    """Calls `stop_if_bad` as soon as the entries that `run_tasks` shows it have too many."""
+    bad = 0
+
+    def count(entry: Entry) -> None:
+        nonlocal bad
+        bad += len(entry["rejected"])
+        if bad > max_bad_share * rows:
+            stop_if_bad(rejected_in(journal), rows, max_bad_share, file)
+
+    return count
 
 
 def _card_text(card: Mapping[str, Any]) -> str:

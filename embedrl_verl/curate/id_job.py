@@ -8,30 +8,26 @@ target image looks; then the groups are formed; then the parts are written.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from embedrl_verl.curate.content_ids import IdTask, is_wanted, side_media, write_part
-from embedrl_verl.curate.folders import build_facts, finish, stop_if_bad, work_in, write_lines
+from embedrl_verl.curate.folders import bad_rows_watch, build_facts, finish, work_in, write_lines
 from embedrl_verl.curate.id_report import IdReport, make_report, write_near_duplicates
-from embedrl_verl.curate.jobs import Entry, default_workers, read_entry, run_tasks
+from embedrl_verl.curate.jobs import ROWS_PER_PART, Entry, read_entry, rejected_in, run_tasks, worker_count
 from embedrl_verl.curate.media_paths import merged_root
 from embedrl_verl.curate.near_duplicates import Likeness, Looks, LookWriter, Representatives, near_groups
 from embedrl_verl.curate.records import span_batches, spans
 from embedrl_verl.curate.validity import bad_rows
-from embedrl_verl.data.cards import part_facts
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import REJECTED_FILE, pair_files, part_name, write_json
+from embedrl_verl.data.files import REJECTED_FILE, disk_errors, pair_files, part_facts, part_name, write_json
 from embedrl_verl.data.identity import media_digest
 from embedrl_verl.data.media import load_image
-from embedrl_verl.errors import ConfigError, MediaError
+from embedrl_verl.errors import MediaError
 
-ROWS_PER_PART = 50_000
 REPORT_FILE = "content_ids.json"
 
 
@@ -97,17 +93,7 @@ def fill_content_ids(
         "rows_per_part": rows_per_part,
     }
     build = build_facts("embedrl data content-ids", facts, files)
-    processes = default_workers() if workers is None else workers
-    if processes < 1:
-        raise ConfigError(f"workers must be at least 1; got {workers}")
-    bad = 0
-
-    def count_bad(entry: Entry) -> None:
-        nonlocal bad
-        bad += len(entry["rejected"])
-        if bad > max_bad_share * total:
-            stop_if_bad(list(_rejected(journal)), total, max_bad_share, out / REJECTED_FILE)
-
+    processes = worker_count(workers)
     with disk_errors(out), work_in(out, build, files, command) as work:
         if work is None:
             return IdReport.load(out / REPORT_FILE)
@@ -124,8 +110,9 @@ def fill_content_ids(
         if settings.near:
             tasks = _look(tasks, settings.near, work, processes)
         journal = work / "parts"
-        entries = run_tasks(write_part, tasks, journal, workers=processes, label="content ids", watch=count_bad)
-        write_lines(out / REJECTED_FILE, _rejected(journal))
+        watch = bad_rows_watch(journal, total, max_bad_share, out / REJECTED_FILE)
+        entries = run_tasks(write_part, tasks, journal, workers=processes, label="content ids", watch=watch)
+        write_lines(out / REJECTED_FILE, rejected_in(journal))
         if settings.near:
             write_near_duplicates(out, [task.part for task in tasks], entries)
         report = make_report([task.part for task in tasks], entries)
@@ -182,8 +169,3 @@ def _look(tasks: Sequence[IdTask], likeness: Likeness, work: Path, workers: int)
         Representatives.of_groups(known, near_groups(known, likeness)).save(saved)
     unreadable = [tuple(map(tuple, read_entry(file)["unreadable"])) for file in entries]
     return [replace(task, representatives=saved, unreadable=rows) for task, rows in zip(tasks, unreadable, strict=True)]
-
-
-def _rejected(journal: Path) -> Iterator[dict[str, Any]]:
-    for file in sorted(journal.glob("*.json")):
-        yield from read_entry(file)["rejected"]

@@ -21,17 +21,22 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from embedrl_verl.data import pool
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import write_json
+from embedrl_verl.data.files import disk_errors, write_json
+from embedrl_verl.errors import ConfigError
 
 Entry = dict[str, Any]
 Task = TypeVar("Task")
 logger = logging.getLogger(__name__)
+ROWS_PER_PART = 50_000
 
 
-def default_workers() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def worker_count(workers: int | None) -> int:
+    """Worker processes; None: the CPUs that this process may use."""
+    if workers is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1; got {workers}")
+    return workers
 
 
 def run_tasks(
@@ -83,6 +88,11 @@ def read_entry(file: Path) -> Entry:
     """An entry of the journal."""
     entry: Entry = json.loads(file.read_bytes())
     return entry
+
+
+def rejected_in(journal: Path) -> list[dict[str, Any]]:
+    """The lines for `rejected.jsonl` of all entries, in the order of the tasks."""
+    return [line for file in sorted(journal.glob("*.json")) for line in read_entry(file)["rejected"]]
 
 
 def _run_one(function: Callable[[Task], Entry], task: tuple[Path, Task]) -> Path:

@@ -26,9 +26,6 @@ def merged_root(files: Sequence[Path], media_root: str | None) -> tuple[str | No
     Args:
         files: parquet files; the data card beside a file tells its root.
         media_root: the root of all files, instead.
-
-    Raises:
-        ConfigError: the roots share no folder but that of the whole disk.
     """
     if media_root is not None:
         return os.path.abspath(media_root), dict.fromkeys(files, "")

@@ -47,9 +47,6 @@ class Likeness:
     Attributes:
         max_bits: of 256 in which the hashes may differ, 0..64.
         max_difference: of grey values (0..255) of the small pictures, at the place where they differ most.
-
-    Raises:
-        ConfigError: a value out of range.
     """
 
     max_bits: int = MAX_BITS

@@ -58,11 +58,7 @@ class Span:
 
 @contextmanager
 def open_pairs(path: str | Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file of pair records; errors of reading it inside the block become data errors.
-
-    Raises:
-        DataError: the file cannot be read, a column is missing or has another type; names the file.
-    """
+    """A parquet file of pair records; errors of reading it inside the block become data errors."""
     try:
         with opened(path) as file:
             check_schema(file.schema_arrow, path)
@@ -72,11 +68,7 @@ def open_pairs(path: str | Path) -> Iterator[pq.ParquetFile]:
 
 
 def spans(files: Sequence[Path], rows_per_span: int) -> list[Span]:
-    """Cut files into spans of about `rows_per_span` rows, at borders of row groups. Reads the files' footers only.
-
-    Raises:
-        DataError: as `open_pairs`.
-    """
+    """Cut files into spans of about `rows_per_span` rows, at borders of row groups. Reads the files' footers only."""
     found: list[Span] = []
     for path in files:
         with open_pairs(path) as file:
@@ -98,9 +90,6 @@ def span_batches(span: Span, columns: Sequence[str] | None = None) -> Iterator[t
     Args:
         columns: names of columns to read, in `SCHEMA`; None reads them all. Missing optional columns and struct fields
             come out as null; a file's columns that are not in `SCHEMA` are not read.
-
-    Raises:
-        DataError: as `open_pairs`.
     """
     schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
     row = span.start
@@ -123,15 +112,7 @@ def batches(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[
 def chosen_batches(
     path: str | Path, numbers: npt.NDArray[np.int64], columns: Sequence[str] | None = None
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
-    """Batches of some rows of a file with the numbers of these rows; row groups without any of them are not read.
-
-    Args:
-        path, columns: as in `span_batches`.
-        numbers: rows from 0, ascending.
-
-    Raises:
-        DataError: as `open_pairs`.
-    """
+    """Batches of some rows of a file (`numbers`, ascending) with their numbers; other row groups are not read."""
     with open_pairs(path) as file:
         sizes = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
     borders = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -180,13 +161,7 @@ def with_values(lists: pa.Array, values: pa.Array, kind: pa.DataType) -> pa.List
 
 
 def set_field(batch: pa.RecordBatch, name: str, values: pa.Array | Sequence[object]) -> pa.RecordBatch:
-    """The batch with one column, or one field of a struct column, replaced.
-
-    Args:
-        batch: in `SCHEMA`.
-        name: "target_id", "query.tcot", ...
-        values: one for each row.
-    """
+    """The batch with one column, or one field of a struct column ("query.tcot"), replaced."""
     column, _, field = name.partition(".")
     index = batch.schema.get_field_index(column)
     kind = batch.schema.field(index).type
@@ -222,10 +197,6 @@ class PartWriter:
     """Writes a parquet file of pair records from batches; it gets its name only when it is complete and on the disk.
 
     Row groups are bounded in rows and in bytes. The file depends on nothing but the batches and their borders.
-
-    Args:
-        path: file to write; its folder must exist.
-        schema: of the file.
 
     Attributes:
         rows: written so far.

@@ -24,8 +24,9 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
+from string import Template
 from typing import Any
 
 import yaml
@@ -40,7 +41,6 @@ from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.tcot.harmless import break_control, break_tags
-from embedrl_verl.tcot.styles import fill
 
 STYLES = ("paper", "compact")
 ERRAND = "relevance"
@@ -49,7 +49,7 @@ NO_WORD = "names neither word, or both"
 
 @dataclass(frozen=True)
 class RelevanceStyle:
-    """A checked style; see the module for its fields."""
+    """A style; see the module for its fields."""
 
     style: str
     shows: str
@@ -63,9 +63,10 @@ class RelevanceStyle:
 
     def prompt(self, instruction: str, query_tcot: str, target_tcot: str) -> str:
         """The question about two T-CoTs. They, and the instruction, are put in as data."""
-        wish = fill(self.instruction, value=self._harmless(instruction)) if instruction.strip() else ""
+        wish = Template(self.instruction).substitute(value=self._harmless(instruction)) if instruction.strip() else ""
         values = {"query": self._shown(query_tcot), "target": self._shown(target_tcot), "instruction": wish}
-        return self.join.join(block for layout in self.layout if (block := fill(layout, **values)).strip())
+        blocks = [Template(layout).substitute(values) for layout in self.layout]
+        return self.join.join(block for block in blocks if block.strip())
 
     def _shown(self, tcot: str) -> str:
         return self._harmless(parse_tcot(tcot).answer if self.shows == "answer" else tcot)
@@ -77,53 +78,12 @@ class RelevanceStyle:
 
 @functools.cache
 def load_relevance_style(name: str) -> RelevanceStyle:
-    """A style that ships with the package.
-
-    Raises:
-        ConfigError: an unknown name, or a malformed file.
-    """
+    """A style that ships with the package."""
     if name not in STYLES:
         raise ConfigError(f"the relevance judge's style must be one of {', '.join(STYLES)}; got {name!r}")
-    return parse_relevance_style(_template(name), source=f"relevance_{name}.yaml")
-
-
-def parse_relevance_style(text: str, *, source: str) -> RelevanceStyle:
-    """Read and check a style.
-
-    Raises:
-        ConfigError: not YAML, a key missing, unknown or of the wrong type, a text that is not shown, or words that
-            cannot be told apart; the message names `source`.
-    """
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"template {source}: not YAML: {error}") from error
-    names = [field.name for field in fields(RelevanceStyle)]
-    if not isinstance(raw, dict) or set(raw) != set(names):
-        raise ConfigError(f"template {source} must have exactly the keys {', '.join(names)}; got {raw!r:.200}")
-    for name in names:
-        wanted = {"one_line": bool, "delimiters": list, "layout": list}.get(name, str)
-        entries = raw[name] if wanted is list and isinstance(raw[name], list) else []
-        if not isinstance(raw[name], wanted) or not all(isinstance(entry, str) for entry in entries):
-            kind = "a list of strings" if wanted is list else wanted.__name__
-            raise ConfigError(f"template {source}: {name} must be {kind}; got {raw[name]!r}")
-    style = RelevanceStyle(**{**raw, "delimiters": tuple(raw["delimiters"]), "layout": tuple(raw["layout"])})
-    if style.shows not in ("text", "answer"):
-        raise ConfigError(f"template {source}: shows must be text or answer; got {style.shows!r}")
-    words = [re.fullmatch(r"\w+", word) and word.casefold() for word in (style.yes_word, style.no_word)]
-    if not all(words) or words[0] == words[1]:
-        raise ConfigError(
-            f"template {source}: yes_word and no_word must be two different words; "
-            f"got {style.yes_word!r}, {style.no_word!r}"
-        )
-    try:
-        shown = style.prompt("(task)", *("<answer>(query)</answer>", "<answer>(target)</answer>"))
-    except ConfigError as error:
-        raise ConfigError(f"template {source}: {error}") from error
-    for part in ("(query)", "(target)"):
-        if part not in shown:
-            raise ConfigError(f"template {source}: the layout must show ${part.strip('()')}")
-    return style
+    values = yaml.safe_load(_template(name))
+    lists = {key: tuple(values[key]) for key in ("delimiters", "layout")}
+    return RelevanceStyle(**{**values, **lists})
 
 
 def read_verdict(text: str, style: RelevanceStyle) -> Verdict:
@@ -145,9 +105,6 @@ class RelevanceSettings:
         temperature, max_tokens: of the reply.
         constrained: have the server decode one of the two words, where it is vLLM.
         seed: of the draws.
-
-    Raises:
-        ConfigError: a value that cannot work.
     """
 
     style: str = "paper"

@@ -92,11 +92,7 @@ class Roster:
 
 
 def read_roster(files: Sequence[Path]) -> Roster:
-    """Read the roster of files: four columns of them.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """Read the roster of files: four columns of them."""
     codes: dict[str, int] = {}
     starts, pairs, sources, contents, queries, texts = [0], [], [], [], [], []
     for file in files:
@@ -131,10 +127,6 @@ def read_verdicts(roster: Roster, path: Path) -> None:
     """Fill in the verdicts of a parquet file (columns pair_id and verdict, one row a pair, in any order).
 
     A pair of the data without a verdict is checked: if it is no record, it is rejected, and needs no verdict.
-
-    Raises:
-        DataError: the file is none of verdicts; a good pair has no verdict, a verdict has no pair, or a pair has two
-            verdicts; the message names them.
     """
     order = np.argsort(roster.pair, kind="stable")
     order = order[roster.good[order]]

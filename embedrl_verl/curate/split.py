@@ -132,9 +132,6 @@ def decide(roster: Roster, settings: SplitSettings, *, judged: bool) -> tuple[Fa
 
     Args:
         judged: the roster has verdicts; without, every pair counts as a match.
-
-    Raises:
-        DataError: a named source is missing or has too few candidates; target ids are needed and missing.
     """
     good = roster.good
     match = (roster.verdict == VERDICTS.index("match")) if judged else good.copy()

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from embedrl_verl.curate.content_ids import rejection
 from embedrl_verl.curate.folders import (
+    bad_rows_watch,
     build_facts,
     finish,
     read_lines,
@@ -29,7 +30,7 @@ from embedrl_verl.curate.folders import (
     work_in,
     write_lines,
 )
-from embedrl_verl.curate.jobs import Entry, default_workers, read_entry, run_tasks
+from embedrl_verl.curate.jobs import ROWS_PER_PART, Entry, read_entry, rejected_in, run_tasks, worker_count
 from embedrl_verl.curate.media_paths import merged_root, with_prefix
 from embedrl_verl.curate.records import PartWriter, batches, chosen_batches
 from embedrl_verl.curate.roster import NO_VERDICT, Index, Roster, read_roster, read_verdicts
@@ -37,12 +38,19 @@ from embedrl_verl.curate.split import BOTH, CONTRASTIVE, FATES, REJECTED, RL, Fa
 from embedrl_verl.curate.split_settings import SplitSettings
 from embedrl_verl.curate.validity import bad_rows
 from embedrl_verl.curate.verdict_file import VERDICTS
-from embedrl_verl.data.cards import part_facts
-from embedrl_verl.data.disk import disk_errors, sha256_of
-from embedrl_verl.data.files import REJECTED_FILE, pair_files, part_name, publish, temporary_name, write_json
+from embedrl_verl.data.files import (
+    REJECTED_FILE,
+    disk_errors,
+    pair_files,
+    part_facts,
+    part_name,
+    publish,
+    sha256_of,
+    temporary_name,
+    write_json,
+)
 from embedrl_verl.errors import ConfigError
 
-ROWS_PER_PART = 50_000
 REPORT_FILE = "split.json"
 FATES_FILE = "split.parquet"
 FATES_SCHEMA = pa.schema([(name, pa.string()) for name in ("pair_id", "data_source", "verdict", "fate")])
@@ -91,9 +99,7 @@ def split_pairs(
         raise ConfigError(
             f"rl_from {settings.rl_from} needs verdicts; name their file (--verdicts), or draw from all (--rl-from all)"
         )
-    processes = default_workers() if workers is None else workers
-    if processes < 1:
-        raise ConfigError(f"workers must be at least 1; got {workers}")
+    processes = worker_count(workers)
     files = pair_files(paths)
     root, prefixes = merged_root(files, media_root)
     roster = read_roster(files)
@@ -125,9 +131,6 @@ def write_part(task: PartTask) -> Entry:
 
     Returns:
         written, sources (pairs by data source), rejected (lines of `rejected.jsonl`).
-
-    Raises:
-        DataError: a file cannot be read.
     """
     rejected: list[dict[str, Any]] = []
     sources: dict[str, int] = {}
@@ -174,17 +177,10 @@ def _write_set(
 ) -> None:
     total = sum(len(rows) for task in tasks for _, rows, _ in task.rows)
     journal = work / "parts"
-    bad = 0
-
-    def count_bad(entry: Entry) -> None:
-        nonlocal bad
-        bad += len(entry["rejected"])
-        if bad > max_bad_share * total:
-            stop_if_bad(_rejected(journal), total, max_bad_share, folder / REJECTED_FILE)
-
-    files = run_tasks(write_part, tasks, journal, workers=workers, label=name, watch=count_bad)
+    watch = bad_rows_watch(journal, total, max_bad_share, folder / REJECTED_FILE)
+    files = run_tasks(write_part, tasks, journal, workers=workers, label=name, watch=watch)
     entries = [read_entry(file) for file in files]
-    write_lines(folder / REJECTED_FILE, (line for entry in entries for line in entry["rejected"]))
+    write_lines(folder / REJECTED_FILE, rejected_in(journal))
     by_source: dict[str, int] = {}
     for entry in entries:
         for source, count in entry["sources"].items():
@@ -214,10 +210,6 @@ def _take_out(roster: Roster, fates: Fates, report: SplitReport, rejected: Seque
             source.verdicts[VERDICTS[roster.verdict[row]]] -= 1
         fates[row] = REJECTED
     report.rejected = len(rejected)
-
-
-def _rejected(journal: Path) -> list[dict[str, Any]]:
-    return [line for file in sorted(journal.glob("*.json")) for line in read_entry(file)["rejected"]]
 
 
 def _write_fates(path: Path, roster: Roster, fates: Fates) -> None:

@@ -41,9 +41,6 @@ class SplitSettings:
         disjoint_targets: leave out contrastive pairs whose target content is in the RL set: of targets with media,
             of "all" targets, or "off". Short answers ("yes") are in both sets of any source; "all" would lose
             every such pair.
-
-    Raises:
-        ConfigError: a value out of range.
     """
 
     rl_from: RlFrom = "mismatch"

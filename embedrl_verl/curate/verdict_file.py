@@ -24,11 +24,7 @@ ROWS_AT_ONCE = 2048
 
 
 def verdict_batches(path: Path) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """Pair ids and verdicts, in order; the verdicts are as they stand there.
-
-    Raises:
-        DataError: no readable parquet file, or a column is missing.
-    """
+    """Pair ids and verdicts, in order; the verdicts are as they stand there."""
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -52,11 +48,7 @@ def verdict_files_of(files: Iterable[Path]) -> list[Path]:
 
 
 def verdicts_of(paths: Iterable[Path], pair_ids: Collection[str]) -> dict[str, str]:
-    """The verdicts of these pairs; of several files the first that has a pair counts.
-
-    Raises:
-        DataError: as `verdict_batches`.
-    """
+    """The verdicts of these pairs; of several files the first that has a pair counts."""
     wanted, found = pa.array(sorted(pair_ids), pa.string()), dict[str, str]()
     for path in paths:
         for ids, verdicts in verdict_batches(path):

@@ -28,9 +28,15 @@ from embedrl_verl.annotate.runner import journal_path
 from embedrl_verl.annotate.workfolder import WorkFolder
 from embedrl_verl.curate.relevance import RelevanceAsker
 from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, VERDICTS, VERDICTS_FILE
-from embedrl_verl.data.cards import input_facts
-from embedrl_verl.data.disk import disk_errors, sha256_of
-from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, publish, temporary_name
+from embedrl_verl.data.files import (
+    CARD_FILE,
+    REJECTED_FILE,
+    disk_errors,
+    input_facts,
+    publish,
+    sha256_of,
+    temporary_name,
+)
 from embedrl_verl.errors import DataError
 
 NO_TCOT = "no T-CoT"
@@ -66,11 +72,7 @@ class VerdictJob:
         return self.out / VERDICTS_FILE
 
     def run(self, say: Callable[[str], None] = print) -> int:
-        """Do what is left to do. Returns 0, or 3 if a row of the input cannot be used (see rejected.jsonl).
-
-        Raises:
-            ConfigError, DataError, EmbedRLError: as `embedrl_verl.annotate.job.AnnotateJob.run`.
-        """
+        """Do what is left to do. Returns 0, or 3 if a row of the input cannot be used (see rejected.jsonl)."""
         source = ChunkedInput(self.files, self.chunk_rows)
         settings = {
             "command": "data filter",

@@ -24,16 +24,19 @@ from typing import Any, TypeAlias, TypeVar
 from tqdm import tqdm
 
 from embedrl_verl import __version__
-from embedrl_verl.data.cards import FORMAT, known_hash, licences_of, part_facts
-from embedrl_verl.data.disk import disk_errors
 from embedrl_verl.data.files import (
     CARD_FILE,
     CARD_TEXT_FILE,
+    FORMAT,
     PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
     begin_work,
+    disk_errors,
+    known_hash,
+    licences_of,
     only_writer,
+    part_facts,
     part_name,
     publish,
     read_object,

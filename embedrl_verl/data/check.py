@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from tqdm import tqdm
 
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.identity import content_id, false_negative_share
 from embedrl_verl.data.inspection import PairInspector
 from embedrl_verl.data.schema import SIDES, input_kind
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.data.table import LocatedPair, PairTable, Problem
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.errors import ConfigError, DataError, MediaError
@@ -39,7 +39,7 @@ class _Source:
 
 def check_pairs(
     files: Iterable[str],
-    settings: DataSettings,
+    settings: MediaConfig,
     media_root: str | None,
     tokenizer: str | None,
     max_prompt_length: int | None,

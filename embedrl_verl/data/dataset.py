@@ -35,16 +35,17 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from verl.utils.fs import copy_to_local
 
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.identity import ContentId
 from embedrl_verl.data.inspection import Facts, PairInspector, inspect_rows, raise_if_any
 from embedrl_verl.data.lengths import PromptMeter
+from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, Item, Video, input_kind
-from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.data.threads import default_threads
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.families import Family, token_side
+from embedrl_verl.families import Family, resolve_family, token_side
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         processor: Any = None,
         max_samples: int = -1,
     ) -> None:
-        self.settings = DataSettings.from_config(config)
+        self.settings = MediaConfig.from_config(config)
         self.family = resolve_family(self.settings.family, processor)
         _check_token_side(self.family, processor)
         self.media_root = media_root_of(config)
@@ -191,7 +192,8 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         cls, messages: list[dict[str, Any]], image_patch_size: int, config: Any
     ) -> tuple[list[Any] | None, list[Any] | None, None]:
         """For verl's agent loops: (images, videos, audios) of a prompt, fitted to the limits of `data.embedrl`."""
-        limits = DataSettings.from_config(config).limits(2 * image_patch_size)
+        media = MediaConfig.from_config(config)
+        limits = MediaLimits.of(media, 2 * image_patch_size, media.max_frames)
         loop = asyncio.get_running_loop()
         images, videos = await loop.run_in_executor(None, load_prompt_media, messages, limits, media_root_of(config))
         return images, videos, None

@@ -4,11 +4,15 @@
 A data set folder holds `part-00000.parquet` ..., `media/` (its media root, if media were extracted), `data_card.json`
 and `data_card.md`, and `rejected.jsonl`. While a command writes it there is also `_work/` with the state to resume
 from; `data_card.json` is written last, then `_work/` goes.
+
+Files are written whole or not at all, and what a card says of the files beside it a later step need not find out again.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import shlex
@@ -17,8 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
 PART_PATTERN = "part-*.parquet"
 CARD_FILE = "data_card.json"
@@ -28,6 +31,34 @@ MEDIA_FOLDER = "media"
 WORK_FOLDER = "_work"
 COMMAND_FILE = "command.txt"
 LOCK_FILE = "lock"
+FORMAT = "embedrl pair records 1"
+NOT_DECLARED = "not declared"
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def disk_errors(where: str | Path) -> Iterator[None]:
+    """Turn what the system says of a disk that is full or cannot be written into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"{where}: the disk is full; what is finished is kept. Free space, then run the same command again"
+            ) from error
+        raise ResourceError(f"{where}: cannot be written ({error})") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    return digest.hexdigest()
 
 
 def part_name(index: int) -> str:
@@ -75,6 +106,36 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"{path}: must hold a JSON object; write the folder again")
     return found
+
+
+def card_beside(file: Path) -> dict[str, Any]:
+    """The data card of the folder that a file lies in; {} without one."""
+    card = file.parent / CARD_FILE
+    return read_object(card) if card.is_file() else {}
+
+
+def part_facts(path: Path, rows: int) -> dict[str, Any]:
+    """A part's line in the data card."""
+    return {"file": path.name, "records": rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def known_hash(file: Path) -> str | None:
+    """SHA-256 of a part as the card beside it says, if the size agrees."""
+    for part in card_beside(file).get("parts", ()):
+        if part.get("file") == file.name and part.get("bytes") == file.stat().st_size:
+            return str(part["sha256"]) if part.get("sha256") else None
+    return None
+
+
+def input_facts(file: Path) -> dict[str, Any]:
+    """An input file's line in the data card; it is read only if no card beside it knows its hash."""
+    return {"file": file.name, "sha256": known_hash(file) or sha256_of(file)}
+
+
+def licences_of(files: Iterable[Path]) -> str:
+    """What the cards beside the files declare, each licence once."""
+    folders = {file.parent: file for file in files}.values()
+    return "; ".join(dict.fromkeys(str(card_beside(file).get("licence") or NOT_DECLARED) for file in folders))
 
 
 def begin_work(folder: str | Path, command: Sequence[str]) -> Path:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from embedrl_verl.data.disk import sha256_of
+from embedrl_verl.data.files import sha256_of
 from embedrl_verl.data.media import resolve_media_path
 from embedrl_verl.data.schema import Item, Media, PairRecord
 from embedrl_verl.errors import DataError, MediaError

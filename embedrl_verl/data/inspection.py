@@ -25,13 +25,12 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from embedrl_verl import tcot
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import publish, temporary_name
+from embedrl_verl.config.schema import MediaConfig
+from embedrl_verl.data.files import disk_errors, publish, temporary_name
 from embedrl_verl.data.identity import ContentId, content_id, record_digest
-from embedrl_verl.data.media import load_item, resolve_media_path
+from embedrl_verl.data.media import MediaLimits, load_item, resolve_media_path
 from embedrl_verl.data.prompts import frames_of_file, load_prompt_media, prompt_messages
 from embedrl_verl.data.schema import SIDES, PairRecord, Side
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.data.table import LocatedPair, PairTable, cache_folder
 from embedrl_verl.errors import DataError, MediaError
 from embedrl_verl.families import Family, token_side
@@ -65,7 +64,7 @@ class PairFacts:
 class PairInspector:
     """Loads the media of a pair as a rollout would, and counts its prompts when there is a meter."""
 
-    settings: DataSettings
+    settings: MediaConfig
     family: Family
     media_root: str | None
     meter: PromptMeter | None
@@ -90,7 +89,7 @@ class PairInspector:
     def _side(self, record: PairRecord, side: Side) -> tuple[int, int | None]:
         """Frames of a video file, and tokens of the prompt."""
         settings, video = self.settings, record.item(side).video
-        limits = settings.limits(token_side(self.family))
+        limits = MediaLimits.of(settings, token_side(self.family), settings.max_frames)
         file_frames = 0
         if video is not None and video.path is not None:
             file_frames = frames_of_file(video.path, video.fps, limits, self.media_root)

@@ -18,9 +18,8 @@ from verl.utils.tokenizer.chat_template import apply_chat_template
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
 from embedrl_verl.data.prompts import Messages, VideoInput
-from embedrl_verl.data.settings import resolve_family
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import Family
+from embedrl_verl.families import Family, resolve_family
 
 
 class PromptMeter:

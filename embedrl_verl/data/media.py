@@ -22,6 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from embedrl_verl.config.schema import MediaTokens
 from embedrl_verl.data.pixels import decode_rgb, to_rgb
 from embedrl_verl.data.schema import Item, Media, Video
 from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes, check_length, even_indices, list_times, read_video
@@ -86,6 +87,12 @@ class MediaLimits:
                 raise ConfigError(f"{name} tokens must satisfy 1 <= minimum <= maximum; got {low} and {high}")
         if self.max_frames < 1:
             raise ConfigError(f"max_frames must be at least 1; got {self.max_frames}")
+
+    @classmethod
+    def of(cls, section: MediaTokens, token_side: int, max_frames: int) -> MediaLimits:
+        """The limits of a section of the configuration for a model with visual tokens of `token_side` pixels."""
+        image = section.image_min_tokens, section.image_max_tokens
+        return cls(token_side, *image, section.frame_min_tokens, section.frame_max_tokens, max_frames)
 
     def tokens(self, *, is_frame: bool) -> tuple[int, int]:
         """(minimum, maximum) tokens of a frame or of an image."""

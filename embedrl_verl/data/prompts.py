@@ -21,7 +21,7 @@ from embedrl_verl.data.schema import Media, PairRecord, Side, Video, input_kind
 from embedrl_verl.data.video import DEFAULT_FPS, FrameTimes
 from embedrl_verl.errors import MediaError
 from embedrl_verl.families import Family
-from embedrl_verl.tcot.prompts import prompt_text
+from embedrl_verl.tcot.prompts import user_turn
 
 Messages: TypeAlias = list[dict[str, Any]]
 VideoInput: TypeAlias = tuple[torch.Tensor, dict[str, Any]]
@@ -34,8 +34,6 @@ def prompt_messages(
     """The user turn that asks for the T-CoT of one side, as `embedrl_verl.tcot.build_prompt`, with references to media.
 
     Args:
-        record, side: which prompt.
-        family, style, few_shot: choose the template.
         max_frames: frames drawn from a list of frames.
         file_frames: frames that a video *file* yields (it has to be decoded to know).
 
@@ -43,28 +41,14 @@ def prompt_messages(
         Image parts hold {"image": path or bytes}, the video part {"video": list of these, "times": FrameTimes} or
         {"video": path of a file, "fps": float}; both as `load_prompt_media` reads them.
     """
-    item = record.item(side)
-    parts: list[dict[str, Any]] = []
-    num_frames = 0
+    item, num_frames, video = record.item(side), 0, None
     if item.video is not None and item.video.path is not None:
-        num_frames = file_frames
-        parts.append({"type": "video", "video": item.video.path, "fps": item.video.fps or DEFAULT_FPS})
+        num_frames, video = file_frames, {"video": item.video.path, "fps": item.video.fps or DEFAULT_FPS}
     elif item.video is not None:
         frames, times = drawn_frames(item.video, max_frames)
-        num_frames = len(frames)
-        parts.append({"type": "video", "video": list(frames), "times": times})
-    parts += [{"type": "image", "image": media} for media in item.images]
-    text = prompt_text(
-        input_kind(record, side),
-        family=family,
-        instruction=item.instruction,
-        text=item.text,
-        num_images=len(item.images),
-        num_frames=num_frames,
-        few_shot=few_shot,
-        style=style,
-    )
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+        num_frames, video = len(frames), {"video": list(frames), "times": times}
+    kind = input_kind(record, side)
+    return user_turn(kind, item, video, num_frames=num_frames, family=family, style=style, few_shot=few_shot)
 
 
 def load_prompt_media(

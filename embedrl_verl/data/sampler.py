@@ -42,7 +42,7 @@ class PairBatchSampler(Sampler[int]):
 
     Args:
         dataset: prompts in pairs.
-        batch_size: prompts a batch, two a pair.
+        batch_size: prompts a batch, two a pair; `config.rules` has seen that whole runs fill it.
         seed: of every shuffle.
         shuffle: False keeps the order of the data set in every epoch: a source's pairs fill batches in their order, and
             batches come in the order of their last pairs.
@@ -53,17 +53,9 @@ class PairBatchSampler(Sampler[int]):
     def __init__(
         self, dataset: PairedDataset, batch_size: int, seed: int = 0, pairs_together: int = 1, *, shuffle: bool = True
     ) -> None:
-        if batch_size < 2 or batch_size % 2:
-            raise ConfigError(
-                f"the batch counts prompts, two a pair, so it must be even and positive; got {batch_size}"
-            )
         if seed < 0:
             raise ConfigError(f"data.seed must not be negative; got {seed}")
         self._pairs = need = batch_size // 2
-        if pairs_together < 1 or need % pairs_together:
-            raise ConfigError(
-                f"data.embedrl.pairs_together must divide the {need} pairs of a batch; got {pairs_together}"
-            )
         self.shuffle, self.epoch = shuffle, 0
         # What a position is a position in.
         self.identity: dict[str, Any] = {

@@ -19,8 +19,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedrl_verl.data.disk import disk_errors
-from embedrl_verl.data.files import media_root_of, pair_files, publish, read_object, temporary_name, write_json
+from embedrl_verl.data.files import (
+    disk_errors,
+    media_root_of,
+    pair_files,
+    publish,
+    read_object,
+    temporary_name,
+    write_json,
+)
 from embedrl_verl.data.parquet import SCHEMA, opened, read_batches, record_or_error
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.errors import DataError

@@ -40,6 +40,10 @@ def budget_batches(
     return batches
 
 
+NOT_FINITE = "the Embedder gave a vector that is not finite or has no direction"
+"""Why a row failed that has been embedded, whoever embeds."""
+
+
 class MicroBatch(NamedTuple):
     """One forward pass of a rank over `rows` of its batch; not `real`: only keeps this rank in step with the others."""
 
@@ -134,3 +138,17 @@ def unit(pooled: torch.Tensor) -> torch.Tensor:
 def failed_rows(vectors: torch.Tensor) -> list[int]:
     """Indices of the rows (of (B, D)) that are not finite."""
     return (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+
+
+class Embedded(NamedTuple):
+    """Vectors of N rows. `failures`: position of each failed row -> reason."""
+
+    vectors: torch.Tensor  # float32 (N, D) on the CPU, in the order asked for; length 1, or NaN where the row failed
+    failures: dict[int, str]
+
+    @classmethod
+    def of(cls, vectors: torch.Tensor) -> Embedded:
+        """Of unit vectors: a row that is not finite throughout becomes NaN and a failure."""
+        failed = failed_rows(vectors)
+        vectors[failed] = torch.nan
+        return cls(vectors, dict.fromkeys(failed, NOT_FINITE))

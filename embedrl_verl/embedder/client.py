@@ -7,9 +7,8 @@ finite vector is reported with its reason and is NaN, never zeros.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import torch
@@ -19,26 +18,14 @@ from transfer_queue import KVBatchMeta
 from verl.single_controller.ray import RayWorkerGroup
 from verl.utils import tensordict_utils as tu
 
+from embedrl_verl.embedder.batching import Embedded
 from embedrl_verl.embedder.engine import INFERENCE, ROW_FIELDS, rows_of, tensordict_of
 from embedrl_verl.embedder.processor import Encoded
-from embedrl_verl.embedder.two_pass import GRADIENT
+from embedrl_verl.embedder.streaming import read_vectors
+from embedrl_verl.embedder.two_pass import GRADIENT, after_update
 from embedrl_verl.embedder.worker import USE_AVERAGE
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.platforms.training_worker import rebuild_position_ids
-
-NOT_FINITE = "the Embedder gave a vector that is not finite"
-
-
-class EmbeddedRows(NamedTuple):
-    """Result of the client.
-
-    Attributes:
-        vectors: float32 (N, D) on the CPU, in the order asked for; length 1, or NaN where the row failed.
-        failures: position of each failed row -> reason.
-    """
-
-    vectors: torch.Tensor
-    failures: dict[int, str]
 
 
 class EmbedderClient:
@@ -47,12 +34,8 @@ class EmbedderClient:
     def __init__(self, group: RayWorkerGroup) -> None:
         self._group = group
 
-    def embed(self, rows: Sequence[Encoded], *, averaged: bool = False) -> EmbeddedRows:
-        """Embed rows held by the driver, with the moving average of the weights if `averaged`.
-
-        Raises:
-            EmbedderError: no rows.
-        """
+    def embed(self, rows: Sequence[Encoded], *, averaged: bool = False) -> Embedded:
+        """Embed rows held by the driver, with the moving average of the weights if `averaged`."""
         if not rows:
             raise EmbedderError("there is nothing to embed: the list of rows is empty")
         ranks = self._group.world_size
@@ -65,9 +48,9 @@ class EmbedderClient:
         received = output["embeddings"]
         vectors = torch.empty(len(rows), received.shape[-1])
         vectors[dealt] = received
-        return _report(vectors)
+        return Embedded.of(vectors)
 
-    def embed_rows(self, keys: Sequence[str], partition_id: str, *, averaged: bool = False) -> EmbeddedRows:
+    def embed_rows(self, keys: Sequence[str], partition_id: str, *, averaged: bool = False) -> Embedded:
         """Embed rows that lie in TransferQueue; their pixels go straight to the workers.
 
         Neighbouring keys should be of similar length (rollouts of one prompt): they are dealt to different ranks.
@@ -82,12 +65,7 @@ class EmbedderClient:
         info = {**INFERENCE, USE_AVERAGE: averaged}
         meta = _queued(_deal(list(keys), ranks), partition_id, ROW_FIELDS, info)
         ray.get(self._group.infer_batch(meta).futures)
-        data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=["embeddings"])
-        if len(data) != len(keys) or "embeddings" not in set(data.keys()):
-            raise EmbedderError(
-                f"asked for {len(keys)} rows of partition {partition_id!r}, got {len(data)} with {sorted(data.keys())}"
-            )
-        return _report(torch.stack(list(data["embeddings"].unbind())))
+        return Embedded.of(read_vectors(keys, partition_id))
 
     def train_rows(self, keys: Sequence[str], gradients: torch.Tensor, partition_id: str) -> dict[str, float]:
         """Pass 2 of a contrastive step over rows of TransferQueue, one optimizer step and one of the schedule.
@@ -95,9 +73,6 @@ class EmbedderClient:
         Args:
             keys: rows with a finite vector, each once.
             gradients: float32 (len(keys), D), d loss / d vector of each row.
-
-        Returns:
-            `grad_norm` before clipping and `lr` of the next update.
         """
         ranks = self._group.world_size
         if len(set(keys)) != len(keys) or len(gradients) != len(keys):
@@ -111,15 +86,7 @@ class EmbedderClient:
         tq.kv_batch_put(keys=list(keys), partition_id=partition_id, fields=fields)
         order = _deal(list(keys), ranks)
         meta = _queued(order, partition_id, (*ROW_FIELDS, GRADIENT), {"update_lr_scheduler": True})
-        output = self._group.train_batch(meta).get()
-        metrics = tu.get(output, "metrics")
-        norm = float(metrics["grad_norm"])
-        if not math.isfinite(norm):
-            raise EmbedderError(
-                f"the norm of the Embedder's gradient must be finite; got {norm}, and verl has left the weights alone. "
-                "Lower embedrl.embedder.train.lr or raise temperature, or compute in float32 (embedrl.embedder.dtype)"
-            )
-        return {"grad_norm": norm, "lr": float(metrics["lr"])}
+        return after_update(tu.get(self._group.train_batch(meta).get(), "metrics"))
 
     def save(self, folder: str, step: int, keep: int | None = None) -> None:
         """Write weights, optimizer, schedule, random state and the average; `keep` = how many of this run's stay."""
@@ -139,9 +106,3 @@ def _queued(keys: list[str], partition_id: str, fields: Sequence[str], info: dic
 def _deal(items: list[Any], ranks: int) -> list[Any]:
     """Reorder so that consecutive chunks, one a rank, hold every `ranks`-th item."""
     return [item for rank in range(ranks) for item in items[rank::ranks]]
-
-
-def _report(vectors: torch.Tensor) -> EmbeddedRows:
-    failed = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    vectors[failed] = float("nan")
-    return EmbeddedRows(vectors, dict.fromkeys(failed, NOT_FINITE))

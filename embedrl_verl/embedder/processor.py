@@ -18,6 +18,7 @@ from PIL import Image
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from transformers import AutoProcessor
 
+from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
 from embedrl_verl.data.media import MediaLimits, fit_image
 from embedrl_verl.embedder.expand import Clip, PromptExpander
 from embedrl_verl.embedder.loading import family_of_config, load_config
@@ -29,6 +30,7 @@ from embedrl_verl.families import Family, token_side
 
 DEFAULT_TEXT_TOKENS = 480
 """Tokens of item text that are kept (method section 3)."""
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +114,7 @@ class EmbedProcessor:
         """Load the tokenizer and image processor of a checkpoint; no weights.
 
         Args:
-            path: folder or hub id.
-            profile: a profile, its name, or "auto".
-            limits: sizes of media; None = those of the profile.
+            limits: None = those of the profile.
         """
         profile = fitting_profile(path, profile)
         config = load_config(path)
@@ -203,3 +203,16 @@ def cut_text(tokenizer: Any, text: str, limit: int) -> str:
         return text
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return text if len(offsets) <= limit else text[: offsets[limit][0]]
+
+
+def processor_for(config: EmbedderConfig, *, max_frames: int | None = None) -> EmbedProcessor:
+    """The processor that encodes rows for the Embedder of the section; `max_frames` None: the default of the data."""
+    side = token_side(family_of_config(load_config(config.path)))
+    frames = MediaConfig().max_frames if max_frames is None else max_frames
+    return EmbedProcessor.from_pretrained(
+        config.path,
+        config.profile,
+        MediaLimits.of(config, side, frames),
+        max_text_tokens=config.max_text_tokens,
+        pixel_dtype=DTYPES[config.dtype],
+    )

@@ -25,13 +25,12 @@ from PIL import Image
 
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.media import MediaLimits, fit_image
-from embedrl_verl.embedder.batching import unit
+from embedrl_verl.embedder.batching import NOT_FINITE, unit
 from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.messages import EmbedInput, build_messages
-from embedrl_verl.embedder.processor import cut_text
+from embedrl_verl.embedder.processor import DTYPES, cut_text, processor_for
 from embedrl_verl.embedder.profiles import EMB_TOKEN, EmbedderProfile, load_tokenizer, resolve_profile, token_id
 from embedrl_verl.embedder.served.command import media_size
-from embedrl_verl.embedder.settings import DTYPES, processor_for
 from embedrl_verl.errors import ConfigError, EmbedderError, ResourceError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ ACTOR = "embedrl_sentence_embedder"
 PLAIN = EmbedderProfile(name="plain")
 FOREIGN_TOKEN_SIDE = 28
 """Pixels of a visual token's side where the limits of the section are applied to a model of another family."""
-NOT_FINITE = "the sentence-transformers model gave a vector that is not finite or has no direction"
 _ENCODE_ERRORS = (ValueError, TypeError, RuntimeError, KeyError, IndexError, OSError, TemplateError)
 
 
@@ -269,14 +267,7 @@ class SentenceClient:
 
     def __init__(self, config: EmbedderConfig, *, max_frames: int) -> None:
         self._processor = processor_for(config, max_frames=max_frames) if has_profile(config) else None
-        self._limits = MediaLimits(
-            FOREIGN_TOKEN_SIDE,
-            config.image_min_tokens,
-            config.image_max_tokens,
-            config.frame_min_tokens,
-            config.frame_max_tokens,
-            max_frames,
-        )
+        self._limits = MediaLimits.of(config, FOREIGN_TOKEN_SIDE, max_frames)
         self._actor: Any = None
 
     def prepare(self, inputs: EmbedInput, side: str) -> SentenceRow:

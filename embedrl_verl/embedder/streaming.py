@@ -22,13 +22,11 @@ import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 
-from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.data.settings import DataSettings
-from embedrl_verl.embedder.batching import failed_rows, unit
+from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
+from embedrl_verl.embedder.batching import Embedded, unit
 from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.messages import EmbedInput
-from embedrl_verl.embedder.processor import EmbedProcessor
-from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.embedder.processor import EmbedProcessor, processor_for
 from embedrl_verl.errors import EmbedderError
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 VECTOR = "embeddings"
-NO_DIRECTION = "the Embedder gave a vector that is not finite or has no direction"
 
 
 class RowBackend:
@@ -104,6 +101,23 @@ def row_backend(config: EmbedderConfig, *, max_frames: int, processes: int) -> R
     return EmbeddedRows(SentenceClient(config, max_frames=max_frames))
 
 
+def read_vectors(keys: Sequence[str], partition_id: str) -> torch.Tensor:
+    """The vectors (N, D) that lie in TransferQueue, in the order of `keys`."""
+    data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[VECTOR])
+    if len(data) != len(keys) or VECTOR not in set(data.keys()):
+        raise EmbedderError(
+            f"asked for {len(keys)} vectors of partition {partition_id!r}, got {len(data)} rows with "
+            f"{sorted(data.keys())}"
+        )
+    rows = list(data[VECTOR].unbind())
+    widths = sorted({len(row) for row in rows})
+    if len(widths) > 1:
+        raise EmbedderError(
+            f"the vectors of a batch have different widths, {widths}: the servers hold different models"
+        )
+    return torch.stack(rows)
+
+
 class QueuedVectors:
     """Reads the vectors that agent loops have put into TransferQueue; stands where the worker's client would.
 
@@ -115,29 +129,14 @@ class QueuedVectors:
     def __init__(self, owner: Any = None, watch: Callable[[], None] = lambda: None) -> None:
         self._owner, self._watch = owner, watch
 
-    def embed_rows(
-        self, keys: Sequence[str], partition_id: str, *, averaged: bool = False
-    ) -> tuple[torch.Tensor, dict[int, str]]:
-        """float32 (N, D) at length 1 in the order of `keys`, NaN where a row failed, and why it did, by position."""
+    def embed_rows(self, keys: Sequence[str], partition_id: str, *, averaged: bool = False) -> Embedded:
+        """The rows' vectors."""
         if not keys or averaged:
             raise EmbedderError(
                 "rows of a frozen Embedder are read by their keys; got none, or an average was asked for"
             )
         self._watch()
-        data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[VECTOR])
-        if len(data) != len(keys) or VECTOR not in set(data.keys()):
-            raise EmbedderError(
-                f"asked for {len(keys)} vectors of partition {partition_id!r}, got {len(data)} rows with "
-                f"{sorted(data.keys())}"
-            )
-        rows = list(data[VECTOR].unbind())
-        widths = sorted({len(row) for row in rows})
-        if len(widths) > 1:
-            raise EmbedderError(
-                f"the vectors of a batch have different widths, {widths}: the servers hold different models"
-            )
-        vectors = unit(torch.stack(rows))
-        return vectors, dict.fromkeys(failed_rows(vectors), NO_DIRECTION)
+        return Embedded.of(unit(read_vectors(keys, partition_id)))
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def _start_servers(run_config: Any, config: EmbedderConfig) -> StreamedEmbedder:
     from embedrl_verl.embedder.served.client import check_servers
     from embedrl_verl.embedder.served.servers import ServerFleet
 
-    processor = processor_for(config, max_frames=DataSettings.from_config(run_config.data).max_frames)
+    processor = processor_for(config, max_frames=MediaConfig.from_config(run_config.data).max_frames)
     if config.server.urls:
         check_servers(config, processor, config.server.urls)
         return StreamedEmbedder(f"server(s) {', '.join(config.server.urls)}", lambda datasets: QueuedVectors())

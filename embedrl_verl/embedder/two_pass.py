@@ -54,7 +54,7 @@ def contrastive_gradients(
 
     Args:
         query, target: (Q, D), (T, D) vectors of all ranks, detached; a row that is not finite has no part in the loss.
-        options: temperature, symmetric and matryoshka_dims of `contrastive_loss`.
+        options: of `contrastive_loss` (`EmbedderTrainConfig.loss_options`).
     """
     have_query, have_target = query.isfinite().all(dim=1), target.isfinite().all(dim=1)
     kept = layout.select(have_query.cpu(), have_target.cpu())
@@ -92,6 +92,17 @@ def contrastive_gradients(
         "partner_cosine": float(cosine.mean()),
     }
     return ContrastiveGradients(loss, query_gradient, target_gradient, metrics)
+
+
+def after_update(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Of what verl's worker says of pass 2: `grad_norm` before clipping and `lr` of the next update."""
+    norm = float(metrics["grad_norm"])
+    if not math.isfinite(norm):
+        raise EmbedderError(
+            f"the norm of the Embedder's gradient must be finite; got {norm}, and verl has left the weights alone. "
+            "Lower embedrl.embedder.train.lr, raise its temperature, or compute in float32 (embedrl.embedder.dtype)"
+        )
+    return {"grad_norm": norm, "lr": float(metrics["lr"])}
 
 
 def surrogate_loss(

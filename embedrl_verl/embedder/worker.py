@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,9 +124,7 @@ class EmbedderWorker(NestedPositionIdsTrainingWorker):
         return Path(local_path) / f"average_world_size_{self.world_size}_rank_{self.rank}.pt"
 
 
-def worker_config(
-    config: EmbedderConfig, *, ranks_per_node: int, total_steps: int = 1, save_contents: Sequence[str] = CONTENTS
-) -> TrainingWorkerConfig:
+def worker_config(config: EmbedderConfig, *, ranks_per_node: int, total_steps: int = 1) -> TrainingWorkerConfig:
     """What an `EmbedderWorker` is built from; refuses what cannot run. Shards lie within a node; nodes hold replicas.
 
     A trained Embedder holds its weights in float32 whatever `dtype` says (small updates would be lost in bfloat16), and
@@ -136,7 +133,6 @@ def worker_config(
     Args:
         ranks_per_node: devices of the pool on one node.
         total_steps: updates of the whole run, for the learning rate's schedule.
-        save_contents: parts of a checkpoint, in verl's names.
     """
     assert config.path is not None  # EmbedderConfig refuses a missing path
     train, on_cpu = config.train, get_device_name() == "cpu"
@@ -160,18 +156,12 @@ def worker_config(
         ),
         engine_config=_engine_config(config, ranks_per_node, offload=config.offload and not on_cpu),
         optimizer_config=_optimizer_config(config, total_steps),
-        checkpoint_config=CheckpointConfig(save_contents=list(save_contents), load_contents=list(CONTENTS)),
+        checkpoint_config=CheckpointConfig(save_contents=list(CONTENTS), load_contents=list(CONTENTS)),
         extra_context={"ema_decay": train.ema_decay if train.enable else 0.0},
     )
 
 
 def _check_strategy(config: EmbedderConfig, *, on_cpu: bool) -> None:
-    train = config.train
-    if config.strategy == "megatron" and train.enable and (train.lora_rank or train.ema_decay):
-        raise ConfigError(
-            "embedrl.embedder.strategy=megatron trains all weights and keeps no average; set train.lora_rank and "
-            f"train.ema_decay to 0 or use fsdp2; got {train.lora_rank} and {train.ema_decay}"
-        )
     if on_cpu and config.strategy != "fsdp2":
         raise ConfigError(f"embedrl.embedder.strategy must be fsdp2 on a CPU; got {config.strategy}")
     model_type = load_config(str(config.path)).model_type

@@ -113,12 +113,7 @@ def _vectors(rows: list[ValidationRow], width: int) -> torch.Tensor:
 
 
 def roster(dataset: Any, sessions: int) -> list[ValidationRow]:
-    """A row without vector for each rollout that a complete validation has.
-
-    Args:
-        dataset: a `TCoTDataset`.
-        sessions: rollouts of a prompt.
-    """
+    """A row without vector for each rollout that a complete validation has."""
     return [
         ValidationRow(source, side, session, content, None, pair_id)
         for source, pair_id, content in zip(dataset.pair_sources, dataset.pair_ids, dataset.contents, strict=True)

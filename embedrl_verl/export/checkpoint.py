@@ -23,6 +23,8 @@ from embedrl_verl.export.record import TrainingRecord, read_record
 Kind = Literal["embedder", "reasoner"]
 Storage = Literal["fsdp", "files", "megatron"]
 _STEP = re.compile(r"global_step_(\d+)")
+TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's file that names the last complete checkpoint of a folder of checkpoints."""
 _FOLDERS: dict[str, Kind] = {"actor": "reasoner", "embedder": "embedder"}
 _STAGES: dict[str | None, Kind] = {
     **dict.fromkeys(("contrastive", "embedder"), "embedder"),
@@ -103,3 +105,22 @@ def _weights(folder: Path) -> tuple[Storage, Path] | None:
         if any(huggingface.glob("*.safetensors")):
             return "files", huggingface
     return ("megatron", megatron) if (folder / "model" / "dist_ckpt").is_dir() else None
+
+
+def last_complete_step(checkpoints: Path) -> int | None:
+    """The step that the tracker file names; None before the first."""
+    tracker = checkpoints / TRACKER
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text else None  # empty: killed while it was written
+
+
+def complete_steps(checkpoints: Path) -> dict[int, Path]:
+    """Folders of the complete steps, oldest first. Later ones are still being written, or belong to a run that was gone
+    back behind. Links are not among them."""
+    newest = last_complete_step(checkpoints)
+    steps = {
+        int(match[1]): path
+        for path in checkpoints.glob("global_step_*")
+        if (match := _STEP.fullmatch(path.name)) and not path.is_symlink()
+    }
+    return {step: steps[step] for step in sorted(steps) if newest is not None and step <= newest}

@@ -20,8 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from embedrl_verl.embedder.messages import embedding_template
 from embedrl_verl.embedder.processor import EmbedProcessor
-from embedrl_verl.embedder.template import embedding_template
 from embedrl_verl.families import facts_of
 
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")

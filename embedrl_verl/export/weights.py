@@ -87,13 +87,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def complete(state: dict[str, torch.Tensor], model: PreTrainedModel, where: str) -> dict[str, torch.Tensor]:
-    """Exactly the weights that `model` has, one copy of what it shares.
-
-    Args:
-        state: name -> tensor.
-        model: as `empty_model` makes it.
-        where: the checkpoint, for messages.
-    """
+    """Exactly the weights that `model` has, one copy of what it shares."""
     state, tied = dict(state), model.all_tied_weights_keys
     for alias, name in tied.items():
         if alias in state and name in state and not torch.equal(state[alias], state[name]):

@@ -5,7 +5,6 @@ imported.
 `judge_lists` says whom the judge chooses from, `judge_prompt` what it reads, `ListwiseJudge` asks it.
 """
 
-from embedrl_verl.config.schema import JudgeConfig as JudgeSettings
 from embedrl_verl.judge.judge import Judgement, ListwiseJudge, parse_choice
 from embedrl_verl.judge.lists import JudgeList, judge_lists
 from embedrl_verl.judge.prompt import JudgePrompt, image_urls, judge_prompt, judge_style
@@ -13,7 +12,6 @@ from embedrl_verl.judge.prompt import JudgePrompt, image_urls, judge_prompt, jud
 __all__ = [
     "JudgeList",
     "JudgePrompt",
-    "JudgeSettings",
     "Judgement",
     "ListwiseJudge",
     "image_urls",

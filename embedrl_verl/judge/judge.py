@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,6 +29,8 @@ from embedrl_verl.serving.vllm import NEUTRAL_SAMPLING
 
 _LOG = logging.getLogger(__name__)
 _CHAT = "/v1/chat/completions"
+PLACEHOLDER = "http://judge"
+"""Stands for the servers that verl has not started yet."""
 NO_NUMBER = "names no listed number"
 MALFORMED = "malformed response"
 CUT_OFF = "answer cut off"
@@ -115,12 +117,7 @@ class Judgement:
 
 
 class ListwiseJudge:
-    """A judge behind a pool of servers. `judge` may be called under one event loop after another.
-
-    Args:
-        pool: the judge's servers; all serve the same model.
-        settings: lists, prompt and limits.
-    """
+    """A judge behind a pool of servers. `judge` may be called under one event loop after another."""
 
     def __init__(self, pool: ServerPool, settings: JudgeConfig | None = None) -> None:
         self.pool = pool
@@ -331,3 +328,13 @@ def is_whole_choice(text: str, n: int) -> bool:
     """Whether a text that the server cut off is one listed number all the same, and not the beginning of another."""
     number = text.strip()
     return [str(other) for other in range(1, n + 1) if str(other).startswith(number)] == [number]
+
+
+def make_judge(config: JudgeConfig, urls: Sequence[str]) -> ListwiseJudge:
+    """The judge of these servers."""
+    return ListwiseJudge(ServerPool.from_config(config, urls, section="embedrl.judge", name="judge"), config)
+
+
+def check_judge(config: JudgeConfig) -> None:
+    """What can be checked before a server runs. The key is the trainer's, whose node may be another."""
+    make_judge(replace(config, api_key_env=None), config.urls or (PLACEHOLDER,))

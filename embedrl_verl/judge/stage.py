@@ -19,9 +19,8 @@ from embedrl_verl.config.schema import JudgeConfig
 from embedrl_verl.data.dataset import row_item
 from embedrl_verl.data.media import load_item
 from embedrl_verl.data.schema import Item
-from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import Judgement, image_urls
-from embedrl_verl.judge.settings import make_judge
+from embedrl_verl.judge.judge import make_judge
 from embedrl_verl.rewards import Judge, RewardBatch
 
 ITEM = "embedrl_item"
@@ -32,7 +31,7 @@ class JudgeStage:
 
     Args:
         config: the section `embedrl.judge`.
-        servers: verl's reward-model manager, or None with `urls`.
+        servers: verl's reward-model manager, or None with `urls` (`config.rules` has refused both).
         shares_devices: the manager's servers live on the actor's devices.
         media_root, max_frames: as the data set's, to load the images that the judge is shown.
     """
@@ -40,11 +39,6 @@ class JudgeStage:
     def __init__(
         self, config: JudgeConfig, servers: Any, *, shares_devices: bool, media_root: str | None, max_frames: int
     ) -> None:
-        if (servers is None) == (not config.urls):
-            raise ConfigError(
-                "a judge has its servers either from embedrl.judge.urls or from reward.reward_model.enable=True; got "
-                + ("both" if config.urls else "neither")
-            )
         self._servers = servers  # Ray ends servers that nobody holds
         self._sleeper = servers if servers is not None and servers.config.rollout.free_cache_engine else None
         if self._sleeper is not None and not shares_devices:

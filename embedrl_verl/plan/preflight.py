@@ -19,7 +19,7 @@ from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.embedder.profiles import fitting_profile
 from embedrl_verl.embedder.sentence import check_sentence_model, has_profile
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.judge.settings import check_judge
+from embedrl_verl.judge.judge import check_judge
 from embedrl_verl.platforms.needs import check_needs
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.load import load_reward_function
@@ -35,9 +35,6 @@ def preflight(config: Any, *, starts: bool) -> EmbedRLConfig:
     Args:
         starts: a run follows: packages and files must be here, an Embedder of the hub is looked at. A plan may be made
             on another machine.
-
-    Raises:
-        ConfigError, EmbedderError, ResourceError: the first thing that the run would refuse.
     """
     embedrl = check_run_config(config)
     if starts:

@@ -87,12 +87,7 @@ def ray_nodes(config: Any) -> list[Node]:
 
 
 def check_ray_cpus(config: Any, nodes: Sequence[Node] | None = None) -> None:
-    """Refuse a run that Ray cannot place. Nothing is started.
-
-    Args:
-        config: verl's whole config.
-        nodes: of the cluster, by default `ray_nodes(config)`.
-    """
+    """Refuse a run that Ray cannot place. Nothing is started."""
     needs = ray_needs(config)
     nodes = ray_nodes(config) if nodes is None else nodes
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)

@@ -36,7 +36,6 @@ def claim_weight_sockets(job: str, *, folder: Path = SOCKETS, wait_s: float = 60
 
     Args:
         job: Ray's job id, as `ray.get_runtime_context().get_job_id()` writes it.
-        folder: where the sockets lie.
         wait_s: how long to wait for a run that is just ending.
     """
     path = folder / f"rl-colocate-zmq-{job}.embedrl.lock"

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from embedrl_verl.config.schema import EvidenceConfig
-from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class RecipeLimits:
     """Sections `data.embedrl` and `embedrl.evidence`, three keys of `data`, and `embedrl.embedder.max_text_tokens`.
     Defaults are those of the configuration `egrl_trainer`."""
 
-    data: DataSettings = DataSettings()  # noqa: RUF009 - immutable
+    data: MediaConfig = MediaConfig()  # noqa: RUF009 - immutable
     evidence: EvidenceConfig = EvidenceConfig()  # noqa: RUF009
     media_root: str | None = None
     max_prompt_length: int = 14336
@@ -40,7 +39,7 @@ def _composed(overrides: Sequence[str]) -> RecipeLimits:
     config = compose(["embedrl.embedder.path=none", *overrides])  # a required key that has no say here
     section = load_embedrl_config(config)
     return RecipeLimits(
-        data=DataSettings.from_config(config.data),
+        data=MediaConfig.from_config(config.data),
         evidence=section.evidence,
         media_root=config.data.media_root,
         max_prompt_length=config.data.max_prompt_length,

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from embedrl_verl.curate.verdict_file import verdict_files_of, verdicts_of
 from embedrl_verl.data.files import write_atomically
+from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.table import PairTable
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.errors import ConfigError
@@ -56,7 +57,9 @@ def show_records(
     named = default_family if limits.data.family == "auto" else limits.data.family
     family = family_of(named) if meter is None else meter.prompts.family
     convention = boxes or box_convention(family)
-    reader = TcotReader(convention, limits.data.limits(token_side(family)), limits.evidence)
+    reader = TcotReader(
+        convention, MediaLimits.of(limits.data, token_side(family), limits.data.max_frames), limits.evidence
+    )
     verdict_files = [Path(verdicts)] if verdicts else verdict_files_of(table.files)
     ids = set(table.column("pair_id").take(chosen).to_pylist()) - {None}
     found = verdicts_of(verdict_files, ids) if verdict_files else None

@@ -6,8 +6,7 @@ ready-made ones. `load` finds a function by name; `dump` keeps a step's rewards 
 """
 
 from embedrl_verl.data.schema import SIDES, Side
-from embedrl_verl.rewards.batch import Judge, RewardBatch
-from embedrl_verl.rewards.metrics import batch_metrics
+from embedrl_verl.rewards.batch import Judge, RewardBatch, batch_metrics
 from embedrl_verl.rewards.retrieval import (
     Accuracy,
     Direction,

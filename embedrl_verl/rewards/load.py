@@ -21,9 +21,6 @@ def load_reward_function(spec: str) -> tuple[Callable[..., Any], str]:
     Args:
         spec: what `reward.custom_reward_function.path` takes: a file, file://FILE or pkg://module; then ":name" for
             another function than `compute_score`.
-
-    Raises:
-        ConfigError: no such file or module, it cannot be imported (with the line), or it has no such function.
     """
     path, name = spec, "compute_score"
     head, colon, tail = spec.rpartition(":")
@@ -34,7 +31,7 @@ def load_reward_function(spec: str) -> tuple[Callable[..., Any], str]:
     except EmbedRLError:
         raise
     except Exception as error:
-        raise ConfigError(f"{path} cannot be imported{where_raised(error, path)}") from error
+        raise ConfigError(f"{path} cannot be imported{where_raised(error, str(source_of(path)))}") from error
     function = getattr(module, name, None)
     if not callable(function):
         there = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
@@ -44,11 +41,18 @@ def load_reward_function(spec: str) -> tuple[Callable[..., Any], str]:
     return function, f"{path}:{name}"
 
 
+def source_of(path: str) -> Path | str:
+    """The file of FILE or file://FILE, or the module's name of pkg://MODULE."""
+    if path.startswith("pkg://"):
+        return path.removeprefix("pkg://").replace("/", ".")
+    return Path(path.removeprefix("file://"))
+
+
 def _import(path: str) -> ModuleType:
     """The module of a path; like verl's loader, a file's module is not registered."""
-    if path.startswith("pkg://"):
-        return importlib.import_module(path.removeprefix("pkg://").replace("/", "."))
-    file = Path(path.removeprefix("file://"))
+    file = source_of(path)
+    if isinstance(file, str):
+        return importlib.import_module(file)
     if not file.is_file():
         raise ConfigError(f"there is no reward function file {file}; name a file, or pkg://package.module")
     name = f"reward_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
@@ -65,7 +69,7 @@ def same_function(one: str, other: str) -> bool:
 
     def place(where: str) -> tuple[str | Path, str]:
         path, _, name = where.rpartition(":")
-        is_package = path.startswith("pkg://")
-        return path.replace("/", ".") if is_package else Path(path.removeprefix("file://")).resolve(), name
+        source = source_of(path)
+        return source if isinstance(source, str) else source.resolve(), name
 
     return place(one) == place(other)

@@ -168,6 +168,6 @@ def where_raised(error: Exception, path: str) -> str:
     """ " in line n: error", n being where it left the file; without the line if it was never in it."""
     if isinstance(error, SyntaxError):
         return f": SyntaxError in line {error.lineno}: {error.msg}"
-    file = Path(path.removeprefix("file://")).resolve()
+    file = Path(path).resolve()
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == file]
     return f"{f' in line {lines[-1]}' if lines else ''}: {type(error).__name__}: {error}"

@@ -121,14 +121,12 @@ class ServerPool:
         key = os.environ.get(config.api_key_env) if config.api_key_env is not None else None
         if config.api_key_env is not None and not key:
             raise ConfigError(f"{section}.api_key_env names {config.api_key_env}, which is not set in this process")
-        where = section
+        limit = max(1, config.limit // share)
+        settings = PoolSettings(limit, config.timeout_s, config.retries, config.backoff_s)
         try:
-            limit = max(1, config.limit // share)
-            settings = PoolSettings(limit, config.timeout_s, config.retries, config.backoff_s)
-            where = f"{section}.urls"
             return cls(urls, settings, api_key=key, name=name)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(f"{section}.urls: {error}") from error
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def describe_plan(config: Stage1Config) -> str:
         f"memory      micro-batches of {train.max_tokens_per_gpu} tokens a device, whatever the number of pairs",
         f"output      {run.out}",
     ]
-    if missing := config.data.missing_files():
+    if missing := config.missing_files():
         return "\n".join([*lines, "data        not all there: " + "; ".join(missing)])
     pairs = read_training_pairs(config.data.train_files, tcot=config.data.tcot)
     steps = run.total_steps or plan_batches(config, pairs).steps(run.epochs)
@@ -58,7 +58,7 @@ def run(config: Any) -> None:
     if os.environ.get("DRY_RUN", "") not in ("", "0"):
         print(describe_plan(checked))
         return
-    if missing := checked.data.missing_files():
+    if missing := checked.missing_files():
         raise ConfigError("; ".join(missing))
     from embedrl_verl.stage1.trainer import ContrastiveTrainer
 

@@ -12,11 +12,10 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from embedrl_verl.config.schema import EvidenceConfig
+from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.identity import NO_QUERY, content_id, target_content
-from embedrl_verl.data.media import fit_image, load_item
+from embedrl_verl.data.media import MediaLimits, fit_image, load_item
 from embedrl_verl.data.schema import SIDES, Item, PairRecord
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.embedder import EmbedInput, EmbedProcessor, Encoded
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout
@@ -97,7 +96,7 @@ class PairRows(Dataset[EncodedPair]):
         pairs: PairTable,
         processor: EmbedProcessor,
         *,
-        media: DataSettings,
+        media: MediaConfig,
         evidence: EvidenceConfig,
         media_root: str | None,
         tcot: bool,
@@ -145,7 +144,7 @@ class PairRows(Dataset[EncodedPair]):
             return EmbedInput(loaded)
         seen = None  # sizes of the images as the writer of the T-CoT saw them
         if BOX_UNITS[box_convention(self._family)].side is None:
-            limits = self._media.limits(token_side(self._family))
+            limits = MediaLimits.of(self._media, token_side(self._family), self._media.max_frames)
             seen = [fit_image(image, limits).size for image in loaded.images]
         return EmbedInput.with_tcot(loaded, item.tcot, self._family, self._evidence, seen)
 

@@ -13,9 +13,9 @@ import json
 import shutil
 from pathlib import Path
 
-from embedrl_verl.data.disk import TRACKER, last_complete_step
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.checkpoint import TRACKER, complete_steps, last_complete_step
 
 
 class RunFolder:
@@ -44,9 +44,8 @@ class RunFolder:
     def complete(self, step: int, keep: int) -> None:
         """Name the checkpoint as complete, then drop all but the last `keep`."""
         write_atomically(self.checkpoints / TRACKER, str(step))
-        steps = [int(path.name.removeprefix("global_step_")) for path in self.checkpoints.glob("global_step_*")]
-        for old in sorted((one for one in steps if one <= step), reverse=True)[keep:]:
-            shutil.rmtree(self.step_folder(old))
+        for old in list(complete_steps(self.checkpoints).values())[:-keep]:
+            shutil.rmtree(old)
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of updates after `step`, which will be made again, and the half line of a killed run."""

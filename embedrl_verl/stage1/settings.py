@@ -9,31 +9,25 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from embedrl_verl.config.rules import missing_files
-from embedrl_verl.config.schema import ContrastiveConfig, EmbedderConfig, EvidenceConfig, Stage1DataConfig, section
-from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.config.schema import ContrastiveConfig, EmbedderConfig, EvidenceConfig, MediaConfig, Stage1DataConfig
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import FAMILIES
-
-
-@section("data", "embedder_trainer")
-class DataConfig(Stage1DataConfig):
-    """The section `data`."""
-
-    def missing_files(self) -> list[str]:
-        """What is named and not there, each with its key."""
-        named = {"data.train_files": self.train_files, "data.val_files": self.val_files}
-        return missing_files(named, self.media_root)
 
 
 @dataclass(frozen=True)
 class Stage1Config:
     """The whole configuration. `media` is `data.embedrl`, of the model that wrote the T-CoTs."""
 
-    data: DataConfig
-    media: DataSettings
+    data: Stage1DataConfig
+    media: MediaConfig
     embedder: EmbedderConfig
     evidence: EvidenceConfig
     contrastive: ContrastiveConfig
+
+    def missing_files(self) -> list[str]:
+        """Files and folders that are named and not there, each with its key."""
+        named = {"data.train_files": self.data.train_files, "data.val_files": self.data.val_files}
+        return missing_files(named, self.data.media_root)
 
 
 def load_stage1_config(config: Any) -> Stage1Config:
@@ -44,7 +38,7 @@ def load_stage1_config(config: Any) -> Stage1Config:
     if unknown:
         raise ConfigError(f"unknown section {', '.join(unknown)}; known are data, embedrl and contrastive")
     data, sections = dict(plain["data"]), dict(plain["embedrl"])
-    media = DataSettings(**data.pop("embedrl"))
+    media = MediaConfig(**data.pop("embedrl"))
     for name in ("train_files", "val_files"):
         if isinstance(data.get(name), str):
             data[name] = [data[name]]
@@ -52,7 +46,7 @@ def load_stage1_config(config: Any) -> Stage1Config:
     if sections:
         raise ConfigError(f"embedrl has no key {', '.join(sorted(sections))}; its keys are embedder, evidence")
     checked = Stage1Config(
-        DataConfig(**data),
+        Stage1DataConfig(**data),
         media,
         EmbedderConfig(**embedder),
         EvidenceConfig(**evidence),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from embedrl_verl.config.schema import EmbedderTrainConfig
 from embedrl_verl.embedder.engine import tensordict_of
 from embedrl_verl.embedder.info_nce import ContrastiveLayout
 from embedrl_verl.embedder.processor import Encoded
-from embedrl_verl.embedder.two_pass import GRADIENT, contrastive_gradients
+from embedrl_verl.embedder.two_pass import GRADIENT, after_update, contrastive_gradients
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.stage1.rows import Rows
 
@@ -22,13 +21,8 @@ from embedrl_verl.stage1.rows import Rows
 def two_pass_step(worker: Any, batch: Rows, config: EmbedderTrainConfig) -> dict[str, float]:
     """Embed, take the loss over all ranks, backpropagate, update.
 
-    Args:
-        worker: an `EmbedderWorker` of this rank, called directly.
-        batch: this rank's rows.
-
     Returns:
-        Metrics of the whole batch: those of `contrastive_gradients`, `grad_norm` before clipping and `lr` of the
-        next update.
+        Metrics of the whole batch: those of `contrastive_gradients` and of `after_update`.
     """
     vectors = embed_local(worker, batch.rows)
     own = len(batch.layout.query_pair)
@@ -42,28 +36,14 @@ def two_pass_step(worker: Any, batch: Rows, config: EmbedderTrainConfig) -> dict
             "is broken, or overflows in this dtype (try embedrl.embedder.dtype=float32), or the learning rate is too "
             "high"
         )
-    gradients = contrastive_gradients(
-        query,
-        target,
-        layout,
-        temperature=config.temperature,
-        symmetric=config.symmetric,
-        matryoshka_dims=config.matryoshka_dims,
-    )
+    gradients = contrastive_gradients(query, target, layout, **config.loss_options())
     rank = dist.get_rank()
     of_query = gradients.query.split([len(one) for one in queries])[rank]
     of_target = gradients.target.split([len(one) for one in targets])[rank]
     data = tensordict_of(batch.rows)
     data[GRADIENT] = torch.cat([of_query, of_target])
     tu.assign_non_tensor(data, update_lr_scheduler=True)
-    metrics = tu.get(worker.train_batch(data), "metrics")
-    norm = float(metrics["grad_norm"])
-    if not math.isfinite(norm):
-        raise EmbedderError(
-            f"the norm of the gradient must be finite; got {norm} at loss {gradients.loss:.4f}. Lower "
-            "embedrl.embedder.train.lr, raise its temperature, or compute in float32 (embedrl.embedder.dtype)"
-        )
-    return {**gradients.metrics, "grad_norm": norm, "lr": float(metrics["lr"])}
+    return {**gradients.metrics, **after_update(tu.get(worker.train_batch(data), "metrics"))}
 
 
 def embed_local(worker: Any, rows: list[Encoded]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from verl.utils.device import get_device_name
 from verl.utils.distributed import initialize_global_process_group
 
-from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.embedder.processor import processor_for
 from embedrl_verl.embedder.two_pass import NoNegativesError
 from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
 from embedrl_verl.errors import ConfigError, EmbedderError

@@ -31,48 +31,36 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def build_prompt(kind: InputKind, item: Any, *, family: Family, **options: Any) -> list[dict[str, Any]]:
-    """One user turn that asks for the T-CoT of a `LoadedItem`; options as `prompt_text`.
+def build_prompt(kind: InputKind, item: Any, **options: Any) -> list[dict[str, Any]]:
+    """One user turn that asks for the T-CoT of a `LoadedItem`; options as `user_turn`.
 
     Returns:
         [{"role": "user", "content": parts}], parts {"type": "video", "video": [images], "times": FrameTimes}, then
         {"type": "image", "image": image} for each image, then one {"type": "text", "text": str}.
     """
-    parts: list[dict[str, Any]] = []
-    if item.frames:
-        parts.append({"type": "video", "video": list(item.frames), "times": item.times})
-    parts += [{"type": "image", "image": image} for image in item.images]
-    text = prompt_text(
-        kind,
-        family=family,
-        instruction=item.instruction,
-        text=item.text,
-        num_images=len(item.images),
-        num_frames=len(item.frames),
-        **options,
-    )
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    video = {"video": list(item.frames), "times": item.times} if item.frames else None
+    return user_turn(kind, item, video, num_frames=len(item.frames), **options)
 
 
-def prompt_text(
+def user_turn(
     kind: InputKind,
+    item: Any,
+    video: dict[str, Any] | None,
     *,
     family: Family,
-    instruction: str,
-    text: str,
-    num_images: int,
     num_frames: int,
     gold_answer: str | None = None,
     few_shot: bool = True,
     style: str = "paper",
-) -> str:
-    """The words of a prompt.
+) -> list[dict[str, Any]]:
+    """The turn of `build_prompt` for an item whose media may be references.
 
     Args:
         kind: picks the task and the evidence key.
+        item: its instruction, text and images. Control tokens of the chat format in the words (such as <|image_pad|>)
+            are broken up, so that data can neither forge a turn nor add media.
+        video: what the video part holds.
         family: the Reasoner's family, which decides the units of boxes.
-        instruction, text: of the item. Control tokens of the chat format in them (such as <|image_pad|>) are broken up,
-            so that data can neither forge a turn nor add media.
         gold_answer: the known answer, for annotation.
         few_shot: put the template's worked examples in.
         style: one of `STYLES`.
@@ -84,24 +72,26 @@ def prompt_text(
     if gold_answer is not None and not gold_answer.strip():
         raise ConfigError("gold_answer must not be empty; leave it out (None) where the answer is not known")
     evidence = KINDS[EVIDENCE_KEY_OF_KIND[kind]]
-    if not {"text": text.strip(), "an image": num_images, "frames": num_frames}[evidence.medium]:
+    if not {"text": item.text.strip(), "an image": item.images, "frames": num_frames}[evidence.medium]:
         raise DataError(f"an item of kind {kind} must have {evidence.medium}; it has none")
     units = box_convention(family)
-    sizes = {"units": BOX_UNITS[units], "num_images": num_images, "num_frames": num_frames}
+    sizes = {"units": BOX_UNITS[units], "num_images": len(item.images), "num_frames": num_frames}
 
     def box(corners: Sequence[int], size: tuple[int, int]) -> str:
         return json.dumps(example_box(corners, size, units))
 
-    template = _TEMPLATES.get_template(f"{style}.jinja")
-    return template.render(
+    text = _TEMPLATES.get_template(f"{style}.jinja").render(
         kind=kind,
         ask=_compiled(evidence.ask[style]).render(sizes),
-        instruction=break_tokens(instruction.strip()),
-        text=break_tokens(text.strip()),
+        instruction=break_tokens(item.instruction.strip()),
+        text=break_tokens(item.text.strip()),
         gold_answer=break_tokens((gold_answer or "").strip()),
         few_shot=few_shot,
         box=box,
-    ).strip()
+    )
+    parts = [] if video is None else [{"type": "video", **video}]
+    parts += [{"type": "image", "image": image} for image in item.images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text.strip()}]}]
 
 
 @functools.cache

@@ -23,16 +23,16 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.dataset import media_root_of, row_item
 from embedrl_verl.data.lengths import served_prompt_ids
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import Item
-from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.embedder.positions import bind_positions
 from embedrl_verl.embedder.streaming import RowBackend, row_backend
 from embedrl_verl.errors import EmbedderError, MediaError
-from embedrl_verl.families import Family, facts_of
+from embedrl_verl.families import Family, facts_of, resolve_family
 from embedrl_verl.serving.vllm import processor_arguments
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, ROW_INFO, raw_key
@@ -60,7 +60,7 @@ def _settings(config: Any, processor: Any) -> _Settings:
     """The settings of this run; an agent loop is made for every rollout, these are not."""
     known = _SETTINGS.get(id(config))
     if known is None:
-        embedrl, data = load_embedrl_config(config), DataSettings.from_config(config.data)
+        embedrl, data = load_embedrl_config(config), MediaConfig.from_config(config.data)
         processes = int(config.actor_rollout_ref.rollout.agent.num_workers)
         known = _SETTINGS[id(config)] = _Settings(
             config=config,

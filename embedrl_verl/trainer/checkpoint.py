@@ -18,7 +18,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -29,12 +28,12 @@ from omegaconf import OmegaConf
 
 from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
-from embedrl_verl.config.schema import EmbedderConfig, Requests
-from embedrl_verl.data.disk import last_complete_step, sha256_of
-from embedrl_verl.data.files import write_atomically
-from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.config.schema import EmbedderConfig, MediaConfig, Requests
+from embedrl_verl.data.files import sha256_of, write_atomically
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.checkpoint import complete_steps, last_complete_step
 from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
+from embedrl_verl.rewards.load import source_of
 
 RECORD = "run.json"
 # Keys that change where and how fast something runs, not what it answers; `path` and the Embedder's sections are
@@ -55,24 +54,19 @@ _MODEL_FILES = (
 )
 # What verl's managers would remove; the small files of a step stay, as they do there.
 _WEIGHTS = ("actor", "embedder")
-_STEP = re.compile(r"global_step_(\d+)")
 BEST, SCORE, METRIC = "best", "score.json", "hit@1"
 
 # ---------------------------------------------------------------------- run.json: what gave the rewards
 
 
 def run_record(config: Any, embedrl: EmbedRLConfig) -> dict[str, dict[str, Any]]:
-    """The record of a run, section by section, in JSON's types; made once, of what the run has loaded.
-
-    Args:
-        config: the whole run's.
-    """
+    """The record of a run, section by section, in JSON's types; made once, of what the run has loaded."""
     named, data, rollout = config.reward.custom_reward_function, config.data, config.actor_rollout_ref.rollout
     prompts = {key: data[key] for key in ("max_prompt_length", "max_response_length", "filter_overlong_prompts")}
     record = {
         "embedrl.embedder": _embedder(embedrl.embedder),
         "embedrl.evidence": dataclasses.asdict(embedrl.evidence),
-        "data.embedrl": dataclasses.asdict(DataSettings.from_config(data)) | prompts,
+        "data.embedrl": dataclasses.asdict(MediaConfig.from_config(data)) | prompts,
         "embedrl.judge": _judge(config, embedrl),
         "embedrl.reward": _bound(embedrl.reward, "reward"),
         "actor_rollout_ref.rollout": {key: rollout[key] for key in ("n", "temperature", "top_p")},
@@ -158,15 +152,13 @@ def model_digest(path: str) -> str | None:
 
 
 def _code(path: str) -> str:
-    """sha256 of the file that a reward function is in (a file, file://FILE or pkg://module)."""
-    if path.startswith("pkg://"):
-        found = importlib.util.find_spec(path.removeprefix("pkg://").strip("/").replace("/", "."))
-        file = Path(found.origin) if found is not None and found.origin else None
-    else:
-        file = Path(path.removeprefix("file://")).expanduser()
-    if file is None or not file.is_file():
-        raise ConfigError(f"reward.custom_reward_function.path: no such file or module: {path}")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """sha256 of the file that the run's reward function, which is loaded, is in."""
+    source = source_of(path)
+    if isinstance(source, str):
+        module = importlib.util.find_spec(source)
+        assert module is not None and module.origin is not None, source
+        source = Path(module.origin)
+    return sha256_of(source)
 
 
 def _package_code() -> str:
@@ -230,25 +222,19 @@ def prune_to(keep: int | None, checkpoints: str | Path) -> list[Path]:
     """Remove the weights of a run's steps but the `keep` newest ones (`trainer.max_actor_ckpt_to_keep`).
 
     verl's managers forget at every start what they saved before. Only complete steps with this package's record are
-    looked at: later ones are still being written, or belong to a run that was gone back behind. Links stay.
+    looked at. Links stay.
 
     Args:
         keep: None, 0 or less = all.
-
-    Returns:
-        What was removed.
     """
-    root = Path(checkpoints)
-    newest = last_complete_step(root)
-    if keep is None or keep < 1 or newest is None:
+    if keep is None or keep < 1:
         return []
-    own: dict[int, list[Path]] = {}
-    for folder in root.glob("global_step_*"):
-        match = _STEP.fullmatch(folder.name)
-        weights = [part for name in _WEIGHTS if (part := folder / name).is_dir() and not part.is_symlink()]
-        if match and weights and int(match[1]) <= newest and (folder / RECORD).is_file() and not folder.is_symlink():
-            own[int(match[1])] = weights
-    removed = [part for step in sorted(own)[:-keep] for part in own[step]]
+    own = [
+        [part for name in _WEIGHTS if (part := folder / name).is_dir() and not part.is_symlink()]
+        for folder in complete_steps(Path(checkpoints)).values()
+        if (folder / RECORD).is_file()
+    ]
+    removed = [part for weights in list(filter(None, own))[:-keep] for part in weights]
     for part in removed:
         shutil.rmtree(part)
     return removed
@@ -262,9 +248,6 @@ def keep_if_best(checkpoints: str | Path, step: int, hit1: float) -> bool:
 
     Args:
         hit1: mean over data sources, in [0, 1].
-
-    Returns:
-        Whether it was kept.
     """
     root = Path(checkpoints)
     best, new, old, folder = root / BEST, root / ".best.new", root / ".best.old", root / f"global_step_{step}"

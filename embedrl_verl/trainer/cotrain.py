@@ -41,12 +41,7 @@ STATE = "cotraining.json"
 
 
 class ProbeSet:
-    """Encoded held-out pairs, drawn evenly from a file.
-
-    Args:
-        rows: all pairs of the files (`embedrl.embedder.train.anchor_files`).
-        count: how many are used, at most.
-    """
+    """At most `count` encoded held-out pairs, drawn evenly from all of `embedrl.embedder.train.anchor_files`."""
 
     def __init__(self, rows: PairRows, count: int) -> None:
         indices = even_indices(len(rows), min(count, len(rows)))
@@ -163,14 +158,7 @@ class EmbedderTraining:
         query, target, layout = layout_of(rows)
         metrics = {"embedder/rows": float(len(rows)), "embedder/baseline_anchor_hit@1": state.baseline}
         try:
-            gradients = contrastive_gradients(
-                vectors[query],
-                vectors[target],
-                layout,
-                temperature=self._config.temperature,
-                symmetric=self._config.symmetric,
-                matryoshka_dims=self._config.matryoshka_dims,
-            )
+            gradients = contrastive_gradients(vectors[query], vectors[target], layout, **self._config.loss_options())
         except (NoNegativesError, NoPairsError) as error:
             state.skipped += 1
             logger.warning("step %d: the Embedder was not trained: %s", step, error)

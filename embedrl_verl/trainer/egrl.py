@@ -226,14 +226,13 @@ class PolicyWatch:
 
     One low step is warned of, since a batch of few or nearly certain tokens has a low correlation by chance; two in a
     row are no chance.
+
+    Args:
+        least: correlation below which a synchronous run stops.
+        synchronous: rollouts are the actor's own; else they may be some updates old, which is only warned of.
     """
 
     def __init__(self, least: float, *, synchronous: bool) -> None:
-        """
-        Args:
-            least: correlation below which a synchronous run stops.
-            synchronous: rollouts are the actor's own; else they may be some updates old, which is only warned of.
-        """
         self.least, self.synchronous = least, synchronous
         self._low_before = self._warned_unwatched = False
 

@@ -29,7 +29,7 @@ from verl.trainer.ppo.v1 import (
     trainer_separate_async,
 )
 
-from embedrl_verl.data.settings import DataSettings
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.platforms import plugin
 from embedrl_verl.trainer.agent_loop import ResumingClient
 from embedrl_verl.trainer.egrl import EGRLMixin
@@ -104,7 +104,7 @@ class EGRLAsyncMixin(EGRLMixin):
     @property
     def prompts_a_fetch(self) -> int:
         """A group: what verl fetches, refills and warms up with is a multiple of it, so that nothing splits a pair."""
-        return 2 * DataSettings.from_config(self.config.data).pairs_together
+        return 2 * MediaConfig.from_config(self.config.data).pairs_together
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()

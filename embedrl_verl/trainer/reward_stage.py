@@ -247,11 +247,7 @@ class ScoredRows:
         }
 
     def write_dump(self, path: Path, function: Any) -> None:
-        """Everything that `embedrl reward try` needs to compute these rewards again, or others.
-
-        Args:
-            function: `reward.custom_reward_function`.
-        """
+        """Everything that `embedrl reward try` needs to compute these rewards again, or others."""
         named: Any = OmegaConf.to_container(function, resolve=True)
         write_reward_dump(
             path,
@@ -279,10 +275,6 @@ def _known(value: Tensor) -> float | None:
 def check_scores(scored: ScoredRows, function: str) -> None:
     """Refuse a batch that would train on nothing: every row masked, and a loss of 0 / 0; or on similarity alone, which
     is highest where all vectors are the same.
-
-    Args:
-        scored: measured.
-        function: the reward function's "path:name", for the message.
     """
     nothing = scored.parts["score"].isnan().all()
     no_negatives = "outcome" in scored.parts and (

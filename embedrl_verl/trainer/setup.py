@@ -25,14 +25,15 @@ from verl.utils.dataset.rl_dataset import collate_fn
 import embedrl_verl.config
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config, rules
 from embedrl_verl.config.compose import bound_served_lengths
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
 from embedrl_verl.data.sampler import PairBatchSampler
-from embedrl_verl.data.settings import DataSettings, resolve_family
 from embedrl_verl.embedder.client import EmbedderClient
-from embedrl_verl.embedder.settings import processor_for
+from embedrl_verl.embedder.processor import processor_for
 from embedrl_verl.embedder.streaming import QueuedVectors, start_streamed_embedder
 from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import resolve_family
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.rewards import RewardBatch
@@ -58,11 +59,6 @@ class EmbedderGuidedRewardManager(RewardManagerBase):  # type: ignore[misc]
             raise ConfigError(
                 "reward.reward_manager.name=embedder_guided rewards whole batches and needs an EG-RL trainer; "
                 f"got trainer.v1.trainer_mode={mode}. Set trainer.v1.trainer_mode=egrl_sync"
-            )
-        if not config.reward.custom_reward_function.path:
-            raise ConfigError(
-                "reward.custom_reward_function.path must name a file with compute_score(batch, **reward_kwargs); "
-                "got null. Use one of the files in reward/"
             )
         super().__init__(config, tokenizer, compute_score)
 
@@ -140,7 +136,7 @@ class EGRLSetup(WorkerClassesMixin):
         # Made once, whatever is edited later; it reads every weight of the Embedder, while its workers load it.
         self.run_record = run_record(self.config, self.embedrl)
         if self.global_steps > 0:
-            self._resume_from(self._step_folder(self.global_steps))
+            self._resume_from(self._resumed_folder())
         logger.warning(
             "EG-RL: Embedder %s (%s) on %s, reward function %s, judge: %s",
             self.embedrl.embedder.path,
@@ -178,7 +174,7 @@ class EGRLSetup(WorkerClassesMixin):
 
     def _probe_set(self) -> ProbeSet:
         """The held-out pairs that watch over co-training."""
-        train, media = self.embedrl.embedder.train, DataSettings.from_config(self.config.data)
+        train, media = self.embedrl.embedder.train, MediaConfig.from_config(self.config.data)
         files = list(train.anchor_files) or self.config.data.val_files
         rows = PairRows(
             read_training_pairs([files] if isinstance(files, str) else list(files), tcot=False),
@@ -198,7 +194,7 @@ class EGRLSetup(WorkerClassesMixin):
             self.reward_loop_manager.reward_model_manager,
             shares_devices=not model.enable_resource_pool,
             media_root=media_root_of(self.config.data),
-            max_frames=DataSettings.from_config(self.config.data).max_frames,
+            max_frames=MediaConfig.from_config(self.config.data).max_frames,
         )
 
     def _resume_from(self, folder: str) -> None:
@@ -210,10 +206,10 @@ class EGRLSetup(WorkerClassesMixin):
             ray.get(self._embedder_loads)
             self.embedder_training.load(folder)
 
-    def _step_folder(self, step: int) -> str:
-        if self.config.trainer.resume_mode == "resume_path":
-            return str(self.config.trainer.resume_from_path)
-        return f"{self.config.trainer.default_local_dir}/global_step_{step}"
+    def _resumed_folder(self) -> str:
+        run = self.config.trainer
+        named = run.resume_mode == "resume_path"
+        return str(run.resume_from_path) if named else f"{run.default_local_dir}/global_step_{self.global_steps}"
 
     def get_reward_handles(self) -> None:
         """No per-row reward workers: the reward needs the whole batch."""
@@ -235,7 +231,7 @@ class EGRLSetup(WorkerClassesMixin):
             self.train_dataset,
             batch_size=self.prompts_a_batch,
             seed=self.config.data.get("seed") or 0,
-            pairs_together=DataSettings.from_config(self.config.data).pairs_together,
+            pairs_together=MediaConfig.from_config(self.config.data).pairs_together,
             shuffle=bool(self.config.data.shuffle),
         )
         self.train_dataloader = StatefulDataLoader(

@@ -16,8 +16,7 @@ from embedrl_verl.annotate.backends import Refused, Reply
 from embedrl_verl.annotate.progress import TooManyBad
 from embedrl_verl.annotate.report import Prices
 from embedrl_verl.annotate.tcots import TcotSettings
-from embedrl_verl.data.cards import known_hash, licences_of
-from embedrl_verl.data.files import pair_files
+from embedrl_verl.data.files import known_hash, licences_of, pair_files
 from embedrl_verl.data.parquet import SCHEMA, read_pairs
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError, ResourceError

@@ -222,7 +222,6 @@ def named(tmp_path):
         ("data.media_root=/gone", "data.media_root: no such folder: /gone"),
         ("embedrl.embedder.train.anchor_files=[gone.parquet]", "embedrl.embedder.train.anchor_files: no such file"),
         ("embedrl.embedder.path=/gone", "embedrl.embedder.path: no such folder: /gone"),
-        ("reward.custom_reward_function.path=gone.py", "custom_reward_function.path: no such file: gone.py"),
         (f"{ROLES}.model.path='a[1]'", r"actor_rollout_ref.model.path: vLLM reads .* as a pattern; rename it: a\[1\]"),
         (f"{ROLES}.model.path='a*'", "as a pattern"),
         (f"{ROLES}.model.path='b?'", "as a pattern"),

@@ -9,7 +9,7 @@ from embedrl_verl.convert.converter import RowError
 from embedrl_verl.convert.inputs import LocalRoot
 from embedrl_verl.convert.instructions import MMEB_TASKS, split_instruction
 from embedrl_verl.convert.media_store import media_fields
-from embedrl_verl.convert.names import MMEB_SOURCES
+from embedrl_verl.convert.sources import MMEB_SOURCES
 from embedrl_verl.convert.sources.mmeb import MmebTrain
 from embedrl_verl.errors import ConfigError, DataError
 from tests.convert.golden import one_row, raw_rows

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from embedrl_verl.convert.names import ALL_SOURCES, MMEB_SOURCES
 from embedrl_verl.convert.sampling import Sampling, evenly_spaced, preset, presets, sampling_from_options
+from embedrl_verl.convert.sources import ALL_SOURCES, MMEB_SOURCES
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.errors import ConfigError

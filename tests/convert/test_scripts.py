@@ -17,8 +17,8 @@ from PIL import Image
 
 from embedrl_verl.convert.command import convert_main
 from embedrl_verl.convert.media_store import map_media, media_fields
-from embedrl_verl.convert.names import ALL_SOURCES
 from embedrl_verl.convert.sampling import presets
+from embedrl_verl.convert.sources import ALL_SOURCES
 from embedrl_verl.data.files import media_root_of, pair_files
 from embedrl_verl.data.media import load_item
 from embedrl_verl.data.parquet import read_pairs

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from embedrl_verl.convert.command import convert_main
-from embedrl_verl.convert.names import ALL_SOURCES
+from embedrl_verl.convert.sources import ALL_SOURCES
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.data.files import pair_files
 from recipes.tiny_digits.models import build_tiny_model

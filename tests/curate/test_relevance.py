@@ -3,7 +3,6 @@
 
 import errno
 import json
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +15,6 @@ from embedrl_verl.curate.relevance import (
     RelevanceAsker,
     RelevanceSettings,
     load_relevance_style,
-    parse_relevance_style,
     read_verdict,
 )
 from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, verdict_files_of, verdicts_of
@@ -27,7 +25,6 @@ from embedrl_verl.errors import ConfigError, DataError, ResourceError
 from tests.annotate.fakes import FakeBackend, tcot
 
 PAPER, COMPACT = load_relevance_style("paper"), load_relevance_style("compact")
-TEMPLATES = Path(__file__).resolve().parents[2] / "embedrl_verl" / "curate" / "templates"
 
 
 def pair(number, query="red", target="red", source="s", **changes):
@@ -66,26 +63,6 @@ def test_a_tcot_can_neither_leave_its_place_nor_forge_a_turn():
     text = PAPER.prompt("do < / query > this", evil, tcot())
     assert text.count("</query>") == text.count("<query>") == text.count("<target>") == text.count("</target>") == 1
     assert "<|im_end|>" not in text and "<|im_start|>" not in text and "[INST]" not in text
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("$target", "target", "must show \\$target"),
-        ("$query", "$wrong", "may use"),
-        ('no_word: "No"', 'no_word: "yes"', "two different words"),
-        ('no_word: "No"', 'no_word: "not so"', "two different words"),
-        ("shows: text", "shows: all", "shows must be text or answer"),
-        ("one_line: false", "one_line: 0", "one_line must be bool"),
-        ("style: paper", "name: paper", "must have exactly the keys"),
-        ("style: paper", "style: [", "not YAML"),
-    ],
-)
-def test_a_style_is_checked_when_it_is_loaded(old, new, message):
-    text = (TEMPLATES / "relevance_paper.yaml").read_text()
-    assert old in text
-    with pytest.raises(ConfigError, match=f"mine.yaml.*{message}"):
-        parse_relevance_style(text.replace(old, new), source="mine.yaml")
 
 
 class Judge(FakeBackend):

@@ -8,11 +8,11 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
+from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data import inspection, prompts
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.inspection import PairInspector, inspect_rows
 from embedrl_verl.data.schema import Item, PairRecord, Video
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.data.writer import write_pairs
 from tests.data.clips import write_clip
@@ -34,7 +34,7 @@ def looked(tmp_path, monkeypatch):
     write_pairs([record(i, images=(f"{name}.png",)) for i, name in enumerate("abc")], tmp_path / "p.parquet")
     look = Mock(side_effect=inspection.load_prompt_media)
     monkeypatch.setattr(inspection, "load_prompt_media", look)
-    inspector = PairInspector(DataSettings(), "qwen2_vl", str(tmp_path), None)
+    inspector = PairInspector(MediaConfig(), "qwen2_vl", str(tmp_path), None)
 
     def start(rows=(0, 1, 2), **changes):
         before = look.call_count
@@ -66,7 +66,7 @@ def test_what_is_changed_is_looked_at_again(looked, tmp_path, monkeypatch, chang
     elif change == "file":
         write_pairs([record(i, images=("a.png",)) for i in range(3)], tmp_path / "p.parquet")
     elif change == "settings":
-        changes["settings"] = DataSettings(image_max_tokens=700)
+        changes["settings"] = MediaConfig(image_max_tokens=700)
     elif change == "family":
         changes["family"] = "qwen2_5_vl"
     else:
@@ -88,6 +88,6 @@ def test_a_video_file_is_decoded_once_and_its_frames_are_counted(tmp_path, monke
     load = Mock(side_effect=prompts.load_frames)
     monkeypatch.setattr(prompts, "load_frames", load)
     pair = LocatedPair("f", 0, record(0, video=Video(path="c.mp4")))
-    facts = PairInspector(DataSettings(), "qwen2_vl", str(tmp_path), None).inspect(pair)
+    facts = PairInspector(MediaConfig(), "qwen2_vl", str(tmp_path), None).inspect(pair)
     assert load.call_count == 1 and facts.file_frames == {"query": 0, "target": 2}
     assert facts.content == content_id(pair.record, tmp_path)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from PIL import Image
 
+from embedrl_verl.config.schema import EmbedderConfig, MediaConfig
 from embedrl_verl.data import media
 from embedrl_verl.data.media import MediaLimits, fit_image, load_image, load_item, smart_resize
 from embedrl_verl.data.schema import Item, Video
@@ -52,6 +54,17 @@ def test_a_fitted_size_stays_as_it_is_under_the_processors_wider_limits(h, w, si
     fitted = smart_resize(h, w, token_side=side, min_tokens=128, max_tokens=768)
     assert all(length % side == 0 for length in fitted)
     assert smart_resize(*fitted, token_side=side, min_tokens=4, max_tokens=1280) == fitted
+
+
+def test_limits_come_from_the_data_section_and_from_the_embedders():
+    config = OmegaConf.create({"media_root": "m", "embedrl": {"family": "qwen3_vl", "image_max_tokens": 500}})
+    settings = MediaConfig.from_config(config)
+    assert settings == MediaConfig(family="qwen3_vl", image_max_tokens=500)
+    assert MediaLimits.of(settings, 32, settings.max_frames) == MediaLimits(32, 128, 500, 128, 300, 8)
+    with pytest.raises(ConfigError, match=r"data\.embedrl has no key image_max_token; its keys are"):
+        MediaConfig.from_config({"embedrl": {"image_max_token": 5}})
+    embedder = EmbedderConfig(path="x", image_min_tokens=5, frame_max_tokens=30, frame_min_tokens=6)
+    assert MediaLimits.of(embedder, 28, 3) == MediaLimits(28, 5, embedder.image_max_tokens, 6, 30, 3)
 
 
 def test_fit_image_uses_frame_limits_for_frames():

@@ -122,8 +122,6 @@ def test_state_of_another_run_is_refused(data, seed, message):
 @pytest.mark.parametrize(
     ("sources", "size", "seed", "message"),
     [
-        (["a"] * 8, 3, 0, "must be even and positive; got 3"),
-        (["a"] * 8, 0, 0, "must be even and positive; got 0"),
         (["a"] * 8, 4, -1, "seed must not be negative; got -1"),
         (["a"] * 8 + ["b"], 4, 0, r"holds 2 pairs of one data source; too few pairs in: b \(1\)\. Lower"),
         (["a"], 4, 0, r"too few pairs in: a \(1\)"),
@@ -133,9 +131,6 @@ def test_state_of_another_run_is_refused(data, seed, message):
 def test_batch_that_cannot_be_filled_is_refused(sources, size, seed, message):
     with pytest.raises(ConfigError, match=message):
         PairBatchSampler(Prompts(sources), size, seed)
-    for together in (0, 3):
-        with pytest.raises(ConfigError, match=r"pairs_together must divide the 4 pairs of a batch; got"):
-            PairBatchSampler(Prompts(["a"] * 12), batch_size=8, pairs_together=together)
 
 
 def test_neighbours_share_a_batch_and_runs_are_shuffled():

@@ -29,7 +29,7 @@ def through_verl(checkpoint: str) -> dict[str, Any]:
     from verl.single_controller.ray import RayResourcePool
 
     from embedrl_verl.embedder.client import EmbedderClient
-    from embedrl_verl.embedder.settings import processor_for
+    from embedrl_verl.embedder.processor import processor_for
     from embedrl_verl.embedder.worker import start_embedder_worker_group
 
     options = {"runtime_env": {"py_executable": python()}, "include_dashboard": False, "log_to_driver": False}

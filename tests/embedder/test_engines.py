@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from embedrl_verl.embedder.batching import NOT_FINITE
 from tests import processes
 from tests.embedder.inputs import ROWS, mixed_inputs
 
@@ -48,14 +49,14 @@ def test_fewer_rows_than_ranks_and_rows_of_one_length_keep_their_vectors(result,
 def test_a_row_without_a_finite_vector_is_reported_and_leaves_the_others_alone(result, in_process):
     for ranks in (1, 2):
         vectors, failures = result[f"poisoned_{ranks}"], result[f"poisoned_failures_{ranks}"]
-        assert failures == {1: "the Embedder gave a vector that is not finite"}
+        assert failures == {1: NOT_FINITE}
         assert vectors[1].isnan().all()
         assert (vectors[[0, 2]] - in_process[[0, 2]]).abs().max() < 1e-5
 
 
 def test_a_key_that_the_queue_does_not_have_is_an_error(result):
     for ranks in (1, 2):
-        assert "asked for 4 rows of partition 'embed', got 3" in result[f"missing_{ranks}"]
+        assert "asked for 4 vectors of partition 'embed', got 3" in result[f"missing_{ranks}"]
 
 
 def test_a_training_step_moves_the_vectors_the_same_way_on_1_and_2_ranks(result, in_process):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedrl_verl.embedder import PROFILES, Embedder, EmbedInput, EmbedProcessor
-from embedrl_verl.embedder.add_token import add_emb_token
+from embedrl_verl.embedder.profiles import add_emb_token
 from embedrl_verl.errors import EmbedderError
 from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import LIMITS, item, mixed_inputs, picture

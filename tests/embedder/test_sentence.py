@@ -18,8 +18,8 @@ from transformers import BertConfig, BertModel
 from embedrl_verl.config.schema import EmbedderConfig, SentenceConfig
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.embedder import Embedder, EmbedInput
+from embedrl_verl.embedder.batching import NOT_FINITE
 from embedrl_verl.embedder.sentence import (
-    NOT_FINITE,
     SentenceClient,
     SentenceModel,
     _SentenceActor,

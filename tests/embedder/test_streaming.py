@@ -12,9 +12,10 @@ from tensordict import TensorDict
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig, SentenceConfig, parse_embedrl_section
 from embedrl_verl.embedder import EmbedInput, streaming
+from embedrl_verl.embedder.batching import NOT_FINITE
 from embedrl_verl.embedder.gather import Gatherer
 from embedrl_verl.embedder.served.client import ServedEmbedder, open_pool
-from embedrl_verl.embedder.streaming import NO_DIRECTION, EmbeddedRows, QueuedVectors, RowBackend, row_backend
+from embedrl_verl.embedder.streaming import EmbeddedRows, QueuedVectors, RowBackend, row_backend
 from embedrl_verl.errors import ConfigError, EmbedderError
 from tests.embedder.inputs import item
 
@@ -57,7 +58,7 @@ def test_vectors_come_in_the_order_asked_for_at_length_one(queue):
 def test_what_is_no_vector_is_a_failed_row_and_never_zeros(queue):
     queue.rows = {"a": torch.tensor([1.0, 0.0]), "b": torch.zeros(2), "c": torch.tensor([torch.nan, 1.0])}
     vectors, failures = QueuedVectors().embed_rows(["a", "b", "c"], "embed")
-    assert failures == {1: NO_DIRECTION, 2: NO_DIRECTION}
+    assert failures == {1: NOT_FINITE, 2: NOT_FINITE}
     assert torch.isnan(vectors[1:]).all() and torch.equal(vectors[0], queue.rows["a"])
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from embedrl_verl.embedder import Embedder
 from embedrl_verl.embedder.batching import pack_rows
 from embedrl_verl.embedder.info_nce import HARD_NEGATIVE, ContrastiveLayout, contrastive_loss
 from embedrl_verl.embedder.model import embed_packed
-from embedrl_verl.embedder.two_pass import NoNegativesError, contrastive_gradients, refuse_dropout
+from embedrl_verl.embedder.two_pass import NoNegativesError, after_update, contrastive_gradients, refuse_dropout
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.platforms.ports import free_port
 from recipes.tiny_digits.environment import CPU_ENV
@@ -163,6 +164,13 @@ def test_a_batch_without_vectors_is_named():
     nothing = torch.full((3, 8), float("nan"))
     with pytest.raises(EmbedderError, match="no pair has vectors on both sides: 3 of 3 queries"):
         contrastive_gradients(nothing, vectors(3), layout(3))
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_an_update_whose_gradient_is_not_finite_is_an_error(norm):
+    assert after_update({"grad_norm": 2.0, "lr": 0.1, "loss": [1.0]}) == {"grad_norm": 2.0, "lr": 0.1}
+    with pytest.raises(EmbedderError, match=f"must be finite; got {norm}, and verl has left the weights alone"):
+        after_update({"grad_norm": norm, "lr": 0.1})
 
 
 def test_a_model_with_dropout_is_refused_by_name():

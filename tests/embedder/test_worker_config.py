@@ -87,7 +87,6 @@ def test_an_adapter_to_go_on_from_must_be_the_runs_own(checkpoint, on_gpu, tmp_p
     [
         ({"strategy": "fsdp"}, "must be fsdp2 on a CPU; got fsdp"),
         ({"strategy": "megatron"}, "must be fsdp2 on a CPU; got megatron"),
-        ({"strategy": "megatron", "train": {"enable": True, "ema_decay": 0.9}}, "keeps no average"),
         (
             {"train": {"enable": True, "lora_rank": 2, "lora_alpha": 4, "lora_adapter_path": "nowhere"}},
             "must be a folder with adapter_config.json; got nowhere",

@@ -25,7 +25,7 @@ def main(checkpoint: str, out: str, dtype: str) -> None:
     """Run every case on this rank's share of its pairs."""
     from torch.distributed.tensor import DTensor
 
-    from embedrl_verl.embedder.settings import processor_for
+    from embedrl_verl.embedder.processor import processor_for
     from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
     from embedrl_verl.stage1.rows import EncodedPair, rows_of_pairs
     from embedrl_verl.stage1.step import two_pass_step

@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from vllm.renderers.hf import safe_apply_chat_template
 
 from embedrl_verl.embedder import PROFILES, EmbedInput, EmbedProcessor, build_messages, render_prompt
-from embedrl_verl.embedder.template import embedding_template
+from embedrl_verl.embedder.messages import embedding_template
 from tests.embedder.inputs import item, mixed_inputs, picture
 
 # What texts of other models hold, pieces that become tokens when joined, and words that `\w` knows and ASCII does not.

@@ -7,7 +7,8 @@ import re
 import torch
 from aiohttp import web
 
-from embedrl_verl.judge import JudgeSettings, ListwiseJudge
+from embedrl_verl.config.schema import JudgeConfig
+from embedrl_verl.judge import ListwiseJudge
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.tcot import parse_tcot
 from tests.serving.fakes import FakeServer, quick_pool
@@ -80,7 +81,7 @@ def chats(server):
 
 
 def judge_at(*urls, pool=None, **settings):
-    return ListwiseJudge(quick_pool(*urls, **(pool or {})), JudgeSettings(**{"style": "compact", **settings}))
+    return ListwiseJudge(quick_pool(*urls, **(pool or {})), JudgeConfig(**{"style": "compact", **settings}))
 
 
 def run(answer, batch=None, *, step=0, steps=1, instructions=None, show=None, **settings):

@@ -14,7 +14,7 @@ from embedrl_verl.config.schema import JudgeConfig
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import stage as module
-from embedrl_verl.judge.settings import check_judge
+from embedrl_verl.judge.judge import check_judge
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.trainer.reward_stage import Row
@@ -44,12 +44,6 @@ def stage(config: JudgeConfig, servers: Manager | None = None, *, shares_devices
 def test_the_servers_are_those_of_the_urls_or_verls_own_asked_directly() -> None:
     assert stage(JudgeConfig(urls=URLS)).urls == URLS
     assert stage(JudgeConfig(), Manager()).urls == ("http://10.0.0.1:8001", "http://10.0.0.2:8001")
-
-
-@pytest.mark.parametrize(("urls", "servers", "got"), [((), None, "neither"), (URLS, Manager(), "both")])
-def test_no_servers_and_two_kinds_of_servers_are_refused(urls, servers, got) -> None:
-    with pytest.raises(ConfigError, match=f"embedrl.judge.urls or from reward.reward_model.enable=True; got {got}"):
-        stage(JudgeConfig(urls=urls), servers)
 
 
 def test_servers_on_the_actors_devices_are_awake_only_while_they_judge_also_after_an_error() -> None:

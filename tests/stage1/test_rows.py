@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from embedrl_verl.config.schema import EvidenceConfig
+from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.identity import NO_QUERY, content_id, target_content
 from embedrl_verl.data.schema import Item, PairRecord
-from embedrl_verl.data.settings import DataSettings
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.embedder import EmbedProcessor, Encoded, messages
 from embedrl_verl.embedder.info_nce import contrastive_loss
@@ -48,7 +47,7 @@ def rows(processor, tmp_path):
         return PairRows(
             read_training_pairs([str(tmp_path / "pairs.parquet")], tcot=tcot),
             processor,
-            media=DataSettings(family=family),
+            media=MediaConfig(family=family),
             evidence=EvidenceConfig(),
             media_root=None,
             tcot=tcot,
@@ -84,7 +83,7 @@ def test_boxes_in_pixels_are_cut_where_the_writer_saw_them(family, records, rows
     seen = told[0]
     if facts_of(family).boxes == "absolute":
         assert len(seen) == 1 and all(side % 28 == 0 for side in seen[0])
-        assert seen[0][0] * seen[0][1] >= DataSettings().image_min_tokens * 28**2
+        assert seen[0][0] * seen[0][1] >= MediaConfig().image_min_tokens * 28**2
     else:
         assert seen is None
 

@@ -75,7 +75,7 @@ def test_missing_files_are_told_with_their_keys(tmp_path):
     config = load_stage1_config(
         composed(f"data.val_files={tmp_path / 'there.parquet'}", f"data.media_root={tmp_path / 'no'}")
     )
-    assert config.data.missing_files() == [
+    assert config.missing_files() == [
         "data.train_files: no such file or data set folder: x.parquet",
         f"data.media_root: no such folder: {tmp_path / 'no'}",
     ]

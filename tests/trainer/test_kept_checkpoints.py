@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from embedrl_verl.data.disk import TRACKER
+from embedrl_verl.export.checkpoint import TRACKER
 from embedrl_verl.trainer import checkpoint
 from embedrl_verl.trainer.checkpoint import RECORD, keep_if_best, prune_to
 

@@ -34,7 +34,7 @@ from typing import Literal, get_args
 from embedrl_verl.convert.answers import answer_id, listed, option_letter, without_letter
 from embedrl_verl.convert.converter import InputRoot, RawRow, RowError, Setting, Shard, show
 from embedrl_verl.convert.instructions import FIND_PAGE, QUESTION, UNDERSTAND_PAGE
-from embedrl_verl.convert.names import COLPALI, COLPALI_PAGES
+from embedrl_verl.convert.sources import COLPALI, COLPALI_PAGES
 from embedrl_verl.data.schema import Item, Media, PairRecord
 from embedrl_verl.errors import ConfigError, DataError
 
@@ -56,9 +56,6 @@ class ColPaliTrain:
     Args:
         reading: "answer" or "page".
         answers: "clean" or "raw", see above; the reading "page" does not use them.
-
-    Raises:
-        ConfigError: an unknown value.
     """
 
     reading: Reading = "answer"

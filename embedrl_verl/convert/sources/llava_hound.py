@@ -36,7 +36,7 @@ from embedrl_verl.convert.answers import answer_id
 from embedrl_verl.convert.converter import InputRoot, RawRow, RowError, Setting, Shard, as_text, show
 from embedrl_verl.convert.inputs import natural_key
 from embedrl_verl.convert.instructions import FIND_VIDEO, UNDERSTAND_VIDEO, VIDEO_QUESTION, split_instruction
-from embedrl_verl.convert.names import (
+from embedrl_verl.convert.sources import (
     LLAVAHOUND_QA,
     LLAVAHOUND_SOURCES,
 )
@@ -69,9 +69,6 @@ class LlavaHound:
         frames: frames to name of a folder; 0 = all.
         question_lines: lines of `video_240k_caption_15k.jsonl` that are questions.
         embed_rl: read Embed-RL's copies, *.jsonl whose rows name their mode.
-
-    Raises:
-        ConfigError: an unknown mode, or a negative count.
     """
 
     media_root: str

@@ -33,7 +33,7 @@ from embedrl_verl.convert.answers import answer_id
 from embedrl_verl.convert.converter import InputRoot, RawRow, RowError, Setting, Shard, show
 from embedrl_verl.convert.instructions import MMEB_TASKS, MmebTask, split_instruction
 from embedrl_verl.convert.media_store import map_media
-from embedrl_verl.convert.names import MMEB_SOURCES
+from embedrl_verl.convert.sources import MMEB_SOURCES
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import ConfigError, DataError
 
@@ -53,9 +53,6 @@ class MmebTrain:
             T-CoTs each of them would have to be annotated too.
         images_dir: put before the paths of the rows: the folder of `images/`, relative to the media root. Sources that
             are trained together share one media root.
-
-    Raises:
-        ConfigError: an unknown set or split.
     """
 
     sets: tuple[str, ...] = ()
@@ -79,11 +76,7 @@ class MmebTrain:
         return {"split": self.split, "negatives": self.negatives, "images_dir": self.images_dir}
 
     def shards(self, root: InputRoot) -> list[Shard]:
-        """The files of the wanted sets, in the order of the table.
-
-        Raises:
-            DataError: no file, or none of a set that was named, or a file whose set is not known.
-        """
+        """The files of the wanted sets, in the order of the table."""
         found: dict[str, list[str]] = {}
         for name in self.sets or MMEB_TASKS:
             files = root.files(f"{name}/{self.split}-*.parquet") or root.files(f"{name}.jsonl", f"{name}.jsonl.gz")

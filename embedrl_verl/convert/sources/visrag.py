@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from embedrl_verl.convert.converter import InputRoot, RawRow, RowError, Setting, Shard
 from embedrl_verl.convert.instructions import FIND_PAGE, UNDERSTAND_PAGE, VISRAG_WORDS, VisRagWords
-from embedrl_verl.convert.names import VISRAG
+from embedrl_verl.convert.sources import VISRAG
 from embedrl_verl.convert.sources.colpali import page_images, train_files
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import ConfigError
@@ -30,14 +30,7 @@ BENCHMARK = VisRagWords(FIND_PAGE, UNDERSTAND_PAGE)
 
 @dataclass(frozen=True)
 class VisRagTrain:
-    """Converter of openbmb/VisRAG-Ret-Train-In-domain-data.
-
-    Args:
-        prompts: "by_source" or "benchmark", see above.
-
-    Raises:
-        ConfigError: another value.
-    """
+    """Converter of openbmb/VisRAG-Ret-Train-In-domain-data."""
 
     prompts: Prompts = "by_source"
 

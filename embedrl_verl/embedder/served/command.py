@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.config.schema import EmbedderConfig
+from embedrl_verl.embedder.messages import embedding_template
 from embedrl_verl.embedder.processor import EmbedProcessor
-from embedrl_verl.embedder.template import embedding_template
 from embedrl_verl.families import facts_of
 
 MODULE = "vllm.entrypoints.openai.api_server"

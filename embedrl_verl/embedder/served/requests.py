@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from embedrl_verl.embedder.batching import NOT_FINITE, unit
 from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.serving.vllm import clip_part, image_part, request_arguments
 
 PATH = "/v1/embeddings"
-NOT_FINITE = "the embedding server gave a vector that is not finite or has no direction"
 OTHER_PROMPT = "the embedding server read another prompt than the row's"
 NO_VECTOR = "the embedding server's answer holds no vector"
 NOT_NORMAL = "the embedding server's vector is not of length 1"
@@ -80,9 +80,9 @@ def read_vector(answer: Any, request: EmbedRequest) -> torch.Tensor:
         raise EmbedderError(NO_VECTOR)
     if tokens != len(request.input_ids):
         raise EmbedderError(OTHER_PROMPT)
-    length = vector.norm().item()
-    if not 0 < length < float("inf"):
+    made = unit(vector)
+    if not made.isfinite().all():
         raise EmbedderError(NOT_FINITE)
-    if abs(length - 1) > LENGTH_TOLERANCE:
+    if abs(vector.norm().item() - 1) > LENGTH_TOLERANCE:
         raise EmbedderError(NOT_NORMAL)
-    return vector / length
+    return made

@@ -12,8 +12,8 @@ import torch
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
 from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.embedder.processor import processor_for
 from embedrl_verl.embedder.served.client import ServedEmbedder, _probes, check_servers
-from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError
 from tests.embedder.inputs import item
 from tests.serving.fakes import FakeServer, free_url

@@ -15,10 +15,10 @@ from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.embedder.batching import NOT_FINITE
 from embedrl_verl.embedder.served.command import prompt_template
 from embedrl_verl.embedder.served.requests import (
     NO_VECTOR,
-    NOT_FINITE,
     NOT_NORMAL,
     OTHER_PROMPT,
     EmbedRequest,

@@ -24,10 +24,10 @@ import torch
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderServerConfig
 from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.embedder.processor import processor_for
 from embedrl_verl.embedder.served.client import ServedEmbedder, check_servers
 from embedrl_verl.embedder.served.command import prompt_template, server_arguments, server_command
 from embedrl_verl.embedder.served.servers import ServerProcess
-from embedrl_verl.embedder.settings import processor_for
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.platforms.forkserver import python
