@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from embedrl_verl import __version__, cli
-from embedrl_verl.curate.split_settings import SplitSettings
+from embedrl_verl.curate.split import SplitSettings
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError, EmbedderError, EmbedRLError
@@ -122,7 +122,7 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
     def run(target: str, *words: object) -> Any:
         found: list[tuple[Any, ...]] = []
-        report = type("Report", (), {"lines": lambda self: [], "exit_code": 0})()
+        report = type("Report", (), {"lines": [], "exit_code": 0})()
         with monkeypatch.context() as patch:
             patch.setattr(f"embedrl_verl.{target}", lambda *args, **kwargs: found.append((*args, kwargs)) or report)
             cli.main([str(word) for word in words])
@@ -251,6 +251,6 @@ def test_the_options_of_split_reach_the_split(called: Run, capsys: pytest.Captur
 
 def test_the_options_of_content_ids_reach_the_job(called: Run) -> None:
     words = ["f", "--out", "o", "--media-root", "m", "--near-duplicates", "--max-bits", "3", "--max-difference", "2"]
-    files, out, settings, more = called("curate.id_job.fill_content_ids", "data", "content-ids", *words)
+    files, out, settings, more = called("curate.content_ids.fill_content_ids", "data", "content-ids", *words)
     assert (files, out, settings.media_root, settings.overwrite) == (["f"], "o", "m", False)
     assert (settings.near.max_bits, settings.near.max_difference) == (3, 2.0) and "media_root" not in more

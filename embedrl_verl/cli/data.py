@@ -157,7 +157,7 @@ def content_ids(
     job: opt.Job,
 ) -> int:
     """Same content, same query_id and target_id; resumable. Exit code 3 if rows cannot be used."""
-    from embedrl_verl.curate.id_job import IdSettings, fill_content_ids
+    from embedrl_verl.curate.content_ids import IdSettings, fill_content_ids
     from embedrl_verl.curate.near_duplicates import Likeness
 
     values = dict(vars(job))
@@ -246,7 +246,7 @@ def _command_line() -> list[str]:
 
 
 def _printed(report: Any, *more: str) -> int:
-    for line in (*report.lines(), *more):
+    for line in (*report.lines, *more):
         print(line)
     code: int = report.exit_code
     return code
@@ -303,7 +303,7 @@ def _backend(model: opt.Model, asking: opt.Asking, family: Family, videos: str) 
 
 
 def _split_settings(split: opt.Split) -> Any:
-    from embedrl_verl.curate.split_settings import SplitSettings
+    from embedrl_verl.curate.split import SplitSettings
 
     rows: dict[str, int] = {}
     for text in split.rl_rows:

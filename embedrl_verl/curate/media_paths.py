@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from embedrl_verl.curate.records import with_values
 from embedrl_verl.data.files import media_root_of
+from embedrl_verl.data.schema import Item, Media, PairRecord
 from embedrl_verl.errors import ConfigError
 
 
 def merged_root(files: Sequence[Path], media_root: str | None) -> tuple[str | None, dict[Path, str]]:
-    """The media root of files together, absolute, and for each file what its media paths get in front ("" = nothing).
+    """The media root of files together, absolute, and what the media paths of each file get in front ("" = nothing).
 
-    Args:
-        files: parquet files; the data card beside a file tells its root.
-        media_root: the root of all files, instead.
+    Without a `media_root` for all, the data card beside a file tells its own.
     """
     if media_root is not None:
         return os.path.abspath(media_root), dict.fromkeys(files, "")
@@ -40,34 +36,20 @@ def merged_root(files: Sequence[Path], media_root: str | None) -> tuple[str | No
     return shared, {file: "" if not root or ahead[root] == "." else ahead[root] for file, root in roots.items()}
 
 
-def with_prefix(batch: pa.RecordBatch, prefix: str) -> pa.RecordBatch:
-    """The batch (in `embedrl_verl.data.parquet.SCHEMA`) with `prefix`/ in front of every media path."""
+def with_prefix(record: PairRecord, prefix: str) -> PairRecord:
+    """The record with `prefix`/ in front of every media path. Absolute ones stay: they are refused wherever read."""
     if not prefix:
-        return batch
-    columns = [
-        _prefixed(column, prefix) if name in ("query", "target", "negatives") else column
-        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+        return record
 
+    def ahead(media: Media) -> Media:
+        return media if isinstance(media, bytes) or media.startswith("/") else f"{prefix}/{media}"
 
-def _prefixed(array: pa.Array, prefix: str) -> pa.Array:
-    """Recursive over lists and structs; the fields called path are media paths."""
-    kind = array.type
-    if pa.types.is_list(kind):
-        return with_values(array, _prefixed(pc.list_flatten(array), prefix), kind)
-    if pa.types.is_struct(kind):
-        children = []
-        for field, child in zip(kind, array.flatten(), strict=True):
-            if field.name == "path":
-                children.append(_joined(prefix, child))
-            else:
-                children.append(_prefixed(child, prefix))
-        return pa.StructArray.from_arrays(children, fields=list(kind), mask=array.is_null())
-    return array
+    def moved(item: Item) -> Item:
+        video = item.video
+        if video is not None:
+            path = None if video.path is None else str(ahead(video.path))
+            video = replace(video, frames=tuple(map(ahead, video.frames)), path=path)
+        return replace(item, images=tuple(map(ahead, item.images)), video=video)
 
-
-def _joined(prefix: str, paths: pa.Array) -> pa.Array:
-    """Null and "" stay; so do absolute paths, which are refused wherever they are read."""
-    stays = pc.or_kleene(pc.equal(pc.binary_length(paths), 0), pc.starts_with(paths, "/"))
-    return pc.if_else(stays, paths, pc.binary_join_element_wise(prefix, paths, "/"))
+    negatives = tuple(map(moved, record.negatives))
+    return replace(record, query=moved(record.query), target=moved(record.target), negatives=negatives)

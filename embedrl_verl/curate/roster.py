@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roster of a data set: source, contents and verdict of every pair as small integers, in order.
+"""The roster of a data set: id, source, contents and verdict of every pair, in order, as columns of small numbers.
 
-It takes 36 bytes a pair, whatever the pairs hold, and everything that is decided over a whole data set (who is drawn,
-which ids come twice) is decided on it.
+Everything that is decided over a whole data set (who is drawn, which ids come twice) is decided on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,221 +15,113 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedrl_verl.curate.content_ids import rejection
-from embedrl_verl.curate.records import batches, rows_at
-from embedrl_verl.curate.validity import bad_rows
 from embedrl_verl.curate.verdict_file import VERDICTS, verdict_batches
+from embedrl_verl.data.build import rejection
 from embedrl_verl.data.identity import ANSWER_ID, TEXT_ID
+from embedrl_verl.data.parquet import read_batches, read_rows, record_or_error
 from embedrl_verl.errors import DataError
 
-NO_VERDICT = -1
 NAMED = 5
-CHECKED_AT_ONCE = 1024
+COLUMNS = ["pair_id", "data_source", "target_id", "query_id"]
 Index = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
-@dataclass
 class Roster:
-    """All rows of several files.
+    """All rows of several files, numbered from 0 over all of them.
 
     Attributes:
-        files: in order.
-        starts: int64 (files + 1,), number of the first row of each file over all rows, and their total.
-        names: data sources, by code.
-        pair: int64 (rows,), hash of the pair_id; comparable within this process only.
-        source: int16 (rows,), code of the data source; -1 where the row is rejected.
-        content, query: int64 (rows,), hash of the target_id, and of the query_id; 0 where it is empty.
-        is_text: bool (rows,), the target_id stands for a text without media.
-        verdict: int8 (rows,), index in `VERDICTS`, or -1.
-        rejected: lines of `rejected.jsonl`, of rows without an id or source and of second pairs of an id.
+        starts: number of each file's first row, and of all rows.
+        names: data sources; `source` (rows,) has their positions.
+        ids: distinct pair_ids; `pair` (rows,) has their positions, `first` (ids,) the first good row of each, or -1.
+        content, query: hash of the target_id and of the query_id, 0 where empty; comparable within this process only.
+        is_text: the target_id stands for a text without media.
+        verdict: position in `VERDICTS`, or -1. `judged`: verdicts were read.
+        good: rows that are not rejected. `rejected`: lines of `rejected.jsonl`, by row.
     """
 
-    files: list[Path]
-    starts: Index
-    names: list[str]
-    pair: Index
-    source: npt.NDArray[np.int16]
-    content: Index
-    query: Index
-    is_text: npt.NDArray[np.bool_]
-    verdict: npt.NDArray[np.int8]
-    rejected: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files, starts, codes = list(files), [0], dict[str, int]()
+        batches: list[list[Any]] = [[pa.array([], pa.large_string()), *np.zeros((4, 0), np.int64)]]
+        for file in files:
+            starts.append(starts[-1])
+            for _, batch in read_batches(file, COLUMNS):
+                names, sources, contents, queries = (column.fill_null("") for column in batch.columns)
+                is_text = pc.or_(pc.starts_with(contents, TEXT_ID), pc.starts_with(contents, ANSWER_ID))
+                source = [codes.setdefault(name, len(codes)) for name in sources.to_pylist()]
+                hashes = [[*map(hash, column.to_pylist())] for column in (contents, queries)]  # that of "" is 0
+                batches.append([names.cast(pa.large_string()), *np.array([source, *hashes, is_text.to_pylist()])])
+                starts[-1] += batch.num_rows
+        pair_ids, *columns = zip(*batches, strict=True)
+        self.source, self.content, self.query, is_text = map(np.concatenate, columns)
+        encoded = pa.chunked_array(pair_ids).combine_chunks().dictionary_encode()
+        self.ids, self.pair = encoded.dictionary, encoded.indices.to_numpy()
+        self.starts, self.names, self.is_text = np.array(starts), [*codes], is_text.astype(np.bool_)
+        self.verdict, self.good, self.judged = np.full(starts[-1], -1, np.int8), np.ones(starts[-1], np.bool_), False
+        self.rejected: dict[int, dict[str, Any]] = {}
+        self.check(np.flatnonzero((self.pair == self.ids.index("").as_py()) | (self.source == codes.get("", -1))))
+        good = np.flatnonzero(self.good)[::-1]
+        self.first = np.full(len(self.ids), -1)
+        self.first[self.pair[good]] = good  # the last assignment stays
+        for row in np.flatnonzero(self.good & (self.first[self.pair] != np.arange(len(self)))):
+            (other, _, place), pair_id = self.pieces(self.first[self.pair[[row]]])[0], self.ids[self.pair[row]].as_py()
+            self.reject(row, DataError(f"field pair_id: must be unique; {other}, row {place[0]} has {pair_id!r} too"))
 
     def __len__(self) -> int:
         return len(self.pair)
 
-    @property
-    def good(self) -> npt.NDArray[np.bool_]:
-        """Rows that are not rejected; bool (rows,)."""
-        return self.source >= 0
+    def pieces(self, rows: Index) -> list[tuple[Path, int, Index]]:
+        """Ascending rows by file: the file, the number of its first row, and the rows as it numbers them itself."""
+        borders = np.searchsorted(rows, self.starts)
+        pieces = zip(self.files, self.starts.tolist(), borders, borders[1:], strict=False)
+        return [(file, start, rows[low:high] - start) for file, start, low, high in pieces if low < high]
 
-    def place(self, row: int) -> tuple[Path, int]:
-        """File, and row of the file from 0, of a row over all files."""
-        file = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.files[file], row - int(self.starts[file])
-
-    def pair_ids(self, rows: Sequence[int]) -> list[str]:
-        """The pair_ids of a few rows, ascending."""
-        return [batch[0][0].as_py() or "" for batch in self._rows_at(rows, ["pair_id"])]
-
-    def check(self, rows: Sequence[int]) -> None:
-        """Reject those of these rows (ascending) that are no pair records."""
-        for row, batch in zip(rows, self._rows_at(rows, None), strict=True):
-            file, number = self.place(row)
-            for error in bad_rows(batch, file, number).values():
-                self.reject(row, error, batch["pair_id"][0].as_py())
-
-    def reject(self, row: int, error: DataError, pair_id: str | None) -> None:
+    def reject(self, row: int, error: DataError) -> None:
         """Take a row out."""
-        self.source[row] = -1
-        self.rejected.append(rejection(*self.place(row), error, pair_id))
+        ((file, _, (number,)),) = self.pieces(np.array([row]))
+        self.good[row] = False
+        self.rejected[row] = rejection(file, int(number), error, self.ids[self.pair[row]].as_py())
 
-    def _rows_at(self, rows: Sequence[int], columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-        for file, start, stop in zip(self.files, self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
-            yield from rows_at(file, [row - start for row in rows if start <= row < stop], columns)
-
-
-def read_roster(files: Sequence[Path]) -> Roster:
-    """Read the roster of files: four columns of them."""
-    codes: dict[str, int] = {}
-    starts, pairs, sources, contents, queries, texts = [0], [], [], [], [], []
-    for file in files:
-        rows = 0
-        for _, batch in batches(file, ["pair_id", "data_source", "target_id", "query_id"]):
-            rows += batch.num_rows
-            pairs.append(_hashes(batch["pair_id"]))
-            sources.append(_codes(batch["data_source"], codes))
-            contents.append(_hashes(batch["target_id"]))
-            queries.append(_hashes(batch["query_id"]))
-            names = batch["target_id"]
-            is_text = pc.or_(pc.starts_with(names, TEXT_ID), pc.starts_with(names, ANSWER_ID))
-            texts.append(pc.fill_null(is_text, False).to_numpy(zero_copy_only=False))
-        starts.append(starts[-1] + rows)
-    roster = Roster(
-        files=list(files),
-        starts=np.array(starts, np.int64),
-        names=list(codes),
-        pair=np.concatenate([np.zeros(0, np.int64), *pairs]),
-        source=np.concatenate([np.zeros(0, np.int16), *sources]),
-        content=np.concatenate([np.zeros(0, np.int64), *contents]),
-        query=np.concatenate([np.zeros(0, np.int64), *queries]),
-        is_text=np.concatenate([np.zeros(0, np.bool_), *texts]),
-        verdict=np.full(starts[-1], NO_VERDICT, np.int8),
-    )
-    roster.check(np.flatnonzero((roster.pair == 0) | (roster.source < 0)).tolist())
-    _reject_doubles(roster)
-    return roster
+    def check(self, rows: Index) -> None:
+        """Reject those of these rows (ascending) that are no pair records."""
+        for file, start, numbers in self.pieces(rows):
+            for here, batch in read_rows(file, numbers):
+                for number, values in zip(here.tolist(), batch.to_pylist(), strict=True):
+                    found = record_or_error(values, file, number)
+                    if isinstance(found, DataError):
+                        self.reject(start + number, found)
 
 
 def read_verdicts(roster: Roster, path: Path) -> None:
     """Fill in the verdicts of a parquet file (columns pair_id and verdict, one row a pair, in any order).
 
-    A pair of the data without a verdict is checked: if it is no record, it is rejected, and needs no verdict.
+    A pair of the data without a verdict is checked: if it is no record, it is rejected, and needs no verdict. Raises
+    DataError: a good pair has no verdict, a verdict has no pair, or a pair has two verdicts; the message names them.
     """
-    order = np.argsort(roster.pair, kind="stable")
-    order = order[roster.good[order]]
-    known = roster.pair[order]
-    faults = {"have no pair in the data": Sample(), "come twice": Sample()}
-    row = 0
-    for ids, verdicts in verdict_batches(path):
-        hashes = _hashes(ids)
-        at = np.minimum(np.searchsorted(known, hashes), max(len(known) - 1, 0))
-        found = known[at] == hashes if len(known) else np.zeros(len(hashes), np.bool_)
-        rows = order[at[found]] if len(known) else at[:0]
-        twice = found.copy()
-        twice[found] = (roster.verdict[rows] != NO_VERDICT) | _repeats(rows)
-        faults["have no pair in the data"].add(ids, ~found)
-        faults["come twice"].add(ids, twice)
-        roster.verdict[rows] = _verdict_codes(verdicts, path, row)[found]
-        row += len(hashes)
-    missing = np.flatnonzero(roster.good & (roster.verdict == NO_VERDICT))
-    for start in range(0, len(missing), CHECKED_AT_ONCE):
-        roster.check(missing[start : start + CHECKED_AT_ONCE].tolist())
-        if (roster.good[missing[: start + CHECKED_AT_ONCE]]).any():
-            break  # there is a good pair without a verdict: no need to look at more of them
-    missing = np.flatnonzero(roster.good & (roster.verdict == NO_VERDICT))
-    texts = [f"{sample.count} verdicts {fault}: {sample}" for fault, sample in faults.items() if sample.count]
-    if len(missing):
-        named = roster.pair_ids(missing[:NAMED].tolist())
-        texts.insert(0, f"{len(missing)} pairs have no verdict: {_listed(named, len(missing))}")
-    if texts:
+    batches = [*verdict_batches(path)]
+    ids, verdicts = (pa.chunked_array([batch[at] for batch in batches], pa.string()) for at in (0, 1))
+    ids, codes = ids.cast(pa.large_string()), pc.index_in(verdicts, pa.array(VERDICTS)).fill_null(-1).to_numpy()
+    if len(bad := np.flatnonzero(codes < 0)):
+        got = verdicts[bad[0]].as_py()
+        raise DataError(f"{path}, row {bad[0]}: verdict must be one of {', '.join(VERDICTS)}; got {got!r}")
+    rows = np.append(roster.first, -1)[pc.index_in(ids, roster.ids).fill_null(-1).to_numpy()]
+    repeats = rows >= 0
+    repeats[np.unique(rows, return_index=True)[1]] = False
+    roster.verdict[rows[rows >= 0]], roster.judged = codes[rows >= 0], True
+    roster.check(np.flatnonzero(roster.good & (roster.verdict < 0)))
+    faults = {
+        "pairs have no verdict": roster.ids.take(pa.array(roster.pair[roster.good & (roster.verdict < 0)])),
+        "verdicts have no pair in the data": ids.filter(pa.array(rows < 0)),
+        "verdicts come twice": ids.filter(pa.array(repeats)),
+    }
+    listed = [_fault(fault, names) for fault, names in faults.items() if len(names)]
+    if listed:
         raise DataError(
-            f"{path} must have exactly one verdict for each pair of the data. {'; '.join(texts)}. "
+            f"{path} must have exactly one verdict for each pair of the data. {'; '.join(listed)}. "
             "Make the verdicts from these files, with embedrl data filter"
         )
 
 
-@dataclass
-class Sample:
-    """How many there are, and the first few."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, ids: pa.Array, marked: npt.NDArray[np.bool_]) -> None:
-        """Add the marked ids."""
-        self.count += int(marked.sum())
-        places = np.flatnonzero(marked)[: NAMED - len(self.first)]
-        self.first += [str(ids[place].as_py()) for place in places.tolist()]
-
-    def __str__(self) -> str:
-        return _listed(self.first, self.count)
-
-
-def _listed(names: Sequence[str], count: int) -> str:
-    return ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")
-
-
-def _reject_doubles(roster: Roster) -> None:
-    """Reject all but the first row of a pair_id. Equal hashes are compared as ids."""
-    order = np.argsort(roster.pair, kind="stable")
-    order = order[roster.good[order]]
-    same = roster.pair[order[1:]] == roster.pair[order[:-1]]
-    if not same.any():
-        return
-    rows = np.unique(np.concatenate([order[1:][same], order[:-1][same]])).tolist()
-    first: dict[str, int] = {}
-    for row, pair_id in zip(rows, roster.pair_ids(rows), strict=True):
-        if pair_id in first:
-            file, number = roster.place(first[pair_id])
-            here, place = roster.place(row)
-            reason = f"{here}, row {place}: field pair_id: must be unique; {file}, row {number} has {pair_id!r} too"
-            roster.reject(row, DataError(reason), pair_id)
-        else:
-            first[pair_id] = row
-
-
-def _verdict_codes(verdicts: pa.Array, path: Path, first_row: int) -> npt.NDArray[np.int8]:
-    codes = pc.fill_null(pc.index_in(verdicts, pa.array(VERDICTS)), NO_VERDICT).to_numpy(zero_copy_only=False)
-    if len(bad := np.flatnonzero(codes < 0)):
-        place = int(bad[0])
-        raise DataError(
-            f"{path}, row {first_row + place}: verdict must be one of {', '.join(VERDICTS)}; "
-            f"got {verdicts[place].as_py()!r}"
-        )
-    small: npt.NDArray[np.int8] = codes.astype(np.int8)
-    return small
-
-
-def _hashes(values: pa.Array) -> Index:
-    """Hashes of strings; 0 where empty. Python's own are the fastest there are, and differ between processes."""
-    names = values.to_pylist()
-    return np.fromiter((hash(name) if name else 0 for name in names), np.int64, len(names))
-
-
-def _codes(values: pa.Array, codes: dict[str, int]) -> npt.NDArray[np.int16]:
-    """Codes of strings, new ones added; -1 where empty."""
-    encoded = values.dictionary_encode()
-    table = [codes.setdefault(name, len(codes)) if name else -1 for name in encoded.dictionary.to_pylist()]
-    if len(codes) > np.iinfo(np.int16).max:
-        raise DataError(f"at most {np.iinfo(np.int16).max} data sources can be split together; there are more")
-    indices = pc.fill_null(encoded.indices, len(table)).to_numpy(zero_copy_only=False)
-    found: npt.NDArray[np.int16] = np.array([*table, -1], np.int16)[indices]
-    return found
-
-
-def _repeats(rows: Index) -> npt.NDArray[np.bool_]:
-    """True where a value stood before."""
-    repeats = np.ones(len(rows), np.bool_)
-    repeats[np.unique(rows, return_index=True)[1]] = False
-    return repeats
+def _fault(fault: str, ids: pa.ChunkedArray) -> str:
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return f"{len(ids)} {fault}: {', '.join(map(str, ids[:NAMED].to_pylist()))}{more}"

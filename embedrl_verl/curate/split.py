@@ -6,21 +6,29 @@
    pairs whose target content RL has.
 
 The result depends on the order of the pairs, not on how they lie in files nor on the number of processes.
+
+Which pairs feed RL is contradictory in the paper: section 3.2 says those that the relevance filter drops, appendix C.3
+those that it keeps. The default is the former, `mismatch`: its pairs are hard, and the Embedder that will be the reward
+model has not been trained on them. Some of them are simply wrong pairs, though; `match` is the other reading.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from embedrl_verl.curate.roster import Index, Roster
-from embedrl_verl.curate.split_settings import SplitSettings
+from embedrl_verl.convert.sampling import Sampling, preset
+from embedrl_verl.curate.roster import Index, Mask, Roster
 from embedrl_verl.curate.verdict_file import VERDICTS
-from embedrl_verl.errors import DataError
+from embedrl_verl.errors import ConfigError, DataError
 
+RlFrom = Literal["mismatch", "match", "all"]
+Unknown = Literal["left_out", "match"]
+Disjoint = Literal["off", "media", "all"]
 FATES = (
     "contrastive",
     "rl",
@@ -33,125 +41,78 @@ FATES = (
 )
 """What becomes of a pair; the first three are trained on."""
 CONTRASTIVE, RL, BOTH, UNDRAWN, UNKNOWN, SOURCE_OUT, TARGET_IN_RL, REJECTED = range(len(FATES))
-
 Fates = npt.NDArray[np.int8]
-Mask = npt.NDArray[np.bool_]
 
 
-@dataclass
-class SourceSplit:
-    """One data source.
-
-    Attributes:
-        pairs: in the data, without rejected ones.
-        verdicts: pairs by verdict; empty without a verdict file.
-        candidates: pairs that RL may draw.
-        wanted: pairs that RL is to get; None = not limited.
-        fates: pairs by fate.
-    """
-
-    pairs: int = 0
-    verdicts: dict[str, int] = field(default_factory=dict)
-    candidates: int = 0
-    wanted: int | None = None
-    fates: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class SharedTargets:
-    """Contrastive pairs whose target content, or query, is that of an RL pair too.
+@dataclass(frozen=True)
+class SplitSettings:
+    """How pairs are split.
 
     Attributes:
-        media, text: such pairs, by whether the content has media (or an id of the source) or is a text alone.
-        contents: distinct contents of them.
-        queries: contrastive pairs whose query_id an RL pair has.
-        without_id: pairs of both sets that have no target_id, and are not counted here.
+        rl_from: verdicts of the pairs that RL may draw: "mismatch", "match", or "all" (every verdict, also "unknown").
+        rl_rows: data source -> pairs that RL gets, exactly. With any, or a preset, no other source gives RL pairs
+            unless `rl_rows_each` is set.
+        rl_rows_each: at most so many RL pairs of each source that is not named; None = all, or with named sources none.
+        rl_preset: table of `convert/sampling.yaml` that names sources and numbers, "rl_13"; `rl_rows` wins over it.
+        allow_short: a named source may be missing or have fewer candidates.
+        sampling: "even": of a source's n candidates those at floor(i x n / k), i = 0..k-1; "random": by `seed`.
+        unknown: pairs without a verdict are "left_out", or treated as "match".
+        keep_rl_matches: RL pairs whose verdict is match train the Embedder as well (appendix C.3 to the letter).
+        contrastive_without: sources that the contrastive set leaves out.
+        disjoint_targets: leave out contrastive pairs whose target content RL has: of targets with "media", of "all".
     """
 
-    media: int = 0
-    text: int = 0
-    contents: int = 0
-    queries: int = 0
-    without_id: int = 0
+    rl_from: RlFrom = "mismatch"
+    rl_rows: Mapping[str, int] = field(default_factory=dict)
+    rl_rows_each: int | None = None
+    rl_preset: str = ""
+    allow_short: bool = False
+    sampling: Literal["even", "random"] = "even"
+    seed: int = 0
+    unknown: Unknown = "left_out"
+    keep_rl_matches: bool = False
+    contrastive_without: tuple[str, ...] = ()
+    disjoint_targets: Disjoint = "off"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("rl_from", RlFrom), ("unknown", Unknown), ("disjoint_targets", Disjoint)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
+        for source, rows in (("a source", self.rl_rows_each or 0), *self.rl_rows.items()):
+            if rows < 0:
+                raise ConfigError(f"the RL pairs of {source} must be at least 0; got {rows}")
+        if self.keep_rl_matches and self.disjoint_targets != "off":
+            raise ConfigError("keep_rl_matches puts pairs in both sets; disjoint_targets must be off then")
+        self.draw()
+
+    def named_rows(self) -> dict[str, int]:
+        """Sources of which RL gets an exact number of pairs: those of the preset and of `rl_rows`."""
+        return {**(preset(self.rl_preset).caps if self.rl_preset else {}), **self.rl_rows}
+
+    def draw(self) -> Sampling:
+        """The draw of RL pairs, for the sources that give any."""
+        named = {source: rows for source, rows in self.named_rows().items() if rows}
+        return Sampling(named, self.rl_rows_each or None, self.sampling, self.seed, self.rl_preset)
+
+    def gives_rl(self, source: str) -> bool:
+        """True if RL may draw pairs of this source."""
+        named = self.named_rows()
+        others = not named if self.rl_rows_each is None else self.rl_rows_each > 0
+        return bool(named.get(source, others))
 
 
-@dataclass
-class SplitReport:
-    """What a split did; `sources` by name, sorted."""
-
-    sources: dict[str, SourceSplit] = field(default_factory=dict)
-    shared: SharedTargets = field(default_factory=SharedTargets)
-    rejected: int = 0
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 3 if rows were rejected."""
-        return DataError.exit_code if self.rejected else 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def total(self, *fates: int) -> int:
-        """Pairs of these fates."""
-        return sum(source.fates.get(FATES[fate], 0) for source in self.sources.values() for fate in fates)
-
-    def lines(self) -> list[str]:
-        """A table for people."""
-        width = max([len("data source"), *map(len, self.sources)])
-        lines = [
-            f"{'data source':{width}}  {'pairs':>9}  {'match':>9}  {'mismatch':>9}  {'unknown':>8}  "
-            f"{'contrastive':>11}  {'RL':>8}  {'of':>8}  {'left out':>8}"
-        ]
-        for name, source in self.sources.items():
-            verdicts = [f"{source.verdicts[verdict]}" if source.verdicts else "-" for verdict in VERDICTS]
-            count = [source.fates.get(fate, 0) for fate in FATES]
-            lines.append(
-                f"{name:{width}}  {source.pairs:>9}  {verdicts[0]:>9}  {verdicts[1]:>9}  {verdicts[2]:>8}  "
-                f"{count[CONTRASTIVE] + count[BOTH]:>11}  {count[RL] + count[BOTH]:>8}  {source.candidates:>8}  "
-                f"{sum(count[UNDRAWN:REJECTED]):>8}"
-            )
-        lines += [f"{FATES[fate]}: {self.total(fate)}" for fate in range(REJECTED) if self.total(fate)]
-        shared = self.shared
-        if shared.media or shared.text:
-            lines.append(
-                f"{shared.media + shared.text} contrastive pairs have a target content that RL has too ({shared.media} "
-                f"with media, {shared.text} of text alone; {shared.contents} contents); see --disjoint-targets"
-            )
-        if shared.queries:
-            lines.append(f"{shared.queries} contrastive pairs have a query that RL has too")
-        if shared.without_id:
-            lines.append(f"{shared.without_id} pairs without target_id were not compared; see embedrl data content-ids")
-        if self.rejected:
-            lines.append(f"{self.rejected} rows rejected")
-        return lines
-
-
-def decide(roster: Roster, settings: SplitSettings, *, judged: bool) -> tuple[Fates, SplitReport]:
-    """The fate of every row, and the report.
-
-    Args:
-        judged: the roster has verdicts; without, every pair counts as a match.
-    """
-    good = roster.good
-    match = (roster.verdict == VERDICTS.index("match")) if judged else good.copy()
-    if settings.unknown == "match":
-        match |= roster.verdict == VERDICTS.index("unknown")
-    mismatch = roster.verdict == VERDICTS.index("mismatch")
-    candidates = good & {"mismatch": mismatch, "match": match, "all": good}[settings.rl_from]
-    by_source = _rows_by_source(roster, candidates)
-    _check_named(by_source, roster, settings)
-
-    drawn = np.zeros(len(roster), np.bool_)
+def decide(roster: Roster, settings: SplitSettings) -> Fates:
+    """The fate of every row. Raises DataError: a named source is missing or has too few candidates; target ids are
+    needed and missing."""
+    match, mismatch = _matches(roster, settings), roster.verdict == VERDICTS.index("mismatch")
+    candidates, drawn = candidates_by_source(roster, settings), np.zeros(len(roster), np.bool_)
+    _check_named(candidates, roster, settings)
     draw = settings.draw()
-    for name, rows in by_source.items():
+    for name, rows in candidates.items():
         if settings.gives_rl(name):
             chosen = draw.choose(name, len(rows))
             drawn[rows if chosen is None else rows[chosen]] = True
-
-    out = np.isin(
-        roster.source, [roster.names.index(name) for name in settings.contrastive_without if name in roster.names]
-    )
+    out = np.isin(roster.source, [at for at, name in enumerate(roster.names) if name in settings.contrastive_without])
     fates = np.full(len(roster), UNKNOWN, np.int8)
     fates[mismatch] = UNDRAWN
     fates[match] = CONTRASTIVE
@@ -159,30 +120,48 @@ def decide(roster: Roster, settings: SplitSettings, *, judged: bool) -> tuple[Fa
     fates[drawn] = RL
     if settings.keep_rl_matches:
         fates[drawn & match & ~out] = BOTH
-    fates[~good] = REJECTED
+    fates[~roster.good] = REJECTED
     if settings.disjoint_targets != "off":
-        _keep_targets_apart(roster, fates, settings)
-    return fates, _report(roster, fates, by_source, settings, judged)
+        if without := int((((fates == RL) | (fates == CONTRASTIVE)) & (roster.content == 0)).sum()):
+            raise DataError(
+                f"disjoint_targets compares target_ids, and {without} pairs have none; "
+                "fill them first with embedrl data content-ids"
+            )
+        apart = ~roster.is_text if settings.disjoint_targets == "media" else roster.good
+        fates[also_in_rl(roster.content, fates) & apart] = TARGET_IN_RL
+    return fates
 
 
-def _rows_by_source(roster: Roster, chosen: Mask) -> dict[str, Index]:
-    """The chosen rows of each source, ascending."""
-    rows = np.flatnonzero(chosen)
-    codes = roster.source[rows]
-    order = np.argsort(codes, kind="stable")
-    borders = np.searchsorted(codes[order], np.arange(len(roster.names) + 1))
-    return {name: rows[order[borders[code] : borders[code + 1]]] for code, name in enumerate(roster.names)}
+def candidates_by_source(roster: Roster, settings: SplitSettings) -> dict[str, Index]:
+    """The rows that RL may draw, ascending, by data source."""
+    mismatch = roster.verdict == VERDICTS.index("mismatch")
+    chosen = {"mismatch": mismatch, "match": _matches(roster, settings), "all": roster.good}[settings.rl_from]
+    rows = np.flatnonzero(roster.good & chosen)
+    return {name: rows[roster.source[rows] == code] for code, name in enumerate(roster.names)}
 
 
-def _check_named(by_source: dict[str, Index], roster: Roster, settings: SplitSettings) -> None:
+def also_in_rl(ids: Index, fates: Fates) -> Mask:
+    """Contrastive pairs of which an RL pair has the same id; 0 is none."""
+    found: Mask = (fates == CONTRASTIVE) & (ids != 0) & np.isin(ids, ids[(fates == RL) | (fates == BOTH)])
+    return found
+
+
+def _matches(roster: Roster, settings: SplitSettings) -> Mask:
+    """Pairs that count as a match: all, without verdicts."""
+    words = ["match", "unknown"] if settings.unknown == "match" else ["match"]
+    return np.isin(roster.verdict, [*map(VERDICTS.index, words)]) if roster.judged else roster.good
+
+
+def _check_named(candidates: dict[str, Index], roster: Roster, settings: SplitSettings) -> None:
     named = settings.named_rows()
-    short = {name: rows for name, rows in named.items() if len(by_source.get(name, ())) < rows}
+    short = {name: rows for name, rows in named.items() if len(candidates.get(name, ())) < rows}
     if not short or settings.allow_short:
         return
-    listed = []
-    for name, rows in short.items():
-        have = f"{len(by_source[name])} of them" if name in by_source else "the data have no such source"
-        listed.append(f"  {name}: {rows} pairs wanted, {have}")
+    have = {name: f"{len(rows)} of them" for name, rows in candidates.items()}
+    listed = [
+        f"  {name}: {rows} pairs wanted, {have.get(name, 'the data have no such source')}"
+        for name, rows in short.items()
+    ]
     counts = np.bincount(roster.source[roster.good], minlength=len(roster.names)).tolist()
     present = ", ".join(f"{name} ({count})" for name, count in sorted(zip(roster.names, counts, strict=True)))
     raise DataError(
@@ -191,54 +170,3 @@ def _check_named(by_source: dict[str, Index], roster: Roster, settings: SplitSet
         + f"\nThe data have: {present}.\nName other sources or numbers (--rl-rows SOURCE=N), or take what there is "
         "(--allow-short)"
     )
-
-
-def _keep_targets_apart(roster: Roster, fates: Fates, settings: SplitSettings) -> None:
-    trained = (fates == RL) | (fates == CONTRASTIVE)
-    without = int((trained & (roster.content == 0)).sum())
-    if without:
-        raise DataError(
-            f"disjoint_targets compares target_ids, and {without} pairs have none; "
-            "fill them first with embedrl data content-ids"
-        )
-    shared = (fates == CONTRASTIVE) & np.isin(roster.content, roster.content[fates == RL])
-    if settings.disjoint_targets == "media":
-        shared &= ~roster.is_text
-    fates[shared] = TARGET_IN_RL
-
-
-def _report(
-    roster: Roster, fates: Fates, by_source: dict[str, Index], settings: SplitSettings, judged: bool
-) -> SplitReport:
-    draw, report = settings.draw(), SplitReport(rejected=len(roster.rejected))
-    codes = np.maximum(roster.source, 0).astype(np.int64)
-    shape = (len(roster.names), len(FATES))
-    counts = np.bincount(codes[roster.good] * len(FATES) + fates[roster.good], minlength=shape[0] * shape[1])
-    verdicts = np.bincount(codes[roster.good] * 4 + roster.verdict[roster.good] + 1, minlength=shape[0] * 4)
-    for code, name in sorted(enumerate(roster.names), key=lambda item: item[1]):
-        of_source = counts.reshape(shape)[code].tolist()
-        of_verdicts = verdicts.reshape(-1, 4)[code].tolist()[1:]
-        gives = settings.gives_rl(name)
-        report.sources[name] = SourceSplit(
-            pairs=sum(of_source),
-            verdicts=dict(zip(VERDICTS, of_verdicts, strict=True)) if judged else {},
-            candidates=len(by_source[name]) if gives else 0,
-            wanted=draw.cap(name) if gives else 0,
-            fates={fate: count for fate, count in zip(FATES, of_source, strict=True) if count},
-        )
-
-    def also_in_rl(ids: Index) -> npt.NDArray[np.bool_]:
-        rl = ids[(fates == RL) | (fates == BOTH)]
-        found: npt.NDArray[np.bool_] = (fates == CONTRASTIVE) & (ids != 0) & np.isin(ids, rl[rl != 0])
-        return found
-
-    shared = also_in_rl(roster.content)
-    trained = (fates == RL) | (fates == BOTH) | (fates == CONTRASTIVE)
-    report.shared = SharedTargets(
-        media=int((shared & ~roster.is_text).sum()),
-        text=int((shared & roster.is_text).sum()),
-        contents=len(np.unique(roster.content[shared])),
-        queries=int(also_in_rl(roster.query).sum()),
-        without_id=int((trained & (roster.content == 0)).sum()),
-    )
-    return report

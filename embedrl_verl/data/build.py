@@ -54,7 +54,7 @@ Report: TypeAlias = dict[str, Any]
 
 BUILD_FILE = "build.json"
 CAUSES_SHOWN, MAX_CAUSES = 20, 1000
-IN_FILE = re.compile(r"^.*?, row \d+: (?:field (?P<field>\S+): )?(?P<reason>.*)$", re.DOTALL)
+IN_FILE = re.compile(r"(?:.*?, row \d+: )?(?:field (?P<field>\S+): )?(?P<reason>.*)", re.DOTALL)
 logger = logging.getLogger(__name__)
 
 
@@ -223,9 +223,10 @@ def stop_if_bad(reports: Iterable[Report], rows: int, max_bad_share: float, out:
 
 
 def rejection(file: str | Path, row: int, error: DataError, pair_id: str | None = None) -> dict[str, Any]:
-    """A line of `rejected.jsonl` for a row of a parquet file (from 0)."""
-    parts = IN_FILE.match(str(error))
-    name, reason = (parts["field"], parts["reason"]) if parts else ("", str(error))
+    """A line of `rejected.jsonl` for a row of a parquet file (from 0); the error may begin with file and row."""
+    parts = IN_FILE.fullmatch(str(error))
+    assert parts is not None
+    name, reason = parts["field"], parts["reason"]
     line = {"file": str(file), "row": row, "field": name or "", "reason": reason}
     return {**line, "pair_id": pair_id} if pair_id else line
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -123,6 +124,18 @@ def read_batches(
                     row += batch.num_rows
             except (OSError, pa.ArrowException) as error:
                 raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
+
+
+def read_rows(
+    path: str | Path, numbers: npt.NDArray[np.int64], columns: Sequence[str] | None = None
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+    """Batches of some rows of a file (ascending, from 0) with their numbers; row groups without any are not read."""
+    for group in spans([Path(path)], 1) if len(numbers) else ():
+        low, high = np.searchsorted(numbers, [group.start, group.stop])
+        for row, batch in read_batches(group, columns) if low < high else ():
+            low, high = np.searchsorted(numbers, [row, row + batch.num_rows])
+            if low < high:
+                yield numbers[low:high], batch.take(pa.array(numbers[low:high] - row))
 
 
 def read_pairs(path: str | Path) -> Iterator[PairRecord]:

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any, TypeVar
 
-from embedrl_verl.errors import ResourceError
+from embedrl_verl.errors import ConfigError, ResourceError
 
 Shared = TypeVar("Shared")
 Task = TypeVar("Task")
@@ -25,6 +25,13 @@ Result = TypeVar("Result")
 _shared: Any = None
 AHEAD = 2
 """Tasks a worker that are handed out before they are needed."""
+
+
+def worker_count(named: int | None) -> int:
+    """The number of processes that a user named, or the CPUs that this process may use."""
+    if named is not None and named < 1:
+        raise ConfigError(f"workers must be at least 1; got {named}")
+    return named or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def run_tasks(

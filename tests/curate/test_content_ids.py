@@ -1,30 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filled ids group targets exactly as the masks of training do; what cannot be read is named and left out."""
 
-from __future__ import annotations
-
+import errno
 import json
+import os
 import random
-from collections import Counter
-from collections.abc import Callable
+import subprocess
+import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl.curate.id_job import IdSettings, fill_content_ids
+from embedrl_verl.data import writer
 from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, media_root_of, pair_files
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.parquet import SCHEMA
-from embedrl_verl.data.schema import SIDES, Item, PairRecord, Video
+from embedrl_verl.data.schema import SIDES, Item, Video
 from embedrl_verl.data.writer import write_pairs
-from embedrl_verl.errors import ConfigError, DataError
-
-MakePair = Callable[..., PairRecord]
-WriteParts = Callable[..., list[Path]]
-ReadAll = Callable[[Path], list[PairRecord]]
+from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
 TEXTS = ("yes", " Yes\n", "ＹＥＳ", "no", "Represent the given image.", "ß", "SS", "")
 OWN_IDS = ("", "", "", "own-1", "own-2")
@@ -32,7 +27,7 @@ FILES = ("a.png", "b.png", "copy_of_a.png")
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path):
     """Three files, two of them equal; ids look at bytes, so they need not be images."""
     folder = tmp_path / "media"
     folder.mkdir()
@@ -41,199 +36,58 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def _item(choose: random.Random) -> Item:
+def _item(choose):
     media = [*FILES, b"first", b"second", b"third"]
     text = choose.choice(TEXTS)
     kind = choose.randrange(4)
     if kind == 0:
         return Item(text=text or "t")
-    if kind == 1:
-        return Item(text=text, images=tuple(choose.choices(media, k=choose.randint(1, 2))))
-    if kind == 2:
-        return Item(text=text, video=Video(frames=tuple(choose.choices(media, k=choose.randint(1, 2)))))
-    return Item(
-        text=text, video=Video(path=choose.choice(FILES)), images=tuple(choose.choices(media, k=choose.randint(0, 1)))
-    )
+    if kind == 3:
+        images = tuple(choose.choices(media, k=choose.randint(0, 1)))
+        return Item(text=text, video=Video(path=choose.choice(FILES)), images=images)
+    several = tuple(choose.choices(media, k=choose.randint(1, 2)))
+    return Item(text=text, images=several) if kind == 1 else Item(text=text, video=Video(frames=several))
 
 
-def _groups(ids: list[object]) -> list[int]:
+def _groups(ids):
     """The number of the first row with the same id, for each row."""
-    first: dict[object, int] = {}
+    first = {}
     return [first.setdefault(value, row) for row, value in enumerate(ids)]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_filled_ids_group_as_the_masks_of_training_do(
-    tmp_path: Path, root: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll, seed: int
-) -> None:
-    choose = random.Random(seed)
-    records = [
-        pair(
-            f"p{i}",
-            target=_item(choose),
-            target_id=choose.choice(OWN_IDS),
-            query=replace(_item(choose), instruction=choose.choice(["", "Find it.", "Answer."])),
-            query_id=choose.choice(OWN_IDS),
-        )
-        for i in range(300)
-    ]
-    fill_content_ids(write_parts("in", records, [120]), tmp_path / "out", IdSettings(str(root)), workers=1)
-    filled = read_all(tmp_path / "out")
+def test_filled_ids_group_as_the_masks_of_training_do(root, pair, write_parts, fill, seed):
+    choose, records = random.Random(seed), []
+    for i in range(300):
+        own = {"target_id": choose.choice(OWN_IDS), "query_id": choose.choice(OWN_IDS)}
+        query = replace(_item(choose), instruction=choose.choice(["", "Find it.", "Answer."]))
+        records.append(pair(f"p{i}", target=_item(choose), query=query, **own))
+    _, filled = fill(write_parts("in", records, [120]), media_root=str(root))
     before = [content_id(record, root) for record in records]
     for side in SIDES:
         ids = [getattr(one, side) for one in before]
         assert len(set(ids)) < 200
         assert _groups([getattr(record, f"{side}_id") for record in filled]) == _groups(ids)
-        own = [
-            (getattr(new, f"{side}_id"), getattr(old, f"{side}_id")) for new, old in zip(filled, records, strict=True)
-        ]
-        assert all(new == old for new, old in own if old) and all(new for new, _ in own)
+        for new, old in zip(filled, records, strict=True):
+            given, found = getattr(old, f"{side}_id"), getattr(new, f"{side}_id")
+            assert found and given in ("", found)
     assert [content_id(record, None) for record in filled] == before  # and no medium is needed any more
     bare = {"target_id": "", "query_id": ""}
     assert [replace(record, **bare) for record in filled] == [replace(record, **bare) for record in records]
 
 
-def test_equal_answers_are_one_content_and_equal_words_with_other_media_are_not(
-    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
+def test_equal_answers_are_one_content_and_equal_words_with_other_media_are_not(pair, write_parts, fill):
     generic = "Represent the given image."
-    targets = [
-        Item(text="Yes"),
-        Item(text="yes"),
-        Item(text=generic, images=(b"1",)),
-        Item(text=generic, images=(b"2",)),
-    ]
-    records = [pair(f"p{i}", target=target) for i, target in enumerate(targets)]
-    report = fill_content_ids(write_parts("in", records), tmp_path / "out", workers=1)
-    assert _groups([record.target_id for record in read_all(tmp_path / "out")]) == [0, 0, 2, 3]
-    source = report.sources["s"]
-    assert (source.pairs, source.text, source.media, source.contents) == (4, 2, 2, 3)
-    assert source.false_negatives == pytest.approx(2 / 12)
-    assert source.largest[0] == {**source.largest[0], "pairs": 2, "share": 0.5, "text": "Yes"}
+    targets = [Item(text="Yes"), Item(text="yes"), *(Item(text=generic, images=(image,)) for image in (b"1", b"2"))]
+    report, filled = fill(write_parts("in", [pair(f"p{i}", target=target) for i, target in enumerate(targets)]))
+    assert _groups([record.target_id for record in filled]) == [0, 0, 2, 3]
+    source = report.values["sources"]["s"]
+    assert (source["pairs"], source["text"], source["media"], source["contents"]) == (4, 2, 2, 3)
+    assert source["false_negatives"] == pytest.approx(2 / 12)
+    assert source["largest"][0] == {**source["largest"][0], "pairs": 2, "share": 0.5, "text": "Yes"}
 
 
-def test_overwrite_replaces_the_ids_of_the_source(
-    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
-    records = [pair("p0", target=Item(text="a"), target_id="x"), pair("p1", target=Item(text="b"), target_id="x")]
-    fill_content_ids(write_parts("in", records), tmp_path / "out", IdSettings(overwrite=True), workers=1)
-    first, second = read_all(tmp_path / "out")
-    assert first.target_id != second.target_id
-    assert content_id(first, None) == content_id(replace(records[0], target_id=""), None)
-
-
-def test_output_does_not_depend_on_processes_nor_ids_on_files(
-    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
-    records = [pair(f"p{i}", target=Item(text=f"t{i % 7}")) for i in range(900)]
-    pieces = write_parts("pieces", records, [300, 1, 299])
-    fill_content_ids(pieces, tmp_path / "one", workers=1, rows_per_part=300)
-    fill_content_ids(pieces, tmp_path / "two", workers=2, rows_per_part=300)
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
-    for name in names:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    fill_content_ids(write_parts("whole", records), tmp_path / "three", workers=1)
-    assert read_all(tmp_path / "three") == read_all(tmp_path / "one")
-
-
-def test_rows_without_their_media_are_named_and_left_out(
-    tmp_path: Path, root: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
-    items = [
-        Item(images=("a.png",)),
-        Item(images=("a.png", "gone.png")),
-        Item(images=("../outside.png",)),
-        Item(text="t"),
-    ]
-    (file,) = write_parts("in", [pair(f"p{i}", target=item) for i, item in enumerate(items)])
-    settings = IdSettings(str(root))
-    report = fill_content_ids([file], tmp_path / "out", settings, workers=1, max_bad_share=0.5)
-    assert (report.exit_code, report.rows, report.rejected) == (DataError.exit_code, 4, 2)
-    assert [record.pair_id for record in read_all(tmp_path / "out")] == ["p0", "p3"]
-    lines = [json.loads(line) for line in (tmp_path / "out" / REJECTED_FILE).read_text().splitlines()]
-    assert [(line["file"], line["row"], line["field"], line["pair_id"]) for line in lines] == [
-        (str(file), 1, "target.images[1]", "p1"),
-        (str(file), 2, "target.images[0]", "p2"),
-    ]
-    with pytest.raises(
-        DataError, match=r"2 of 4 rows .*over the limit of 25.00%[\s\S]*gone\.png[\s\S]*--max-bad-share"
-    ):
-        fill_content_ids([file], tmp_path / "strict", settings, workers=1, max_bad_share=0.25)
-    with pytest.raises(DataError, match="unfinished"):
-        pair_files([tmp_path / "strict"])
-    # the limit is no part of what is made: raised, the same folder goes on
-    fill_content_ids([file], tmp_path / "strict", settings, workers=1, max_bad_share=0.5)
-    assert (tmp_path / "strict/part-00000.parquet").read_bytes() == (tmp_path / "out/part-00000.parquet").read_bytes()
-
-
-def test_malformed_rows_are_named_and_left_out(tmp_path: Path, pair: MakePair, read_all: ReadAll) -> None:
-    write_pairs([pair(f"p{i}") for i in range(3)], tmp_path / "good.parquet")
-    rows = pq.read_table(tmp_path / "good.parquet").to_pylist()
-    rows[1]["query"]["kind"] = "scan"
-    file = tmp_path / "bad.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
-    report = fill_content_ids([file], tmp_path / "out", workers=1, max_bad_share=0.4)
-    assert report.rejected == 1
-    assert [record.pair_id for record in read_all(tmp_path / "out")] == ["p0", "p2"]
-    (line,) = map(json.loads, (tmp_path / "out" / REJECTED_FILE).read_text().splitlines())
-    assert (line["row"], line["field"]) == (1, "query")
-    assert "kind must be null or 'page'; got 'scan'" in line["reason"]
-
-
-def test_a_truncated_file_is_named(tmp_path: Path, pair: MakePair, write_parts: WriteParts) -> None:
-    (file,) = write_parts("in", [pair(f"p{i}") for i in range(2000)])
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"part-00000\.parquet: not a readable parquet file"):
-        fill_content_ids([file], tmp_path / "out", workers=1)
-    file.write_bytes(content[:100] + bytes(200) + content[300:])  # whole footer, damaged pages
-    with pytest.raises(DataError, match=r"part-00000\.parquet: not a readable parquet file"):
-        fill_content_ids([file], tmp_path / "out2", workers=1)
-
-
-def test_folders_of_several_media_roots_become_one(tmp_path: Path, pair: MakePair, read_all: ReadAll) -> None:
-    for name, content in (("one", b"1"), ("two", b"2")):
-        (tmp_path / name / "media").mkdir(parents=True)
-        (tmp_path / name / "media" / "x.png").write_bytes(content)
-        item = Item(text="t", images=("x.png", b"inline"))
-        video = Item(video=Video(frames=("x.png",)))
-        records = [
-            pair(f"{name}0", target=item),
-            replace(pair(f"{name}1", target=video), negatives=(item, Item(text="n"))),
-        ]
-        write_pairs(records, tmp_path / name / "part-00000.parquet")
-        (tmp_path / name / CARD_FILE).write_text(json.dumps({"media_root": "media", "licence": f"licence {name}"}))
-    fill_content_ids([tmp_path / "one", tmp_path / "two"], tmp_path / "out", workers=1)
-    records = read_all(tmp_path / "out")
-    assert records[0].target.images == ("one/media/x.png", b"inline")
-    assert records[3].target.video == Video(frames=("two/media/x.png",))
-    assert records[3].negatives == (Item(text="t", images=("two/media/x.png", b"inline")), Item(text="n"))
-    assert media_root_of(tmp_path / "out") == str(tmp_path)
-    assert Counter(content_id(record, None) for record in records).most_common(1)[0][1] == 1
-    assert [content_id(record, None) for record in records] == [
-        content_id(replace(record, target_id=""), tmp_path) for record in records
-    ]
-    assert json.loads((tmp_path / "out" / CARD_FILE).read_text())["licence"] == "licence one; licence two"
-
-
-def test_a_finished_folder_is_not_made_again_and_not_overwritten(
-    tmp_path: Path, pair: MakePair, write_parts: WriteParts
-) -> None:
-    files = write_parts("in", [pair("p0"), pair("p1")])
-    report = fill_content_ids(files, tmp_path / "out", workers=1)
-    stamp = (tmp_path / "out/part-00000.parquet").stat().st_mtime_ns
-    assert fill_content_ids(files, tmp_path / "out", workers=1) == report
-    assert (tmp_path / "out/part-00000.parquet").stat().st_mtime_ns == stamp
-    with pytest.raises(ConfigError, match=r"settings.overwrite was False, is True"):
-        fill_content_ids(files, tmp_path / "out", IdSettings(overwrite=True), workers=1)
-    with pytest.raises(ConfigError, match="did not write"):
-        fill_content_ids(files, tmp_path / "in", workers=1)
-
-
-def test_queries_and_targets_are_counted_and_either_makes_a_false_negative(
-    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
+def test_queries_and_targets_are_counted_and_either_makes_a_false_negative(pair, write_parts, fill):
     photo, dog = Item(images=(b"1",)), Item(text="a dog")
     records = [
         pair("p0", query=photo, target=dog),
@@ -241,21 +95,126 @@ def test_queries_and_targets_are_counted_and_either_makes_a_false_negative(
         pair("p2", query=Item(images=(b"2",)), target=dog),
         pair("p3", query=replace(photo, instruction="Name it."), target=Item(text="Rex")),
     ]
-    report = fill_content_ids(write_parts("in", records), tmp_path / "out", workers=1)
-    filled = read_all(tmp_path / "out")
+    report, filled = fill(write_parts("in", records))
     assert _groups([record.query_id for record in filled]) == [0, 0, 2, 3]
     assert _groups([record.target_id for record in filled]) == [0, 1, 0, 3]
-    source = report.sources["s"]
-    assert (source.queries, source.contents, source.false_negatives) == (3, 3, pytest.approx(4 / 12))
-    assert report.lines()[1].split()[6:9] == ["3", "3", "33.33%"]
+    source = report.values["sources"]["s"]
+    assert (source["queries"], source["contents"], source["false_negatives"]) == (3, 3, pytest.approx(4 / 12))
+    assert report.lines[1].split()[6:9] == ["3", "3", "33.33%"]
+
+
+def test_overwrite_replaces_the_ids_of_the_source(pair, write_parts, fill):
+    records = [pair("p0", target=Item(text="a"), target_id="x"), pair("p1", target=Item(text="b"), target_id="x")]
+    _, (first, second) = fill(write_parts("in", records), overwrite=True)
+    assert first.target_id != second.target_id
+    assert content_id(first, None) == content_id(replace(records[0], target_id=""), None)
+
+
+def test_ids_depend_neither_on_processes_nor_on_files(pair, write_parts, fill):
+    records = [pair(f"p{i}", target=Item(text=f"t{i % 7}")) for i in range(900)]
+    pieces, whole = write_parts("pieces", records, [300, 1, 299]), write_parts("whole", records)
+    report, filled = fill(pieces, "one", rows_per_part=300)
+    assert fill(pieces, "two", rows_per_part=300, workers=2) == (report, filled) == fill(whole, "three")
+
+
+def test_rows_without_their_media_are_named_and_left_out(tmp_path, root, pair, write_parts, fill, rejected):
+    gone = Item(images=("a.png", "gone.png"))
+    items = [Item(images=("a.png",)), gone, Item(images=("../outside.png",)), Item(text="t")]
+    files = write_parts("in", [pair(f"p{i}", target=item) for i, item in enumerate(items)])
+    report, filled = fill(files, media_root=str(root), max_bad_share=0.5)
+    assert (report.exit_code, report.values["rows"], report.values["rejected"]) == (DataError.exit_code, 4, 2)
+    assert [record.pair_id for record in filled] == ["p0", "p3"]
+    assert rejected(tmp_path / "out") == [(1, "target.images[1]"), (2, "target.images[0]")]
+    with pytest.raises(DataError, match=r"2 of 4 rows .*limit of 25.00%[\s\S]*gone\.png[\s\S]*--max-bad-share"):
+        fill(files, "strict", media_root=str(root), max_bad_share=0.25)
+    with pytest.raises(DataError, match="unfinished"):
+        pair_files([tmp_path / "strict"])
+    # the limit is no part of what is made: raised, the same folder goes on
+    assert fill(files, "strict", media_root=str(root), max_bad_share=0.5) == (report, filled)
 
 
 def test_a_query_whose_media_cannot_be_read_is_named_unless_it_has_an_id(
-    tmp_path: Path, root: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
+    tmp_path, root, pair, write_parts, fill, rejected
+):
     gone = Item(images=("gone.png",))
     files = write_parts("in", [pair("p0", query=gone), pair("p1", query=gone, query_id="x"), pair("p2")])
-    fill_content_ids(files, tmp_path / "out", IdSettings(str(root)), workers=1, max_bad_share=0.5)
-    assert [record.pair_id for record in read_all(tmp_path / "out")] == ["p1", "p2"]
-    (line,) = map(json.loads, (tmp_path / "out" / REJECTED_FILE).read_text().splitlines())
-    assert (line["row"], line["field"]) == (0, "query.images[0]")
+    _, filled = fill(files, media_root=str(root), max_bad_share=0.5)
+    assert [record.pair_id for record in filled] == ["p1", "p2"]
+    assert rejected(tmp_path / "out") == [(0, "query.images[0]")]
+
+
+def test_malformed_rows_are_named_and_left_out(tmp_path, pair, write_parts, fill, rejected):
+    (file,) = write_parts("in", [pair(f"p{i}") for i in range(3)])
+    rows = pq.read_table(file).to_pylist()
+    rows[1]["query"]["kind"] = "scan"
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+    report, filled = fill([file], max_bad_share=0.4)
+    assert [record.pair_id for record in filled] == ["p0", "p2"] and report.values["rejected"] == 1
+    assert rejected(tmp_path / "out") == [(1, "query")]
+    assert "kind must be null or 'page'; got 'scan'" in (tmp_path / "out" / REJECTED_FILE).read_text()
+
+
+def test_a_truncated_file_is_named(pair, write_parts, fill):
+    (file,) = write_parts("in", [pair(f"p{i}") for i in range(2000)])
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"part-00000\.parquet: not a readable parquet file"):
+        fill([file])
+    file.write_bytes(content[:100] + bytes(200) + content[300:])  # whole footer, damaged pages
+    with pytest.raises(DataError, match=r"part-00000\.parquet: cannot be read after row 0"):
+        fill([file], "out2")
+
+
+def test_folders_of_several_media_roots_become_one(tmp_path, pair, fill):
+    item, video = Item(text="t", images=("x.png", b"inline")), Item(video=Video(frames=("x.png",)))
+    for name, content in (("one", b"1"), ("two", b"2")):
+        (tmp_path / name / "media").mkdir(parents=True)
+        (tmp_path / name / "media" / "x.png").write_bytes(content)
+        other = replace(pair(f"{name}1", target=video), negatives=(item, Item(text="n")))
+        write_pairs([pair(f"{name}0", target=item), other], tmp_path / name / "part-00000.parquet")
+        (tmp_path / name / CARD_FILE).write_text(json.dumps({"media_root": "media", "licence": f"licence {name}"}))
+    _, records = fill([tmp_path / "one", tmp_path / "two"])
+    assert records[0].target.images == ("one/media/x.png", b"inline")
+    assert records[3].target.video == Video(frames=("two/media/x.png",))
+    assert records[3].negatives == (Item(text="t", images=("two/media/x.png", b"inline")), Item(text="n"))
+    assert media_root_of(tmp_path / "out") == str(tmp_path)
+    ids = [content_id(record, None) for record in records]
+    assert len({*ids}) == 4 and ids == [content_id(replace(one, target_id=""), tmp_path) for one in records]
+    assert json.loads((tmp_path / "out" / CARD_FILE).read_text())["licence"] == "licence one; licence two"
+
+
+def test_a_finished_folder_is_not_made_again_and_not_overwritten(tmp_path, pair, write_parts, fill):
+    files = write_parts("in", [pair("p0"), pair("p1")])
+    found = fill(files)
+    stamp = (tmp_path / "out/part-00000.parquet").stat().st_mtime_ns
+    assert fill(files) == found
+    assert (tmp_path / "out/part-00000.parquet").stat().st_mtime_ns == stamp
+    with pytest.raises(ConfigError, match=r"settings.overwrite was False, is True"):
+        fill(files, overwrite=True)
+    with pytest.raises(ConfigError, match="did not write"):
+        fill(files, "in")
+
+
+def test_a_full_disk_is_told_and_the_job_goes_on_later(tmp_path, pair, write_parts, fill, monkeypatch):
+    files = write_parts("in", [pair(f"p{i}") for i in range(50)], [10] * 4)
+    publish, done = writer.publish, []
+
+    def full(temporary, target):
+        if len(done) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done.append(target.name)
+        publish(temporary, target)
+
+    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="disk is full; what is finished is kept"):
+        patch.setattr(writer, "publish", full)
+        fill(files, rows_per_part=10)
+    kept = {part: part.stat().st_mtime_ns for part in (tmp_path / "out").glob("part*")}
+    _, filled = fill(files, rows_per_part=10)
+    assert [record.pair_id for record in filled] == [f"p{i}" for i in range(50)]
+    assert len(kept) == 3 and all(part.stat().st_mtime_ns == stamp for part, stamp in kept.items())
+
+
+def test_curation_imports_neither_torch_nor_verl_nor_ray():
+    code = "import sys, embedrl_verl.curate.content_ids, embedrl_verl.curate.split_job; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "pyarrow" in loaded and not {"torch", "verl", "ray", "transformers"} & set(loaded)

@@ -1,41 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of an image are put together, other images are not, however alike they look."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from embedrl_verl.curate.id_job import IdSettings, fill_content_ids
-from embedrl_verl.curate.near_duplicates import (
-    Likeness,
-    Looks,
-    LookWriter,
-    Representatives,
-    _close_hashes,
-    near_groups,
-)
-from embedrl_verl.curate.perceptual import bit_distance, hash_of, picture_of
-from embedrl_verl.data.schema import Item, PairRecord, Video
+from embedrl_verl.curate.near_duplicates import Likeness, close_hashes, representatives, write_looks
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.schema import Item, Video
 from embedrl_verl.errors import ConfigError
 from recipes.tiny_digits.canvas import Grid, Strip, draw_canvas
 
-MakePair = Callable[..., PairRecord]
-WriteParts = Callable[..., list[Path]]
-ReadAll = Callable[[Path], list[PairRecord]]
-PINNED = [2006089668082752064, 15184508383631904578, 3262030278627291326, 17021628284303950355]
 LINE = "revenue grew by the end of the third quarter while costs of materials fell and margins rose again in Europe"
 
 
-def page(seed: int, number: str = "") -> Image.Image:
+def page(seed, number=""):
     """A page of print under a common title; `number` replaces one word."""
     choose = np.random.default_rng(seed)
     image = Image.new("RGB", (600, 800), "white")
@@ -51,45 +35,43 @@ def page(seed: int, number: str = "") -> Image.Image:
     return image
 
 
-def photo(seed: int) -> Image.Image:
+def photo(seed):
     colours = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((480, 360), Image.Resampling.BICUBIC)
 
 
-def saved(image: Image.Image, quality: int | None = None) -> bytes:
+def saved(image, quality=None):
     buffer = io.BytesIO()
-    image.save(
-        buffer, *(("PNG",) if quality is None else ("JPEG",)), **({} if quality is None else {"quality": quality})
-    )
+    image.save(buffer, "PNG" if quality is None else "JPEG", quality=quality or 0)
     return buffer.getvalue()
 
 
-def half(image: Image.Image) -> Image.Image:
+def half(image):
     return image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
 
 
-def groups_of(folder: Path, images: Sequence[bytes], likeness: Likeness | None = None) -> list[set[int]]:
+def groups_of(folder, images, likeness=None):
     """The groups of more than one image, as sets of positions."""
     digests = [hashlib.sha256(content).digest() for content in images]
-    with LookWriter(folder / "000") as writer:
-        for digest, content in zip(digests, images, strict=True):
-            if not writer.has(digest):
-                writer.add(digest, Image.open(io.BytesIO(content)).convert("RGB"))
-    looks = Looks([folder / "000"])
-    stands = Representatives.of_groups(looks, near_groups(looks, likeness or Likeness()))
-    stands.save(folder / "stands.npy")
-    stands = Representatives.load(folder / "stands.npy")
-    found: dict[bytes, set[int]] = {}
+    distinct = dict(zip(digests, images, strict=True)).items()
+    looked = ((digest, Image.open(io.BytesIO(content)).convert("RGB")) for digest, content in distinct)
+    write_looks(folder / "looks", looked)
+    stands = representatives([folder / "looks"], likeness or Likeness())
+    found = {}
     for place, digest in enumerate(digests):
-        if (first := stands.of(digest)) is not None:
+        if (first := stands.get(digest)) is not None:
             found.setdefault(first, set()).add(place)
     for first, members in found.items():
         assert first == min(digests[place] for place in members)
     return sorted(found.values(), key=min)
 
 
+def distance(a, b):
+    return int(np.bitwise_count(a ^ b).sum())
+
+
 @pytest.mark.parametrize("draw", [page, photo])
-def test_copies_at_other_quality_and_size_are_one_group(tmp_path: Path, draw: Callable[[int], Image.Image]) -> None:
+def test_copies_at_other_quality_and_size_are_one_group(tmp_path, draw):
     images = []
     for seed in range(4):
         image = draw(seed)
@@ -97,7 +79,7 @@ def test_copies_at_other_quality_and_size_are_one_group(tmp_path: Path, draw: Ca
     assert groups_of(tmp_path, images) == [set(range(start, start + 5)) for start in range(0, 20, 5)]
 
 
-def test_pages_of_one_template_and_pages_with_one_other_number_stay_apart(tmp_path: Path) -> None:
+def test_pages_of_one_template_and_pages_with_one_other_number_stay_apart(tmp_path):
     images = [saved(page(seed)) for seed in range(8)]
     images += [saved(page(seed, number)) for seed in range(4) for number in ("1,234", "98.7%")]
     assert groups_of(tmp_path, images) == []
@@ -105,22 +87,21 @@ def test_pages_of_one_template_and_pages_with_one_other_number_stay_apart(tmp_pa
     assert groups_of(tmp_path, images, Likeness(12, 255)) != []
 
 
-def test_canvases_of_other_digits_stay_apart(tmp_path: Path) -> None:
+def test_canvases_of_other_digits_stay_apart(tmp_path):
     grid = Grid(4, 5)
-    strips = [
-        Strip(row=1, column=0, scans=scans) for scans in itertools.product((3, 40), (5, 70), (9, 33), (11,), (21,))
-    ]
+    scans = itertools.product((3, 40), (5, 70), (9, 33), (11,), (21,))
+    strips = [Strip(row=1, column=0, scans=one) for one in scans]
     assert groups_of(tmp_path, [saved(draw_canvas(grid, [strip]).convert("RGB")) for strip in strips]) == []
 
 
-def test_blank_images_and_other_shapes_are_nobodys_near_duplicates(tmp_path: Path) -> None:
+def test_blank_images_and_other_shapes_are_nobodys_near_duplicates(tmp_path):
     blank = [saved(Image.new("RGB", (64, 64), colour)) for colour in ("white", "#fefefe", "black")]
     image = photo(1)
     squeezed = [saved(image), saved(image.resize((480, 300)))]
     assert groups_of(tmp_path, blank + squeezed) == []
 
 
-def test_the_search_finds_every_pair_of_close_hashes() -> None:
+def test_the_search_finds_every_pair_of_close_hashes():
     random = np.random.default_rng(0)
     words = random.integers(0, 2**63, (60, 4), dtype=np.uint64)
     bits = np.unpackbits(words.view(np.uint8), axis=1)
@@ -130,45 +111,23 @@ def test_the_search_finds_every_pair_of_close_hashes() -> None:
         bits[place, turned] ^= 1
     words = np.packbits(bits, axis=1).view(np.uint64)
     for limit in (0, 3, 12, 20):
-        blocks = _close_hashes(words, limit)
-        found = {
-            tuple(sorted(pair)) for left, right in blocks for pair in zip(left.tolist(), right.tolist(), strict=True)
-        }
-        wanted = {(a, b) for a, b in itertools.combinations(range(60), 2) if bit_distance(words[a], words[b]) <= limit}
-        assert found == wanted
-        assert len(wanted) > 1
+        blocks = np.concatenate([np.stack(block) for block in close_hashes(words.view(np.uint8), limit)], axis=1)
+        found = {*map(tuple, np.sort(blocks, axis=0).T.tolist())}
+        wanted = {(a, b) for a, b in itertools.combinations(range(60), 2) if distance(words[a], words[b]) <= limit}
+        assert found == wanted and len(wanted) > 1
 
 
-@pytest.mark.parametrize("band", range(13))
-def test_the_search_needs_every_band(band: int) -> None:
-    random = np.random.default_rng(band)
-    bits = random.integers(0, 2, (2, 256), dtype=np.uint8)
-    bits[1] = bits[0]
-    bits[1, [place for place in range(13) if place != band]] ^= 1  # one bit turned in each band but this one
-    words = np.packbits(bits, axis=1).view(np.uint64)
-    assert [len(left) for left, _ in _close_hashes(words, 12)].count(1) == 1
-
-
-def test_groups_do_not_depend_on_order_nor_on_files(tmp_path: Path) -> None:
+def test_groups_do_not_depend_on_order_nor_on_files(tmp_path):
     images = [
-        content for seed in range(3) for content in (saved(page(seed)), saved(page(seed), 40), saved(half(page(seed))))
+        image for seed in range(3) for image in (saved(page(seed)), saved(page(seed), 40), saved(half(page(seed))))
     ]
     first = {frozenset(images[place] for place in group) for group in groups_of(tmp_path, images)}
     assert len(first) == 3
-    order = np.random.default_rng(1).permutation(len(images)).tolist()
-    shuffled = [images[place] for place in order]
+    shuffled = [images[place] for place in np.random.default_rng(1).permutation(len(images))]
     assert {frozenset(shuffled[place] for place in group) for group in groups_of(tmp_path, shuffled)} == first
 
 
-def test_hashes_are_stable() -> None:
-    words = hash_of(picture_of(photo(0)))
-    assert words is not None
-    assert bit_distance(words, np.array(PINNED, np.uint64)) <= 2  # Pillow's resampling may move a bit
-
-
-def test_near_duplicate_targets_share_an_id_of_their_content(
-    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
+def test_near_duplicate_targets_share_an_id_of_their_content(tmp_path, pair, write_parts, fill):
     pages = [saved(page(0)), saved(page(0), 50), saved(page(1)), b"no image"]
     targets = [
         Item(text="t", images=(pages[0],)),
@@ -181,36 +140,26 @@ def test_near_duplicate_targets_share_an_id_of_their_content(
         Item(text="t", images=(pages[0], pages[3])),
     ]
     files = write_parts("in", [pair(f"p{i}", target=target) for i, target in enumerate(targets)], [3])
-    for name, workers in (("one", 1), ("two", 2)):
-        report = fill_content_ids(
-            files, tmp_path / name, IdSettings(near=Likeness()), workers=workers, max_bad_share=0.2
-        )
-        records = read_all(tmp_path / name)
-        ids = [record.target_id for record in records]
-        assert ids[0] == ids[1] and ids[4] == ids[5] and len(set(ids)) == 5
-        assert [record.target.images for record in records[:3]] == [(pages[0],), (pages[1],), (pages[1],)]
-        assert (report.rejected, report.near_groups, report.near_media, report.sources["s"].near) == (1, 1, 6, 6)
-    exact = fill_content_ids(files, tmp_path / "exact", workers=1)
-    assert exact.sources["s"].contents == 8
+    report, records = fill(files, "one", near=Likeness(), max_bad_share=0.2)
+    assert fill(files, "two", near=Likeness(), max_bad_share=0.2, workers=2) == (report, records)
+    ids = [record.target_id for record in records]
+    assert ids[0] == ids[1] and ids[4] == ids[5] and len(set(ids)) == 5
+    assert [record.target.images for record in records[:3]] == [(pages[0],), (pages[1],), (pages[1],)]
+    assert [report.values[name] for name in ("rejected", "near_groups", "near_media")] == [1, 1, 6]
+    assert report.values["sources"]["s"]["near"] == 6
+    exact, same = fill(files, "exact")
+    assert exact.values["sources"]["s"]["contents"] == 8
     first = min(pages[:2], key=lambda content: hashlib.sha256(content).digest())
-    row = 0 if first == pages[0] else 1
-    assert read_all(tmp_path / "exact")[row].target_id == ids[0]  # that of the group's first member
-    assert read_all(tmp_path / "exact")[3].target_id == ids[3]
+    assert [same[pages.index(first)].target_id, same[3].target_id] == [ids[0], ids[3]]  # of the group's first member
     (group,) = map(json.loads, (tmp_path / "one" / "near_duplicates.jsonl").read_text().splitlines())
-    assert group["media"] == 6
-    assert [(line["pair_id"], line["medium"]) for line in group["members"]] == [
-        ("p0", "target.images[0]"),
-        ("p1", "target.images[0]"),
-        ("p2", "target.images[0]"),
-        ("p4", "target.video.frames[0]"),
-        ("p5", "target.video.frames[0]"),
-        ("p6", "target.video.frames[1]"),
-    ]
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    listed = [(line["pair_id"], line["medium"]) for line in group["members"]]
+    assert listed[:4] == [(f"p{i}", "target.images[0]") for i in range(3)] + [("p4", "target.video.frames[0]")]
+    assert listed[4:] == [("p5", "target.video.frames[0]"), ("p6", "target.video.frames[1]")] and group["media"] == 6
+    together = [record.pair_id for record in read_pairs(tmp_path / "one" / "near_duplicates.parquet")]
+    assert together == [name for name, _ in listed]
 
 
-def test_likeness_out_of_range_is_refused() -> None:
+def test_likeness_out_of_range_is_refused():
     with pytest.raises(ConfigError, match="max_bits must lie in 0..64 of 256; got 65"):
         Likeness(max_bits=65)
     with pytest.raises(ConfigError, match="max_difference"):

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every pair goes where its verdict says, RL draws are exact, and nothing depends on files or processes."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,52 +10,57 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.convert.sampling import preset
-from embedrl_verl.curate.split import FATES
+from embedrl_verl.curate.split import FATES, SplitSettings
 from embedrl_verl.curate.split_job import split_pairs
-from embedrl_verl.curate.split_settings import SplitSettings
 from embedrl_verl.data.files import REJECTED_FILE, media_root_of
 from embedrl_verl.data.parquet import SCHEMA
-from embedrl_verl.data.schema import PairRecord
-from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError
 
-MakePair = Callable[..., PairRecord]
-WriteParts = Callable[..., list[Path]]
-ReadAll = Callable[[Path], list[PairRecord]]
 CYCLE = ("match", "mismatch", "match", "mismatch", "unknown")
-EACH = {"workers": 1, "rows_per_part": 100}
 
 
 @pytest.fixture
-def records(pair: MakePair) -> list[PairRecord]:
+def records(pair):
     """250 pairs of two sources in turn, so that source a has the even rows."""
     return [pair(f"p{i}", source="ab"[i % 2]) for i in range(250)]
 
 
-def judge(tmp_path: Path, records: Sequence[PairRecord], verdicts: Sequence[str] = CYCLE, name: str = "v") -> Path:
-    """A verdict file; the verdicts are repeated over the records."""
-    file = tmp_path / f"{name}.parquet"
-    rows = [{"pair_id": record.pair_id, "verdict": verdicts[i % len(verdicts)]} for i, record in enumerate(records)]
-    pq.write_table(pa.Table.from_pylist(rows), file)
-    return file
+@pytest.fixture
+def split(tmp_path, read_all):
+    """`split(files, verdicts, "out", rl_rows_each=9)`: the report, and the contrastive and the RL records in `out`."""
+
+    def run(files, verdicts, out="out", workers=1, rows_per_part=100, max_bad_share=0.01, media_root=None, **settings):
+        limits = {"workers": workers, "rows_per_part": rows_per_part, "max_bad_share": max_bad_share}
+        split = SplitSettings(**settings)
+        report = split_pairs(files, verdicts, tmp_path / out, split, media_root=media_root, **limits)
+        return report, *(read_all(tmp_path / out / name) for name in ("contrastive", "rl"))
+
+    return run
 
 
-def ids(records: Sequence[PairRecord]) -> list[str]:
+@pytest.fixture
+def judge(tmp_path):
+    """`judge(records, verdicts, "name")`: a verdict file; the verdicts are repeated over the records."""
+
+    def write(records, verdicts=CYCLE, name="v"):
+        verdict = [verdicts[i % len(verdicts)] for i in range(len(records))]
+        pq.write_table(pa.table({"pair_id": ids(records), "verdict": verdict}), tmp_path / f"{name}.parquet")
+        return tmp_path / f"{name}.parquet"
+
+    return write
+
+
+def ids(records):
     return [record.pair_id for record in records]
 
 
-def of(records: Sequence[PairRecord], verdict: str, source: str = "ab") -> list[str]:
+def of(records, verdict, source="ab"):
     return [r.pair_id for i, r in enumerate(records) if CYCLE[i % len(CYCLE)] == verdict and r.data_source in source]
 
 
-def test_matches_train_the_embedder_and_drawn_mismatches_the_reasoner(
-    tmp_path: Path, records: list[PairRecord], write_parts: WriteParts, read_all: ReadAll
-) -> None:
+def test_matches_train_the_embedder_and_drawn_mismatches_the_reasoner(tmp_path, records, write_parts, judge, split):
     files = write_parts("in", records, [90])
-    report = split_pairs(
-        files, judge(tmp_path, records), tmp_path / "out", SplitSettings(rl_rows={"a": 7, "b": 50}), **EACH
-    )
-    contrastive, rl = read_all(tmp_path / "out" / "contrastive"), read_all(tmp_path / "out" / "rl")
+    report, contrastive, rl = split(files, judge(records), rl_rows={"a": 7, "b": 50})
     assert ids(contrastive) == of(records, "match")
     candidates = of(records, "mismatch", "a")
     drawn = [candidates[i * len(candidates) // 7] for i in range(7)] + of(records, "mismatch", "b")
@@ -71,87 +72,68 @@ def test_matches_train_the_embedder_and_drawn_mismatches_the_reasoner(
     assert [row["pair_id"] for row in fates if row["fate"] == "rl"] == ids(rl)
     assert {row["fate"] for row in fates if row["verdict"] == "unknown"} == {"left out: verdict unknown"}
     assert report.exit_code == 0
-    source = report.sources["a"]
-    assert (source.pairs, source.candidates, source.wanted) == (125, 50, 7)
-    assert source.verdicts == {"match": 50, "mismatch": 50, "unknown": 25}
-    assert source.fates == {"contrastive": 50, "rl": 7, FATES[3]: 43, FATES[4]: 25}
-    assert sum(sum(source.fates.values()) for source in report.sources.values()) == 250
+    sources = json.loads((tmp_path / "out" / "split.json").read_text())["sources"]
+    source = sources["a"]
+    assert (source["pairs"], source["candidates"], source["wanted"]) == (125, 50, 7)
+    assert source["verdicts"] == {"match": 50, "mismatch": 50, "unknown": 25}
+    assert source["fates"] == {"contrastive": 50, "rl": 7, FATES[3]: 43, FATES[4]: 25}
+    assert sum(sum(source["fates"].values()) for source in sources.values()) == 250
 
 
 @pytest.mark.parametrize("rl_from", ["match", "all"])
-def test_both_readings_of_the_paper(
-    tmp_path: Path, records: list[PairRecord], write_parts: WriteParts, read_all: ReadAll, rl_from: str
-) -> None:
-    files, verdicts = write_parts("in", records), judge(tmp_path, records)
-    settings = SplitSettings(rl_from=rl_from, rl_rows_each=10)  # type: ignore[arg-type]
-    split_pairs(files, verdicts, tmp_path / "apart", settings, **EACH)
-    rl = ids(read_all(tmp_path / "apart" / "rl"))
+def test_both_readings_of_the_paper(records, write_parts, judge, split, rl_from):
+    files, verdicts = write_parts("in", records), judge(records)
+    _, contrastive, rl = split(files, verdicts, "apart", rl_from=rl_from, rl_rows_each=10)
     assert len(rl) == 20
-    assert set(rl) <= set(of(records, "match")) or rl_from == "all"
-    assert ids(read_all(tmp_path / "apart" / "contrastive")) == [
-        name for name in of(records, "match") if name not in rl
-    ]
-    both = SplitSettings(rl_from=rl_from, rl_rows_each=10, keep_rl_matches=True)  # type: ignore[arg-type]
-    split_pairs(files, verdicts, tmp_path / "both", both, **EACH)
-    assert ids(read_all(tmp_path / "both" / "rl")) == rl
-    assert ids(read_all(tmp_path / "both" / "contrastive")) == of(records, "match")
+    assert {*ids(rl)} <= {*of(records, "match")} or rl_from == "all"
+    assert ids(contrastive) == [name for name in of(records, "match") if name not in ids(rl)]
+    _, contrastive, again = split(files, verdicts, "both", rl_from=rl_from, rl_rows_each=10, keep_rl_matches=True)
+    assert again == rl and ids(contrastive) == of(records, "match")
 
 
-def test_without_verdicts_rl_draws_from_all_and_the_rest_matches(
-    tmp_path: Path, records: list[PairRecord], write_parts: WriteParts, read_all: ReadAll
-) -> None:
+def test_without_verdicts_rl_draws_from_all_and_the_rest_matches(records, write_parts, split):
     files = write_parts("in", records)
     with pytest.raises(ConfigError, match="needs verdicts"):
-        split_pairs(files, None, tmp_path / "out", **EACH)
-    report = split_pairs(files, None, tmp_path / "out", SplitSettings(rl_from="all", rl_rows_each=25), **EACH)
-    assert len(read_all(tmp_path / "out" / "rl")) == 50
-    assert len(read_all(tmp_path / "out" / "contrastive")) == 200
-    assert report.sources["a"].verdicts == {}
+        split(files, None)
+    report, contrastive, rl = split(files, None, rl_from="all", rl_rows_each=25)
+    assert (len(contrastive), len(rl)) == (200, 50)
+    assert report.values["sources"]["a"]["verdicts"] == {}
 
 
-def test_unknown_pairs_and_sources_can_be_left_out_or_kept(
-    tmp_path: Path, records: list[PairRecord], write_parts: WriteParts, read_all: ReadAll
-) -> None:
-    settings = SplitSettings(unknown="match", contrastive_without=("b", "not in the data"), rl_rows_each=0)
-    report = split_pairs(write_parts("in", records), judge(tmp_path, records), tmp_path / "out", settings, **EACH)
-    wanted = {*of(records, "match", "a"), *of(records, "unknown", "a")}
-    assert set(ids(read_all(tmp_path / "out" / "contrastive"))) == wanted
-    assert read_all(tmp_path / "out" / "rl") == []
-    assert report.sources["b"].fates == {FATES[5]: 75, FATES[3]: 50}
+def test_unknown_pairs_and_sources_can_be_left_out_or_kept(records, write_parts, judge, split):
+    settings = {"unknown": "match", "contrastive_without": ("b", "not in the data"), "rl_rows_each": 0}
+    report, contrastive, rl = split(write_parts("in", records), judge(records), **settings)
+    assert {*ids(contrastive)} == {*of(records, "match", "a"), *of(records, "unknown", "a")} and rl == []
+    assert report.values["sources"]["b"]["fates"] == {FATES[5]: 75, FATES[3]: 50}
 
 
 @pytest.mark.parametrize("sampling", ["even", "random"])
-def test_the_split_depends_neither_on_files_nor_on_processes(
-    tmp_path: Path, records: list[PairRecord], write_parts: WriteParts, read_all: ReadAll, sampling: str
-) -> None:
-    settings = SplitSettings(rl_rows_each=9, sampling=sampling, seed=3)  # type: ignore[arg-type]
-    verdicts = judge(tmp_path, records)
-    for name, sizes, workers in (("one", [], 1), ("two", [1, 100, 30], 2)):
-        files = write_parts(f"in_{name}", records, sizes)
-        split_pairs(files, verdicts, tmp_path / name, settings, workers=workers, rows_per_part=40)
-    for part in ("contrastive", "rl"):
-        assert read_all(tmp_path / "one" / part) == read_all(tmp_path / "two" / part)
-        names = [path.name for path in sorted((tmp_path / "one" / part).glob("*.parquet"))]
-        assert names == [path.name for path in sorted((tmp_path / "two" / part).glob("*.parquet"))]
-    other = SplitSettings(rl_rows_each=9, sampling=sampling, seed=4)  # type: ignore[arg-type]
-    split_pairs(write_parts("in", records), verdicts, tmp_path / "other", other, **EACH)
-    same = read_all(tmp_path / "other" / "rl") == read_all(tmp_path / "one" / "rl")
-    assert same == (sampling == "even")  # the seed is of random draws alone
+def test_the_split_depends_neither_on_files_nor_on_processes(tmp_path, records, write_parts, judge, split, sampling):
+    files, verdicts, settings = (
+        write_parts("in_one", records),
+        judge(records),
+        {"rl_rows_each": 9, "sampling": sampling},
+    )
+    one = split(files, verdicts, "one", seed=3, rows_per_part=40, **settings)
+    several = write_parts("in_two", records, [1, 100, 30])
+    assert split(several, verdicts, "two", seed=3, rows_per_part=40, workers=2, **settings) == one
+    parts = [
+        sorted(path.relative_to(tmp_path / out) for path in (tmp_path / out).rglob("part*")) for out in ("one", "two")
+    ]
+    assert parts[0] == parts[1]
+    other = split(files, verdicts, "other", seed=4, **settings)
+    assert (other[2] == one[2]) == (sampling == "even")  # the seed is of random draws alone
 
 
-def test_the_preset_is_the_13_sets_and_missing_ones_are_named(
-    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
+def test_the_preset_is_the_13_sets_and_missing_ones_are_named(pair, write_parts, judge, split):
     wanted = preset("rl_13").caps
     assert len(wanted) == 13 and sum(wanted.values()) == 19_000
-    sources = [name for name in wanted if name != "visrag"] + ["vidore_colpali_pages"]
-    records = [
-        pair(f"{source}:{i}", source=source) for source in sources for i in range(2 if source == "mmeb_cirr" else 4)
-    ]
-    files, verdicts = write_parts("in", records), judge(tmp_path, records, ["mismatch"])
-    small = dict.fromkeys(wanted, 3)
+    counts = {name: 2 if name == "mmeb_cirr" else 4 for name in [*wanted, "vidore_colpali_pages"] if name != "visrag"}
+    records = [pair(f"{source}:{i}", source=source) for source, count in counts.items() for i in range(count)]
+    files, verdicts = write_parts("in", records), judge(records, ["mismatch"])
+    small = {"rl_preset": "rl_13", "rl_rows": dict.fromkeys(wanted, 3)}
     with pytest.raises(DataError) as error:
-        split_pairs(files, verdicts, tmp_path / "out", SplitSettings(rl_preset="rl_13", rl_rows=small), **EACH)
+        split(files, verdicts, **small)
     for text in (
         "2 of 13 sources",
         "mmeb_cirr: 3 pairs wanted, 2 of them",
@@ -160,50 +142,37 @@ def test_the_preset_is_the_13_sets_and_missing_ones_are_named(
         "--allow-short",
     ):
         assert text in str(error.value)
-    settings = SplitSettings(rl_preset="rl_13", rl_rows=small, allow_short=True)
-    report = split_pairs(files, verdicts, tmp_path / "out", settings, **EACH)
-    assert len(read_all(tmp_path / "out" / "rl")) == 11 * 3 + 2
-    assert report.sources["vidore_colpali_pages"].candidates == 0  # not named: no RL pairs of it
-    assert report.sources["mmeb_cirr"].wanted == 3
+    report, _, rl = split(files, verdicts, allow_short=True, **small)
+    assert len(rl) == 11 * 3 + 2
+    assert report.values["sources"]["vidore_colpali_pages"]["candidates"] == 0  # not named: no RL pairs of it
+    assert report.values["sources"]["mmeb_cirr"]["wanted"] == 3
 
 
-def test_targets_in_both_sets_are_counted_and_can_be_kept_apart(
-    tmp_path: Path, pair: MakePair, write_parts: WriteParts, read_all: ReadAll
-) -> None:
+def test_targets_in_both_sets_are_counted_and_can_be_kept_apart(pair, write_parts, judge, split):
     names = ["content-text:" + "0" * 32, "content-media:" + "1" * 32, "own", "answer:yes", "content-media:" + "2" * 32]
     records = [pair(f"{kind}{i}", target_id=name) for kind in ("match", "mismatch") for i, name in enumerate(names[:4])]
     records.append(pair("match4", target_id=names[4]))
     queries = {"match0": "a", "match3": "a", "match4": "b", "mismatch1": "a"}
     records = [replace(record, query_id=queries.get(record.pair_id, "")) for record in records]
-    verdicts = judge(tmp_path, records, ["match"] * 4 + ["mismatch"] * 4 + ["match"])
-    files = write_parts("in", records)
-    left = {}
-    for disjoint in ("off", "media", "all"):
-        out = tmp_path / disjoint
-        report = split_pairs(files, verdicts, out, SplitSettings(disjoint_targets=disjoint), **EACH)  # type: ignore[arg-type]
-        left[disjoint] = ids(read_all(out / "contrastive"))
-        assert len(read_all(out / "rl")) == 4
+    verdicts = judge(records, ["match"] * 4 + ["mismatch"] * 4 + ["match"])
+    files, left = write_parts("in", records), {"off": "01234", "media": "034", "all": "4"}
+    for disjoint, kept in left.items():
+        report, contrastive, rl = split(files, verdicts, disjoint, disjoint_targets=disjoint)
+        assert ids(contrastive) == [f"match{number}" for number in kept] and len(rl) == 4
         if disjoint == "off":
-            shared = report.shared
-            assert (shared.media, shared.text, shared.contents, shared.queries) == (2, 2, 4, 2)
-            assert "2 contrastive pairs have a query that RL has too" in report.lines()
-    assert left == {
-        "off": ["match0", "match1", "match2", "match3", "match4"],
-        "media": ["match0", "match3", "match4"],
-        "all": ["match4"],
-    }
+            shared = [report.values["shared"][name] for name in ("media", "text", "contents", "queries")]
+            assert shared == [2, 2, 4, 2]
+            assert "2 contrastive pairs have a query that RL has too" in report.lines
     with pytest.raises(ConfigError, match="keep_rl_matches"):
         SplitSettings(disjoint_targets="all", keep_rl_matches=True)
     bare = write_parts("bare", [pair("p0"), pair("p1")])
-    two = judge(tmp_path, [pair("p0"), pair("p1")], ["match", "mismatch"], "two")
+    two = judge([pair("p0"), pair("p1")], ["match", "mismatch"], "two")
     with pytest.raises(DataError, match="2 pairs have none; fill them first with embedrl data content-ids"):
-        split_pairs(bare, two, tmp_path / "bare_out", SplitSettings(disjoint_targets="media"), **EACH)
-    assert split_pairs(bare, two, tmp_path / "bare_out", **EACH).shared.without_id == 2
+        split(bare, two, "bare_out", disjoint_targets="media")
+    assert split(bare, two, "bare_out")[0].values["shared"]["without_id"] == 2
 
 
-def test_verdicts_must_fit_the_data_one_to_one(
-    tmp_path: Path, records: list[PairRecord], write_parts: WriteParts, pair: MakePair, read_all: ReadAll
-) -> None:
+def test_verdicts_must_fit_the_data_one_to_one(tmp_path, records, write_parts, pair, judge, split):
     files = write_parts("in", records)
     cases = {
         "missing": (records[2:], r"2 pairs have no verdict: p0, p1\."),
@@ -213,62 +182,45 @@ def test_verdicts_must_fit_the_data_one_to_one(
     }
     for name, (judged, message) in cases.items():
         with pytest.raises(DataError, match=message):
-            split_pairs(files, judge(tmp_path, judged, name=name), tmp_path / name, **EACH)
+            split(files, judge(judged, name=name), name)
     with pytest.raises(DataError, match=r"odd\.parquet, row 1: verdict must be one of match, .*got 'maybe'"):
-        split_pairs(files, judge(tmp_path, records, ["match", "maybe"], "odd"), tmp_path / "odd", **EACH)
+        split(files, judge(records, ["match", "maybe"], "odd"), "odd")
     pq.write_table(pa.table({"pair_id": ["p0"]}), tmp_path / "half.parquet")
     with pytest.raises(DataError, match="column 'verdict' is missing; the file has pair_id"):
-        split_pairs(files, tmp_path / "half.parquet", tmp_path / "half", **EACH)
+        split(files, tmp_path / "half.parquet", "half")
     # another order is no fault
-    turned = pq.read_table(judge(tmp_path, records)).take(np.random.default_rng(0).permutation(250))
+    turned = pq.read_table(judge(records)).take(np.random.default_rng(0).permutation(250))
     pq.write_table(turned, tmp_path / "turned.parquet")
-    split_pairs(files, tmp_path / "turned.parquet", tmp_path / "turned", **EACH)
-    split_pairs(files, judge(tmp_path, records), tmp_path / "straight", **EACH)
-    assert read_all(tmp_path / "turned" / "rl") == read_all(tmp_path / "straight" / "rl") != []
+    assert split(files, tmp_path / "turned.parquet", "turned") == split(files, judge(records), "straight")
 
 
-def test_bad_rows_are_named_and_left_out_wherever_they_are_found(
-    tmp_path: Path, pair: MakePair, read_all: ReadAll
-) -> None:
-    write_pairs([pair(f"p{i}") for i in range(8)], tmp_path / "good.parquet")
-    rows = pq.read_table(tmp_path / "good.parquet").to_pylist()
+def test_bad_rows_are_named_and_left_out_wherever_they_are_found(tmp_path, pair, write_parts, judge, split, rejected):
+    (file,) = write_parts("in", [pair(f"p{i}") for i in range(8)])
+    rows = pq.read_table(file).to_pylist()
     rows[1]["pair_id"] = None
     rows[2]["data_source"] = ""
     rows[4]["pair_id"] = "p3"  # a double
     rows[5]["target"]["text"] = " "  # found when it is written
     rows[6]["query"]["kind"] = "scan"  # found because the judge gave it no verdict
-    file = tmp_path / "bad.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, row_group_size=3)
-    verdicts = judge(tmp_path, [pair(f"p{i}") for i in (0, 3, 5, 7)], ["match"])
-    out = tmp_path / "out"
-    report = split_pairs([file], verdicts, out, SplitSettings(), max_bad_share=0.7, **EACH)
-    assert ids(read_all(out / "contrastive")) == ["p0", "p3", "p7"]
-    assert (report.exit_code, report.rejected, report.sources["s"].pairs) == (DataError.exit_code, 5, 3)
-    assert report.sources["s"].fates["contrastive"] == 3
-    lines = [json.loads(line) for line in (out / REJECTED_FILE).read_text().splitlines()]
-    assert [(line["row"], line["field"]) for line in lines] == [
-        (1, ""),
-        (2, ""),
-        (4, "pair_id"),
-        (5, ""),
-        (6, "query"),
-    ]
-    assert "row 3 has 'p3' too" in lines[2]["reason"]
+    verdicts, out = judge([pair(f"p{i}") for i in (0, 3, 5, 7)], ["match"]), tmp_path / "out"
+    report, contrastive, _ = split([file], verdicts, max_bad_share=0.7)
+    source = report.values["sources"]["s"]
+    assert ids(contrastive) == ["p0", "p3", "p7"] and source["fates"]["contrastive"] == source["pairs"] == 3
+    assert (report.exit_code, report.values["rejected"]) == (DataError.exit_code, 5)
+    assert rejected(out) == [(1, ""), (2, ""), (4, "pair_id"), (5, ""), (6, "query")]
+    assert "row 3 has 'p3' too" in (out / REJECTED_FILE).read_text()
     fates = pq.read_table(out / "split.parquet")["fate"].to_pylist()
     assert [place for place, fate in enumerate(fates) if fate == "rejected"] == [1, 2, 4, 5, 6]
     with pytest.raises(DataError, match=r"of 8 rows cannot be used, over the limit of 10.00%"):
-        split_pairs([file], verdicts, tmp_path / "strict", max_bad_share=0.1, **EACH)
+        split([file], verdicts, "strict", max_bad_share=0.1)
 
 
-def test_the_sets_are_data_set_folders_with_cards(
-    tmp_path: Path, records: list[PairRecord], write_parts: WriteParts
-) -> None:
-    media = tmp_path / "media"
-    media.mkdir()
-    split_pairs(write_parts("in", records), judge(tmp_path, records), tmp_path / "out", media_root=str(media), **EACH)
-    for name, pairs in (("contrastive", 100), ("rl", 100)):
-        card = json.loads((tmp_path / "out" / name / "data_card.json").read_text())
-        assert (card["records"], sum(part["records"] for part in card["parts"])) == (pairs, pairs)
+def test_the_sets_are_data_set_folders_with_cards(tmp_path, records, write_parts, judge, split):
+    (tmp_path / "media").mkdir()
+    split(write_parts("in", records), judge(records), media_root=str(tmp_path / "media"))
+    for folder in (tmp_path / "out" / "contrastive", tmp_path / "out" / "rl"):
+        card = json.loads((folder / "data_card.json").read_text())
+        assert (card["records"], sum(part["records"] for part in card["parts"])) == (100, 100)
         assert card["by_source"] == {"a": {"records": 50}, "b": {"records": 50}}
-        assert media_root_of(tmp_path / "out" / name) == str(media)
-        assert not (tmp_path / "out" / name / "_work").exists()
+        assert media_root_of(folder) == str(tmp_path / "media") and not (folder / "_work").exists()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -287,3 +288,30 @@ def test_a_record_that_cannot_be_written_leaves_the_file_that_was_there(tmp_path
         write_pairs(broken(), path)
     assert [record.pair_id for record in read_pairs(path)] == ["a", "b"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["pairs.parquet"]
+
+
+def in_groups(tmp_path, pair, rows=1000, size=100):
+    write_pairs([pair(f"p{i}") for i in range(rows)], tmp_path / "all.parquet")
+    pq.write_table(pq.read_table(tmp_path / "all.parquet"), tmp_path / "groups.parquet", row_group_size=size)
+    return tmp_path / "groups.parquet"
+
+
+def test_spans_cover_every_row_once_at_row_groups(tmp_path, pair):
+    file = in_groups(tmp_path, pair)
+    for wanted in (1, 250, 300, 5000):
+        found = parquet.spans([file, file], wanted)
+        for half in (found[: len(found) // 2], found[len(found) // 2 :]):
+            assert [span.start for span in half] == [0, *(span.stop for span in half[:-1])] and half[-1].stop == 1000
+            assert all(span.stop - span.start <= max(wanted, 100) for span in half)
+        rows = [
+            name for span in found for _, batch in parquet.read_batches(span) for name in batch["pair_id"].to_pylist()
+        ]
+        assert rows == [f"p{i}" for i in range(1000)] * 2
+
+
+def test_rows_by_number_come_with_their_numbers(tmp_path, pair):
+    file, numbers = in_groups(tmp_path, pair), np.array([0, 99, 100, 101, 450, 999])
+    found = list(parquet.read_rows(file, numbers))
+    assert np.concatenate([rows for rows, _ in found]).tolist() == numbers.tolist()
+    assert [name for _, batch in found for name in batch["pair_id"].to_pylist()] == [f"p{number}" for number in numbers]
+    assert list(parquet.read_rows(file, np.zeros(0, np.int64))) == []
