@@ -109,8 +109,10 @@ class TcotReader:
             if frame <= len(item.frames):
                 names.setdefault(frame, (f"frame {prefix}{frame}", None))
         images = self._cut(tcot, item, seen).images  # the first of them
-        cut = zip(names.values(), images, strict=False)
-        return len(names), tuple(PieceView(*name, image, self._read_at(image.size)) for name, image in cut)
+        more = [(f"piece {prefix}{number}", None) for number in range(len(names) + 1, len(images) + 1)]  # other kinds'
+        cut = zip([*names.values(), *more], images, strict=False)
+        pieces = tuple(PieceView(*name, image, self._read_at(image.size)) for name, image in cut)
+        return max(len(names), len(pieces)), pieces
 
     def _box_flags(self, boxes: Sequence[BoxView], item: LoadedItem, seen: Sequence[Size]) -> Iterator[Flag]:
         found: dict[str, list[BoxView]] = defaultdict(list)

@@ -24,6 +24,7 @@ from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import SIDES, Judge, RewardBatch, batch_metrics
 from embedrl_verl.rewards.dump import write_reward_dump
 from embedrl_verl.tcot import TCoT
+from embedrl_verl.tcot.evidence import KINDS
 
 EMBED_PARTITION = "embed"
 """TransferQueue partition of the Embedder's inputs (or vectors); keys are those of verl's rows."""
@@ -238,9 +239,7 @@ class ScoredRows:
             "well_formed": tcot.is_well_formed,
             "problems": list(tcot.problems),
             "required": row.required,
-            "text_keywords": list(tcot.text_keywords),
-            "bbox_2d": [[box.x1, box.y1, box.x2, box.y2, box.image] for box in tcot.boxes],
-            "key_frames": list(tcot.key_frames),
+            **{key: list(map(kind.shown, tcot.evidence.get(key, ()))) for key, kind in KINDS.items()},
             "evidence": row.evidence,
             "failure": self.vectors.failures.get(index),
             "reward": {name: _known(value[index]) for name, value in self.parts.items()},

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedrl_verl.data.media import LoadedItem
+from embedrl_verl.data.media import LoadedItem, MediaLimits
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, INPUT_KINDS, InputKind
+from embedrl_verl.report.evidence import TcotReader
 from embedrl_verl.tcot import Box, TCoT, build_prompt, cut_evidence, format_reward, parse_tcot, prompts
 from embedrl_verl.tcot.evidence import KINDS
 from embedrl_verl.tcot.evidence.kind import EvidenceKind, items_of
@@ -153,3 +154,6 @@ def test_a_new_kind_of_evidence_is_a_record_and_its_place_in_the_registry(monkey
     monkeypatch.setattr(prompts, "EVIDENCE_KEY_OF_KIND", {**EVIDENCE_KEY_OF_KIND, "query_page": "strips"})
     (message,) = build_prompt("query_page", LoadedItem("", "", tuple(IMAGES), ()), family="qwen3_vl")
     assert "Name strips of the 2 images." in message["content"][-1]["text"]
+    reader = TcotReader("relative_1000", MediaLimits(token_side=32))
+    view = reader.view(tcot.text, LoadedItem("", "", tuple(IMAGES), ()), None)
+    assert [(piece.name, piece.image.size) for piece in view.pieces] == [("piece 1", (200, 50)), ("piece 2", (200, 50))]

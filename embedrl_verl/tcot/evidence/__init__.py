@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evidence: what a T-CoT points at in its input, one file a kind. A new kind is its file and its place in `KINDS`."""
+"""Evidence: what a T-CoT points at in its input, one file a kind. A new kind is its file and its place in `KINDS`;
+which inputs are asked for it stands in `embedrl_verl.kinds`."""
 
 from __future__ import annotations
 

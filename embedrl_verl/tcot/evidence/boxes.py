@@ -211,4 +211,5 @@ BOXES = EvidenceKind(
     read=_read,
     cut=_cut,
     restore=lambda plain: Box(**plain),
+    shown=lambda box: [box.x1, box.y1, box.x2, box.y2, box.image],
 )

@@ -58,6 +58,7 @@ class EvidenceKind:
         cut: for each different place that can be cut, in order, what makes the piece; places that cannot go to the
             `Problems`. Evidence in a text has no pieces.
         restore: a pointer from its plain form (`TCoT.to_plain`).
+        shown: a pointer as JSON, for the dump of a rollout.
     """
 
     key: str
@@ -66,6 +67,7 @@ class EvidenceKind:
     read: Callable[[JsonObject, InputSize, Problems], Iterable[Any]]
     cut: Callable[[Sequence[Any], Originals, Problems], Sequence[Piece]] = _nothing
     restore: Callable[[Any], Any] = _same
+    shown: Callable[[Any], Any] = _same
 
 
 def values_of(found: JsonObject, key: str, problems: Problems) -> Iterator[Any]:
