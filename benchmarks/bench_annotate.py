@@ -4,7 +4,7 @@
     python benchmarks/bench_annotate.py --model DIR PAIRS.parquet [--limit 64] [--requests 600] [--rounds 3]
 
 starts stock vLLM on the model (or takes --url) and in turn runs `vllm bench serve` on the requests that annotation
-would send, as JSON lines, and the annotation itself: reading, decoding, encoding, checking, journalling, writing. It
+would send, as JSON lines, and the annotation itself: reading, decoding, encoding, checking, writing. It
 prints a markdown table; the target is that annotating takes at most 1.2 times the benchmark's duration. Pairs with
 clips are left out, since that benchmark sends none; caches of the server are off, so that the second to come has no
 advantage.
@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from embedrl_verl.annotate.annotated import AnnotateJob
 from embedrl_verl.annotate.backends import ServerBackend, encode
-from embedrl_verl.annotate.job import AnnotateJob
-from embedrl_verl.annotate.progress import RunnerSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
-from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
+from embedrl_verl.annotate.runner import RunnerSettings
+from embedrl_verl.annotate.tcots import TcotQuestions, TcotSettings
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES
@@ -76,9 +76,8 @@ def annotate(url: str, file: Path, prompts: TcotPrompts, arguments: argparse.Nam
         settings = TcotSettings(tries=1, reask="resample", max_tokens=arguments.max_tokens, overwrite=True)
         job = AnnotateJob(
             files=[file],
-            inputs=[file],
             out=Path(folder) / "out",
-            asker=TcotAsker(settings, prompts),
+            questions=TcotQuestions(settings, prompts),
             backend=ServerBackend(pool, arguments.family),
             runner=RunnerSettings(arguments.limit, arguments.threads, max_failed_share=1.0),
             keep_failed=True,

@@ -27,12 +27,11 @@ import numpy as np
 from aiohttp import web
 from PIL import Image
 
-from embedrl_verl.annotate import job as job_module
+from embedrl_verl.annotate.annotated import AnnotateJob
 from embedrl_verl.annotate.backends import ServerBackend
-from embedrl_verl.annotate.job import AnnotateJob
-from embedrl_verl.annotate.progress import RunnerSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
-from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
+from embedrl_verl.annotate.runner import Runner, RunnerSettings
+from embedrl_verl.annotate.tcots import TcotQuestions, TcotSettings
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
@@ -93,9 +92,9 @@ def main() -> None:
     pool = ServerPool([f"http://127.0.0.1:{here.recv()}"], PoolSettings(limit=arguments.limit, timeout_s=120))
     limits = MediaLimits(28, image_min_tokens=4, image_max_tokens=768)
     blocked = [0.0]
-    ask = job_module._ask
+    ask = Runner.run
 
-    async def watched(*args: object) -> None:
+    async def watched(runner: Runner) -> None:
         async def beat() -> None:
             while True:
                 start = time.monotonic()
@@ -103,19 +102,18 @@ def main() -> None:
                 blocked[0] = max(blocked[0], time.monotonic() - start - 0.001)
 
         task = asyncio.get_running_loop().create_task(beat())
-        await ask(*args)  # type: ignore[arg-type]
+        await ask(runner)
         task.cancel()
 
-    job_module._ask = watched  # type: ignore[assignment]
+    Runner.run = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "in.parquet"
         write_pairs(pairs(arguments.pairs, arguments.image), file)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         job = AnnotateJob(
             files=[file],
-            inputs=[file],
             out=Path(folder) / "out",
-            asker=TcotAsker(TcotSettings(), TcotPrompts("qwen2_vl", "compact", False, limits)),
+            questions=TcotQuestions(TcotSettings(), TcotPrompts("qwen2_vl", "compact", False, limits)),
             backend=ServerBackend(pool, "qwen2_vl"),
             runner=RunnerSettings(arguments.limit, arguments.threads),
         )

@@ -57,7 +57,7 @@ judge() {
         --seed "$SEED" --rl-rows 50 --rl-from mismatch
 }
 
-answers() { cat "$1"/_work/journal-*.jsonl 2>/dev/null | wc -l; }
+answers() { cat "$1/_work/answers.jsonl" 2>/dev/null | wc -l; }
 
 # killed COMMAND FOLDER WORK TOTAL LAST: run it and kill it with signal 9, KILLS times at even shares of TOTAL answers;
 # then let it finish. LAST is the file that it writes last.

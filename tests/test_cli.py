@@ -160,13 +160,13 @@ def test_the_options_of_annotate_reach_the_job(called: Run, file: Path) -> None:
     words = [file, "--out", file.parent / "o", "--url", "a:1", "--url", "b:2", "--family", "qwen2_5_vl"]
     words += ["--side", "target", "--gold-share", "0.5", "--limit", "999", "--extra-body", '{"top_k": 1}']
     words += ["--max-frames", "3", "--threads", "2", "--media-mb", "7", "--max-failed-share", "0.3", "--top-p", "0.9"]
-    (job, _) = called("annotate.job.AnnotateJob.run", "data", "annotate", *words)
+    (job, _) = called("annotate.annotated.AnnotateJob.run", "data", "annotate", *words)
     assert job.backend.pool.urls == ("http://a:1", "http://b:2") and job.backend.extra == {"top_k": 1}
-    settings, prompts = job.asker.settings, job.asker.prompts
+    settings, prompts = job.questions.settings, job.questions.prompts
     assert (settings.sides, settings.gold_share, settings.top_p) == (("target",), 0.5, 0.9)
     assert job.runner.limit == 999 == job.backend.pool.settings.limit
     assert (job.runner.threads, job.runner.media_bytes) == (2, 7 << 20)
-    assert (job.runner.max_failed_share, job.runner.max_rejected_share, job.chunk_rows) == (0.3, 0.01, 2048)
+    assert (job.runner.max_failed_share, job.runner.max_rejected_share, job.rows_per_part) == (0.3, 0.01, 2048)
     limits = prompts.limits
     assert (prompts.family, prompts.few_shot, limits.token_side) == ("qwen2_5_vl", True, 28)
     assert (limits.image_min_tokens, limits.image_max_tokens, limits.max_frames) == (128, 768, 3)
@@ -177,8 +177,8 @@ def test_tiny_models_are_asked_again_by_drawing_and_others_by_explaining(
     called: Run, file: Path, style: str, reask: str
 ) -> None:
     words = [file, "--out", file.parent / "o", "--url", "a:1", "--style", style]
-    (job, _) = called("annotate.job.AnnotateJob.run", "data", "annotate", *words)
-    assert job.asker.settings.reask == reask and job.asker.settings.sides == ("query", "target")
+    (job, _) = called("annotate.annotated.AnnotateJob.run", "data", "annotate", *words)
+    assert job.questions.settings.reask == reask and job.questions.settings.sides == ("query", "target")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_stopped_job_says_that_nothing_is_lost(
     def stop(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("embedrl_verl.annotate.job.AnnotateJob.run", stop)
+    monkeypatch.setattr("embedrl_verl.annotate.annotated.AnnotateJob.run", stop)
     assert cli.main(["data", "annotate", str(file), "--out", str(file.parent / "o"), "--url", "a:1"]) == 130
     assert "what was answered is kept, and the same command goes on" in capsys.readouterr().err
 
@@ -222,12 +222,16 @@ def test_the_options_of_filter_reach_the_judge_and_the_split(
     called: Run, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs: list[Any] = []
-    monkeypatch.setattr("embedrl_verl.curate.verdicts.VerdictJob.run", lambda job: jobs.append(job) or 0)
+    monkeypatch.setattr("embedrl_verl.annotate.verdicts.VerdictJob.run", lambda job: jobs.append(job) or 0)
     words = [file, "--out", file.parent / "o", "--url", "a:1", "--free", "--tries", "4", "--max-bad-share", "0.2"]
     words += ["--seed", "9", "--rl-rows", "5", "--split-seed", "4", "--workers", "3"]
     files, verdicts, out, settings, more = called("curate.split_job.split_pairs", "data", "filter", *words)
     (job,) = jobs
-    assert (job.asker.settings.constrained, job.asker.settings.tries, job.asker.settings.seed) == (False, 4, 9)
+    assert (job.questions.settings.constrained, job.questions.settings.tries, job.questions.settings.seed) == (
+        False,
+        4,
+        9,
+    )
     assert (job.runner.max_failed_share, job.runner.max_rejected_share) == (0.5, 0.2)
     assert (files, verdicts, out) == ([str(file)], job.verdicts, str(file.parent / "o"))
     assert settings == SplitSettings(rl_rows_each=5, seed=4)

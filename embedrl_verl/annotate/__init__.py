@@ -5,11 +5,11 @@ Imports neither torch, verl nor ray.
 
 | module | |
 |---|---|
-| `chunks` | the input in pieces of some thousand rows; bad rows and duplicate ids |
-| `journal` | answers on the disk, so that a killed job loses and doubles nothing |
-| `runner` | keeps as many requests in flight as the server takes |
-| `progress` | settings and counts of a run, and when too much has failed |
+| `rows`, `answers` | the input, streamed; all answers in one file, so that a killed job loses and doubles nothing |
+| `runner` | keeps as many requests in flight as the server takes, and stops when too much fails |
 | `backends`, `engine` | an OpenAI-style server, or vLLM in this process |
-| `prompts`, `replies` | what is asked, and whether a reply is a T-CoT with evidence that holds |
-| `job`, `assemble` | the command: settings, phases, output, data card |
+| `questions`, `prompts`, `replies` | what is asked, and whether a reply is a T-CoT with evidence that holds |
+| `tcots`, `annotated` | T-CoTs: the questions, and the records with them |
+| `relevance`, `verdicts`, `verdict_file` | the judge of pairs: the questions, and the file of its verdicts |
+| `job` | what the two commands share |
 """

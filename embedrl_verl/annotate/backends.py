@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who answers: OpenAI-style servers behind a `ServerPool`. (`engine` has vLLM in this process.)
 
-`prepare` encodes a prompt (it blocks, so it runs in a thread, shortly before sending); `complete` sends it. What fails
-is one of three things:
-
-- the request is refused (HTTP 400 and the like: too long, a medium that the server cannot take), or it fails again and
-  again while others are answered: `Refused`, an outcome of that row;
-- the settings are wrong (unknown model, key refused): ConfigError at once;
-- nobody answers for `patience_s`, or nothing but errors come: ServersLost; the job stops and can be resumed.
+What fails is one of three things: the request itself, or it alone again and again (`Refused`, an outcome of its row);
+the settings (ConfigError); or everybody, for `patience_s` (ServersLost: the job stops and can be resumed).
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError, EmbedRLError
@@ -26,11 +21,11 @@ from embedrl_verl.serving import ServerError, ServerPool
 from embedrl_verl.serving.vllm import NEUTRAL_SAMPLING, clip_part, image_part, request_arguments
 
 CHAT = "/v1/chat/completions"
+OURS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed")
 _LOOK_S = 0.5
 _SETTINGS_WRONG = (401, 403, 404, 405)
 _TRIES_BESIDE_OTHERS, _TRIES_ALONE = 3, 5
 _FOREVER_S = 1e9
-OURS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed")
 
 
 class ServersLost(EmbedRLError):
@@ -66,31 +61,23 @@ class Refused:
     detail: str
 
 
-Request: TypeAlias = Any
-
-
 class Backend(Protocol):
-    """Who answers. `meet` is called once, before all else, in the event loop that then calls `complete`."""
+    """Who answers. `connect` comes before `prepare`, in the event loop that then calls `complete`."""
 
     def wanted(self) -> Mapping[str, Any]:
-        """The facts of `meet` that the user has named, known before anybody is met."""
-        ...
+        """The facts of `connect` that the user has named, known before anybody is reached."""
 
-    async def meet(self) -> Mapping[str, Any]:
+    async def connect(self) -> Mapping[str, Any]:
         """What is served, as facts that belong to the settings: "model", and whatever changes the questions."""
-        ...
 
-    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Request, int]:
+    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Any, int]:
         """A request, and how many bytes of memory it takes. Blocks; called in threads."""
-        ...
 
-    async def complete(self, request: Request) -> Reply | Refused:
+    async def complete(self, request: Any) -> Reply | Refused:
         """The answer to a request."""
-        ...
 
     async def aclose(self) -> None:
-        """End what `meet` began."""
-        ...
+        """End what `connect` began."""
 
 
 @dataclass
@@ -114,24 +101,20 @@ class ServerBackend:
     patience_s: float = 300.0
     is_vllm: bool = False
     _answered: int = 0
-    _down_since: float | None = None
+    _lost: str = ""
     _watch: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         if self.videos not in ("auto", "video_url", "images"):
             raise ConfigError(f"videos must be sent as auto, video_url or images; got {self.videos!r}")
-        taken = sorted(set(self.extra) & set(OURS))
-        if taken:
+        if taken := sorted(set(self.extra) & set(OURS)):
             raise ConfigError(f"extra fields of a request must not be {', '.join(OURS)}; got {taken}")
 
     def wanted(self) -> Mapping[str, Any]:
-        """See `Backend`."""
         named = {"extra": dict(self.extra)} | ({"model": self.model} if self.model is not None else {})
         return named | ({"videos": self.videos} if self.videos != "auto" else {})
 
-    async def meet(self) -> Mapping[str, Any]:
-        """See `Backend`. Waits up to `patience_s` for a server."""
-        await self.pool.__aenter__()
+    async def connect(self) -> Mapping[str, Any]:
         try:
             listed = await self.pool.models(deadline=time.monotonic() + self.patience_s)
         except ServerError as error:
@@ -142,28 +125,24 @@ class ServerBackend:
                     f"{error}. Is a server running there? Start it, then run the command again"
                 ) from error
             listed = []  # the server has no such page
-        self.model = self._model([str(entry["id"]) for entry in listed])
+        names, urls = [str(entry["id"]) for entry in listed], ", ".join(self.pool.urls)
+        if self.model is None and len(names) != 1:
+            raise ConfigError(f"name the model (--model): {urls} list {names or 'none'}")
+        if self.model is not None and names and self.model not in names:
+            raise ConfigError(f"--model must be one that {urls} serve, {names}; got {self.model!r}")
+        self.model = self.model or names[0]
         self.is_vllm = any(entry.get("owned_by") == "vllm" for entry in listed)
         if self.videos == "auto":
             self.videos = "video_url" if self.is_vllm else "images"
-        self._watch = asyncio.get_running_loop().create_task(self._look())
+        self._watch = asyncio.create_task(self._look())
         return {"model": self.model, "videos": self.videos, "vllm": self.is_vllm, "extra": dict(self.extra)}
 
-    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Request, int]:
-        """See `Backend`."""
-        payload: dict[str, Any] = {
-            "model": self.model,
-            "messages": encode(prompt.messages, videos=self.videos),
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-            **(NEUTRAL_SAMPLING if self.is_vllm else {}),
-            **self.extra,
-        }
-        if sampling.choices and self.is_vllm and "structured_outputs" not in self.extra:
-            payload["structured_outputs"] = {"choice": list(sampling.choices)}
-        clips = [part for part in _parts(prompt.messages) if part["type"] == "video"]
+    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[bytes, int]:
+        payload = {name: getattr(sampling, name) for name in OURS[2:]} | (NEUTRAL_SAMPLING if self.is_vllm else {})
+        payload |= {"model": self.model, "messages": encode(prompt.messages, videos=self.videos), **self.extra}
+        if sampling.choices and self.is_vllm:
+            payload.setdefault("structured_outputs", {"choice": list(sampling.choices)})
+        clips = [part for part in parts_of(prompt.messages) if part["type"] == "video"]
         if clips and self.videos == "video_url":
             if len(clips) > 1:
                 raise ConfigError(f"a request can hold one video; got {len(clips)}")
@@ -171,63 +150,42 @@ class ServerBackend:
         body = json.dumps(payload).encode()  # here, in a thread: with images it is large
         return body, len(body) + 4096
 
-    async def complete(self, request: Request) -> Reply | Refused:
-        """See `Backend`."""
+    async def complete(self, request: bytes) -> Reply | Refused:
         tries, answered = 0, self._answered
         while True:
             try:
                 answer = await self.pool.post(CHAT, request, deadline=time.monotonic() + _FOREVER_S)
+                self._answered += 1
+                return read_reply(answer)
             except ServerError as error:
-                if self._down_since is not None:
-                    raise ServersLost(self._why_lost()) from error
+                tries += 1
+                if self._lost:
+                    raise ServersLost(self._lost) from error
                 if error.status in _SETTINGS_WRONG:
                     raise ConfigError(f"{error}. Check --url, --model and the key") from error
-                if not error.transient and error.status is not None:
-                    return Refused(error.cause, str(error))
-                tries += 1
-                if tries >= _TRIES_BESIDE_OTHERS and self._answered > answered:
+                is_its_own = not error.transient and error.status is not None
+                if is_its_own or (tries >= _TRIES_BESIDE_OTHERS and self._answered > answered):
                     return Refused(error.cause, str(error))
                 if tries >= _TRIES_ALONE:
-                    raise ServersLost(
-                        f"{error}; no request is answered any more. Mend the servers, then run the command again"
-                    ) from error
-                await asyncio.sleep(tries)
-                continue
-            self._answered += 1
-            return read_reply(answer)
+                    why = "no request is answered any more. Mend the servers, then run the command again"
+                    raise ServersLost(f"{error}; {why}") from error
+            await asyncio.sleep(tries)
 
     async def aclose(self) -> None:
-        """See `Backend`."""
         if self._watch is not None:
             self._watch.cancel()
         await self.pool.aclose()
 
-    def _model(self, names: list[str]) -> str:
-        if self.model is None:
-            if len(names) != 1:
-                raise ConfigError(f"name the model (--model): {', '.join(self.pool.urls)} list {names or 'none'}")
-            return names[0]
-        if names and self.model not in names:
-            raise ConfigError(
-                f"--model must be one that {', '.join(self.pool.urls)} serve, {names}; got {self.model!r}"
-            )
-        return self.model
-
     async def _look(self) -> None:
         """Close the pool, so that waiting requests end, when no server was up for `patience_s`."""
-        since: float | None = None
-        while True:
-            now = time.monotonic()
-            since = None if any(server.up for server in self.pool.servers) else since or now
-            if since is not None and now - since > self.patience_s:
-                self._down_since = since
-                await self.pool.aclose()
-                return
+        since = time.monotonic()
+        while time.monotonic() - since <= self.patience_s:
+            if any(server.up for server in self.pool.servers):
+                since = time.monotonic()
             await asyncio.sleep(_LOOK_S)
-
-    def _why_lost(self) -> str:
         errors = "; ".join(f"{server.url}: {server.last_error}" for server in self.pool.servers)
-        return f"no server was up for {self.patience_s:g} s ({errors}). Start them, then run the command again"
+        self._lost = f"no server was up for {self.patience_s:g} s ({errors}). Start them, then run the command again"
+        await self.pool.aclose()
 
 
 def read_reply(answer: Any) -> Reply | Refused:
@@ -245,21 +203,20 @@ def read_reply(answer: Any) -> Reply | Refused:
 
 def encode(messages: Messages, *, videos: str) -> Messages:
     """Messages with media as data: URLs. Pixels travel without loss, as PNG."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {**message, "content": [new for part in message["content"] for new in _encoded(part, videos)]}
-        for message in messages
-    ]
+
+    def parts(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if part["type"] == "image":
+            return [image_part(part["image"])]
+        if part["type"] == "video":
+            return list(map(image_part, part["video"])) if videos == "images" else [clip_part(part["video"])]
+        return [dict(part)]
+
+    def content(found: Any) -> Any:
+        return found if isinstance(found, str) else [new for part in found for new in parts(part)]
+
+    return [{**message, "content": content(message["content"])} for message in messages]
 
 
-def _encoded(part: Mapping[str, Any], videos: str) -> list[dict[str, Any]]:
-    if part["type"] == "image":
-        return [image_part(part["image"])]
-    if part["type"] == "video":
-        return [image_part(frame) for frame in part["video"]] if videos == "images" else [clip_part(part["video"])]
-    return [dict(part)]
-
-
-def _parts(messages: Messages) -> list[dict[str, Any]]:
+def parts_of(messages: Messages) -> list[dict[str, Any]]:
+    """The parts of all messages, in order."""
     return [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from embedrl_verl.annotate.backends import Refused, Reply, Request, Sampling, ServersLost
+from embedrl_verl.annotate.backends import Refused, Reply, Sampling, ServersLost, parts_of
 from embedrl_verl.annotate.prompts import Messages, Prompt
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import Family
@@ -26,120 +26,88 @@ _GATHER_S = 0.05
 
 @dataclass
 class EngineBackend:
-    """An engine of this process.
-
-    Attributes:
-        path: the model's folder or hub id.
-        family: of the model.
-        options: more arguments of `vllm.LLM`.
-    """
+    """See `Backend`. `path`: the model's folder or hub id; `options`: more arguments of `vllm.LLM`."""
 
     path: str
     family: Family
     options: Mapping[str, Any] = field(default_factory=dict)
-    _waiting: list[tuple[Request, asyncio.Future[Reply | Refused]]] = field(default_factory=list)
+    _waiting: list[tuple[Any, asyncio.Future[Reply | Refused]]] = field(default_factory=list)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "engine"))
-    _driver: asyncio.Task[None] | None = None
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _engine: Any = None
-    _tokenizer: Any = None
+    _lost: str = ""
 
     def wanted(self) -> Mapping[str, Any]:
-        """See `Backend`."""
         return {"model": self.path, "engine": "vllm.LLM", "options": dict(self.options)}
 
-    async def meet(self) -> Mapping[str, Any]:
-        """See `Backend`."""
-        loop = asyncio.get_running_loop()
-        self._engine = await loop.run_in_executor(self._thread, self._start)
-        self._tokenizer = self._engine.get_tokenizer()
-        self._driver = loop.create_task(self._drive())
+    async def connect(self) -> Mapping[str, Any]:
+        self._engine = await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
         return self.wanted()
 
-    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Request, int]:
-        """See `Backend`."""
+    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Any, int]:
         media: dict[str, list[Any]] = {}
         clips: list[dict[str, Any]] = []
         size = 4096
-        for message in prompt.messages:
-            for part in () if isinstance(message["content"], str) else message["content"]:
-                if part["type"] == "image":
-                    media.setdefault("image", []).append(part["image"])
-                    size += 3 * part["image"].width * part["image"].height
-                elif part["type"] == "video":
-                    frames_THWC = np.stack([np.asarray(frame) for frame in part["video"]])
-                    clips.append(part["times"].metadata())
-                    media.setdefault("video", []).append((frames_THWC, {**clips[-1], "do_sample_frames": False}))
-                    size += frames_THWC.nbytes
+        for part in parts_of(prompt.messages):
+            if part["type"] == "image":
+                media.setdefault("image", []).append(part["image"])
+                size += 3 * part["image"].width * part["image"].height
+            elif part["type"] == "video":
+                frames_THWC = np.stack([np.asarray(frame) for frame in part["video"]])
+                clips.append(part["times"].metadata())
+                media.setdefault("video", []).append((frames_THWC, {**clips[-1], "do_sample_frames": False}))
+                size += frames_THWC.nbytes
         processor = processor_arguments(self.family, clips)
         data = {"multi_modal_data": media} if media else {}
         return (prompt.messages, data | ({"mm_processor_kwargs": processor} if processor else {}), sampling), size
 
-    async def complete(self, request: Request) -> Reply | Refused:
-        """See `Backend`."""
-        reply: asyncio.Future[Reply | Refused] = asyncio.get_running_loop().create_future()
+    async def complete(self, request: Any) -> Reply | Refused:
+        loop = asyncio.get_running_loop()
+        reply: asyncio.Future[Reply | Refused] = loop.create_future()
         self._waiting.append((request, reply))
-        return await reply
+        async with self._turn:  # whoever has it takes along all that wait
+            if not (reply.done() or self._lost):
+                await asyncio.sleep(_GATHER_S)
+                taken, self._waiting = self._waiting, []
+                try:
+                    found = await loop.run_in_executor(self._thread, self._run, [one for one, _ in taken])
+                    for (_, one), answer in zip(taken, found, strict=True):
+                        one.set_result(answer)
+                except Exception as error:  # whatever it is, the engine cannot be trusted any more
+                    self._lost = f"the engine has failed ({error!r}); run the command again to go on"
+            if not reply.done():
+                raise ServersLost(self._lost)
+        return reply.result()
 
     async def aclose(self) -> None:
-        """See `Backend`."""
-        if self._driver is not None:
-            self._driver.cancel()
         self._thread.shutdown(wait=True)
         self._engine = None
-
-    async def _drive(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(_GATHER_S)
-            taken, self._waiting = self._waiting, []
-            taken = [one for one in taken if not one[1].done()]
-            if not taken:
-                continue
-            try:
-                replies = await loop.run_in_executor(self._thread, self._run, [request for request, _ in taken])
-            except Exception as error:  # whatever it is, the engine cannot be trusted any more
-                lost = ServersLost(f"the engine has failed ({error!r}); run the command again to go on")
-                lost.__cause__ = error
-                for _, reply in taken:
-                    if not reply.done():
-                        reply.set_exception(lost)
-                continue
-            for (_, reply), found in zip(taken, replies, strict=True):
-                if not reply.done():
-                    reply.set_result(found)
 
     def _start(self) -> Any:
         try:
             from vllm import LLM
+
+            return LLM(model=self.path, **dict(self.options))
         except ImportError as error:
             raise ConfigError(
                 f"--engine needs vLLM in this environment ({error}); or name a server with --url"
             ) from error
-        try:
-            return LLM(model=self.path, **dict(self.options))
         except (OSError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"vLLM must be able to load --engine {self.path} (--engine-args {dict(self.options)}); it says: {error}"
             ) from error
 
-    def _run(self, requests: list[Request]) -> list[Reply | Refused]:
+    def _run(self, requests: list[Any]) -> list[Reply | Refused]:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        prompts, params = [], []
-        for messages, media, sampling in requests:
-            text = self._tokenizer.apply_chat_template(plain(messages), tokenize=False, add_generation_prompt=True)
+        tokenizer, prompts, params = self._engine.get_tokenizer(), [], []
+        for messages, media, drawn in requests:
+            text = tokenizer.apply_chat_template(plain(messages), tokenize=False, add_generation_prompt=True)
             prompts.append({"prompt": text, **media})
-            choice = StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None
-            params.append(
-                SamplingParams(
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=sampling.seed,
-                    structured_outputs=choice,
-                )
-            )
+            options = {name: getattr(drawn, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+            choice = StructuredOutputsParams(choice=list(drawn.choices)) if drawn.choices else None
+            params.append(SamplingParams(structured_outputs=choice, **options))
         try:
             outputs = self._engine.generate(prompts, params, use_tqdm=False)
         except ValueError as error:  # a prompt that is too long, a medium that the model cannot take
@@ -147,25 +115,18 @@ class EngineBackend:
                 return [Refused("refused by the engine", str(error))]
             half = len(requests) // 2  # find the one at fault
             return [*self._run(requests[:half]), *self._run(requests[half:])]
-        return [
-            Reply(
-                output.outputs[0].text.encode("utf-8", "replace").decode(),
-                output.outputs[0].finish_reason == "length",
-                len(output.prompt_token_ids or ()),
-                len(output.outputs[0].token_ids),
-            )
-            for output in outputs
-        ]
+        return [_reply(output.outputs[0], output.prompt_token_ids) for output in outputs]
+
+
+def _reply(made: Any, prompt_ids: Any) -> Reply:
+    text = made.text.encode("utf-8", "replace").decode()
+    return Reply(text, made.finish_reason == "length", len(prompt_ids or ()), len(made.token_ids))
 
 
 def plain(messages: Messages) -> Messages:
     """Messages for a chat template: the kinds of media parts, without the media."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {
-            **message,
-            "content": [part if part["type"] == "text" else {"type": part["type"]} for part in message["content"]],
-        }
-        for message in messages
-    ]
+
+    def content(found: Any) -> Any:
+        return found if isinstance(found, str) else [p if p["type"] == "text" else {"type": p["type"]} for p in found]
+
+    return [{**message, "content": content(message["content"])} for message in messages]

@@ -1,215 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`embedrl data annotate` as a function: ask about all sides, put the data set together, write its card."""
+"""A command that asks a model about every row: begin or go on with its folder, ask what is open, write the result."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import pyarrow.parquet as pq
-from tqdm import tqdm
-
-from embedrl_verl import __version__
-from embedrl_verl.annotate.assemble import PartCounts, assemble
+from embedrl_verl.annotate.answers import ANSWERS_FILE, Answers, Entry
 from embedrl_verl.annotate.backends import Backend
-from embedrl_verl.annotate.chunks import ChunkedInput
-from embedrl_verl.annotate.journal import summary_of
-from embedrl_verl.annotate.progress import Progress, RunnerSettings
-from embedrl_verl.annotate.report import Prices, lines, summary
-from embedrl_verl.annotate.runner import Asker, Runner, journal_header, journal_path
-from embedrl_verl.annotate.tcots import TcotAsker
-from embedrl_verl.annotate.workfolder import WorkFolder
-from embedrl_verl.data.files import (
-    FORMAT,
-    REJECTED_FILE,
-    disk_errors,
-    input_facts,
-    licences_of,
-    part_facts,
-    part_name,
-    write_atomically,
-)
-from embedrl_verl.errors import DataError
+from embedrl_verl.annotate.questions import Questions
+from embedrl_verl.annotate.rows import Rows, footer_digest
+from embedrl_verl.annotate.runner import Runner, RunnerSettings
+from embedrl_verl.data.build import build_facts, building, difference
+from embedrl_verl.data.files import CARD_FILE, read_object, write_json
+from embedrl_verl.errors import ConfigError, DataError
 
-_LOG_EVERY_S = 30.0
+SERVED_FILE = "served.json"
 
 
 @dataclass(frozen=True)
-class AnnotateJob:
-    """One annotation.
+class Prices:
+    """Money for a million tokens of prompts and of replies, in any currency; None: not told."""
+
+    prompt: float | None = None
+    completion: float | None = None
+
+    def __post_init__(self) -> None:
+        if any(price is not None and price < 0 for price in (self.prompt, self.completion)):
+            raise ConfigError(f"prices must be 0 or more; got {self}")
+
+    def cost(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """{"cost"} of the tokens counted; {} without any price."""
+        if self.prompt is None and self.completion is None:
+            return {}
+        prompt, completion = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
+        return {"cost": round(((self.prompt or 0.0) * prompt + (self.completion or 0.0) * completion) / 1e6, 6)}
+
+
+def tokens_of(tries: Iterable[Entry]) -> Counter[str]:
+    """Replies and tokens of a question; a refused request has neither."""
+    found = Counter[str]()
+    for entry in tries:
+        if "out" in entry:
+            found.update(replies=1, prompt_tokens=entry["in"] or 0, completion_tokens=entry["out"] or 0)
+    return found
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """One annotation, or one pass of the judge.
 
     Attributes:
         files: parquet files of pair records.
-        out: data set folder to write.
-        asker: settings and wording.
+        out: folder to write.
+        questions: settings and wording.
         backend: who answers.
         runner: how the run goes.
-        keep_failed: see `assemble`.
-        chunk_rows: rows of a part.
+        rows_per_part: of the output, about.
         prices: for the report.
         command: goes on with the job.
     """
 
     files: Sequence[Path]
     out: Path
-    asker: TcotAsker
+    questions: Questions
     backend: Backend
     runner: RunnerSettings
-    keep_failed: bool = False
-    chunk_rows: int = 2048
+    rows_per_part: int = 2048
     prices: Prices = field(default_factory=Prices)
     command: Sequence[str] = ()
 
+    name: ClassVar[str]
+
     def run(self, say: Callable[[str], None] = print) -> int:
-        """Do what is left to do. Returns 0, or 3 if a row of the input cannot be used.
-
-        Raises:
-            ConfigError: settings that cannot work, or others than the folder was begun with.
-            DataError: unreadable input, or a share of bad rows or failed sides above its limit.
-            EmbedRLError: servers are lost, or the disk is full; run again to go on.
-        """
-        source = ChunkedInput(self.files, self.chunk_rows)
-        settings = {
-            "command": "data annotate",
-            "input": source.fingerprint,
-            "chunk_rows": self.chunk_rows,
-            "keep_failed": self.keep_failed,
-            **self.asker.described(),
-        }
-        with WorkFolder(self.out, settings, self.command) as work:
-            if work.is_finished:
-                work.check_wanted(self.backend.wanted())
+        """Do what is left to do. Returns 0, or 3 if a row of the input cannot be used (see rejected.jsonl)."""
+        rows = Rows(self.files, self.rows_per_part)
+        facts = build_facts(f"data {self.name}", self.settings(), self.files)
+        for entry, file in zip(facts["input"], self.files, strict=True):
+            entry["footer"] = footer_digest(file)
+        with building(self.out, facts, self.command) as work:
+            if work is None:
+                card = read_object(self.out / CARD_FILE)
+                self._check_served(card["served"], self.backend.wanted())
                 say(f"{self.out} is finished; nothing to do")
-                return DataError.exit_code if (self.out / REJECTED_FILE).stat().st_size else 0
-            ask_about_all(work, source, self.asker, self.backend, self.runner, label="annotate", unit="side")
-            with _bar("write", source.rows, "row") as bar:
-                counts = assemble(source, work.path, self.out, keep_failed=self.keep_failed, report=bar.update)
-            if not counts.totals["pairs"]:
-                raise DataError(f"{self.out}: no pair is left; see failed.jsonl and rejected.jsonl there")
-            with disk_errors(self.out):
-                card = self._card(work, source, counts)
-                write_atomically(self.out / "data_card.md", card_page(card))
-                work.finish(card)
-        for line in lines(counts, self.prices):
+            else:
+                served = self._ask(work, rows)
+                card = self.write(work, rows, Answers(work / ANSWERS_FILE), facts, served)
+        for line in self.report(card):
             say(line)
-        say(f"wrote {counts.totals['pairs']:,} of {source.rows:,} pairs to {self.out}")
-        return DataError.exit_code if counts.totals["rejected_rows"] else 0
+        return DataError.exit_code if card["rejected"]["rows"] else 0
 
-    def _card(self, work: WorkFolder, source: ChunkedInput, counts: PartCounts) -> dict[str, Any]:
-        media_root = self.asker.prompts.media_root
-        parts = [self.out / part_name(chunk.number) for chunk in source.chunks]
-        return {
-            "format": FORMAT,
-            "name": "annotated pairs",
-            "tool": f"embedrl-verl {__version__}: data annotate",
-            "licence": licences_of(self.files),
-            "records": counts.totals["pairs"],
-            "media_root": os.path.relpath(Path(media_root).resolve(), self.out.resolve()) if media_root else None,
-            "by_source": {source: {"records": found["pairs"]} for source, found in sorted(counts.sources.items())},
-            "rejected": {"rows": counts.totals["rejected_rows"]},
-            "input": [input_facts(file) for file in self.files],
-            "served": work.known_served(),
-            "settings": work.settings,
-            "annotation": summary(counts, self.prices),
-            "parts": [part_facts(part, pq.read_metadata(part).num_rows) for part in parts],
-        }
+    def settings(self) -> dict[str, Any]:
+        """All that changes the output but the model and the input, as JSON values."""
+        return dict(self.questions.described())
 
+    @abstractmethod
+    def write(
+        self, work: Path, rows: Rows, answers: Answers, facts: Mapping[str, Any], served: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write the output and its card; returns the card."""
 
-def ask_about_all(
-    work: WorkFolder,
-    source: ChunkedInput,
-    asker: Asker,
-    backend: Backend,
-    settings: RunnerSettings,
-    *,
-    label: str,
-    unit: str,
-) -> None:
-    """Complete the journals of a work folder; nothing is asked, and nobody has to serve, if they are complete."""
-    complete = all(
-        summary_of(journal_path(work.path, chunk), journal_header(work.hash, chunk)) for chunk in source.chunks
-    )
-    if not complete or work.known_served() is None:
-        asyncio.run(_ask(work, source, asker, backend, settings, label, unit))
-    else:
-        work.check_wanted(backend.wanted())
-        # shares may have other limits than when the journals were completed
-        progress = Progress()
-        for chunk in source.chunks:
-            progress.add(summary_of(journal_path(work.path, chunk), journal_header(work.hash, chunk)) or {})
-        progress.check(settings, final=True)
+    @abstractmethod
+    def report(self, card: Mapping[str, Any]) -> list[str]:
+        """Lines for the terminal."""
 
+    def _ask(self, work: Path, rows: Rows) -> dict[str, Any]:
+        """Complete the answers; returns what has answered."""
+        file = work / SERVED_FILE
 
-async def _ask(
-    work: WorkFolder,
-    source: ChunkedInput,
-    asker: Asker,
-    backend: Backend,
-    settings: RunnerSettings,
-    label: str,
-    unit: str,
-) -> None:
-    try:
-        work.served(await backend.meet())
-        with _bar(label, None, unit) as bar:
-            start = last = time.monotonic()
+        def note(facts: Mapping[str, Any]) -> None:
+            if file.is_file():
+                self._check_served(read_object(file), facts)
+            else:
+                write_json(file, facts)
 
-            def report(progress: Progress) -> None:
-                nonlocal last
-                shown = {"failed": progress.failed.total(), "replies": progress.replies}
-                bar.set_postfix(shown, refresh=False)
-                bar.update(progress.errands - bar.n)
-                if bar.disable and time.monotonic() - last > _LOG_EVERY_S:
-                    last = time.monotonic()
-                    rate = progress.replies / (last - start)
-                    print(
-                        f"{label}: {progress.errands:,} {unit}s done, {shown['failed']} failed, {rate:.1f} replies/s, "
-                        f"{progress.completion_tokens / (last - start):,.0f} reply tokens/s",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+        if file.is_file():
+            self._check_served(read_object(file), self.backend.wanted())
+        asyncio.run(Runner(rows, self.questions, self.backend, work, self.runner, note, self.name).run())
+        return read_object(file) if file.is_file() else dict(self.backend.wanted())
 
-            await Runner(source, asker, backend, work.path, work.hash, settings, report).run()
-    finally:
-        await backend.aclose()
-
-
-def _bar(label: str, total: int | None, unit: str) -> Any:
-    return tqdm(desc=label, total=total, unit=unit, disable=not sys.stderr.isatty())
-
-
-def card_page(card: Mapping[str, Any]) -> str:
-    """The data card for people."""
-    annotation = card["annotation"]
-    rows = [
-        f"| {source} | {found.get('pairs', 0):,} | {found.get('sides_with_tcot', 0):,} | "
-        f"{found.get('sides_failed', 0):,} | {found.get('sides_with_gold', 0):,} | "
-        f"{found.get('completion_tokens', 0):,} |"
-        for source, found in annotation["by_source"].items()
-    ]
-    refused = [f"- {count:,} x {rule}" for rule, count in annotation["refused_replies"].items()] or ["- none"]
-    return "\n".join(
-        [
-            "# Annotated pairs",
-            "",
-            f"{card['records']:,} pairs, written by {card['tool']}. T-CoTs by {card['served']['model']}; the answer "
-            f"was told for a share of {card['settings']['gold_share']:g} of the queries with a text target.",
-            "",
-            "| data source | pairs | T-CoTs | failed sides | gold told | reply tokens |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            "",
-            "Refused replies, by rule:",
-            "",
-            *refused,
-            "",
-            f"Licence: {card['licence']}.",
-            "",
-        ]
-    )
+    def _check_served(self, served: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Refuse facts of the backend that are not those of what has answered before."""
+        found = json.loads(json.dumps(now))
+        if changed := difference({name: served.get(name) for name in found}, found):
+            raise ConfigError(
+                f"{self.out} has answers of another model or server: {changed}, and answers to different questions "
+                "must not mix: use the same, or another folder, or remove this one"
+            )

@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is asked: chat messages with decoded media, at the size at which RL will show them to the Reasoner.
 
-`tcot_prompt` uses the templates of the rollout (`embedrl_verl.tcot.build_prompt`) and the same fitting of images and
-clips, so that an annotated T-CoT is of the language, the box units and the frame numbers that RL will see.
-
-A reply that is no T-CoT is asked for again: with the broken rules said (`again`, "explain"), or as the same question
-with another seed and a temperature ("resample", for models that know no conversation).
+Words and pixels are those of the rollout (`embedrl_verl.tcot.build_prompt`), so that an annotated T-CoT is of the
+language, the box units and the frame numbers that RL will see.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
-from string import Template
+from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
+import jinja2
 
 from embedrl_verl.data.media import MediaLimits, fit_clip, fit_image, load_item
 from embedrl_verl.data.schema import PairRecord, Side, input_kind
@@ -27,11 +21,13 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import Family, token_side
 from embedrl_verl.tcot import build_prompt
 from embedrl_verl.tcot.harmless import break_control
-from embedrl_verl.tcot.prompts import style_words
 
 Messages: TypeAlias = list[dict[str, Any]]
+_FOLDER = Path(__file__).parent / "templates"
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_FOLDER), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 _SHOWN_REPLY = 4000  # characters of a bad reply that are shown again
-_TEMPLATES = resources.files("embedrl_verl.annotate").joinpath("templates")
 
 
 @dataclass(frozen=True)
@@ -54,14 +50,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TcotPrompts:
-    """How T-CoTs are asked for.
-
-    Attributes:
-        family: of the model that writes them (units of boxes).
-        style, few_shot: the templates, see `build_prompt`.
-        limits: sizes of media.
-        media_root: folder that media paths are relative to.
-    """
+    """How T-CoTs are asked for: the model's family (units of boxes), templates, sizes and root of media."""
 
     family: Family
     style: str
@@ -77,43 +66,27 @@ class TcotPrompts:
             )
 
     def prompt(self, record: PairRecord, side: Side, gold_answer: str | None = None) -> Prompt:
-        """The first question about a side. Decodes media: call it in a thread."""
+        """The first question about a side. Decodes media (call it in a thread); raises MediaError."""
         item = load_item(record.item(side), self.media_root, max_frames=self.limits.max_frames)
-        messages = build_prompt(
-            input_kind(record, side),
-            item,
-            family=self.family,
-            gold_answer=gold_answer,
-            few_shot=self.few_shot,
-            style=self.style,
-        )
-        fitted = [{**message, "content": fit_parts(message["content"], self.limits)} for message in messages]
+        options: dict[str, Any] = {"gold_answer": gold_answer, "few_shot": self.few_shot, "style": self.style}
+        messages = build_prompt(input_kind(record, side), item, family=self.family, **options)
+        fitted = [{**message, "content": _fitted(message["content"], self.limits)} for message in messages]
         seen = [part["image"].size for message in fitted for part in message["content"] if part["type"] == "image"]
         return Prompt(fitted, tuple(image.size for image in item.images), tuple(seen), len(item.frames))
 
 
 def again(prompt: Prompt, reply: str, problems: Sequence[str]) -> Prompt:
     """The question, the reply that cannot be used, and what is wrong with it."""
-    template = again_template()
-    lines = "\n".join(Template(template["problem"]).substitute(problem=break_control(problem)) for problem in problems)
-    said = break_control(reply.strip())[:_SHOWN_REPLY] or template["empty"]
-    turns = [
-        {"role": "assistant", "content": said},
-        {"role": "user", "content": Template(template["again"]).substitute(problems=lines)},
-    ]
+    shown = break_control(reply.strip())[:_SHOWN_REPLY] or "(no text)"
+    wrong = TEMPLATES.get_template("again.jinja").render(problems=[break_control(problem) for problem in problems])
+    turns = [{"role": "assistant", "content": shown}, {"role": "user", "content": wrong}]
     return replace(prompt, messages=[*prompt.messages, *turns])
 
 
-@functools.cache
-def again_template() -> dict[str, str]:
-    """The texts of `templates/again.yaml`."""
-    texts: dict[str, str] = yaml.safe_load(_TEMPLATES.joinpath("again.yaml").read_text(encoding="utf-8"))
-    return texts
-
-
-def templates_digest(style: str) -> str:
-    """SHA-256 of all texts that a question is made of, so that answers to other wordings do not mix."""
-    return hashlib.sha256((style_words(style) + json.dumps(again_template(), sort_keys=True)).encode()).hexdigest()
+def digest(*templates: str, words: str = "") -> str:
+    """SHA-256 of all words that questions are made of, so that answers to other wordings do not mix."""
+    texts = [(_FOLDER / name).read_text("utf-8") for name in templates]
+    return hashlib.sha256("".join([words, *texts]).encode()).hexdigest()
 
 
 def gold_answer_of(record: PairRecord, side: Side) -> str | None:
@@ -121,10 +94,8 @@ def gold_answer_of(record: PairRecord, side: Side) -> str | None:
     return (record.target.text.strip() or None) if side == "query" else None
 
 
-def fit_parts(content: Any, limits: MediaLimits) -> Any:
-    """A message's content with images and clips at the size at which a model with these limits reads them."""
-    if isinstance(content, str):
-        return content
+def _fitted(content: Sequence[dict[str, Any]], limits: MediaLimits) -> list[dict[str, Any]]:
+    """Parts with images and clips at the size at which a model with these limits reads them."""
     parts: list[dict[str, Any]] = []
     for part in content:
         if part["type"] == "image":

@@ -47,15 +47,10 @@ class Checked:
 def check_tcot(
     text: str, *, item: Item, prompt: Prompt, required: str, family: Family, level: EvidenceLevel, cut_off: bool
 ) -> Checked:
-    """Read a reply.
+    """Read a reply about an item (with its instruction) to a prompt (whose sizes of media count).
 
     Args:
-        text: the reply.
-        item: the side that it is about, with its instruction.
-        prompt: the question (sizes of media).
         required: evidence key of the side's kind.
-        family: of the model that wrote it.
-        level: see the module.
         cut_off: the server stopped at the limit of tokens.
     """
     images, frames = len(prompt.original_sizes), prompt.num_frames

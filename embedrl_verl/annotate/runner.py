@@ -1,377 +1,233 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks about all rows of an input, with as many requests in flight as the servers take, and journals the answers.
+"""Asks about all rows of an input, with as many requests in flight as the servers take, and keeps the answers.
 
-    reader (a thread) -> queue -> workers: prepare (threads) -> complete -> read -> journal (a thread, fsynced)
+    rows (a thread) -> queue -> workers: prepare (threads) -> complete -> entry -> answers.jsonl (a thread)
 
-An *errand* is one thing to find out about a row, such as the T-CoT of its query. It takes one or more tries. What came
-of a try is one journal entry, keyed by pair id, errand and try; the errand is over when an entry says `done`. When a
-job is started again, entries are read back, finished errands are skipped, and open ones go on with their next try.
-Seeds depend on key and settings alone, so an answer does not depend on what was in flight beside it, as far as the
-server's arithmetic does not.
+A question takes one or more tries; each is one line of the file, and the question is over when a line says `done`. When
+a job is started again, finished questions are skipped and open ones go on with their next try.
 
 Memory: the rows in the queue and in work (little more than `limit`), the media of requests in flight (`media_bytes`),
-and a few counts of every open chunk. A chunk is open from its first to its last answer; so that one slow answer cannot
-keep them all open, there is a limit to their number.
+and 16 bytes for each answer of earlier runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from embedrl_verl.annotate.backends import Backend, Refused, Reply, Sampling
-from embedrl_verl.annotate.chunks import Chunk, ChunkedInput, Row
-from embedrl_verl.annotate.journal import Entry, Journal, JournalError, summary_of
-from embedrl_verl.annotate.progress import Progress, RunnerSettings
+from tqdm import tqdm
+
+from embedrl_verl.annotate.answers import ANSWERS_FILE, Answers, AnswerWriter, Entry
+from embedrl_verl.annotate.backends import Backend, Refused, Reply
 from embedrl_verl.annotate.prompts import Prompt
+from embedrl_verl.annotate.questions import Question, Questions
+from embedrl_verl.annotate.replies import rule_of
+from embedrl_verl.annotate.rows import Rejection, Rows
+from embedrl_verl.data.build import stop_if_bad
 from embedrl_verl.data.schema import PairRecord
-from embedrl_verl.errors import DataError, EmbedRLError
+from embedrl_verl.errors import DataError
 
-_FLUSH_S = 0.2
+_LOG_EVERY_S = 30.0
 _ROWS_AT_ONCE = 32
+_LISTED = 100
+"""So many bad rows are found before the job stops for them, so that a small input is told all of its own."""
+
+
+class TooManyFailed(DataError):
+    """The share of failures is above its limit; answers so far are kept."""
 
 
 @dataclass(frozen=True)
-class Errand:
-    """One thing to find out about a row. `tries` are the entries of earlier tries, oldest first."""
+class RunnerSettings:
+    """How a run goes; nothing here changes an answer.
 
-    chunk: Chunk
-    row: Row
-    name: str
-    tries: tuple[Entry, ...] = ()
+    Attributes:
+        limit: questions asked at the same time.
+        threads: for decoding and encoding media.
+        media_bytes: of encoded media in memory: above it no more are encoded (what is being encoded, one request a
+            thread, comes on top).
+        max_failed_share: of the questions that are over; looked at after `first_check` of them.
+        max_rejected_share: of the rows of the input.
+    """
 
-    @property
-    def record(self) -> PairRecord:
-        """The row's record."""
-        assert self.row.record is not None
-        return self.row.record
-
-
-class Asker(Protocol):
-    """What is asked, and what is made of the replies. Its methods run in threads and keep no state."""
-
-    def errands(self, record: PairRecord) -> Sequence[str]:
-        """Names of what to find out about a row; none is possible."""
-        ...
-
-    def ask(self, errand: Errand) -> tuple[Prompt, Sampling]:
-        """The question of the errand's next try.
-
-        Raises:
-            DataError: the row cannot be asked about (MediaError and the like); it is rejected.
-        """
-        ...
-
-    def read(self, errand: Errand, prompt: Prompt, reply: Reply | Refused) -> Entry:
-        """The entry of a try, without its key; `done` says that the errand is over, `ok` that it has a result."""
-        ...
-
-
-class _Open:
-    """A chunk that is being worked on."""
-
-    def __init__(self, chunk: Chunk, journal: Journal) -> None:
-        self.chunk, self.journal = chunk, journal
-        self.pending = 1  # the reader, until it has read all rows
-        self.unwritten: list[Entry] = []
-        self._rejected_rows: set[int] = set()
-        self.summary: dict[str, Any] = {"errands": 0, "failed": Counter(), "rows": 0, "rejected": Counter()}
-
-    def count(self, entry: Entry, progress: Progress) -> None:
-        """Take an entry into the summary and the counts over all chunks; a rejected row counts once."""
-        if "rejected" in entry:
-            if entry["row"] not in self._rejected_rows:
-                self._rejected_rows.add(entry["row"])
-                cause = entry["rejected"]["field"] or "row"
-                self.summary["rejected"][cause] += 1
-                progress.rejected[cause] += 1
-        elif entry["done"]:
-            self.summary["errands"] += 1
-            progress.errands += 1
-            if not entry["ok"]:
-                self.summary["failed"][entry["cause"]] += 1
-                progress.failed[entry["cause"]] += 1
+    limit: int
+    threads: int
+    media_bytes: int = 2 << 30
+    max_failed_share: float = 0.1
+    max_rejected_share: float = 0.01
+    first_check: int = 200
 
 
 class Runner:
-    """One run over an input.
+    """One run over an input. `served` is called, before anything is asked, with what the backend serves.
 
-    Args:
-        source: the input.
-        asker: what is asked.
-        backend: who answers; `meet` has been called.
-        folder: of the journals.
-        settings_hash: stands in every journal's header.
-        settings: how the run goes.
-        report: called now and then with the counts.
+    Attributes:
+        over, failed, rejected: questions that are over, causes of those without a result, rows that cannot be used;
+            those of earlier runs among them.
     """
 
     def __init__(
         self,
-        source: ChunkedInput,
-        asker: Asker,
+        rows: Rows,
+        questions: Questions,
         backend: Backend,
-        folder: Path,
-        settings_hash: str,
+        work: Path,
         settings: RunnerSettings,
-        report: Callable[[Progress], None] = lambda progress: None,
+        served: Callable[[Mapping[str, Any]], None] = lambda facts: None,
+        label: str = "ask",
     ) -> None:
-        self._source, self._asker, self._backend = source, asker, backend
-        self._folder, self._hash, self._settings, self._report = folder, settings_hash, settings, report
-        self.progress = Progress()
-        self._open: dict[int, _Open] = {}
-        self._taking: set[asyncio.Task[Entry]] = set()
-        self._max_open = 4 + 4 * settings.limit // max(1, source.chunks[0].rows)
+        self._rows, self._questions, self._backend = rows, questions, backend
+        self._path, self._settings, self._served, self._label = work / ANSWERS_FILE, settings, served, label
+        self.over = self.replies = self.tokens = self.rows_read = 0
+        self.failed: Counter[str] = Counter()
+        self.rejected: dict[tuple[str, int], Rejection] = {}
         self._media_left = settings.media_bytes
-        self._desks = asyncio.Semaphore(settings.threads)
-        self._space = asyncio.Condition()
-        self._room = asyncio.Condition()
-        self._threads = ThreadPoolExecutor(settings.threads, "media")
-        self._reader = ThreadPoolExecutor(1, "reader")
-        self._writer = ThreadPoolExecutor(1, "journal")
+        self._began = self._told = time.monotonic()
 
-    async def run(self) -> Progress:
-        """Ask about everything that is not answered yet."""
-        queue: asyncio.Queue[Errand | None] = asyncio.Queue(maxsize=2 * self._settings.threads)
+    async def run(self) -> None:
+        """Ask everything that is not answered yet; nobody has to serve if nothing is open. Whatever ends it, answers so
+        far are kept."""
+        answers = await asyncio.to_thread(Answers, self._path, self._count)
         workers = self._settings.limit + 2 * self._settings.threads
-        loop = asyncio.get_running_loop()
-        tasks = [loop.create_task(self._work(queue)) for _ in range(workers)]
-        feeder = loop.create_task(self._feed(queue, workers))
-        flusher = loop.create_task(self._flush_often())
-        work = asyncio.gather(feeder, *tasks)
-        try:
-            done, _ = await asyncio.wait((work, flusher), return_when=asyncio.FIRST_COMPLETED)
-            for ended in done:
-                ended.result()
-        finally:
-            ending = loop.create_task(self._end(work, (feeder, flusher, *tasks)))
+        queue: asyncio.Queue[Question | None] = asyncio.Queue(maxsize=2 * self._settings.threads)
+        self._thread_free, self._space = asyncio.Semaphore(self._settings.threads), asyncio.Condition()
+        with (
+            ThreadPoolExecutor(self._settings.threads, "media") as self._threads,
+            AnswerWriter(self._path) as self._writer,
+            tqdm(desc=self._label, unit="question", initial=self.over, disable=not sys.stderr.isatty()) as self._bar,
+        ):
+            tasks = [asyncio.create_task(self._work(queue)) for _ in range(workers)]
+            tasks.append(asyncio.create_task(self._feed(queue, answers, workers)))
             try:
-                await asyncio.shield(ending)
-            except asyncio.CancelledError:  # one Ctrl-C at the end loses no answer
-                await ending
-                raise
-        self.progress.check(self._settings, final=True)
-        return self.progress
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self._backend.aclose()
+        self._stop_if_failed(final=True)
+        self._stop_if_bad()
 
-    async def _end(self, work: asyncio.Future[Any], tasks: Sequence[asyncio.Task[None]]) -> None:
-        for task in tasks:
-            task.cancel()
-        try:
-            # Every one is awaited: an error that nobody asks for would be printed when the process ends.
-            await asyncio.gather(work, *tasks, return_exceptions=True)
-            while self._taking:
-                await asyncio.wait(self._taking)
-            await self._flush()
-        finally:
-            for pool in (self._threads, self._reader, self._writer):
-                pool.shutdown(wait=True, cancel_futures=True)
-            for opened in self._open.values():
-                opened.journal.close()
-            self._report(self.progress)
-        for opened in self._open.values():
-            if opened.journal.lost:  # its error may have met nobody who waited
-                raise JournalError(opened.journal.lost)
-
-    # ---- reading
-
-    async def _feed(self, queue: asyncio.Queue[Errand | None], workers: int) -> None:
-        loop = asyncio.get_running_loop()
-        complete = await loop.run_in_executor(self._reader, self._complete)
-        for summary in complete.values():
-            self.progress.add(summary)
-        chunks = self._source.read(lambda chunk: chunk.number not in complete)
-        while True:
-            found = await loop.run_in_executor(self._reader, next, chunks, None)
-            if found is None:
-                break
-            chunk, rows = found
-            async with self._room:
-                await self._room.wait_for(lambda: len(self._open) < self._max_open)
-            path = journal_path(self._folder, chunk)
-            journal = await loop.run_in_executor(self._reader, Journal, path, journal_header(self._hash, chunk))
-            opened = self._open[chunk.number] = _Open(chunk, journal)
-            tries = _by_errand(journal.entries)
-            rejected = {entry["row"] for entry in journal.entries if "errand" not in entry}
-            for entry in journal.entries:
-                opened.count(entry, self.progress)
-            journal.entries = []
-            opened.summary["rows"] = chunk.rows
-            self.progress.rows += chunk.rows
-            while batch := await loop.run_in_executor(self._reader, _take, rows, _ROWS_AT_ONCE):
-                for row in batch:
-                    if row.row in rejected:
-                        continue
-                    if row.record is None:
-                        self._note(opened, _rejection(row, row.field, row.reason))
-                        continue
-                    for name in self._asker.errands(row.record):
-                        before = tries.get((row.record.pair_id, name), ())
-                        if not before or not before[-1]["done"]:
-                            opened.pending += 1
-                            await queue.put(Errand(chunk, row, name, tuple(before)))
-            await self._over(opened)
+    async def _feed(self, queue: asyncio.Queue[Question | None], answers: Answers, workers: int) -> None:
+        connected, scan = False, self._open_questions(answers)
+        while (found := await asyncio.to_thread(next, scan, None)) is not None:
+            if found and not connected:
+                self._served(await self._backend.connect())
+                connected = True
+            for question in found:
+                await queue.put(question)
         for _ in range(workers):
             await queue.put(None)
 
-    def _complete(self) -> dict[int, Entry]:
-        """The summaries of complete journals, by the number of the chunk."""
-        found = {}
-        for chunk in self._source.chunks:
-            summary = summary_of(journal_path(self._folder, chunk), journal_header(self._hash, chunk))
-            if summary is not None:
-                found[chunk.number] = summary
-        return found
+    def _open_questions(self, answers: Answers) -> Iterator[list[Question]]:
+        """Those of some rows at a time, maybe of none."""
+        found: list[Question] = []
+        for span in self._rows.spans:
+            for row, record in self._rows.scan(span):
+                self.rows_read += 1
+                if isinstance(record, PairRecord):
+                    for name in self._questions.names(record):
+                        tries = answers.tries(record.pair_id, name)
+                        if not tries or not tries[-1]["done"]:
+                            found.append(Question(record, name, tries, str(span.file), row))
+                else:
+                    self._reject(record)
+                if self.rows_read % _ROWS_AT_ONCE == 0:
+                    yield found
+                    found = []
+        yield found
 
-    # ---- asking
+    async def _work(self, queue: asyncio.Queue[Question | None]) -> None:
+        while (question := await queue.get()) is not None:
+            while question is not None:
+                question = await self._try(question)
 
-    async def _work(self, queue: asyncio.Queue[Errand | None]) -> None:
-        while (errand := await queue.get()) is not None:
-            opened = self._open[errand.chunk.number]
-            while errand is not None:
-                errand = await self._try(opened, errand)
-            await self._over(opened)
-
-    async def _try(self, opened: _Open, errand: Errand) -> Errand | None:
-        """One try; the errand of the next one, or None when it is over."""
-        loop = asyncio.get_running_loop()
+    async def _try(self, question: Question) -> Question | None:
+        """One try; the question with it if there is to be another."""
+        key = {"id": question.record.pair_id, "question": question.name, "try": len(question.tries)}
         try:
-            async with self._desks:  # so that requests wait for memory before they are in it
+            async with self._thread_free:  # requests wait for memory before they are in it
                 async with self._space:
                     await self._space.wait_for(lambda: self._media_left > 0)
-                prompt, request, size = await loop.run_in_executor(self._threads, self._prepare, errand)
+                loop = asyncio.get_running_loop()
+                prompt, request, size = await loop.run_in_executor(self._threads, self._prepare, question)
                 self._media_left -= size
         except DataError as error:
-            self._note(
-                opened, {**_key(errand), "done": True, "ok": False, **_rejection(errand.row, errand.name, error)}
-            )
+            place = {"file": question.file, "row": question.row, "field": question.name, "reason": str(error)}
+            self._note({**key, "done": True, "ok": False, "rejected": {**place, "pair_id": question.record.pair_id}})
             return None
         try:
             reply = await self._backend.complete(request)
-            # Nothing is awaited between the answer and this: an answer outlives its worker when the run is ended.
-            taking = loop.create_task(self._take_in(opened, errand, prompt, reply))
-            self._taking.add(taking)
-            taking.add_done_callback(self._taking.discard)
-            taking.add_done_callback(_looked_at)
         finally:
             del request
             self._media_left += size
             async with self._space:
                 self._space.notify_all()
-        entry = await asyncio.shield(taking)
-        if entry["done"]:
-            return None
-        return Errand(errand.chunk, errand.row, errand.name, (*errand.tries, entry))
+        # Nothing is awaited between the answer and its note: an answer outlives its worker when the run is ended.
+        entry = {**key, **self._outcome(question, prompt, reply)}
+        self._note(entry)
+        return None if entry["done"] else replace(question, tries=(*question.tries, entry))
 
-    async def _take_in(self, opened: _Open, errand: Errand, prompt: Prompt, reply: Reply | Refused) -> Entry:
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, self._asker.read, errand, prompt, reply)
-        entry = {**_key(errand), **found}
-        self._note(opened, entry)
-        self.progress.replies += 1
-        self.progress.completion_tokens += entry.get("out") or 0
-        return entry
-
-    def _prepare(self, errand: Errand) -> tuple[Prompt, Any, int]:
-        prompt, sampling = self._asker.ask(errand)
+    def _prepare(self, question: Question) -> tuple[Prompt, Any, int]:
+        prompt, sampling = self._questions.request(question)
         request, size = self._backend.prepare(prompt, sampling)
-        return Prompt([], prompt.original_sizes, prompt.seen_sizes, prompt.num_frames), request, size
+        return replace(prompt, messages=[]), request, size
 
-    # ---- journaling
+    def _outcome(self, question: Question, prompt: Prompt, reply: Reply | Refused) -> Entry:
+        if isinstance(reply, Refused):
+            return {"done": True, "ok": False, "cause": reply.cause, "text": "", "problems": [reply.detail]}
+        found = self._questions.check(question, prompt, reply)
+        found |= {"text": reply.text, "in": reply.prompt_tokens, "out": reply.completion_tokens}
+        if not found["problems"]:
+            return {**found, "done": True, "ok": True}
+        last = len(question.tries) + 1 >= self._questions.settings.tries
+        return {**found, "done": last, "ok": False, "cause": rule_of(found["problems"][0])}
 
-    def _note(self, opened: _Open, entry: Entry) -> None:
-        opened.unwritten.append(entry)
-        opened.count(entry, self.progress)
+    def _note(self, entry: Entry) -> None:
+        self._writer.put(entry)
+        self._count(entry)
+        self.replies += 1
+        self.tokens += entry.get("out") or 0
+        self._bar.set_postfix({"failed": self.failed.total(), "replies": self.replies}, refresh=False)
+        self._bar.update(self.over - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and now - self._told > _LOG_EVERY_S:
+            self._told, seconds = now, now - self._began
+            counts = f"{self.over:,} questions done, {self.failed.total()} failed"
+            rates = f"{self.replies / seconds:.1f} replies/s, {self.tokens / seconds:,.0f} reply tokens/s"
+            print(f"{self._label}: {counts}, {rates}", file=sys.stderr, flush=True)
+        self._stop_if_failed(final=False)
 
-    async def _over(self, opened: _Open) -> None:
-        """One thing less to wait for in a chunk; the last closes its journal."""
-        opened.pending -= 1
-        if opened.pending:
-            return
-        await self._flush()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._writer, opened.journal.close, opened.summary)
-        del self._open[opened.chunk.number]
-        async with self._room:
-            self._room.notify_all()
+    def _count(self, entry: Entry) -> None:
+        """Take an answer of this run or of an earlier one into the counts."""
+        if "rejected" in entry:
+            self._reject(entry["rejected"])
+        elif entry["done"]:
+            self.over += 1
+            if not entry["ok"]:
+                self.failed[entry["cause"]] += 1
 
-    async def _flush_often(self) -> None:
-        last = time.monotonic()
-        while True:
-            await asyncio.sleep(_FLUSH_S)
-            await self._flush()
-            self.progress.check(self._settings, final=False)
-            if time.monotonic() - last > 1:
-                last = time.monotonic()
-                self._report(self.progress)
+    def _reject(self, line: Rejection) -> None:
+        self.rejected.setdefault((line["file"], line["row"]), line)
+        if len(self.rejected) > max(_LISTED, self._settings.max_rejected_share * self._rows.count):
+            self._stop_if_bad()
 
-    async def _flush(self) -> None:
-        """Write all entries so far; they are on the disk when this returns.
+    def _stop_if_bad(self) -> None:
+        found = [{"rejected": list(self.rejected.values())}]
+        stop_if_bad(found, self._rows.count, self._settings.max_rejected_share, self._path.parent.parent)
 
-        They are written too when the caller is cancelled meanwhile, before those of any later call.
-        """
-        work = [(opened.journal, opened.unwritten) for opened in self._open.values() if opened.unwritten]
-        for opened in self._open.values():
-            opened.unwritten = []
-        writing = asyncio.get_running_loop().run_in_executor(self._writer, _append_all, work)
-        writing.add_done_callback(_looked_at)
-        await asyncio.shield(writing)
-
-
-def journal_path(folder: Path, chunk: Chunk) -> Path:
-    """The journal of a chunk."""
-    return folder / f"journal-{chunk.number:05d}.jsonl"
-
-
-def journal_header(settings_hash: str, chunk: Chunk) -> dict[str, Any]:
-    """First line of a chunk's journal."""
-    return {"settings": settings_hash, "chunk": chunk.number, "first": chunk.first, "rows": chunk.rows}
-
-
-def _append_all(work: Sequence[tuple[Journal, list[Entry]]]) -> None:
-    """Every journal gets its entries, whatever becomes of the others; the first error is raised afterwards."""
-    errors: list[Exception] = []
-    for journal, entries in work:
-        try:
-            journal.append(entries)
-        except (EmbedRLError, OSError) as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-
-
-def _looked_at(future: asyncio.Future[Any]) -> None:
-    """Keeps asyncio from printing an error of what was shielded, when the one that waited for it was cancelled."""
-    if not future.cancelled():
-        future.exception()
-
-
-def _by_errand(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
-    found: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        if "errand" in entry:
-            tries = found.setdefault((entry["id"], entry["errand"]), [])
-            if entry["try"] != len(tries):
-                raise DataError(
-                    f"the journal holds try {entry['try']} of {entry['errand']} of pair {entry['id']!r} where try "
-                    f"{len(tries)} must be; remove the journal to ask its rows again"
-                )
-            tries.append(entry)
-    return found
-
-
-def _key(errand: Errand) -> Entry:
-    return {"id": errand.record.pair_id, "errand": errand.name, "try": len(errand.tries)}
-
-
-def _rejection(row: Row, field_name: str, reason: object) -> Entry:
-    return {"row": row.row, "rejected": {"field": field_name, "reason": str(reason), "pair_id": row.pair_id}}
-
-
-def _take(rows: Iterator[Row], count: int) -> list[Row]:
-    return list(itertools.islice(rows, count))
+    def _stop_if_failed(self, *, final: bool) -> None:
+        failed, allowed = self.failed.total(), self._settings.max_failed_share
+        if failed > allowed * self.over and (final or self.over >= self._settings.first_check):
+            causes = "; ".join(f"{count} x {cause}" for cause, count in self.failed.most_common(5))
+            raise TooManyFailed(
+                f"{failed} of {self.over} questions have no answer, over --max-failed-share {allowed:g}. Causes: "
+                f"{causes}. Answers so far are kept: mend the cause or raise the limit, then run the command again"
+            )

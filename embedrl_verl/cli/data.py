@@ -42,9 +42,9 @@ def annotate(
     """
     from pathlib import Path
 
-    from embedrl_verl.annotate.job import AnnotateJob
+    from embedrl_verl.annotate.annotated import AnnotateJob
     from embedrl_verl.annotate.prompts import TcotPrompts
-    from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
+    from embedrl_verl.annotate.tcots import TcotQuestions, TcotSettings
     from embedrl_verl.config.schema import MediaConfig
     from embedrl_verl.data.files import common_media_root, pair_files
     from embedrl_verl.data.media import MediaLimits
@@ -68,7 +68,7 @@ def annotate(
     job = AnnotateJob(
         files=pair_files(files),
         out=Path(out),
-        asker=TcotAsker(settings, prompts),
+        questions=TcotQuestions(settings, prompts),
         backend=_backend(model, asking, media.family, media.videos),
         keep_failed=keep_failed,
         **_run_settings(asking, media.threads, media.media_mb, max_failed_share, max_bad_share),
@@ -97,10 +97,10 @@ def filter_pairs(
     """
     from pathlib import Path
 
-    from embedrl_verl.curate.relevance import RelevanceAsker, RelevanceSettings
+    from embedrl_verl.annotate.relevance import RelevanceQuestions, RelevanceSettings
+    from embedrl_verl.annotate.verdict_file import VERDICTS_FOLDER
+    from embedrl_verl.annotate.verdicts import VerdictJob
     from embedrl_verl.curate.split_job import split_pairs
-    from embedrl_verl.curate.verdict_file import VERDICTS_FOLDER
-    from embedrl_verl.curate.verdicts import VerdictJob
     from embedrl_verl.data.files import pair_files
 
     split_settings = _split_settings(split)  # a wrong option is refused before the judge is asked
@@ -109,7 +109,7 @@ def filter_pairs(
     judging = VerdictJob(
         files=pair_files(files),
         out=Path(out) / VERDICTS_FOLDER,
-        asker=RelevanceAsker(settings),
+        questions=RelevanceQuestions(settings),
         backend=_backend(model, asking, "qwen3_vl", "auto"),  # the judge sees no media
         **_run_settings(asking, None, 64, max_failed_share, job.max_bad_share),
     )
@@ -266,13 +266,13 @@ def _run_settings(
     asking: opt.Asking, threads: int | None, media_mb: int, max_failed_share: float, max_bad_share: float
 ) -> dict[str, Any]:
     """What a job of questions is told of its run."""
-    from embedrl_verl.annotate.progress import RunnerSettings
-    from embedrl_verl.annotate.report import Prices
+    from embedrl_verl.annotate.job import Prices
+    from embedrl_verl.annotate.runner import RunnerSettings
 
     threads = threads or min(16, os.cpu_count() or 1)
     return {
         "runner": RunnerSettings(asking.limit, threads, media_mb << 20, max_failed_share, max_bad_share),
-        "chunk_rows": asking.shard_rows,
+        "rows_per_part": asking.shard_rows,
         "prices": Prices(asking.price_prompt, asking.price_completion),
         "command": _command_line(),
     }

@@ -219,7 +219,7 @@ class Asking:
     limit: Annotated[int, Option(help="Requests in flight.")] = 256
     timeout: Annotated[float, Option(help="Seconds for one request.")] = 600.0
     patience: Annotated[float, Option(help="Seconds without a server before the job stops.")] = 300.0
-    shard_rows: Annotated[int, Option(min=1, help="Rows of a journal or part.")] = 2048
+    shard_rows: Annotated[int, Option(min=1, help="Rows of a part, about.")] = 2048
     price_prompt: Annotated[float | None, Option(help="Money for a million prompt tokens.")] = None
     price_completion: Annotated[float | None, Option(help="Money for a million reply tokens.")] = None
 

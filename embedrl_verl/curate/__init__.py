@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From converted pairs to training sets: content ids, near duplicates, relevance, and the contrastive / RL split."""
+"""From converted pairs to training sets: content ids, near duplicates, and the contrastive / RL split."""

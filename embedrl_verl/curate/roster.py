@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedrl_verl.curate.verdict_file import VERDICTS, verdict_batches
+from embedrl_verl.annotate.verdict_file import VERDICTS, verdict_batches
 from embedrl_verl.data.build import rejection
 from embedrl_verl.data.identity import ANSWER_ID, TEXT_ID
 from embedrl_verl.data.parquet import read_batches, read_rows, record_or_error

@@ -21,9 +21,9 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from embedrl_verl.annotate.verdict_file import VERDICTS
 from embedrl_verl.convert.sampling import Sampling, preset
 from embedrl_verl.curate.roster import Index, Mask, Roster
-from embedrl_verl.curate.verdict_file import VERDICTS
 from embedrl_verl.errors import ConfigError, DataError
 
 RlFrom = Literal["mismatch", "match", "all"]

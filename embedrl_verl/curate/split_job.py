@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedrl_verl.annotate.verdict_file import VERDICTS
 from embedrl_verl.curate.media_paths import merged_root, with_prefix
 from embedrl_verl.curate.report import JobReport
 from embedrl_verl.curate.roster import Index, Roster, read_verdicts
 from embedrl_verl.curate.split import BOTH, CONTRASTIVE, FATES, REJECTED, RL, Fates, SplitSettings, decide
 from embedrl_verl.curate.split_report import split_report
-from embedrl_verl.curate.verdict_file import VERDICTS
 from embedrl_verl.data import build
 from embedrl_verl.data.files import (
     REJECTED_FILE,

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from embedrl_verl.annotate.verdict_file import VERDICTS
 from embedrl_verl.curate.report import JobReport, table
 from embedrl_verl.curate.roster import Roster
 from embedrl_verl.curate.split import BOTH, FATES, Fates, SplitSettings, also_in_rl, candidates_by_source
-from embedrl_verl.curate.verdict_file import VERDICTS
 
 
 def split_report(roster: Roster, fates: Fates, settings: SplitSettings) -> JobReport:

@@ -164,18 +164,21 @@ class PairTable:
         return dict(sorted((found | self._repeated_ids(found)).items()))
 
     def _repeated_ids(self, bad: Mapping[int, Problem]) -> dict[int, Problem]:
-        ids = self.column("pair_id").to_pandas()
-        ids = ids.drop(index=list(bad))
-        again = ids[ids.duplicated()]
-        first = {name: number for number, name in reversed([*ids[ids.isin(again)].items()])}
+        ids = self.column("pair_id").to_pandas().drop(index=list(bad))
         found = {}
-        for number in again.index.tolist():
-            (file, row), (other, other_row) = self.place(number), self.place(first[ids[number]])
-            message = (
-                f"{file}, row {row}, pair {ids[number]!r}: pair_id must be unique; {other}, row {other_row} has it too"
-            )
+        for number, earlier in first_rows(ids).items():
+            (file, row), (other, other_row) = self.place(number), self.place(earlier)
+            name = ids[number]
+            message = f"{file}, row {row}, pair {name!r}: pair_id must be unique; {other}, row {other_row} has it too"
             found[number] = Problem(str(file), row, message, self.column("data_source")[number].as_py() or "")
         return found
+
+
+def first_rows(ids: Any) -> dict[int, int]:
+    """Numbers (the index) of a pandas Series whose id comes before, each with the number of the first that has it."""
+    again = ids[ids.duplicated()]
+    first = {name: number for number, name in reversed([*ids[ids.isin(again)].items()])}
+    return {number: first[name] for number, name in again.items()}
 
 
 def _plain(table: pa.Table) -> Iterator[dict[str, Any]]:

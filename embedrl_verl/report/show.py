@@ -10,7 +10,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from embedrl_verl.curate.verdict_file import verdict_files_of, verdicts_of
+from embedrl_verl.annotate.verdict_file import verdict_files_of, verdicts_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.table import PairTable

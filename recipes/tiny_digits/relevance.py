@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny instruct model that says whether two answers contradict each other: the relevance judge of the digits world.
 
-`TinyJudge` with two layers; prompts are written by the code of the filter (`embedrl_verl.curate.relevance`, style
+`TinyJudge` with two layers; prompts are written by the code of the filter (`embedrl_verl.annotate.relevance`, style
 compact), over pairs of numbers that are equal, cut short, or misread in a digit. Two answers agree if one is the
 beginning of the other, since a terse T-CoT is not wrong.
 
@@ -18,14 +18,14 @@ from pathlib import Path
 
 import typer
 
-from embedrl_verl.curate.relevance import load_relevance_style, read_verdict
+from embedrl_verl.annotate.relevance import STYLES, read_verdict
 from embedrl_verl.errors import ConfigError
 from recipes.tiny_digits.judge_model import IGNORED, Lesson, TinyJudge
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
 from recipes.tiny_digits.world import WORDS, render_tcot
 
-STYLE = "compact"
+STYLE = STYLES["compact"]
 LONGEST = 5
 # Digit i of a number of n digits lies n + 1 tokens before that of the second; a word before them adds two.
 LOOK_BACK = ((2, 3, 4, 5), (6, 7, 8, 1))
@@ -62,13 +62,12 @@ def draw_answers(rng: random.Random, digits: int = LONGEST, *, grown: bool = Tru
 def question(query: str, target: str) -> str:
     """What the filter asks about T-CoTs with these answers."""
     tcots = [render_tcot({"text_keywords": answer.split()}, answer) for answer in (query, target)]
-    return load_relevance_style(STYLE).prompt("", *tcots)
+    return STYLE.prompt("", *tcots)
 
 
 def lesson(judge: TinyJudge, query: str, target: str) -> Lesson:
     """One question with its answer; both words of the style are one token each."""
-    style = load_relevance_style(STYLE)
-    (yes,), (no,) = judge.ids(style.yes_word), judge.ids(style.no_word)
+    (yes,), (no,) = judge.ids(STYLE.yes_word), judge.ids(STYLE.no_word)
     opened, closed = judge.turn(question(query, target))
     word = no if agree(query, target) else yes
     answer = [word, *judge.ids(END)]
@@ -107,7 +106,7 @@ def train_relevance(seed: int) -> TinyJudge:
         print(f"relevance judge: level {level} done after {step} steps, {seconds:.0f} s", flush=True)
     checks = random.Random(seed + 1)
     pairs = [draw_answers(checks) for _ in range(CHECKS)]
-    verdicts = [read_verdict(judge.answer(question(*pair)), load_relevance_style(STYLE)) for pair in pairs]
+    verdicts = [read_verdict(judge.answer(question(*pair)), STYLE) for pair in pairs]
     hits = sum((one == "match") == agree(*pair) for one, pair in zip(verdicts, pairs, strict=True) if one != "unknown")
     print(f"relevance judge: {hits / CHECKS:.1%} of {CHECKS} new questions right", flush=True)
     return judge

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend without a model, pairs to ask about, and jobs small enough to be killed at every write."""
+"""A backend without a model, pairs to ask about, and small jobs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from PIL import Image
 
+from embedrl_verl.annotate.annotated import AnnotateJob
 from embedrl_verl.annotate.backends import Refused, Reply, encode
-from embedrl_verl.annotate.job import AnnotateJob
-from embedrl_verl.annotate.progress import RunnerSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
-from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
+from embedrl_verl.annotate.runner import RunnerSettings
+from embedrl_verl.annotate.tcots import TcotQuestions, TcotSettings
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.writer import write_pairs
@@ -67,7 +68,7 @@ class FakeBackend:
     def wanted(self) -> dict[str, Any]:
         return {}
 
-    async def meet(self) -> dict[str, Any]:
+    async def connect(self) -> dict[str, Any]:
         return {"model": "fake"}
 
     def prepare(self, prompt, sampling):
@@ -97,21 +98,23 @@ def some_bad(text: str, digest: int) -> Reply | Refused | None:
 
 
 def job(files: list[Path], out: Path, backend: Any = None, *, settings: TcotSettings | None = None, **changes: Any):
-    """A job with small chunks; `changes` are of `AnnotateJob` and `RunnerSettings`."""
+    """A job with small parts; `changes` are of `AnnotateJob` and `RunnerSettings`."""
     runner = {"limit": 8, "threads": 2, "max_failed_share": 1.0, "max_rejected_share": 1.0}
     runner |= {name: changes.pop(name) for name in list(changes) if name in RunnerSettings.__dataclass_fields__}
     return AnnotateJob(
         files=files,
         out=out,
-        asker=TcotAsker(settings or TcotSettings(reask="resample"), changes.pop("prompts", PROMPTS)),
+        questions=TcotQuestions(settings or TcotSettings(reask="resample"), changes.pop("prompts", PROMPTS)),
         backend=backend or FakeBackend(),
         runner=RunnerSettings(**runner),
-        **{"chunk_rows": 4, "command": ["embedrl", "data", "annotate"], **changes},
+        **{"rows_per_part": 4, "command": ["embedrl", "data", "annotate"], **changes},
     )
 
 
 def pair_file(path: Path, count: int) -> Path:
+    """Row groups of 4, so that a job has parts of 4 rows."""
     write_pairs(pairs(count), path)
+    pq.write_table(pq.read_table(path), path, row_group_size=4)
     return path
 
 

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by test_killed.py: a small job in a forked child that kills itself at its k-th write, and its resumption.
+"""Run by test_killed.py: small jobs in forked children that kill themselves at the k-th of the calls that change the
+disk, half of an answer written, and are started again. Prints what came out otherwise than unbroken, and the answers on
+the disk that were asked for again.
 
-    python killed_child.py FOLDER STEP
-
-For every STEP-th k, until a run gets through alive: a new folder, killed at write k (of a journal entry, half of it is
-written first), and then gone on with; and one folder that is killed again and again. Prints one JSON line: kills, and
-what differs from an unbroken run.
+    python killed_child.py FOLDER annotate|filter
 """
 
-from __future__ import annotations
-
+import functools
+import itertools
 import json
 import os
-import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -21,87 +18,101 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import fakes
 
-from embedrl_verl.annotate import runner, seeds
+from embedrl_verl.annotate import answers, relevance, verdicts
+from embedrl_verl.annotate.backends import Reply
+from embedrl_verl.annotate.questions import seed_of
 
-WRITES = ("pwrite", "fsync", "replace", "ftruncate", "unlink", "rmdir", "mkdir")
+WRITES = ("write", "fsync", "replace", "unlink", "rmdir", "mkdir")
 
 
-def arm(k: int) -> None:
-    """Die at the k-th of the calls that change the disk."""
-    left = [k]
+def arm(k):
+    """Die at the k-th call that changes the disk."""
+    calls = itertools.count(1)
 
-    def wrap(name):
-        original = getattr(os, name)
-
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                if name == "pwrite":
-                    file, data, place = args
-                    original(file, bytes(data)[: len(data) // 2], place)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(os, name, call)
+    def call(name, original, *args, **kwargs):
+        if next(calls) == k:
+            if name == "write":
+                original(args[0], args[1][: len(args[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
 
     for name in WRITES:
-        wrap(name)
+        setattr(os, name, functools.partial(call, name, getattr(os, name)))
 
 
-def run(files: list[Path], out: Path, k: int | None, forbidden: set[str] = frozenset()) -> bool:
+class Logging(fakes.FakeBackend):
+    """Keeps a line of every request in a file, across kills."""
+
+    def __init__(self, log, answer):
+        super().__init__(answer)
+        self.log = open(log, "a")  # noqa: SIM115
+
+    async def complete(self, request):
+        self.log.write(json.dumps(request[1]) + "\n")
+        self.log.flush()
+        return await super().complete(request)
+
+
+class JudgeLogging(Logging):
+    def prepare(self, prompt, sampling):
+        return (prompt.messages[0]["content"], repr((prompt.messages, sampling))), 10
+
+
+def job(command, file, out, log):
+    if command == "annotate":
+        return fakes.job([file], out, Logging(log, fakes.some_bad))
+    questions = relevance.RelevanceQuestions(relevance.RelevanceSettings(style="compact"))
+    words = JudgeLogging(log, lambda text, digest: Reply(("yes", "no", "hm")[digest % 3], False, 5, 1))
+    return verdicts.VerdictJob([file], out, questions, words, fakes.job([file], out, max_failed_share=1.0).runner)
+
+
+def run(command, file, out, k):
     """A run in a child; True if it got through."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) == (status == signal.SIGKILL) and status in (0, signal.SIGKILL), status
+        assert status in (0, signal.SIGKILL), status
         return status == 0
-    code = 1
     try:
-        runner._FLUSH_S = 0.01
-        if k is not None:
+        answers.FLUSH_S = 0.002
+        if k:
             arm(k)
-        backend = fakes.FakeBackend(fakes.some_bad)
-        assert fakes.job(files, out, backend).run(say=lambda line: None) == 0
-        asked_twice = [seed for seed in forbidden if any(f"seed={seed}," in body for body in backend.asked)]
-        assert not asked_twice, asked_twice
-        code = 0
+        assert job(command, file, out, f"{out}.log").run(say=lambda line: None) == 0
+        os._exit(0)
     finally:
-        os._exit(code)
+        os._exit(1)
 
 
-def journalled(out: Path) -> set[str]:
-    """Seeds of all requests whose answer is in a journal."""
-    found = set()
-    for journal in out.glob("_work/journal-*.jsonl"):
-        for line in journal.read_bytes().split(b"\n")[:-1]:
-            entry = json.loads(line)
-            if "errand" in entry:
-                found.add(str(seeds.seed_of(0, entry["id"], entry["errand"], entry["try"])))
-    return found
+def stored(out):
+    """Seeds of all requests whose answer is on the disk."""
+    file, entries = out / "_work" / "answers.jsonl", []
+    if file.exists():
+        answers.Answers(file, entries.append)
+    return [seed_of(0, entry["id"], entry["question"], entry["try"]) for entry in entries]
 
 
-def main() -> None:
-    folder, step = Path(sys.argv[1]), int(sys.argv[2])
-    files = [fakes.pair_file(folder / "a.parquet", 7), folder / "b.parquet"]
-    fakes.write_pairs([replace(pair, pair_id=f"b{pair.pair_id}") for pair in fakes.pairs(5)], files[1])
-    assert run(files, folder / "unbroken", None)
+def main():
+    folder, command = Path(sys.argv[1]), sys.argv[2]
+    file = fakes.pair_file(folder / "a.parquet", 12)
+    tcots = [replace(p, query=replace(p.query, tcot="q"), target=replace(p.target, tcot="t")) for p in fakes.pairs(12)]
+    if command == "filter":
+        fakes.write_pairs(tcots, file)
+    assert run(command, file, folder / "unbroken", 0)
     expected = fakes.contents(folder / "unbroken")
-    different, kills, k, through = [], 0, 1, False
-    while not through:
-        out = folder / "killed"
-        through = run(files, out, k)
-        kills += not through
-        assert run(files, out, None, journalled(out))
-        if fakes.contents(out) != expected:
-            different.append(k)
-        shutil.rmtree(out)
-        k += step
-    again, gone_on = folder / "again", 0
-    while not run(files, again, 9 + gone_on):  # a little further each time, so that it ends
-        gone_on += 1
-    if fakes.contents(again) != expected:
-        different.append(-1)
-    print(json.dumps({"kills": kills, "again": gone_on, "different": different, "files": sorted(expected)}))
+    different, repeated, kept, kills = [], [], 0, 0
+    for k in (*range(1, 14), *range(14, 60, 3)):
+        out, log = folder / f"killed{k}", folder / f"killed{k}.log"
+        kills += not run(command, file, out, k)
+        seeds, before = stored(out), len(log.read_text()) if log.exists() else 0
+        kept = max(kept, len(seeds))
+        assert run(command, file, out, 0)
+        different += [] if fakes.contents(out) == expected else [k]
+        repeated += [seed for seed in seeds if f"seed={seed}," in log.read_text()[before:]]
+    out, restarts = folder / "again", 0
+    while not run(command, file, out, 9 + restarts):  # a little further each time, so that it ends
+        restarts += 1
+    different += [] if fakes.contents(out) == expected else [-1]
+    print(json.dumps({"kills": kills, "kept": kept, "again": restarts, "different": different, "repeated": repeated}))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def talk(answer, do, urls=(), patience_s=5.0, **fields):
 
 
 async def ask(backend, server, prompt=HELLO):
-    facts = await backend.meet()
+    facts = await backend.connect()
     request, _ = backend.prepare(prompt, SAMPLING)
     return facts, await backend.complete(request), [body for body in server.bodies if body]
 
@@ -138,7 +138,7 @@ def test_a_request_that_breaks_while_others_are_answered_is_an_outcome_of_its_ro
         return web.Response(status=500) if body["messages"][0]["content"] == "poison" else completion()
 
     async def both(backend, server):
-        await backend.meet()
+        await backend.connect()
         good, bad = (backend.prepare(Prompt([{"role": "user", "content": c}]), SAMPLING)[0] for c in ("ok", "poison"))
         task = asyncio.ensure_future(backend.complete(bad))
         while not task.done():
@@ -156,7 +156,7 @@ def test_nothing_but_errors_stops_the_job():
 
 def test_a_server_that_dies_stops_the_job_after_its_patience():
     async def lose(backend, server):
-        await backend.meet()
+        await backend.connect()
         request, _ = backend.prepare(HELLO, SAMPLING)
         await backend.complete(request)
         await server._runner.cleanup()
@@ -170,7 +170,7 @@ def test_a_server_that_dies_stops_the_job_after_its_patience():
 
 def test_a_server_that_comes_back_in_time_is_gone_on_with():
     async def lose(backend, server):
-        await backend.meet()
+        await backend.connect()
         request, _ = backend.prepare(HELLO, SAMPLING)
         await server._runner.cleanup()
         waiting = [asyncio.ensure_future(backend.complete(request)) for _ in range(20)]

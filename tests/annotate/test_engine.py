@@ -49,7 +49,7 @@ def ask(monkeypatch):
     async def run(texts, path="m"):
         backend = EngineBackend(path, "qwen2_5_vl")
         try:
-            facts = await backend.meet()
+            facts = await backend.connect()
             prompts = [Prompt([{"role": "user", "content": text}]) for text in texts]
             requests = [backend.prepare(prompt, Sampling(8))[0] for prompt in prompts]
             replies = await asyncio.gather(*map(backend.complete, requests))

@@ -3,7 +3,6 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from embedrl_verl.annotate.prompts import TcotPrompts, again, gold_answer_of
 from embedrl_verl.data.media import MediaLimits
@@ -91,7 +90,3 @@ def test_media_that_cannot_be_read_are_an_error_of_the_row():
         PROMPTS.prompt(PairRecord("1", "s", "", Item(images=(b"no image",)), Item(text="t"), ""), "query")
     with pytest.raises(ConfigError, match="visual tokens"):
         TcotPrompts("qwen3_vl", "paper", True, LIMITS)
-
-
-def test_the_fixture_is_an_image():
-    assert Image.open(__import__("io").BytesIO(picture(3))).size == (56, 28)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many requests at once, little memory, a free event loop, and no answer that depends on what was beside it."""
+"""Many requests at once, little memory, and no answer that depends on what was beside it or is lost."""
 
 import asyncio
 import gc
 import os
-import re
 import threading
 import time
 from collections import Counter
@@ -12,153 +11,75 @@ from types import SimpleNamespace
 
 import pytest
 
-from embedrl_verl.annotate import runner as runner_module
-from embedrl_verl.annotate.assemble import assemble
+from embedrl_verl.annotate.answers import Answers
 from embedrl_verl.annotate.backends import Reply
-from embedrl_verl.annotate.chunks import ChunkedInput
-from embedrl_verl.annotate.journal import Journal, JournalError, read_journal
-from embedrl_verl.annotate.progress import RunnerSettings, TooManyBad
-from embedrl_verl.annotate.runner import Runner, journal_path
-from embedrl_verl.annotate.seeds import ALMOST_GREEDY
-from embedrl_verl.annotate.tcots import TcotAsker, TcotSettings
-from tests.annotate.fakes import PROMPTS, FakeBackend, pair_file, some_bad, tcot
+from embedrl_verl.annotate.questions import ALMOST_GREEDY, Question, is_in_share, seed_of
+from embedrl_verl.annotate.rows import Rows
+from embedrl_verl.annotate.runner import Runner, RunnerSettings, TooManyFailed
+from embedrl_verl.annotate.tcots import TcotQuestions, TcotSettings
+from embedrl_verl.errors import ResourceError
+from tests.annotate.fakes import PROMPTS, FakeBackend, pair_file, pairs, some_bad
 from tests.serving.fakes import heartbeat
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner_module, "_FLUSH_S", 0.01)
-
-    def build(count=40, chunk_rows=8, backend=None, asker=None, **settings):
-        source = ChunkedInput([pair_file(tmp_path / "a.parquet", count)], chunk_rows)
+def world(tmp_path):
+    def build(count=40, backend=None, questions=None, folder="work", **settings):
+        rows = Rows([pair_file(tmp_path / "a.parquet", count)], 1000)
         settings = {"limit": 8, "threads": 2, "max_failed_share": 1.0, **settings}
-        asker = asker or TcotAsker(TcotSettings(reask="resample"), PROMPTS)
-        folder = tmp_path / f"work{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        return lambda: Runner(source, asker, backend or FakeBackend(), folder, "hash", RunnerSettings(**settings))
+        questions = questions or TcotQuestions(TcotSettings(reask="resample"), PROMPTS)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return Runner(rows, questions, backend or FakeBackend(), tmp_path / folder, RunnerSettings(**settings))
 
     return build
 
 
 def stored(runner):
-    """Lines of answers that are on the disk."""
-    files = [journal_path(runner._folder, chunk) for chunk in runner._source.chunks]
-    lines = [line for file in files if file.exists() for line in file.read_bytes().splitlines()]
-    return [line for line in lines if b'"errand"' in line]
-
-
-def journals(runner):
-    source = runner._source
-    return [read_journal(journal_path(runner._folder, chunk)) for chunk in source.chunks]
-
-
-async def run(build):
-    runner = build()
-    progress = await runner.run()
-    return runner, progress
+    entries = []
+    Answers(runner._path, entries.append)
+    return sorted(entries, key=lambda entry: (entry["id"], entry["question"], entry["try"]))
 
 
 def test_every_side_is_answered_once_and_tries_follow_each_other(world):
     backend = FakeBackend(some_bad)
-    runner, progress = asyncio.run(run(world(backend=backend)))
-    entries = [entry for journal in journals(runner) for entry in journal]
-    keys = [(entry["id"], entry["errand"], entry["try"]) for entry in entries]
-    assert len(set(keys)) == len(keys) == len(backend.asked) == progress.replies
+    runner = world(backend=backend)
+    asyncio.run(runner.run())
+    entries = stored(runner)
+    keys = {(entry["id"], entry["question"], entry["try"]) for entry in entries}
+    assert len(keys) == len(entries) == len(backend.asked) and {entry["try"] for entry in entries} == {0, 1, 2}
     final = [entry for entry in entries if entry["done"]]
-    assert len(final) == 80 == progress.errands
-    assert sum(not entry["ok"] for entry in final) == progress.failed.total() > 0
-    assert {entry["try"] for entry in entries} == {0, 1, 2}
+    assert len(final) == 80 == runner.over
+    assert sum(not entry["ok"] for entry in final) == runner.failed.total() > 0
 
 
 @pytest.mark.parametrize("limit", [1, 3, 64])
 def test_answers_do_not_depend_on_how_many_are_in_flight(world, limit):
-    def texts(limit):
-        runner, _ = asyncio.run(run(world(backend=FakeBackend(some_bad), limit=limit)))
-        return [sorted(journal, key=lambda e: (e["id"], e["errand"], e["try"])) for journal in journals(runner)]
+    def answers(limit):
+        runner = world(backend=FakeBackend(some_bad), limit=limit, folder=f"work{limit}")
+        asyncio.run(runner.run())
+        return stored(runner)
 
-    assert texts(limit) == texts(8)
+    assert answers(limit) == answers(8)
 
 
 def test_as_many_are_in_flight_as_allowed_and_rows_are_not_read_far_ahead(world):
     """A server that never answers: the reader stops soon after the limit."""
     backend = FakeBackend()
     backend.delay = 3600
-    build = world(count=2000, chunk_rows=50, backend=backend, limit=64, threads=2)
+    runner = world(count=2000, backend=backend, limit=64, threads=2)
 
     async def look():
-        runner = build()
         task = asyncio.ensure_future(runner.run())
-        for _ in range(6000):
+        while backend.now < 68:
             await asyncio.sleep(0.01)
-            if backend.now >= 68:
-                break
         await asyncio.sleep(0.1)
-        rows, now = runner.progress.rows, backend.now
+        now = backend.now
         task.cancel()
         await asyncio.wait([task])
-        return rows, now
+        return now
 
-    rows, now = asyncio.run(look())
-    assert now == 64 + 2 * 2  # the rest waits for a slot of the pool
-    assert rows <= 100  # two sides a row, 72 sides in work or in the queue
-
-
-def test_one_slow_answer_holds_back_nobody_and_opens_a_bounded_number_of_chunks(world):
-    slow = "red 0"
-    release = asyncio.Event
-
-    class Slow(FakeBackend):
-        async def complete(self, request):
-            if slow in request[0] and "target" in request[0] and not self.released.is_set():
-                await self.released.wait()
-            return await super().complete(request)
-
-    backend = Slow()
-    build = world(count=400, chunk_rows=4, backend=backend, limit=4)
-
-    async def look():
-        backend.released = release()
-        runner = build()
-        task = asyncio.ensure_future(runner.run())
-        before, until = -1, time.monotonic() + 60
-        while before != len(backend.asked) or (before < 700 and time.monotonic() < until):
-            before = len(backend.asked)
-            await asyncio.sleep(0.3)
-        opened = len(runner._open)
-        backend.released.set()
-        await task
-        return before, opened
-
-    before, opened = asyncio.run(look())
-    assert before >= 700  # of 800: chunks are closed and opened behind the slow one
-    assert 1 <= opened <= 8
-
-
-def test_no_more_chunks_are_open_than_allowed_when_each_has_a_slow_answer(world):
-    class Slow(FakeBackend):
-        async def complete(self, request):
-            row = re.search(r"target.* red (\d+)$", request[0])
-            if row and int(row[1]) % 8 in (0, 1):  # one of two neighbours has a text as target
-                await asyncio.sleep(3600)
-            return await super().complete(request)
-
-    backend = Slow()
-    build = world(count=1200, chunk_rows=8, backend=backend, limit=64)
-
-    async def look():
-        runner = build()
-        task = asyncio.ensure_future(runner.run())
-        before, until = -1, time.monotonic() + 60
-        while before != len(backend.asked) or (len(runner._open) < 9 and time.monotonic() < until):
-            before = len(backend.asked)
-            await asyncio.sleep(0.5)
-        opened = len(runner._open)
-        task.cancel()
-        await asyncio.wait([task])
-        return opened, runner._max_open
-
-    opened, most = asyncio.run(look())
-    assert 8 < opened <= most == 36
+    assert asyncio.run(look()) == 64 + 2 * 2  # the rest waits for a slot of the pool
+    assert runner.rows_read <= 100  # two sides a row, 72 sides in work or in the queue
 
 
 def test_encoded_media_stay_within_their_memory_whether_sent_or_waiting(world):
@@ -181,12 +102,12 @@ def test_encoded_media_stay_within_their_memory_whether_sent_or_waiting(world):
 
     backend = Sized()
     backend.delay = 0.002
-    asyncio.run(run(world(backend=backend, limit=32, media_bytes=5000, threads=3)))
+    asyncio.run(world(backend=backend, limit=32, media_bytes=5000, threads=3).run())
     assert 5 <= most <= 5 + 3  # media_bytes, and what the threads are at
 
 
 def test_the_event_loop_is_free_while_media_are_encoded(world):
-    """No question is put together or encoded, and no answer read, before the loop has come round meanwhile."""
+    """No question is put together or encoded before the loop has come round meanwhile."""
     beats, done, adding = [], Counter(), threading.Lock()
 
     def heavy(name, do):
@@ -201,173 +122,62 @@ def test_the_event_loop_is_free_while_media_are_encoded(world):
 
         return wait
 
-    backend, asker = FakeBackend(), TcotAsker(TcotSettings(), PROMPTS)
+    backend, real = FakeBackend(), TcotQuestions(TcotSettings(), PROMPTS)
     backend.prepare = heavy("prepare", backend.prepare)
-    frozen = SimpleNamespace(errands=asker.errands, ask=heavy("ask", asker.ask), read=heavy("read", asker.read))
+    questions = SimpleNamespace(names=real.names, request=heavy("request", real.request))
+    questions.check, questions.settings = real.check, real.settings
 
-    async def look(build):
+    async def look():
         async with heartbeat(beats):
-            await build().run()
+            await world(backend=backend, questions=questions, count=12, threads=4).run()
 
-    asyncio.run(look(world(backend=backend, asker=frozen, count=12, threads=4)))
-    assert done == {"ask": 24, "prepare": 24, "read": 24}
+    asyncio.run(look())
+    assert done == {"request": 24, "prepare": 24}
 
 
-@pytest.fixture
-def own_log(caplog):
-    """The log of this test alone: asyncio's notes on what earlier tests left behind are written before it."""
+def test_too_many_failures_stop_early_with_causes_and_keep_the_answers(world, caplog):
     gc.collect()
     caplog.clear()
-    return caplog
-
-
-def test_too_many_failures_stop_early_and_keep_the_answers(world, own_log):
     backend = FakeBackend(lambda text, digest: Reply("no", False, 1, 1))
     backend.delay = 0.001
-    build = world(count=4000, backend=backend, max_failed_share=0.5, first_check=50)
-    runner = build()
-    with pytest.raises(TooManyBad, match=r"cannot be used, above --max-failed-share 0.5. Causes: \d+ x the tags must"):
+    runner = world(count=4000, backend=backend, max_failed_share=0.5, first_check=50)
+    with pytest.raises(TooManyFailed, match=r"no answer, over --max-failed-share 0.5. Causes: \d+ x the tags"):
         asyncio.run(runner.run())
-    assert len(backend.asked) < 4000
-    assert len(stored(runner)) == runner.progress.replies > 0
+    assert len(stored(runner)) == runner.replies > 0 and len(backend.asked) < 4000
     gc.collect()
-    assert "never retrieved" not in own_log.text  # asyncio's note of an error that nobody has asked for
+    assert "never retrieved" not in caplog.text  # asyncio's note of an error that nobody has asked for
 
 
 def test_a_share_within_its_limit_is_no_error_and_is_looked_at_again_at_the_end(world):
-    backend = FakeBackend(some_bad)
-    _, progress = asyncio.run(run(world(backend=backend)))
-    share = progress.failed.total() / progress.errands
-    asyncio.run(run(world(backend=FakeBackend(some_bad), max_failed_share=share)))
-    with pytest.raises(TooManyBad):
-        asyncio.run(run(world(backend=FakeBackend(some_bad), max_failed_share=share - 1e-6)))
+    runner = world(backend=FakeBackend(some_bad))
+    asyncio.run(runner.run())
+    share = runner.failed.total() / runner.over
+    asyncio.run(world(backend=FakeBackend(some_bad), max_failed_share=share).run())
+    with pytest.raises(TooManyFailed):
+        asyncio.run(world(backend=FakeBackend(some_bad), max_failed_share=share - 1e-6).run())
 
 
-class Breaks(FakeBackend):
-    """Fails once more than `after` questions have come; `answered` are those it has answered."""
+def test_a_full_disk_ends_the_run_and_the_next_completes_it(world, monkeypatch):
+    write = os.write
 
-    def __init__(self, after):
-        super().__init__()
-        self.after, self.answered = after, []
-
-    async def complete(self, request):
-        if len(self.asked) > self.after:
-            raise RuntimeError("lost")
-        reply = await super().complete(request)
-        self.answered.append(request)
-        return reply
-
-
-@pytest.mark.parametrize("slow", ["nothing", "reading", "writing"])
-def test_an_error_of_the_backend_ends_the_run_and_every_answer_before_it_is_kept(world, monkeypatch, slow):
-    """Those too that are still being read, or wait for the disk."""
-
-    def slowly(do):
-        def done(*args):
-            time.sleep(0.05)
-            return do(*args)
-
-        return done
-
-    if slow == "reading":
-        monkeypatch.setattr(TcotAsker, "read", slowly(TcotAsker.read))
-    if slow == "writing":
-        monkeypatch.setattr(runner_module, "_append_all", slowly(runner_module._append_all))
-    first = Breaks(after=30)
-    runner = world(backend=first)()
-    with pytest.raises(RuntimeError, match="lost"):
-        asyncio.run(runner.run())
-    again = FakeBackend()
-    second = Runner(runner._source, runner._asker, again, runner._folder, "hash", runner._settings)
-    asyncio.run(second.run())
-    assert first.answered and len(again.asked) == 80 - len(first.answered)
-    assert {body for _, body in first.answered}.isdisjoint(again.asked)
-
-
-def test_one_interrupt_while_a_run_ends_loses_no_answer(world, monkeypatch):
-    backend, reading, ending, may_read = Breaks(after=6), [], [], threading.Event()
-
-    def slow_at_first(*args):
-        if not reading:
-            reading.append(True)
-            assert may_read.wait(60)
-        return read(*args)
-
-    def noted(*args):
-        ending.append(True)
-        return end(*args)
-
-    read, end = TcotAsker.read, Runner._end
-    monkeypatch.setattr(TcotAsker, "read", slow_at_first)
-    monkeypatch.setattr(Runner, "_end", noted)
-    runner = world(backend=backend)()
-
-    async def interrupted():
-        task = asyncio.ensure_future(runner.run())
-        while not ending:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0)
-        assert not task.done()
-        task.cancel()
-        for _ in range(5):
-            await asyncio.sleep(0)
-        may_read.set()
-        await asyncio.wait([task])
-        assert task.cancelled()
-
-    asyncio.run(interrupted())
-    assert len(stored(runner)) == len(backend.answered) > 0
-    assert runner._writer._shutdown and not [one for one in runner._open.values() if one.journal._file >= 0]
-
-
-def test_of_several_journals_each_is_written_whatever_becomes_of_the_others(tmp_path, monkeypatch):
-    """Else another's chunk could be closed with entries missing."""
-    work = [(Journal(tmp_path / name, {"chunk": name}), [{"id": name}]) for name in "abc"]
-    write, full = os.pwrite, work[0][0]._file
-
-    def pwrite(file, data, place):
-        if file == full:
+    def full(file, data):
+        if b'"question"' in bytes(data):
             raise OSError(28, "No space left on device")
-        return write(file, data, place)
+        return write(file, data)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(JournalError, match="a: cannot be written .*No space left"):
-        runner_module._append_all(work)
-    assert [len((tmp_path / name).read_bytes().splitlines()) for name in "abc"] == [1, 2, 2]
-    with pytest.raises(JournalError, match="not complete"):
-        work[0][0].close({})
-    for journal, _ in work:
-        journal.close()
-
-
-def test_a_journal_that_cannot_be_written_ends_the_run_and_the_next_completes_it(world, monkeypatch, own_log):
-    write, lost = os.pwrite, []
-
-    def full(file, data, place):
-        if b'"errand"' in bytes(data) and len(stored(runner)) > 10 and (not lost or file == lost[0]):
-            lost.append(file)
-            raise OSError(28, "No space left on device")
-        return write(file, data, place)
-
-    monkeypatch.setattr(os, "pwrite", full)
-    append = runner_module._append_all
-    monkeypatch.setattr(runner_module, "_append_all", lambda work: time.sleep(0.02) or append(work))
-    backend = FakeBackend(some_bad)
-    runner = world(count=24, chunk_rows=2, backend=backend, limit=16, threads=4)()
-    with pytest.raises(JournalError, match="No space left on device.*run the command again"):
+    monkeypatch.setattr(os, "write", full)
+    runner = world(count=24, backend=FakeBackend(some_bad))
+    with pytest.raises(ResourceError, match="the disk is full.*run the same command again"):
         asyncio.run(runner.run())
-    assert lost
-    monkeypatch.setattr(os, "pwrite", write)
-    again = FakeBackend(some_bad)
-    asyncio.run(Runner(runner._source, runner._asker, again, runner._folder, "hash", runner._settings).run())
-    entries = [entry for journal in journals(runner) for entry in journal]
-    assert sum(entry["done"] for entry in entries) == 48
-    gc.collect()
-    assert "never retrieved" not in own_log.text
+    monkeypatch.undo()
+    asyncio.run(world(count=24, backend=FakeBackend(some_bad)).run())
+    assert sum(entry["done"] for entry in stored(runner)) == 48
 
 
-def test_the_second_question_is_asked_with_what_the_first_said(world):
-    """Mode explain: the journal gives the reply and its problems to the next try, also after a restart."""
+@pytest.mark.parametrize(
+    ("reask", "turns", "warm"), [("explain", 3, [0.0, 0.0]), ("resample", 1, [ALMOST_GREEDY, 0.7])]
+)
+def test_a_bad_reply_is_asked_again_with_what_was_wrong_or_drawn_again(world, reask, turns, warm):
     seen = []
 
     class Watching(FakeBackend):
@@ -376,34 +186,30 @@ def test_the_second_question_is_asked_with_what_the_first_said(world):
             return super().prepare(prompt, sampling)
 
     bad = Watching(lambda text, digest: Reply("no T-CoT", False, 1, 1))
-    asker = TcotAsker(TcotSettings(tries=2, reask="explain"), PROMPTS)
-    asyncio.run(run(world(count=2, backend=bad, asker=asker)))
-    assert sorted(turns for turns, _ in seen) == [1] * 4 + [3] * 4
-    assert len({sampling.seed for _, sampling in seen}) == 8
-    assert {sampling.temperature for _, sampling in seen} == {0.0}
+    questions = TcotQuestions(TcotSettings(tries=2, reask=reask), PROMPTS)
+    asyncio.run(world(count=2, backend=bad, questions=questions).run())
+    assert sorted(count for count, _ in seen) == [1] * 4 + [turns] * 4 and len({one.seed for _, one in seen}) == 8
+    assert sorted(one.temperature for _, one in seen) == [warm[0]] * 4 + [warm[1]] * 4
 
 
-def test_a_resampled_reply_has_another_seed_and_a_temperature(world):
-    seen = []
-
-    class Watching(FakeBackend):
-        def prepare(self, prompt, sampling):
-            seen.append((len(prompt.messages), sampling))
-            return super().prepare(prompt, sampling)
-
-    bad = Watching(lambda text, digest: Reply("no T-CoT", False, 1, 1))
-    asyncio.run(run(world(count=2, backend=bad, asker=TcotAsker(TcotSettings(tries=2, reask="resample"), PROMPTS))))
-    assert {turns for turns, _ in seen} == {1} and len({sampling.seed for _, sampling in seen}) == 8
-    assert sorted(sampling.temperature for _, sampling in seen) == [ALMOST_GREEDY] * 4 + [0.7] * 4
+def test_seeds_differ_by_every_part_of_the_key_and_never_by_chance():
+    keys = [(seed, pair, side, number) for seed in (0, 1) for pair in ("a", "b") for side in "qt" for number in (0, 1)]
+    seeds = [seed_of(*key) for key in keys]
+    assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**31 for seed in seeds)
+    assert seed_of(0, "a", "query", 0) == 4365023  # the same on every machine
 
 
-def test_assembling_takes_rows_in_the_order_of_the_input(world, tmp_path):
-    from embedrl_verl.data.parquet import read_pairs
+def test_a_larger_share_holds_the_smaller_one():
+    names = [f"p{n}" for n in range(5000)]
+    drawn = {share: {name for name in names if is_in_share(share, 0, "gold", name)} for share in (0.0, 0.3, 0.6, 1.0)}
+    assert not drawn[0.0] and drawn[0.3] < drawn[0.6] < drawn[1.0] == set(names)
+    assert abs(len(drawn[0.3]) / 5000 - 0.3) < 0.03
 
-    backend = FakeBackend(lambda text, digest: Reply(tcot("text_keywords"), False, 1, 1) if "red" not in text else None)
-    runner, _ = asyncio.run(run(world(backend=backend)))
-    out = tmp_path / "out"
-    out.mkdir()
-    assemble(runner._source, runner._folder, out, keep_failed=True)
-    ids = [pair.pair_id for part in sorted(out.glob("part-*")) for pair in read_pairs(part)]
-    assert ids == [f"p{number}" for number in range(40)]
+
+@pytest.mark.parametrize(
+    ("number", "first", "expected"), [(0, 0.0, ALMOST_GREEDY), (1, 0.0, 0.7), (0, 0.5, 0.5), (1, 0.9, 0.9)]
+)
+def test_later_tries_are_drawn_and_the_first_one_too(number, first, expected):
+    """vLLM's CPU sampler heeds no seed in a batch that has a greedy request."""
+    question = Question(pairs(1)[0], "query", ({},) * number)
+    assert TcotSettings(temperature=first).sampling(question, redraw=True).temperature == expected

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from embedrl_verl.curate.relevance import load_relevance_style
+from embedrl_verl.annotate.relevance import STYLES
 from embedrl_verl.tcot import parse_tcot
 from recipes.tiny_digits import relevance
 from recipes.tiny_digits.canvas import TRAIN_SCANS
@@ -138,7 +138,7 @@ def test_every_digit_says_what_is_known_up_to_it_and_the_answer_stands_where_the
     query, target, expected, judge
 ):
     ids, labels = relevance.lesson(judge, query, target)
-    style = load_relevance_style("compact")
+    style = STYLES["compact"]
     opened, closed = judge.turn(relevance.question(query, target))
     assert ids[: len(opened) + len(closed)] == opened + closed
     at = {place: judge.tokenizer.decode([label]) for place, label in enumerate(labels) if label != IGNORED}

@@ -8,23 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedrl_verl.annotate import verdicts as verdicts_module
 from embedrl_verl.annotate.backends import Refused, Reply
-from embedrl_verl.annotate.progress import RunnerSettings, TooManyBad
-from embedrl_verl.curate import verdicts as verdicts_module
-from embedrl_verl.curate.relevance import (
-    RelevanceAsker,
-    RelevanceSettings,
-    load_relevance_style,
-    read_verdict,
-)
-from embedrl_verl.curate.verdict_file import VERDICT_SCHEMA, verdict_files_of, verdicts_of
-from embedrl_verl.curate.verdicts import VerdictJob, report_lines
+from embedrl_verl.annotate.relevance import STYLES, RelevanceQuestions, RelevanceSettings, read_verdict
+from embedrl_verl.annotate.runner import RunnerSettings, TooManyFailed
+from embedrl_verl.annotate.verdict_file import VERDICT_SCHEMA, verdict_files_of, verdicts_of
+from embedrl_verl.annotate.verdicts import VerdictJob
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError, ResourceError
 from tests.annotate.fakes import FakeBackend, tcot
 
-PAPER, COMPACT = load_relevance_style("paper"), load_relevance_style("compact")
+PAPER, COMPACT = STYLES["paper"], STYLES["compact"]
 
 
 def pair(number, query="red", target="red", source="s", **changes):
@@ -87,9 +82,9 @@ def judge(tmp_path, records, words, name="out", **settings):
     file = tmp_path / "in.parquet"
     write_pairs(records, file)
     runner = RunnerSettings(8, 2, max_failed_share=settings.pop("max_failed_share", 1.0), max_rejected_share=1.0)
-    asker = RelevanceAsker(RelevanceSettings(style="compact", **settings))
+    questions = RelevanceQuestions(RelevanceSettings(style="compact", **settings))
     backend = Judge(words)
-    job = VerdictJob([file], tmp_path / name, asker, backend, runner, chunk_rows=4)
+    job = VerdictJob([file], tmp_path / name, questions, backend, runner)
     said = []
     code = job.run(said.append)
     return code, pq.read_table(job.verdicts).to_pylist(), backend, said
@@ -105,7 +100,7 @@ def test_verdicts_come_in_the_order_of_the_input_with_counts_by_source(tmp_path)
         "s1": {"match": 4, "mismatch": 2, "unknown": 0}
     }
     assert card["verdicts"]["prompt_tokens"] == 60 and card["verdicts"]["completion_tokens"] == 12
-    assert said == report_lines(card["verdicts"]) and said[-1].split() == ["all", "8", "4", "0", "66.7%"]
+    assert said[-1].split() == ["all", "8", "4", "0", "66.7%"]
 
 
 def test_a_reply_without_a_word_is_asked_for_again_and_then_unknown(tmp_path):
@@ -118,7 +113,7 @@ def test_a_reply_without_a_word_is_asked_for_again_and_then_unknown(tmp_path):
     assert len(backend.asked) == 5  # a pair without a T-CoT is not asked about
     assert {"unknown: 1 x names neither word, or both", "unknown: 1 x HTTP 400", "unknown: 1 x no T-CoT"} <= set(said)
     assert [sampling.choices for sampling in backend.samplings] == [("yes", "no")] * 5
-    with pytest.raises(TooManyBad):
+    with pytest.raises(TooManyFailed):
         judge(tmp_path, records, words, name="strict", max_failed_share=0.5)
 
 
@@ -126,9 +121,17 @@ def test_a_finished_judgement_is_told_again_and_not_made_again(tmp_path):
     records = [pair(0), pair(1)]
     _, rows, _, said = judge(tmp_path, records, lambda target, again: "no")
     _, again, backend, said_again = judge(tmp_path, records, lambda target, again: "yes")
-    assert again == rows and said_again == said and not backend.asked
-    with pytest.raises(ConfigError, match="other settings .seed 0, now 1"):
+    assert again == rows and said_again[1:] == said and not backend.asked
+    with pytest.raises(ConfigError, match="settings.seed was 0, is 1"):
         judge(tmp_path, records, lambda target, again: "no", seed=1)
+
+
+def test_a_file_of_verdicts_that_somebody_else_made_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "verdicts.parquet").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="was not written by this command; name another folder"):
+        judge(tmp_path, [pair(0)], lambda target, again: "no")
+    assert (tmp_path / "out" / "verdicts.parquet").read_bytes() == b"mine"
 
 
 def test_rows_that_cannot_be_used_are_listed_and_have_no_verdict(tmp_path):

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the input, streamed: a record each, or the line of `rejected.jsonl` that says why it is none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+
+from embedrl_verl.data.build import rejection
+from embedrl_verl.data.parquet import Span, opened, read_batches, record_or_error, spans
+from embedrl_verl.data.schema import PairRecord
+from embedrl_verl.data.table import first_rows
+from embedrl_verl.errors import DataError
+
+Rejection: TypeAlias = dict[str, Any]
+
+
+class Rows:
+    """Files of pair records, in spans of about `rows_per_part` rows: row groups stay whole."""
+
+    def __init__(self, files: Sequence[Path], rows_per_part: int) -> None:
+        self.files, self.spans = list(files), spans(files, rows_per_part)
+        self.count = sum(span.stop - span.start for span in self.spans)
+        if not self.count:
+            raise DataError(f"no row in {', '.join(map(str, files)) or 'no file'}; name files with pair records")
+        self._repeated = _repeated(self.files)
+
+    def scan(self, span: Span) -> Iterator[tuple[int, PairRecord | Rejection]]:
+        """Every row number (from 0 over the file), in order. A pair id that an earlier row has makes a row unusable."""
+        for first, batch in read_batches(span):
+            for row, values in enumerate(batch.to_pylist(), first):
+                found: PairRecord | DataError | None = self._repeated.get((span.file, row))
+                found = found or record_or_error(values, span.file, row)
+                if isinstance(found, DataError):
+                    yield row, rejection(span.file, row, found, values["pair_id"])
+                else:
+                    yield row, found
+
+
+def footer_digest(file: Path) -> str:
+    """A digest that changes with the file's content, from its footer: sizes and statistics of all column chunks."""
+    with opened(file) as parquet:
+        groups = [parquet.metadata.row_group(group).to_dict() for group in range(parquet.metadata.num_row_groups)]
+    return hashlib.sha256(repr(groups).encode()).hexdigest()[:32]
+
+
+def _repeated(files: Sequence[Path]) -> dict[tuple[Path, int], DataError]:
+    """Rows whose pair id an earlier row has. All ids are in memory while it runs."""
+    columns: list[pa.Array] = []
+    starts: list[tuple[int, Path]] = []
+    for file in files:
+        starts.append((sum(len(one) for one in columns), file))
+        columns += [batch.column(0) for _, batch in read_batches(file, ["pair_id"])]
+
+    def place(number: int) -> tuple[Path, int]:
+        start, file = next(one for one in reversed(starts) if one[0] <= number)
+        return file, number - start
+
+    found = {}
+    ids = pa.chunked_array(columns, pa.string()).to_pandas()
+    for number, earlier in first_rows(ids[ids.fillna("") != ""]).items():
+        (file, row), (other, first) = place(number), place(earlier)
+        reason = f"field pair_id: pair_id must be unique; {other}, row {first} has it too"
+        found[file, row] = DataError(f"{file}, row {row}: {reason}")
+    return found
