@@ -2,16 +2,12 @@
 """A column map: where a user's rows keep the fields of a pair record. YAML, or options of the command line.
 
 ```yaml
-data_source: {value: birds}                 # a constant
-instruction: {value: Find the caption.}
-pair_id: id                                 # a column; leave it out and rows are numbered
+pair_id: id                                 # a column
 query:
-  images: photo                             # a path, bytes, a struct of both, or a list of them
+  images: meta.photos[0]                    # into structs and lists; a path, bytes, a struct of both, or a list of them
   text: {template: "{place}, {year}"}       # several columns in one text
-target:
-  text: captions[0]                         # into lists and structs: a.b, a[0]
-negatives:                                  # optional: one map (lists in it are spread), or a list of maps
-  text: wrong_captions
+target: {text: {value: a constant}}
+negatives: {text: wrong_captions}           # optional: one map (lists in it are spread), or a list of maps
 ```
 
 A side has text, instruction, tcot, kind (`page`), images, and a video: `video` (a path, or a list of frames) and `fps`.
@@ -22,16 +18,15 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
-from embedrl_verl.convert.converter import RowError, as_media, as_text, show
-from embedrl_verl.data.schema import Item, Media, Video
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.convert.converter import RowError, show
+from embedrl_verl.errors import ConfigError
 
 RECORD_KEYS = ("pair_id", "data_source", "instruction", "query_id", "target_id")
 ITEM_KEYS = ("text", "images", "video", "fps", "kind", "instruction", "tcot")
@@ -51,7 +46,7 @@ class Reference:
     key: str = ""
 
     def look_up(self, row: Mapping[str, Any]) -> Any:
-        """The value in a row."""
+        """The value in a row. Raises RowError if the column, or a step into it, does not exist."""
         if self.template:
             parts = string.Formatter().parse(self.template)
             return "".join(text + (_as_words(row, name) if name else "") for text, name, _, _ in parts)
@@ -62,36 +57,34 @@ class Reference:
         """For messages: the column, or the map's entry of a constant."""
         return self.column or self.template or self.key or "value"
 
+    @property
+    def plain(self) -> Any:
+        """As the map has it."""
+        return self.column or ({"template": self.template} if self.template else {"value": self.constant})
+
+
+Fields: TypeAlias = Mapping[str, Reference]
+
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """Where the fields are.
+    """Field -> reference, of the record, of both sides, and of each negative."""
 
-    Attributes:
-        record: field of the record -> reference.
-        query, target: field of the side -> reference.
-        negatives: one map of fields a negative.
-    """
-
-    record: Mapping[str, Reference] = field(default_factory=dict)
-    query: Mapping[str, Reference] = field(default_factory=dict)
-    target: Mapping[str, Reference] = field(default_factory=dict)
-    negatives: tuple[Mapping[str, Reference], ...] = ()
+    record: Fields = field(default_factory=dict)
+    query: Fields = field(default_factory=dict)
+    target: Fields = field(default_factory=dict)
+    negatives: tuple[Fields, ...] = ()
 
     def as_plain(self) -> dict[str, Any]:
         """For the data card: key -> reference, flat, in the form of the command line."""
-        sides = [("query", self.query), ("target", self.target)]
-        sides += [(f"negatives[{index}]", fields) for index, fields in enumerate(self.negatives)]
-        flat = {name: _plain(reference) for name, reference in self.record.items()}
-        for side, fields in sides:
-            flat |= {f"{side}.{name}": _plain(reference) for name, reference in fields.items()}
-        return flat
+        groups = (self.record, self.query, self.target, *self.negatives)
+        return {reference.key: reference.plain for fields in groups for reference in fields.values()}
 
 
 def load_column_map(path: str | None, columns: Sequence[str] = (), values: Sequence[str] = ()) -> ColumnMap | None:
     """The map of a YAML file, with KEY=COLUMN and KEY=TEXT of the command line over it; None if nothing is given."""
     plain: dict[str, Any] = {}
-    if path is not None:
+    if path:
         try:
             plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -109,15 +102,12 @@ def load_column_map(path: str | None, columns: Sequence[str] = (), values: Seque
 
 def column_map(plain: Mapping[str, Any], where: str) -> ColumnMap:
     """A map from plain values, as YAML gives them. Raises ConfigError, with `where` in the message."""
-    known = (*RECORD_KEYS, "query", "target", "negatives")
-    for key in plain:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
+    _check_keys(plain, (*RECORD_KEYS, "query", "target", "negatives"), where)
     for side in ("query", "target"):
         if side not in plain:
             raise ConfigError(f"{where}: {side} is missing; a pair needs both sides")
     negatives = plain.get("negatives") or []
-    negatives = [negatives] if not isinstance(negatives, list) else negatives
+    negatives = negatives if isinstance(negatives, list) else [negatives]
     return ColumnMap(
         record={key: _reference(plain[key], where, key) for key in RECORD_KEYS if key in plain},
         query=_fields(plain["query"], where, "query"),
@@ -147,57 +137,6 @@ def follow(row: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def item_of(values: Mapping[str, Any], name: Callable[[str], str], side: str) -> Item:
-    """A side from raw values by field."""
-    images, video, kind = values.get("images"), values.get("video"), values.get("kind")
-    try:
-        return Item(
-            text=_text(values, "text", name),
-            images=_media_list(images, name("images")) if images else (),
-            video=_video(video, values.get("fps"), name) if video is not None else None,
-            instruction=_text(values, "instruction", name),
-            kind=as_text(kind, name("kind")) if kind else None,
-            tcot=_text(values, "tcot", name),
-        )
-    except RowError:
-        raise
-    except DataError as error:
-        raise RowError(side, str(error)) from error
-
-
-def _video(value: Any, fps: Any, name: Callable[[str], str]) -> Video | None:
-    of_struct = fps is None and isinstance(value, Mapping)
-    if isinstance(value, Mapping):  # {frames, path, fps}, as in our own files; or one struct of a path
-        fps = value.get("fps") if fps is None else fps
-        value = value.get("frames") or value.get("path")
-    if value is None or value == "":
-        return None
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float)):
-        raise RowError(f"{name('video')}.fps" if of_struct else name("fps"), f"must be a number; got {show(fps)}")
-    rate = None if fps is None else float(fps)
-    if value == []:
-        raise RowError(name("video"), "has no frames")
-    try:
-        if isinstance(value, list):
-            return Video(frames=_media_list(value, name("video")), fps=rate)
-        return Video(path=as_text(value, name("video")), fps=rate)
-    except RowError:
-        raise
-    except DataError as error:
-        raise RowError(name("video"), str(error)) from error
-
-
-def _media_list(value: Any, name: str) -> tuple[Media, ...]:
-    if isinstance(value, list):
-        return tuple(as_media(part, f"{name}[{index}]") for index, part in enumerate(value))
-    return (as_media(value, name),)
-
-
-def _text(values: Mapping[str, Any], key: str, name: Callable[[str], str]) -> str:
-    value = values.get(key)
-    return "" if value is None else value if isinstance(value, str) else as_text(value, name(key))
-
-
 def _as_words(row: Mapping[str, Any], name: str) -> str:
     value = follow(row, name)
     if isinstance(value, str | int | float):
@@ -205,33 +144,34 @@ def _as_words(row: Mapping[str, Any], name: str) -> str:
     raise RowError(name, f"a template takes strings and numbers; got {show(value)}")
 
 
-def _fields(plain: Any, where: str, side: str) -> dict[str, Reference]:
+def _check_keys(plain: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in plain:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
+
+
+def _fields(plain: Any, where: str, side: str) -> Fields:
     if isinstance(plain, str):  # `query: question` is its text
         plain = {"text": plain}
     if not isinstance(plain, Mapping) or not plain:
-        raise ConfigError(
-            f"{where}: {side}: must be a column, or a mapping of {', '.join(ITEM_KEYS)}; got {show(plain)}"
-        )
-    for key in plain:
-        if key not in ITEM_KEYS:
-            raise ConfigError(f"{where}: {side}: unknown key {key!r}; known are {', '.join(ITEM_KEYS)}")
+        keys = ", ".join(ITEM_KEYS)
+        raise ConfigError(f"{where}: {side}: must be a column, or a mapping of {keys}; got {show(plain)}")
+    _check_keys(plain, ITEM_KEYS, f"{where}: {side}")
     return {key: _reference(value, where, f"{side}.{key}") for key, value in plain.items()}
 
 
 def _reference(plain: Any, where: str, key: str) -> Reference:
-    if isinstance(plain, str) and plain:
-        return Reference(column=plain, key=key)
-    if isinstance(plain, Mapping) and len(plain) == 1:
-        ((kind, content),) = plain.items()
-        if kind == "value" and content is not None:
-            return Reference(constant=_constant(content, where, key), key=key)
-        if kind == "column" and isinstance(content, str) and content:
-            return Reference(column=content, key=key)
-        if kind == "template" and isinstance(content, str) and content:
-            _check_template(content, f"{where}: {key}")
-            return Reference(template=content, key=key)
     if key.endswith((".kind", ".fps")) and isinstance(plain, int | float):
-        return Reference(constant=_constant(plain, where, key), key=key)
+        plain = {"value": plain}
+    if isinstance(plain, str):
+        plain = {"column": plain}
+    kind, content = next(iter(plain.items())) if isinstance(plain, Mapping) and len(plain) == 1 else ("", None)
+    if kind == "value" and content is not None:
+        return Reference(constant=_constant(content, where, key), key=key)
+    if kind in ("column", "template") and isinstance(content, str) and content:
+        if kind == "template":
+            _check_template(content, f"{where}: {key}")
+        return Reference(**{kind: content}, key=key)
     raise ConfigError(f"{where}: {key}: must be a column, {{value: ...}} or {{template: ...}}; got {show(plain)}")
 
 
@@ -240,10 +180,10 @@ def _constant(value: Any, where: str, key: str) -> Any:
     if not key.endswith(".fps"):
         return value
     try:
-        rate = math.nan if isinstance(value, bool) or not isinstance(value, str | int | float) else float(value)
-    except (ValueError, OverflowError):
+        rate = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         rate = math.nan
-    if not (math.isfinite(rate) and rate > 0):
+    if not 0 < rate < math.inf:
         raise ConfigError(f"{where}: {key}: a constant must be a positive number, as 2 or 0.5; got {show(value)}")
     return rate
 
@@ -251,26 +191,21 @@ def _constant(value: Any, where: str, key: str) -> Any:
 def _check_template(template: str, where: str) -> None:
     """Raises ConfigError for a template that is more than words and {column}s."""
     rule = "a template is words and columns in braces, as '{place}, {year}' ({{ and }} for braces themselves)"
+    rule = f"{where}: {rule}; got {template!r}"
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(f"{where}: {rule}; got {template!r}: {error}") from error
+        raise ConfigError(f"{rule}: {error}") from error
     for _, name, spec, conversion in parts:
         if name is None:
             continue
         if not name.strip():
-            raise ConfigError(f"{where}: {rule}; got {template!r}, where a column's name is empty")
+            raise ConfigError(f"{rule}, where a column's name is empty")
         if re.match(r"\d+(?:[.\[]|$)", name):
-            raise ConfigError(f"{where}: {rule}; got {template!r}, where {name!r} is a number; name the column")
+            raise ConfigError(f"{rule}, where {name!r} is a number; name the column")
         if spec or conversion:
             extra = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ConfigError(f"{where}: {rule}; got {template!r}; values are put in as they are, leave out {extra!r}")
-
-
-def _plain(reference: Reference) -> Any:
-    if reference.column:
-        return reference.column
-    return {"template": reference.template} if reference.template else {"value": reference.constant}
+            raise ConfigError(f"{rule}; values are put in as they are, leave out {extra!r}")
 
 
 def _set(plain: dict[str, Any], key: str, content: Any, where: str) -> None:

@@ -1,35 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a source has to say: which files it reads, and how one of their rows becomes pair records.
+"""What a script of `data_preprocess/` has to give: its options, the files that it reads, and the pair of a row.
 
-Everything else (reading, sharding, worker processes, resuming, media, bad rows, the data card) is `convert.job`'s. A
-converter is pickled to worker processes, keeps no state between rows, and depends on nothing but the row it is given.
+Everything else (reading, parts, worker processes, resuming, media, bad rows, the data card) is done by convert/job.py.
+A converter is pickled to worker processes and keeps no state between rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
 
+from embedrl_verl.convert.inputs import InputRoot
 from embedrl_verl.data.schema import Media, PairRecord
-from embedrl_verl.errors import DataError
+from embedrl_verl.errors import ConfigError, DataError
 
-Setting = str | int | float | bool | None
-_MISSING = object()
+_MISSING: Any = object()
 
 
 class RowError(DataError):
-    """A row cannot become a pair; the job rejects the row, counts it and goes on.
+    """A row cannot become a pair: it is rejected and counted, and the job goes on.
 
-    Args:
-        field: column at fault, as `qry_image_path` or `conversations[1].value`; "" for the whole row.
-        reason: rule, and the value found. The job adds file and row.
+    `field` is the column at fault, as `conversations[1].value`; "" for the whole row. The job adds file and row.
     """
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"field {field}: {reason}" if field else reason)
-        self.field = field
-        self.reason = reason
+        self.field, self.reason = field, reason
 
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
         return RowError, (self.field, self.reason)
@@ -37,112 +35,97 @@ class RowError(DataError):
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows start..stop-1 of one file, all of one data source. The same file may be in several shards.
+    """The rows of a file that belong to one data source. The same file may be in several shards.
 
     Attributes:
         file: path relative to the input root, with "/"; .parquet, .jsonl, .jsonl.gz, or .arrow (`save_to_disk`).
         source: data source of the records. Caps count by it. "" when only the rows tell.
-        start, stop: rows of the file, from 0; stop None is the file's end.
+        stop: rows of the file that are used, from its first; None: all.
         note: anything that `convert` wants to know of the shard, such as the mode of LLaVA-Hound.
     """
 
     file: str
     source: str
-    start: int = 0
     stop: int | None = None
     note: str = ""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as the file has it, and where it is from. The readers raise `RowError` naming the column.
-
-    Attributes:
-        shard: the shard that it belongs to.
-        row: number in the file, from 0 (for jsonl: line - 1; blank lines count).
-        values: plain Python values by column.
-    """
+    """Row number `row` of a file (from 0; of jsonl line - 1), plain values by column. The readers raise `RowError`."""
 
     shard: Shard
     row: int
     values: Mapping[str, Any] = field(repr=False)
+    media_root: Path | None = None
 
-    def pair_id(self, suffix: str = "") -> str:
-        """ "<source>:<file without extension>:<row>[:suffix]": stable, and unique within a source."""
+    def pair_id(self, source: str | None = None) -> str:
+        """ "<source>:<file without extension>:<row>": stable, and unique within a source."""
         name = self.shard.file.removesuffix(".gz").rsplit(".", 1)[0]
-        return f"{self.shard.source}:{name}:{self.row}" + (f":{suffix}" if suffix else "")
+        return f"{self.shard.source if source is None else source}:{name}:{self.row}"
 
     def value(self, name: str, default: Any = _MISSING) -> Any:
         """The column's value; without a default the column must exist."""
-        if name not in self.values:
-            if default is _MISSING:
-                raise RowError(name, f"the column is missing; the row has {', '.join(self.values) or 'none'}")
-            return default
-        return self.values[name]
+        if name not in self.values and default is _MISSING:
+            raise RowError(name, f"the column is missing; the row has {', '.join(self.values) or 'none'}")
+        return self.values.get(name, default)
 
-    def text(self, name: str, default: str | None = None) -> str:
+    def text(self, name: str, default: str = _MISSING) -> str:
         """A string. Null (and a missing column, with a default) is the default, else an error; "" is a string."""
-        value = self.value(name, default) if default is not None else self.value(name)
-        return as_text(default if value is None else value, name)
+        value = self.value(name, default)
+        return as_text(default if value is None and default is not _MISSING else value, name)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A string or a list of strings, as a tuple; null is ()."""
         value = self.value(name)
-        if value is None:
-            return ()
         if isinstance(value, list):
             return tuple(as_text(part, f"{name}[{index}]") for index, part in enumerate(value))
-        return (as_text(value, name),)
-
-    def image(self, name: str) -> Media:
-        """The one image of a column, see `as_media`; null or "" is an error."""
-        return as_media(self.value(name), name)
+        return () if value is None else (as_text(value, name),)
 
     def images(self, name: str) -> tuple[Media, ...]:
-        """No, one or several images: null, "", one value of `as_media`, or a list of such values."""
-        value = self.value(name)
-        if value is None or value == "":
-            return ()
-        if isinstance(value, list):
-            return tuple(as_media(part, f"{name}[{index}]") for index, part in enumerate(value))
-        return (as_media(value, name),)
+        """No, one or several images, see `as_images`."""
+        return as_images(self.value(name), name)
 
 
-class Converter(Protocol):
-    """A source of pair records.
+def option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
+    """A field that is an option of the command line, with its help. With `MISSING` as default it must be given."""
+    return field(default=default, metadata={"help": text, "choices": choices})
 
-    Attributes:
-        name: of the source, lower case; stands in the data card.
-        licence: as the source declares it, or "not declared".
-    """
 
-    name: str
-    licence: str
+@dataclass(frozen=True)
+class Options:
+    """A data class whose fields are made by `option`."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, choices = getattr(self, one.name), one.metadata["choices"]
+            if choices and value and not set(value if isinstance(value, tuple) else (value,)) <= set(choices):
+                raise ConfigError(f"{one.name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class Converter(Options):
+    """A source of pair records, and the options of its script; name and licence (as the source declares it) stand in
+    the data card."""
+
+    name: ClassVar[str]
+    licence: ClassVar[str] = "not declared"
 
     @property
-    def settings(self) -> Mapping[str, Setting]:
+    def settings(self) -> dict[str, Any]:
         """All that changes the records, for the data card; a conversion can only be resumed with the same."""
-        ...
+        return asdict(self)
 
     def shards(self, root: InputRoot) -> list[Shard]:
         """What to read, in the order of the records. Raises DataError if the root has none of the expected files."""
-        ...
+        raise NotImplementedError
 
-    def convert(self, row: RawRow) -> Iterable[PairRecord]:
-        """The pairs of a row: usually one; none is "not used" (counted, no error). Raises RowError for a bad row.
+    def convert(self, row: RawRow) -> PairRecord | None:
+        """The pair of a row; None is "not used" (counted, no error). Raises RowError for a bad row.
 
         Images are paths relative to the media root, or the bytes of image files as they are; the job checks them.
         """
-        ...
-
-
-class InputRoot(Protocol):
-    """The folder (or hub repository) of a source's files."""
-
-    def files(self, *patterns: str) -> list[str]:
-        """Paths relative to the root, with "/", of the files that match any glob pattern ("**" = any depth), without
-        doubles, in natural order (part-2 before part-10) pattern by pattern."""
-        ...
+        raise NotImplementedError
 
 
 def as_text(value: Any, field: str) -> str:
@@ -161,6 +144,13 @@ def as_media(value: Any, field: str) -> Media:
             field, f"must be a path, the bytes of an image, or a struct of bytes and path; got {show(value)}"
         )
     return value
+
+
+def as_images(value: Any, field: str) -> tuple[Media, ...]:
+    """No, one or several images: null, "", one value of `as_media`, or a list of such values. Raises RowError."""
+    if isinstance(value, list):
+        return tuple(as_media(part, f"{field}[{index}]") for index, part in enumerate(value))
+    return () if value is None or value == "" else (as_media(value, field),)
 
 
 def show(value: Any) -> str:

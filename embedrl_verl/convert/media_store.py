@@ -1,41 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Media of the records: checked, and put where the user wants them, byte for byte (nothing is re-encoded).
 
-`place`:
+`place`: "keep" leaves paths and bytes as they come; "embed" puts images and frames into the parquet files; "files" puts
+all into `media/ab/<SHA-256>.<ext>` of the data set folder, the same content once.
 
-- "keep": paths stay paths relative to the media root, bytes stay in the parquet files;
-- "embed": images and frames become bytes in the parquet files, which then need no media root (videos given as files
-  cannot, and are refused);
-- "files": everything goes to `media/ab/<SHA-256>.<ext>` of the data set folder, which then is the media root. The same
-  content is stored once.
-
-`verify`:
-
-- "none": paths must be relative and without "..", nothing is opened;
-- "exists": the file is there, inside the media root; the header of an image is of a known format, with a size that
-  training accepts;
-- "decode": images are decoded completely and videos as far as training samples them.
-
-Of an animated image (and of a TIFF with several pages) training sees the first frame; such images are kept and counted.
+`verify`: "none" looks at the form of paths alone; "exists" at files and the headers of images; "decode" decodes images
+completely, and videos as far as training samples them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import shutil
 import warnings
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from embedrl_verl.convert.converter import RowError
-from embedrl_verl.data.files import MEDIA_FOLDER, sha256_of, temporary_name
+from embedrl_verl.data.files import MEDIA_FOLDER, publish, sha256_of, temporary_name
 from embedrl_verl.data.media import (
     IMAGE_FORMATS,
     MAX_ASPECT,
@@ -47,10 +36,12 @@ from embedrl_verl.data.media import (
     resolve_media_path,
 )
 from embedrl_verl.data.schema import Item, Media, PairRecord, Video
-from embedrl_verl.errors import ConfigError, EmbedRLError, MediaError
+from embedrl_verl.errors import EmbedRLError, MediaError
 
 PLACES = ("keep", "embed", "files")
 VERIFY = ("none", "exists", "decode")
+COUNTS = ("images", "videos", "frames", "animated", "paths")
+"""What is counted, by reference: `paths` need a media root after placing; `animated` is 0 with verify "none"."""
 MAX_IMAGE_BYTES = 256 << 20
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "TIFF")
@@ -59,144 +50,63 @@ REMEMBERED = 65536
 FRAMES_CHECKED = 8
 
 
-@dataclass
-class MediaCounts:
-    """What the records of a part hold, counted by reference. `paths` are those that need a media root after placing;
-    `animated` is 0 with verify "none"."""
-
-    images: int = 0
-    videos: int = 0
-    frames: int = 0
-    animated: int = 0
-    paths: int = 0
-
-    def add(self, other: MediaCounts) -> None:
-        """Sum in place."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-
 @dataclass(frozen=True)
-class _Facts:
-    extension: str
-    is_animated: bool
-
-
 class MediaStore:
-    """Checks and places the media of records.
+    """Checks and places media. The converter's paths are relative to `media_root`; `folder` is the data set's."""
 
-    Args:
-        place, verify: see the module.
-        media_root: folder that the converter's paths are relative to; None if there is none.
-        folder: the data set folder.
-    """
+    place: str
+    verify: str
+    media_root: Path | None
+    folder: Path
 
-    def __init__(self, place: str, verify: str, media_root: str | Path | None, folder: str | Path) -> None:
-        if place not in PLACES:
-            raise ConfigError(f"the place of media must be one of {', '.join(PLACES)}; got {place!r}")
-        if verify not in VERIFY:
-            raise ConfigError(f"the check of media must be one of {', '.join(VERIFY)}; got {verify!r}")
-        self.place, self.verify = place, verify
-        self.media_root = None if media_root is None else Path(media_root).expanduser()
-        self._media = Path(folder) / MEDIA_FOLDER
-        self._seen: OrderedDict[str, _Facts] = OrderedDict()
-        self._written: list[Path] = []
+    def __post_init__(self) -> None:
+        _remembered.cache_clear()
 
-    def put(self, record: PairRecord, counts: MediaCounts) -> PairRecord:
-        """The record with its media where they belong. All are checked before the first is written; `counts` grows."""
-        items = (record.query, record.target, *record.negatives)
-        if not any(item.images or item.video for item in items):
-            return record
-        found = MediaCounts()
-        facts: dict[tuple[str, Media], _Facts] = {}
-        for field, media, kind in media_fields(record):
+    def put(self, record: PairRecord, counts: Counter[str]) -> PairRecord:
+        """The record with its media where they belong. All are checked before the first is written; `counts` grows.
+        Raises RowError, naming the field, for a medium that cannot be used."""
+        found: Counter[str] = Counter()
+        extensions: dict[str, str] = {}
+        for name, media, kind in media_fields(record):
+            look = _remembered if isinstance(media, str) else _look
             try:
-                facts[field, media] = self._check(media, kind)
+                extensions[name], is_animated = look(self.place, self.verify, self.media_root, media, kind)
             except MediaError as error:
-                raise RowError(field, str(error)) from error
+                raise RowError(name, str(error)) from error
             except OSError as error:
-                raise RowError(field, f"{describe(media)}: cannot be read ({error})") from error
-            found.animated += facts[field, media].is_animated
-            found.paths += self.place == "files" or (self.place == "keep" and isinstance(media, str))
-            setattr(found, kind, getattr(found, kind) + 1)
-        found.videos = sum(item.video is not None for item in items)
-        counts.add(found)
+                raise RowError(name, f"{describe(media)}: cannot be read ({error})") from error
+            found[kind] += 1
+            found["animated"] += is_animated
+            found["paths"] += self.place == "files" or (self.place == "keep" and isinstance(media, str))
+        if not extensions:
+            return record
+        found["videos"] = sum(item.video is not None for _, item in _items(record))
+        counts.update(found)
         if self.place == "keep":
             return record
-        return map_media(record, lambda field, media: self._placed(media, facts[field, media]))
+        return map_media(record, lambda name, media: self._placed(media, extensions[name]))
 
-    def flush(self) -> None:
-        """Make sure that the files written since the last call outlast a power failure."""
-        for path in self._written:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        self._written = []
-
-    def _check(self, media: Media, kind: str) -> _Facts:
-        if isinstance(media, bytes):
-            return self._look(media, kind)
-        key = f"{kind}\0{media}"
-        facts = self._seen.get(key)
-        if facts is None:
-            facts = self._seen[key] = self._look(media, kind)
-            if len(self._seen) > REMEMBERED:
-                self._seen.popitem(last=False)
-        return facts
-
-    def _look(self, media: Media, kind: str) -> _Facts:
-        if self.verify == "none" and self.place != "files":
-            if isinstance(media, str):
-                _check_form(media)
-            return _Facts("", False)
-        try:
-            return self._look_at_video(str(media)) if kind == "videos" else self._look_at_image(media)
-        except (EmbedRLError, OSError, MemoryError):
-            raise
-        except Exception as error:  # decoders raise anything when bytes make no sense: the row is bad, the job goes on
-            raise MediaError(f"{describe(media)}: cannot be decoded ({type(error).__name__}: {error})") from error
-
-    def _look_at_image(self, media: Media) -> _Facts:
-        source = self._source(media)
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if size > MAX_IMAGE_BYTES:
-            raise MediaError(f"{describe(media)}: {size} bytes are over the limit of {MAX_IMAGE_BYTES} for an image")
-        facts = _image_facts(io.BytesIO(source) if isinstance(source, bytes) else source, describe(media))
-        if self.verify == "decode":
-            load_image(media, self.media_root)
-        return facts
-
-    def _look_at_video(self, path: str) -> _Facts:
+    def _placed(self, media: Media, extension: str) -> Media:
+        source = media if isinstance(media, bytes) else resolve_media_path(media, self.media_root)
         if self.place == "embed":
-            raise MediaError(
-                f"media path {path!r}: a video file cannot be embedded; place media as files, or give its frames"
-            )
-        full = resolve_media_path(path, self.media_root)
-        if full.stat().st_size == 0:
-            raise MediaError(f"media path {path!r}: the video file is empty")
-        if self.verify == "decode":
-            load_frames(Video(path=path), self.media_root, FRAMES_CHECKED)
-        suffix = full.suffix[1:].lower()
-        return _Facts(suffix if re.fullmatch(r"[a-z0-9]{1,5}", suffix) else "bin", False)
-
-    def _source(self, media: Media) -> bytes | Path:
-        return media if isinstance(media, bytes) else resolve_media_path(media, self.media_root)
-
-    def _placed(self, media: Media, facts: _Facts) -> Media:
-        source = self._source(media)
+            return source if isinstance(source, bytes) else source.read_bytes()
         if isinstance(source, bytes):
-            if self.place == "embed":
-                return source
             digest, size = hashlib.sha256(source).hexdigest(), len(source)
         else:
-            if self.place == "embed":
-                return source.read_bytes()
             digest, size = sha256_of(source), source.stat().st_size
-        name = f"{digest[:2]}/{digest}.{facts.extension}"
-        target = self._media / name
+        name = f"{digest[:2]}/{digest}.{extension}"
+        target = self.folder / MEDIA_FOLDER / name
         if not (target.is_file() and target.stat().st_size == size):
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, source)
-            self._written.append(target)
+            temporary = temporary_name(target)
+            try:
+                if isinstance(source, bytes):
+                    temporary.write_bytes(source)
+                else:
+                    shutil.copyfile(source, temporary)
+                publish(temporary, target, flush_folder=False)
+            finally:
+                temporary.unlink(missing_ok=True)
         return name
 
 
@@ -219,16 +129,14 @@ def map_media(record: PairRecord, change: Callable[[str, Media], Media]) -> Pair
         images = tuple(change(f"{name}.images[{index}]", media) for index, media in enumerate(item.images))
         video = item.video
         if video is not None and video.path is not None:
-            path = change(f"{name}.video.path", video.path)
-            assert isinstance(path, str), type(path)
-            video = replace(video, path=path)
+            video = replace(video, path=str(change(f"{name}.video.path", video.path)))
         elif video is not None:
             frames = (change(f"{name}.video.frames[{index}]", media) for index, media in enumerate(video.frames))
             video = replace(video, frames=tuple(frames))
         return replace(item, images=images, video=video)
 
-    items = [changed(name, item) for name, item in _items(record)]
-    return replace(record, query=items[0], target=items[1], negatives=tuple(items[2:]))
+    query, target, *negatives = (changed(name, item) for name, item in _items(record))
+    return replace(record, query=query, target=target, negatives=tuple(negatives))
 
 
 def _items(record: PairRecord) -> list[tuple[str, Item]]:
@@ -236,34 +144,55 @@ def _items(record: PairRecord) -> list[tuple[str, Item]]:
     return [("query", record.query), ("target", record.target), *negatives]
 
 
-def _check_form(path: str) -> None:
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in path:
-        raise MediaError(f"media path {path!r} must be relative to the media root, without '..'")
+def _look(place: str, verify: str, root: Path | None, media: Media, kind: str) -> tuple[str, bool]:
+    """(extension of a stored file, whether it is animated), after proof that training accepts the medium."""
+    if verify == "none" and place != "files":
+        path = PurePosixPath(media if isinstance(media, str) else "")
+        if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+            raise MediaError(f"media path {media!r} must be relative to the media root, without '..'")
+        return "", False
+    try:
+        if kind == "videos":
+            return _look_at_video(str(media), place, verify, root), False
+        return _look_at_image(media, verify, root)
+    except (EmbedRLError, OSError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise anything when bytes make no sense: the row is bad, the job goes on
+        raise MediaError(f"{describe(media)}: cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _image_facts(source: io.BytesIO | Path, name: str) -> _Facts:
-    """What the header says, after proof that training accepts an image of this kind and size."""
+_remembered = lru_cache(maxsize=REMEMBERED)(_look)
+
+
+def _look_at_image(media: Media, verify: str, root: Path | None) -> tuple[str, bool]:
+    name = describe(media)
+    source = io.BytesIO(media) if isinstance(media, bytes) else resolve_media_path(media, root)
+    size = len(media) if isinstance(source, io.BytesIO) else source.stat().st_size
+    if size > MAX_IMAGE_BYTES:
+        raise MediaError(f"{name}: {size} bytes are over the limit of {MAX_IMAGE_BYTES} for an image")
     with image_errors(name, source), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(source, formats=IMAGE_FORMATS) as image:
-            width, height, kind = image.width, image.height, str(image.format)
-            animated = kind in ANIMATED_FORMATS and bool(getattr(image, "is_animated", False))
+            width, height, form = image.width, image.height, str(image.format)
+            animated = form in ANIMATED_FORMATS and bool(getattr(image, "is_animated", False))
     if width * height > MAX_PIXELS:
         raise MediaError(f"{name}: {width}x{height} is over the limit of {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise MediaError(f"{name}: sides may differ by a factor of {MAX_ASPECT:.0f} at most; got {width}x{height}")
-    return _Facts(EXTENSIONS.get(kind, kind.lower()), animated)
+    if verify == "decode":
+        load_image(media, root)
+    return EXTENSIONS.get(form, form.lower()), animated
 
 
-def _write(target: Path, source: bytes | Path) -> None:
-    temporary = temporary_name(target)
-    try:
-        if isinstance(source, bytes):
-            temporary.write_bytes(source)
-        else:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def _look_at_video(path: str, place: str, verify: str, root: Path | None) -> str:
+    if place == "embed":
+        raise MediaError(
+            f"media path {path!r}: a video file cannot be embedded; place media as files, or give its frames"
+        )
+    full = resolve_media_path(path, root)
+    if full.stat().st_size == 0:
+        raise MediaError(f"media path {path!r}: the video file is empty")
+    if verify == "decode":
+        load_frames(Video(path=path), root, FRAMES_CHECKED)
+    suffix = full.suffix[1:].lower()
+    return suffix if re.fullmatch(r"[a-z0-9]{1,5}", suffix) else "bin"

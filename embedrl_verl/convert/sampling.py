@@ -12,15 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import yaml
 
-from embedrl_verl.convert.rows import Rows
 from embedrl_verl.errors import ConfigError
 
 METHODS = ("even", "random")
+Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,16 @@ class Preset:
 
     @property
     def caps(self) -> dict[str, int]:
-        """Data source -> rows used at most."""
         return {name: entry.rows for name, entry in self.sources.items() if entry.rows is not None}
 
     @property
     def weights(self) -> dict[str, float]:
-        """Data source -> weight as published, without the sources that are left out of contrastive training."""
-        return {
-            name: entry.weight
-            for name, entry in self.sources.items()
-            if entry.weight is not None and not entry.left_out
-        }
+        """As published, without the sources that are left out of contrastive training."""
+        of = self.sources.items()
+        return {name: entry.weight for name, entry in of if entry.weight is not None and not entry.left_out}
 
     def source_weights(self, pairs: Mapping[str, int]) -> dict[str, float]:
-        """Data source -> weight as `contrastive.source_weights` means it (drawn weight x pairs times an epoch).
+        """Weights as `contrastive.source_weights` means them (drawn weight x pairs times an epoch).
 
         Args:
             pairs: data source -> pairs in the data; sources without pairs get no weight.
@@ -126,31 +122,21 @@ def presets() -> dict[str, Preset]:
     """All published tables by name."""
     text = (resources.files("embedrl_verl.convert") / "sampling.yaml").read_text(encoding="utf-8")
     tables: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    return {
-        name: Preset(
-            name=name,
-            origin=table["from"],
-            note=table["note"],
-            sources={source: SourceEntry(**entry) for source, entry in table["sources"].items()},
-            by_draw=table.get("by_draw", False),
-        )
-        for name, table in tables.items()
-    }
+    found = {}
+    for name, table in tables.items():
+        sources = {source: SourceEntry(**entry) for source, entry in table["sources"].items()}
+        found[name] = Preset(name, table["from"], table["note"], sources, table.get("by_draw", False))
+    return found
 
 
 def preset(name: str) -> Preset:
-    """A published table by name."""
     if name not in presets():
         raise ConfigError(f"unknown preset {name!r}; known are {', '.join(presets())}")
     return presets()[name]
 
 
-def sampling_from_options(
-    caps: Iterable[str], preset_name: str | None, *, method: str = "even", seed: int = 0
-) -> Sampling:
-    """Sampling as told on the command line: `--cap 50000`, `--cap SOURCE=1000`, `--preset NAME`; a cap wins over the
-    preset's.
-    """
+def sampling_from_options(caps: Iterable[str], preset_name: str, *, method: str = "even", seed: int = 0) -> Sampling:
+    """From `--cap 50000`, `--cap SOURCE=1000`, `--preset NAME`; a cap wins over the preset's."""
     by_source = preset(preset_name).caps if preset_name else {}
     default: int | None = None
     for text in caps:
@@ -161,4 +147,4 @@ def sampling_from_options(
             by_source[source] = int(number)
         else:
             default = int(number)
-    return Sampling(by_source, default, method, seed, preset_name or "")
+    return Sampling(by_source, default, method, seed, preset_name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -27,7 +28,9 @@ from embedrl_verl import __version__
 from embedrl_verl.data.files import (
     CARD_FILE,
     CARD_TEXT_FILE,
+    COMMAND_FILE,
     FORMAT,
+    LOCK_FILE,
     PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
@@ -53,6 +56,7 @@ Report: TypeAlias = dict[str, Any]
 `rejected.jsonl`: file, row or line, field, reason, pair_id), and more of its own."""
 
 BUILD_FILE = "build.json"
+GONE_FOLDER = "._work_done"
 CAUSES_SHOWN, MAX_CAUSES = 20, 1000
 IN_FILE = re.compile(r"(?:.*?, row \d+: )?(?:field (?P<field>\S+): )?(?P<reason>.*)", re.DOTALL)
 logger = logging.getLogger(__name__)
@@ -66,13 +70,19 @@ def build_facts(command: str, settings: Mapping[str, Any], files: Sequence[Path]
 
 @contextmanager
 def building(
-    out: Path, facts: Mapping[str, Any], command: Sequence[str], *, stamps: Sequence[Any] = ()
+    out: Path,
+    facts: Mapping[str, Any],
+    command: Sequence[str],
+    *,
+    stamps: Sequence[Any] = (),
+    anew: str = "remove the folder",
 ) -> Iterator[Path | None]:
     """Begin a folder, or go on with it; one process at a time.
 
     Args:
         facts: `build_facts`, or more than these.
         command: finishes the folder; noted for the user.
+        anew: what a user does who wants other options or input.
         stamps: of the input, such as times of change: they may not differ when a job goes on, and are not in the card.
 
     Yields:
@@ -82,22 +92,29 @@ def building(
         ConfigError: the folder was made or begun by another build or by none, or another process is writing it.
     """
     work, facts = out / WORK_FOLDER, json.loads(json.dumps(facts))
+    shutil.rmtree(out / GONE_FOLDER, ignore_errors=True)
     if (out / CARD_FILE).is_file() and not work.exists():
         if changed := difference(read_object(out / CARD_FILE).get("build"), facts):
-            raise ConfigError(f"{out} was made with other options or input: {changed}; name another folder")
+            raise ConfigError(f"{out} was made with other options or input: {changed}; name another folder, or {anew}")
         yield None
         return
-    if not work.exists() and next(out.glob(PART_PATTERN), None) is not None:
-        raise ConfigError(f"{out} holds parquet files that this command did not write; name another folder")
-    begin_work(out, command)
+    ours = (work / BUILD_FILE).is_file()
+    own = {BUILD_FILE, COMMAND_FILE, LOCK_FILE}
+    foreign = [path for path in work.glob("*") if path.name not in own and path.suffix != ".tmp"]
+    foreign += [path for name in (PART_PATTERN, REJECTED_FILE, CARD_TEXT_FILE) for path in sorted(out.glob(name))]
+    if foreign and not ours:
+        name = foreign[0].relative_to(out)
+        raise ConfigError(f"{out} holds {name}, which this command did not write; name another folder")
+    with disk_errors(out):
+        work.mkdir(parents=True, exist_ok=True)
     with only_writer(out), disk_errors(out):
         state = json.loads(json.dumps({**facts, "stamps": list(stamps)}))
-        if not (work / BUILD_FILE).is_file():
-            write_json(work / BUILD_FILE, state)
-        elif changed := difference(read_object(work / BUILD_FILE), state):
+        if ours and (changed := difference(read_object(work / BUILD_FILE), state)):
             raise ConfigError(
-                f"{out} was begun with other options or input: {changed}. Finish it with the same, or remove the folder"
+                f"{out} was begun with other options or input: {changed}. Finish it with the same, or {anew}"
             )
+        begin_work(out, command)
+        write_json(work / BUILD_FILE, state)
         for stale in (*out.glob(".*.tmp"), *work.glob(".*.tmp")):  # of killed writers; no other is at work
             stale.unlink()
         yield work
@@ -203,7 +220,8 @@ def finish(
         write_lines(out / REJECTED_FILE, rejected)
         write_atomically(out / CARD_TEXT_FILE, card_text(card, notes))
         write_json(out / CARD_FILE, card)
-        shutil.rmtree(out / WORK_FOLDER)
+        os.replace(out / WORK_FOLDER, out / GONE_FOLDER)  # at once: half of it would be of no known build
+        shutil.rmtree(out / GONE_FOLDER)
     return card
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small inputs and a shortcut to a conversion that the tests of `convert` share."""
+"""Small inputs and shortcuts to a conversion that the tests of `convert` share."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedrl_verl.convert.column_map import column_map
-from embedrl_verl.convert.generic import GenericConverter
-from embedrl_verl.convert.inputs import LocalRoot
+from data_preprocess.generic import Generic
 from embedrl_verl.convert.job import JobOptions, run_conversion
-from embedrl_verl.convert.sampling import Sampling
+from embedrl_verl.data.files import pair_files
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.schema import PairRecord
+from tests.convert.golden import PAIRS
+from tests.convert.make_fixtures import write_all
 
-MAP = {
-    "data_source": {"value": "own"},
-    "query": {"text": "question", "images": "image"},
-    "target": {"text": "answer"},
-}
+MAP = ("query.text=question", "query.images=image", "target.text=answer")
 Convert = Callable[..., dict[str, Any]]
 Draw = Callable[..., bytes]
+
+
+@pytest.fixture(scope="package")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The fixtures of all public sources; name -> folder."""
+    return write_all(tmp_path_factory.mktemp("fixtures"), pairs=PAIRS)
 
 
 @pytest.fixture
@@ -57,16 +61,18 @@ def question(index: int, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def convert(tmp_path: Path) -> Convert:
-    """`convert(input, out="out", columns=MAP, caps={}, **JobOptions)`: data card of a conversion in this process."""
+    """`convert(input, out="out", *map, name="own", **JobOptions)`: card of a conversion in this process."""
 
-    def run(
-        source: Path, out: str = "out", columns: dict[str, Any] | None = None, caps: Any = None, **options: Any
-    ) -> dict[str, Any]:
-        converter = GenericConverter(column_map(MAP if columns is None else columns, "test"))
-        options = {"sampling": Sampling(caps or {}), "max_bad_share": 1.0, "shard_rows": 10, **options}
-        return run_conversion(LocalRoot(source), converter, JobOptions(out=str(tmp_path / out), **options))
+    def run(source: Path, out: str = "out", *columns: str, name: str = "own", **options: Any) -> dict[str, Any]:
+        given = {"max_bad_share": 1.0, "shard_rows": 10, "workers": 1, **options}
+        converter = Generic(column=(*MAP, *columns), source=name)
+        return run_conversion(converter, JobOptions(str(source), str(tmp_path / out), **given))
 
     return run
+
+
+def records(folder: Path) -> list[PairRecord]:
+    return [record for file in pair_files([folder]) for record in read_pairs(file)]
 
 
 def rejected(folder: Path) -> list[dict[str, Any]]:

@@ -11,64 +11,59 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
-from embedrl_verl.convert.converter import Converter, RawRow, RowError, Shard
-from embedrl_verl.convert.inputs import LocalRoot
-from embedrl_verl.convert.rows import read_rows, survey
-from embedrl_verl.convert.sources.colpali import ColPaliTrain
-from embedrl_verl.convert.sources.llava_hound import LlavaHound
-from embedrl_verl.convert.sources.mmeb import MmebTrain
-from embedrl_verl.convert.sources.visrag import VisRagTrain
+from data_preprocess.colpali_train import SOURCES as COLPALI
+from data_preprocess.colpali_train import ColPaliTrain
+from data_preprocess.llava_hound import SOURCES as HOUND
+from data_preprocess.llava_hound import LlavaHound
+from data_preprocess.mmeb_train import SOURCES as MMEB
+from data_preprocess.mmeb_train import MmebTrain
+from data_preprocess.visrag_train import SOURCE as VISRAG
+from data_preprocess.visrag_train import VisRagTrain
+from embedrl_verl.convert.converter import Converter, RawRow, Shard
+from embedrl_verl.convert.inputs import InputRoot
+from embedrl_verl.convert.rows import as_arrow, count_rows, is_jsonl, read_rows
 from embedrl_verl.data.schema import PairRecord
 
+ALL_SOURCES = (*MMEB.values(), *HOUND.values(), *COLPALI.values(), VISRAG)
 FOLDER = Path(__file__).parent / "golden"
 PAIRS = 6
-
-
-def conversions(roots: dict[str, Path]) -> dict[str, tuple[Converter, Path]]:
-    """Golden name -> converter and the root that it reads."""
-    hound, embed_rl = str(roots["llava_hound"]), str(roots["embed_rl"])
-    return {
-        "mmeb_original": (MmebTrain(negatives=True), roots["mmeb"]),
-        "mmeb_diverse_instruction": (MmebTrain(split="diverse_instruction"), roots["mmeb"]),
-        "llava_hound": (LlavaHound(hound, question_lines=PAIRS), roots["llava_hound"]),
-        "llava_hound_embed_rl": (LlavaHound(embed_rl, embed_rl=True), roots["embed_rl"]),
-        "colpali_answer": (ColPaliTrain("answer"), roots["colpali"]),
-        "colpali_page": (ColPaliTrain("page"), roots["colpali"]),
-        "visrag": (VisRagTrain(), roots["visrag"]),
-    }
+CONVERSIONS: dict[str, tuple[Converter, str]] = {
+    "mmeb_original": (MmebTrain(negatives=True), "mmeb"),
+    "mmeb_diverse_instruction": (MmebTrain(split="diverse_instruction"), "mmeb"),
+    "llava_hound": (LlavaHound(question_lines=PAIRS), "llava_hound"),
+    "llava_hound_embed_rl": (LlavaHound(embed_rl=True), "embed_rl"),
+    "colpali_answer": (ColPaliTrain("answer"), "colpali"),
+    "colpali_page": (ColPaliTrain("page"), "colpali"),
+    "visrag": (VisRagTrain(), "visrag"),
+}
+"""Golden name -> converter and the fixture that it reads."""
 
 
 def raw_rows(converter: Converter, root: Path) -> Iterator[RawRow]:
     """Every row that the converter's shards name, read as the job reads them."""
-    local = LocalRoot(root)
-    for shard in converter.shards(local):
-        found = survey(local, shard.file)
-        stop = found.rows if shard.stop is None else min(found.rows, shard.stop)
-        for number, values in read_rows(local, shard.file, np.arange(shard.start, stop)):
-            if isinstance(values, RowError):
-                raise values
-            yield RawRow(shard, number, values)
+    inputs = InputRoot(root)
+    with TemporaryDirectory() as cache:
+        for shard in converter.shards(inputs):
+            arrow = as_arrow(shard.file, inputs.path(shard.file), Path(cache))
+            stop = min(count_rows(arrow), shard.stop or 10**9)
+            for number, values in read_rows(arrow, range(stop), is_jsonl(shard.file)):
+                assert isinstance(values, dict)
+                yield RawRow(shard, number, values, inputs.media_root)
 
 
 def records_of(converter: Converter, root: Path) -> Iterator[PairRecord]:
     """The records of a whole root."""
-    for row in raw_rows(converter, root):
-        yield from converter.convert(row)
+    return filter(None, map(converter.convert, raw_rows(converter, root)))
 
 
 def readable(converter: Converter, root: Path) -> list[dict[str, Any]]:
     """The records as JSON values, without what is empty; of MMEB's sets the first two rows."""
-    lines = []
-    for row in raw_rows(converter, root):
-        if converter.name == "mmeb_train" and row.row >= 2:
-            continue
-        for record in converter.convert(row):
-            lines.append(_named(asdict(record), f"{row.shard.file}:{row.row}"))
-    return lines
+    rows = [row for row in raw_rows(converter, root) if converter.name != "mmeb_train" or row.row < 2]
+    found = [(converter.convert(row), f"{row.shard.file}:{row.row}") for row in rows]
+    return [_named(asdict(record), place) for record, place in found if record is not None]
 
 
 def _named(value: Any, place: str) -> Any:
@@ -79,6 +74,8 @@ def _named(value: Any, place: str) -> Any:
     return [_named(part, place) for part in value] if isinstance(value, list | tuple) else value
 
 
-def one_row(values: dict[str, Any], source: str = "s", note: str = "", row: int = 0) -> RawRow:
+def one_row(
+    values: dict[str, Any], source: str = "s", note: str = "", row: int = 0, media_root: Path | None = None
+) -> RawRow:
     """A row as if it came from a file of its own."""
-    return RawRow(Shard("rows.jsonl", source, note=note), row, values)
+    return RawRow(Shard("rows.jsonl", source, note=note), row, values, media_root)

@@ -9,37 +9,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from data_preprocess.generic import Generic
 from embedrl_verl.convert.column_map import column_map, load_column_map
 from embedrl_verl.convert.command import convert_main
 from embedrl_verl.convert.converter import RawRow, RowError, Shard
-from embedrl_verl.convert.generic import GenericConverter, add_generic_options, make_generic
-from embedrl_verl.convert.inputs import RemoteRoot, open_root
-from embedrl_verl.data.files import pair_files
-from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.writer import write_pairs
-from embedrl_verl.errors import ConfigError, DataError, ResourceError
-from tests.convert.conftest import Draw, write_lines
+from embedrl_verl.errors import ConfigError
+from tests.convert.conftest import Draw, records, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def one(plain: dict[str, Any] | None, values: dict[str, Any], source: str = "") -> PairRecord:
-    converter = GenericConverter(None if plain is None else column_map(plain, "map"), source, "fallback")
-    (record,) = converter.convert(RawRow(Shard("dir/f.jsonl", source), 7, values))
-    return record
-
-
-def records(folder: Path) -> list[PairRecord]:
-    return [record for file in pair_files([folder]) for record in read_pairs(file)]
+    converter = Generic(source=source)
+    object.__setattr__(converter, "mapping", None if plain is None else column_map(plain, "map"))
+    return converter.convert(RawRow(Shard("dir/f.jsonl", source, note="fallback"), 7, values))
 
 
 def command(*options: Any) -> int:
-    return convert_main(make_generic, "", add_generic_options, ["--workers", "1", *map(str, options)])
+    return convert_main(Generic, "generic", ["--workers", "1", *map(str, options)])
 
 
 def test_a_map_reaches_into_lists_and_structs_and_joins_columns() -> None:
@@ -215,9 +206,10 @@ def test_a_wrong_template_ends_the_command_with_2(tmp_path: Path, capsys: pytest
 def test_a_constant_rate_of_the_command_line_is_a_number(tmp_path: Path) -> None:
     columns = load_column_map(None, ["query.video=v", "target=t"], ["query.fps=2"])
     assert columns is not None
-    (record,) = GenericConverter(columns).convert(RawRow(Shard("f.jsonl", ""), 0, {"v": "c.mp4", "t": "b"}))
-    assert record.query.video == Video(path="c.mp4", fps=2.0)
     assert columns == column_map({"query": {"video": "v", "fps": 2}, "target": {"text": "t"}}, "map")
+    assert one({"query": {"video": "v", "fps": 2}, "target": "t"}, {"v": "c.mp4", "t": "b"}).query.video == Video(
+        path="c.mp4", fps=2.0
+    )
     for text in ("fast", "0", "-1", "nan", "inf"):
         with pytest.raises(ConfigError, match=rf"query\.fps: a constant must be a positive number.*got '{text}'"):
             load_column_map(None, ["query.video=v", "target=t"], [f"query.fps={text}"])
@@ -320,29 +312,9 @@ def test_our_own_files_and_folders_of_datasets_are_read(tmp_path: Path, draw: Dr
     assert [record.target.images for record in records(tmp_path / "b")] == [(draw(i),) for i in range(5)]
 
 
-def test_a_repository_is_read_like_a_folder(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"query": ["a", "b"], "target": ["c", "d"]}), tmp_path / "part-10.parquet")
-    write_lines(tmp_path / "part-2.jsonl", [{"query": "e", "target": "f"}])
-    root = RemoteRoot("file", str(tmp_path), "hf://datasets/owner/name@commit")
-    from embedrl_verl.convert.job import JobOptions, run_conversion
-
-    card = run_conversion(root, GenericConverter(None, "s"), JobOptions(out=str(tmp_path / "out")))
-    assert [file["file"] for file in card["input"]["files"]] == ["part-2.jsonl", "part-10.parquet"]
-    assert card["input"]["location"] == "hf://datasets/owner/name@commit"
-    assert card["input"]["files"][0]["sha256"] is None
-    assert [record.query.text for record in records(tmp_path / "out")] == ["e", "a", "b"]
-
-
-def test_what_is_neither_path_nor_reachable_repository_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder, and not a hub id"):
-        open_root(str(tmp_path / "gone"))
-    with pytest.raises(ResourceError, match=r"owner/name: no such file or folder here, and the hub does not give"):
-        open_root("owner/name")  # the tests are offline
-
-
 def test_the_card_holds_the_map(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "f.jsonl", [{"q": "a", "t": "b"}])
     assert command("--input", source, "--out", tmp_path / "out", "--column", "query=q", "--column", "target=t") == 0
     card = json.loads((tmp_path / "out" / "data_card.json").read_text())
-    assert card["settings"]["columns.query.text"] == "q"
+    assert card["build"]["settings"]["columns.query.text"] == "q"
     assert command("--input", source, "--out", tmp_path / "out", "--column", "query=t", "--column", "target=t") == 2

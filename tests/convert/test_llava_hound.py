@@ -8,12 +8,12 @@ import json
 import numpy as np
 import pytest
 
+from data_preprocess.llava_hound import LlavaHound, frame_indices
 from embedrl_verl.convert.converter import RowError
-from embedrl_verl.convert.inputs import LocalRoot
-from embedrl_verl.convert.sources.llava_hound import QUESTION_LINES, LlavaHound, frame_indices
+from embedrl_verl.convert.inputs import InputRoot
 from embedrl_verl.data.schema import Video
 from embedrl_verl.errors import ConfigError, DataError
-from tests.convert.golden import one_row, raw_rows, records_of
+from tests.convert.golden import one_row, records_of
 from tests.convert.make_fixtures import Pen, write_embed_rl, write_llava_hound
 
 PAIRS = 5
@@ -53,56 +53,19 @@ def turns(*said):
 
 def convert(videos, mode="caption_retrieval", **columns):
     values = {"id": "clip", "video": "clip", "conversations": turns(("human", HUMAN), ("gpt", GPT))} | columns
-    (record,) = LlavaHound(str(videos)).convert(one_row(values, f"llavahound_{mode}", mode))
-    return record
-
-
-def by_source(records):
-    found = {}
-    for record in records:
-        found.setdefault(record.data_source.removeprefix("llavahound_"), []).append(record)
-    return found
-
-
-def test_in_video_retrieval_query_and_target_change_roles(root):
-    found = by_source(records_of(LlavaHound(str(root), question_lines=PAIRS), root))
-    for caption, search in zip(found["caption_retrieval"], found["video_retrieval"], strict=True):
-        assert search.query.text == caption.target.text
-        assert search.target.video == caption.query.video
-        assert search.query.video is caption.target.video is None
-        assert search.instruction == "Find a video that contains the following visual content:"
-        assert search.target.instruction == "Understand the content of the provided video:"
-        assert search.target.text == ""
-        assert caption.instruction == "Write down all that the clip shows."
-
-
-def test_questions_are_the_first_lines_of_the_second_file_and_no_captions(root):
-    found = by_source(records_of(LlavaHound(str(root), question_lines=PAIRS), root))["qa"]
-    assert len(found) == PAIRS
-    for record in found:
-        assert record.instruction == "Answer a question based on the content of a video."
-        assert record.query.text == "What is the first digit of the clip?"
-        assert record.target.text.startswith("The first digit is")
+    return LlavaHound().convert(one_row(values, f"llavahound_{mode}", mode, media_root=videos))
 
 
 def test_240_000_lines_are_questions_by_default(root):
-    stops = {shard.note: shard.stop for shard in LlavaHound(str(root)).shards(LocalRoot(root))}
+    stops = {shard.note: shard.stop for shard in LlavaHound().shards(InputRoot(root))}
     assert stops == {"caption_retrieval": None, "qa": 240_000, "video_retrieval": None}
-    assert QUESTION_LINES == 240_000
 
 
 def test_a_file_of_questions_alone_is_read_whole(root, tmp_path):
     (tmp_path / "video_qa_240k.jsonl").write_text("{}\n")
     (tmp_path / "video_240k_caption_15k.jsonl").write_text("{}\n")
-    (shard,) = LlavaHound(str(root), modes=("qa",)).shards(LocalRoot(tmp_path))
+    (shard,) = LlavaHound(modes=("qa",)).shards(InputRoot(tmp_path))
     assert (shard.file, shard.stop) == ("video_qa_240k.jsonl", None)
-
-
-def test_the_mark_of_the_video_is_taken_out_wherever_it_stands(root):
-    marked = list(raw_rows(LlavaHound(str(root), modes=("qa",), question_lines=PAIRS), root))
-    assert {row.values["conversations"][0]["value"].index("<video>") > 0 for row in marked} == {True, False}
-    for record in records_of(LlavaHound(str(root), question_lines=PAIRS), root):
-        assert "<video>" not in record.instruction + record.query.text + record.target.text
 
 
 @pytest.mark.parametrize(
@@ -131,7 +94,7 @@ def test_frames_are_in_natural_order_and_all_of_them_on_request(root):
     folder = f"train_300k/{names[1]}"
 
     def frames(**options):
-        records = list(records_of(LlavaHound(str(root), ("caption_retrieval",), **options), root))
+        records = list(records_of(LlavaHound(("caption_retrieval",), **options), root))
         return records[1].query.video.frames
 
     assert frames() == tuple(f"{folder}/c01_{number}.jpeg" for number in (1, 3, 5, 7, 9, 11, 13, 16))
@@ -184,35 +147,18 @@ def test_captions_and_videos_have_the_id_of_the_video_and_answers_of_their_words
     assert convert(videos, mode="qa").target_id == "answer:number"
 
 
-def test_embed_rls_copies_have_the_roles_the_videos_and_the_tcots_of_each_mode(embed_rl):
-    found = by_source(records_of(LlavaHound(str(embed_rl), embed_rl=True), embed_rl))
-    assert {name: len(records) for name, records in found.items()} == dict.fromkeys(found, 2)
-    for record in found["caption_retrieval"] + found["qa"]:
-        assert len(record.query.video.frames) == 3
-        assert record.target.video is None
-        assert "key_frames" in record.query.tcot
-        assert record.target.text.startswith("The digits")
-    for record in found["video_retrieval"]:
-        assert record.query.video is None
-        assert record.query.text.startswith("The digits")
-        assert len(record.target.video.frames) == 3
-        assert record.target.instruction == "Understand the content of the provided video:"
-        assert "key_frames" in record.target.tcot
-        assert record.target_id == f"video:{record.target.video.frames[0].split('/')[1]}"
-
-
 def copied(mode="qa", **change):
     row = {
         "dataset_name": f"llavahound_{mode}",
         "qry": {"conversations": turns(("human", HUMAN)), "video": ["v/1.jpeg"]},
         "pos": {"conversations": turns(("gpt", GPT)), "video": ["images/blank.jpg"]},
     }
-    return one_row(row | change, "llavahound_qa", "embed_rl:qa")
+    return one_row(row | change, "llavahound_qa", "qa")
 
 
-def test_a_copied_row_of_another_mode_is_not_used(embed_rl):
-    assert list(LlavaHound(str(embed_rl)).convert(copied("caption_retrieval"))) == []
-    assert len(list(LlavaHound(str(embed_rl)).convert(copied()))) == 1
+def test_a_copied_row_of_another_mode_is_not_used():
+    assert LlavaHound(embed_rl=True).convert(copied("caption_retrieval")) is None
+    assert LlavaHound(embed_rl=True).convert(copied())
 
 
 @pytest.mark.parametrize(
@@ -229,21 +175,21 @@ def test_a_copied_row_of_another_mode_is_not_used(embed_rl):
 )
 def test_a_bad_copied_row_is_refused_by_the_name_of_its_field(change, field):
     with pytest.raises(RowError) as caught:
-        list(LlavaHound(".").convert(copied(**change)))
+        LlavaHound(embed_rl=True).convert(copied(**change))
     assert caught.value.field == field
 
 
 def test_a_copied_file_that_names_its_mode_is_read_for_it_alone(embed_rl, tmp_path):
-    shards = LlavaHound(str(embed_rl), embed_rl=True).shards(LocalRoot(embed_rl))
+    shards = LlavaHound(embed_rl=True).shards(InputRoot(embed_rl))
     assert [(shard.source, shard.file) for shard in shards] == [(s.source, f"{s.source}.jsonl") for s in shards]
     (tmp_path / "mixed.jsonl").write_text("{}\n")
-    assert len(LlavaHound(str(embed_rl), embed_rl=True).shards(LocalRoot(tmp_path))) == 3
+    assert len(LlavaHound(embed_rl=True).shards(InputRoot(tmp_path))) == 3
 
 
 def test_missing_files_and_wrong_options_are_refused(tmp_path):
     for options in ({}, {"modes": ("qa",)}, {"embed_rl": True}):
         with pytest.raises(DataError, match="jsonl"):
-            LlavaHound(str(tmp_path), **options).shards(LocalRoot(tmp_path))
+            LlavaHound(**options).shards(InputRoot(tmp_path))
     for options in ({"modes": ("caption",)}, {"modes": ()}, {"frames": -1}, {"question_lines": 0}):
         with pytest.raises(ConfigError):
-            LlavaHound(str(tmp_path), **options)
+            LlavaHound(**options)

@@ -2,22 +2,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
+from collections import Counter
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from embedrl_verl.convert import media_store
 from embedrl_verl.convert.converter import RowError
-from embedrl_verl.convert.media_store import MediaCounts, MediaStore
+from embedrl_verl.convert.media_store import MediaStore
 from embedrl_verl.data.media import load_image
 from embedrl_verl.data.schema import Item, Media, PairRecord, Video
-from embedrl_verl.errors import ConfigError
 from tests.convert.conftest import Draw
-from tests.data.clips import write_clip
 
 
 def pair(*images: Media, video: Video | None = None, negatives: tuple[Item, ...] = ()) -> PairRecord:
@@ -45,11 +42,8 @@ def root(tmp_path: Path, draw: Draw) -> Path:
     (folder / "b.jpeg").write_bytes(draw(2, "JPEG"))
     (folder / "text.png").write_bytes(b"no image")
     (folder / "torn.png").write_bytes(draw(3)[:-300])
-    (folder / "empty.mp4").write_bytes(b"")
     (folder / "noise.mp4").write_bytes(b"no video")
     write_video(folder / "clip.MP4", 6)
-    clip = write_clip(folder / "strange.mp4").read_bytes()
-    (folder / "strange.mp4").write_bytes(clip.replace(b"avc1", b"zz99"))
     (tmp_path / "outside.png").write_bytes(draw(4))
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     return folder
@@ -62,7 +56,7 @@ def store(root: Path, place: str = "keep", verify: str = "decode") -> MediaStore
 def test_files_keep_their_bytes_under_their_hash_and_are_stored_once(root: Path, draw: Draw) -> None:
     files = store(root, "files")
     clip = Video(frames=("a.png", draw(5, "WEBP")), fps=2.0)
-    counts = MediaCounts()
+    counts = Counter()
     one = files.put(pair("a.png", draw(2, "JPEG"), video=clip), counts)
     two = files.put(pair("b.jpeg", negatives=(Item(images=("a.png",)),)), counts)
     media = root.parent / "out" / "media"
@@ -75,27 +69,27 @@ def test_files_keep_their_bytes_under_their_hash_and_are_stored_once(root: Path,
         assert Path(path).stem == hashlib.sha256(original).hexdigest()
         assert load_image(path, media).tobytes() == load_image(original, None).tobytes()
     assert sorted(path.suffix for path in media.rglob("*.*")) == [".jpg", ".png", ".webp"]
-    assert counts == MediaCounts(images=4, frames=2, videos=1, animated=0, paths=6)
+    assert counts == Counter(images=4, frames=2, videos=1, paths=6)
 
 
 def test_embedding_gives_the_bytes_of_the_files(root: Path, draw: Draw) -> None:
-    counts = MediaCounts()
+    counts = Counter()
     record = store(root, "embed").put(pair("a.png", video=Video(frames=("b.jpeg",))), counts)
     assert record.query.images == (draw(1),)
     assert record.query.video == Video(frames=(draw(2, "JPEG"),))
-    assert counts.paths == 0
+    assert counts["paths"] == 0
 
 
 def test_keeping_changes_nothing(root: Path, draw: Draw) -> None:
     record = pair("a.png", draw(2), video=Video(path="clip.MP4"))
-    counts = MediaCounts()
+    counts = Counter()
     assert store(root).put(record, counts) is record
-    assert (counts.images, counts.videos, counts.paths) == (2, 1, 2)
+    assert (counts["images"], counts["videos"], counts["paths"]) == (2, 1, 2)
     assert not (root.parent / "out").exists()
 
 
 def test_video_files_are_copied_as_they_are(root: Path) -> None:
-    record = store(root, "files").put(pair(video=Video(path="clip.MP4", fps=2.0)), MediaCounts())
+    record = store(root, "files").put(pair(video=Video(path="clip.MP4", fps=2.0)), Counter())
     assert record.query.video is not None
     path = record.query.video.path
     assert path is not None
@@ -118,41 +112,19 @@ def test_video_files_are_copied_as_they_are(root: Path) -> None:
 )
 def test_unusable_media_are_named_with_their_field(root: Path, media: Media, reason: str, place: str) -> None:
     with pytest.raises(RowError, match=reason) as raised:
-        store(root, place).put(pair("a.png", media), MediaCounts())
+        store(root, place).put(pair("a.png", media), Counter())
     assert raised.value.field == "query.images[1]"
     assert not (root.parent / "out").exists()  # nothing is written of a record that is refused
 
 
-@pytest.mark.parametrize(
-    ("path", "reason"),
-    [
-        ("empty.mp4", "the video file is empty"),
-        ("noise.mp4", "not a readable video"),
-        ("gone.mp4", "no such file"),
-        ("strange.mp4", "its codec is unknown to this build of FFmpeg"),
-    ],
-)
-def test_unusable_videos_are_named_with_their_field(root: Path, path: str, reason: str) -> None:
-    with pytest.raises(RowError, match=rf"field query\.video\.path: .*{reason}"):
-        store(root).put(pair(video=Video(path=path)), MediaCounts())
-
-
 def test_a_video_file_cannot_be_embedded(root: Path) -> None:
     with pytest.raises(RowError, match="a video file cannot be embedded; place media as files"):
-        store(root, "embed").put(pair(video=Video(path="clip.MP4")), MediaCounts())
-
-
-def test_a_huge_image_is_refused_by_its_header(root: Path) -> None:
-    image = Image.new("1", (20_000, 20_000))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    with pytest.raises(RowError, match=r"field query\.images\[0\]: media of \d+ bytes: over the limit of 89478485 p"):
-        store(root, verify="exists").put(pair(buffer.getvalue()), MediaCounts())
+        store(root, "embed").put(pair(video=Video(path="clip.MP4")), Counter())
 
 
 def test_a_ribbon_that_no_model_reads_is_refused(root: Path, draw: Draw) -> None:
     with pytest.raises(RowError, match="sides may differ by a factor of 200 at most; got 1000x2"):
-        store(root).put(pair(draw(0, width=1000, height=2)), MediaCounts())
+        store(root).put(pair(draw(0, width=1000, height=2)), Counter())
 
 
 def test_a_file_too_large_for_an_image_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,35 +132,28 @@ def test_a_file_too_large_for_an_image_is_not_read(root: Path, monkeypatch: pyte
     for reader in (Path, "read_bytes"), (media_store.Image, "open"):
         monkeypatch.setattr(*reader, lambda *_: pytest.fail("was read"))
     with pytest.raises(RowError, match="bytes are over the limit of 100 for an image"):
-        store(root).put(pair("a.png"), MediaCounts())
+        store(root).put(pair("a.png"), Counter())
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_animated_images_are_kept_and_counted(root: Path, draw: Draw, format: str) -> None:
-    counts = MediaCounts()
+    counts = Counter()
     moving = draw(0, format, frames=3)
     record = store(root).put(pair(moving, draw(0, format)), counts)
     assert record.query.images[0] == moving
-    assert (counts.images, counts.animated) == (2, 1)
+    assert (counts["images"], counts["animated"]) == (2, 1)
 
 
 def test_what_is_not_verified_is_not_opened(root: Path) -> None:
     lax = store(root, verify="none")
-    assert lax.put(pair("missing.png", "text.png", b"no image"), MediaCounts()).query.images[0] == "missing.png"
+    assert lax.put(pair("missing.png", "text.png", b"no image"), Counter()).query.images[0] == "missing.png"
     for path in ("../outside.png", "/etc/hostname", "a/../../b"):
         with pytest.raises(RowError, match=r"must be relative to the media root, without '\.\.'"):
-            lax.put(pair(path), MediaCounts())
+            lax.put(pair(path), Counter())
 
 
 def test_headers_are_read_when_only_existence_is_verified(root: Path) -> None:
     shallow = store(root, verify="exists")
-    shallow.put(pair("torn.png", video=Video(path="noise.mp4")), MediaCounts())
+    shallow.put(pair("torn.png", video=Video(path="noise.mp4")), Counter())
     with pytest.raises(RowError, match="not a readable image"):
-        shallow.put(pair("text.png"), MediaCounts())
-
-
-def test_unknown_modes_are_refused(root: Path) -> None:
-    with pytest.raises(ConfigError, match="must be one of keep, embed, files; got 'link'"):
-        store(root, "link")
-    with pytest.raises(ConfigError, match="must be one of none, exists, decode; got 'all'"):
-        store(root, verify="all")
+        shallow.put(pair("text.png"), Counter())

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from data_preprocess.mmeb_train import SOURCES as MMEB
 from embedrl_verl.convert.sampling import Sampling, evenly_spaced, preset, presets, sampling_from_options
-from embedrl_verl.convert.sources import ALL_SOURCES, MMEB_SOURCES
-from embedrl_verl.data.files import pair_files
-from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.stage1.sampler import SubBatchPlan
-from tests.convert.conftest import MAP, Convert, question, write_lines
+from tests.convert.conftest import Convert, question, records, write_lines
+from tests.convert.golden import ALL_SOURCES
 
 
 @pytest.mark.parametrize(("total", "count"), [(10, 3), (50, 50), (7, 9), (1_000_000, 999), (3, 1), (0, 5)])
@@ -58,7 +57,7 @@ def test_the_papers_table_is_as_printed() -> None:
     sums = [sum(getattr(entry, name) for entry in published.values()) for name in ("initial", "kept")]
     assert sums == [2_023_882, 1_683_111]  # of the lines; the totals that the paper prints are others
     assert all(f"{total:,}" in table.note for total in [*sums, 2_223_882, 1_828_341])
-    assert set(MMEB_SOURCES.values()) <= set(published)
+    assert set(MMEB.values()) <= set(published)
     assert {name for name, entry in published.items() if entry.left_out} == {
         "mmeb_hatefulmemes",
         "mmeb_n24news",
@@ -97,10 +96,7 @@ def test_the_weights_that_a_card_prints_train_the_mixture_of_the_preset(tmp_path
     pairs = {"visrag": 300, "vidore_colpali": 650, "mmeb_imagenet_1k": 900, "mmeb_hatefulmemes": 20}
     rows = [question(i, source=source) for source, count in pairs.items() for i in range(count)]
     write_lines(tmp_path / "f.jsonl", [*rows, question(0, source="mmeb_cirr", answer=None)])
-    columns = {**MAP, "data_source": "source"}
-    card = convert(
-        tmp_path / "f.jsonl", columns=columns, sampling=sampling_from_options([], "vlm2vec_v2"), shard_rows=10**6
-    )
+    card = convert(tmp_path / "f.jsonl", "out", "data_source=source", name="", preset="vlm2vec_v2", shard_rows=10**6)
     text = (tmp_path / "out" / "data_card.md").read_text()
     (printed,) = re.findall(r"`(contrastive\.source_weights=.*)`", text)
     weights = OverridesParser.create().parse_override(printed).value()
@@ -108,7 +104,7 @@ def test_the_weights_that_a_card_prints_train_the_mixture_of_the_preset(tmp_path
     assert max(weights.values()) == weights["visrag"] == 1
     assert "the shares are mmeb_imagenet_1k 1, mmeb_hatefulmemes 0.5, vidore_colpali 10, visrag 12." in text
 
-    sources = [record.data_source for file in pair_files([tmp_path / "out"]) for record in read_pairs(file)]
+    sources = [record.data_source for record in records(tmp_path / "out")]
     assert Counter(sources) == pairs
     plan = SubBatchPlan(sources, batch_pairs=1, sub_batch_pairs=1, weights=weights)
     drawn = Counter(sources[int(batch.pairs[0])] for batch in plan.epoch(0))
@@ -137,13 +133,13 @@ def test_every_preset_speaks_of_sources_that_converters_write() -> None:
 def test_command_line_caps_win_over_the_preset() -> None:
     sampling = sampling_from_options(["7", "visrag=9"], "paper_caps")
     assert (sampling.cap("visrag"), sampling.cap("mmeb_cirr"), sampling.cap("mine")) == (9, 50_000, 7)
-    assert sampling_from_options([], None).cap("visrag") is None
+    assert sampling_from_options([], "").cap("visrag") is None
 
 
 @pytest.mark.parametrize("cap", ["many", "a=-1", "a=", "a=1.5"])
 def test_a_cap_is_a_number_of_rows(cap: str) -> None:
     with pytest.raises(ConfigError, match="--cap takes ROWS or SOURCE=ROWS"):
-        sampling_from_options([cap], None)
+        sampling_from_options([cap], "")
 
 
 def test_impossible_samplings_are_refused() -> None:

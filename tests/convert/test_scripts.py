@@ -15,15 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embedrl_verl.convert.command import convert_main
 from embedrl_verl.convert.media_store import map_media, media_fields
-from embedrl_verl.convert.sampling import presets
-from embedrl_verl.convert.sources import ALL_SOURCES
-from embedrl_verl.data.files import media_root_of, pair_files
+from embedrl_verl.data.files import media_root_of
 from embedrl_verl.data.media import load_item
-from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES
-from tests.convert.golden import PAIRS, conversions, records_of
+from tests.convert.conftest import records
+from tests.convert.golden import CONVERSIONS, PAIRS, records_of
 from tests.convert.make_fixtures import Pen, encoded, write_all
 
 SCRIPTS = Path(__file__).parents[2] / "data_preprocess"
@@ -39,27 +36,21 @@ CALLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def roots(tmp_path_factory):
-    return write_all(tmp_path_factory.mktemp("fixtures"), pairs=PAIRS)
-
-
 def run(script: str, root: Path, out: Path, *options: str) -> int:
     """A script in this process, with one worker; returns the exit code."""
-    names = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name=script)
-    argv = ["--input", str(root), "--out", str(out), "--workers", "1", *options]
-    return convert_main(names["make"], script, names["add_options"], argv)
-
-
-def records(out: Path):
-    return [record for file in pair_files([out]) for record in read_pairs(file)]
+    argv = [f"{script}.py", "--input", str(root), "--out", str(out), "--workers", "1", *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    return int(ended.value.code or 0)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_script_writes_the_records_of_its_converter_in_order(name, roots, tmp_path):
     script, fixture, options = CALLS[name]
     assert run(script, roots[fixture], tmp_path / "out", *options) == 0
-    converter, root = conversions(roots)[name]
+    converter, root = CONVERSIONS[name][0], roots[fixture]
     expected = list(records_of(converter, root))
     assert records(tmp_path / "out") == expected
 
@@ -71,7 +62,7 @@ def test_media_read_back_have_the_pixels_of_the_source(name, place, roots, tmp_p
     if (name, place) == ("llava_hound", "embed"):
         options = [*options, "--max-bad-share", "1"]  # one of the clips is a video file, which cannot be embedded
     run(script, roots[fixture], tmp_path / "out", "--media", place, *options)
-    converter, root = conversions(roots)[name]
+    converter, root = CONVERSIONS[name][0], roots[fixture]
     sources = {record.pair_id: record for record in records_of(converter, root)}
     found = records(tmp_path / "out")
     assert len(found) >= len(sources) - 3
@@ -116,11 +107,6 @@ def test_the_scripts_say_what_they_take():
         )
         assert done.returncode == 0, done.stderr
         assert "--input" in done.stdout
-
-
-def test_presets_name_data_sources_that_exist():
-    for preset in presets().values():
-        assert set(preset.sources) <= set(ALL_SOURCES)
 
 
 # Bad rows: each has a place, and a field that the report must name.

@@ -3,41 +3,41 @@
 
 from __future__ import annotations
 
-import runpy
 from collections import Counter
-from pathlib import Path
 
 from transformers import AutoProcessor
 
+from data_preprocess.colpali_train import ColPaliTrain
+from data_preprocess.llava_hound import LlavaHound
+from data_preprocess.mmeb_train import MmebTrain
+from data_preprocess.visrag_train import VisRagTrain
 from embedrl_verl.convert.command import convert_main
-from embedrl_verl.convert.sources import ALL_SOURCES
 from embedrl_verl.data.dataset import TCoTDataset
 from embedrl_verl.data.files import pair_files
 from recipes.tiny_digits.models import build_tiny_model
+from tests.convert.golden import ALL_SOURCES
 from tests.convert.make_fixtures import write_all
 
-SCRIPTS = Path(__file__).parents[2] / "data_preprocess"
 PAIRS = 3
 CALLS = {
-    "mmeb": ("mmeb_train", "mmeb", ["--images-dir", "mmeb"]),
+    "mmeb": (MmebTrain, "mmeb", ["--images-dir", "mmeb"]),
     "hound": (
-        "llava_hound",
+        LlavaHound,
         "llava_hound",
         ["--question-lines", str(PAIRS), "--frames-dir", "llava_hound/train_300k"],
     ),
-    "answers": ("colpali_train", "colpali", []),
-    "pages": ("colpali_train", "colpali", ["--reading", "page"]),
-    "visrag": ("visrag_train", "visrag", []),
+    "answers": (ColPaliTrain, "colpali", []),
+    "pages": (ColPaliTrain, "colpali", ["--reading", "page"]),
+    "visrag": (VisRagTrain, "visrag", []),
 }
 
 
 def test_all_26_data_sources_load_with_every_pair(tmp_path):
     roots = write_all(tmp_path / "fixtures", pairs=PAIRS)
-    for name, (script, fixture, options) in CALLS.items():
-        names = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name=script)
+    for name, (converter, fixture, options) in CALLS.items():
         places = {"--input": roots[fixture], "--out": tmp_path / name, "--media-root": tmp_path / "fixtures"}
         argv = [str(word) for place in places.items() for word in place] + ["--workers", "1", *options]
-        assert convert_main(names["make"], script, names["add_options"], argv) == 0
+        assert convert_main(converter, name, argv) == 0
     model = tmp_path / "model"
     build_tiny_model(model, seed=0)
     processor = AutoProcessor.from_pretrained(model)

@@ -8,9 +8,12 @@ is trained. Step 6: a checkpoint. Eight steps are one epoch: four batches of dig
 from __future__ import annotations
 
 import dataclasses
-import runpy
 from pathlib import Path
 
+from data_preprocess.colpali_train import ColPaliTrain
+from data_preprocess.llava_hound import LlavaHound
+from data_preprocess.mmeb_train import MmebTrain
+from data_preprocess.visrag_train import VisRagTrain
 from embedrl_verl.convert.command import convert_main
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.data.parquet import read_pairs
@@ -21,17 +24,16 @@ from tests.e2e.judge_faults import LIMIT, FaultyJudge
 
 STEPS, TRAINED_EVERY, SAVED = 8, 3, 6
 DIGITS = ("digits_i2t", "digits_video")  # 8 pairs of each: two batches
-SCRIPTS = Path(__file__).parents[2] / "data_preprocess"
-# source: script, fixture, options; media paths of all are relative to the folder of the fixtures
+# source: converter, fixture, options; media paths of all are relative to the folder of the fixtures
 CONVERSIONS = {
-    "mmeb_okvqa": ("mmeb_train", "mmeb", ["--sets", "OK-VQA", "--images-dir", "mmeb"]),
+    "mmeb_okvqa": (MmebTrain, "mmeb", ["--sets", "OK-VQA", "--images-dir", "mmeb"]),
     "llavahound_video_retrieval": (
-        "llava_hound",
+        LlavaHound,
         "llava_hound",
         ["--modes", "video_retrieval", "--frames-dir", "llava_hound/train_300k"],
     ),
-    "vidore_colpali": ("colpali_train", "colpali", []),
-    "visrag": ("visrag_train", "visrag", []),
+    "vidore_colpali": (ColPaliTrain, "colpali", []),
+    "visrag": (VisRagTrain, "visrag", []),
 }
 
 
@@ -51,10 +53,9 @@ def pairs(inputs: Path, folder: Path) -> tuple[list[Path], Path]:
     write_pairs(digits, folder / "digits.parquet")
     files, root = [folder / "digits.parquet"], folder / "fixtures"
     roots = write_all(root, pairs=4)
-    for source, (script, fixture, options) in CONVERSIONS.items():
-        names = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name=script)
+    for source, (converter, fixture, options) in CONVERSIONS.items():
         argv = ["--input", str(roots[fixture]), "--out", str(folder / source), "--media-root", str(root), *options]
-        assert convert_main(names["make"], script, names["add_options"], argv) == 0
+        assert convert_main(converter, source, argv) == 0
         files += map(Path, pair_files([folder / source]))
     return files, root
 
