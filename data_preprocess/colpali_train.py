@@ -15,16 +15,9 @@ is not unique ("page_9.jpg"); the bytes count. A list of images is a document of
 "answer" is what the reference mixture trains, "page" is what the retrieval tests ask. A row without an answer is not
 used in the reading "answer".
 
-Cells of `answer` and `options` may be lists written out as strings. With `--answers clean` a list (of the sources pdf
-and tatdqa) is one answer in parts and is joined with ", ", and the letter of an option (arxiv_qa) becomes the option's
-text; a letter beside options that cannot be read is refused, since all such rows would share it as their target. With
-"raw" the cell is the target as it stands, as in the reference. The sources docvqa and Infographic-VQA have a second
-line in the question that asks for a short answer ("Answer briefly."); the reading "page" leaves it out.
-
-The reference says no instruction; in the reading "answer" ours is that of MMEB's questions, in "page" that of the
-retrieval benchmark.
-
-Same content: answers by their words; pages by source, file name and page number, without a file name by their bytes.
+Cells of `answer` and `options` may be lists written out as strings: an answer in parts (pdf, tatdqa) is joined with
+", ", and the letter of an option (arxiv_qa) becomes its text. A letter beside options that cannot be read is refused,
+since all such rows would share it as their target. docs/data.md has more.
 """
 
 from __future__ import annotations
@@ -58,15 +51,8 @@ OPTION = re.compile(r"\(?(?P<letter>[A-Z])[.):]+\s*(?P<text>.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class ColPaliTrain(Converter):
-    reading: str = option(
-        "answer",
-        "answer: page and question find the answer, as the reference trains; page: the question finds the page, as the "
-        "benchmarks test",
-        ("answer", "page"),
-    )
-    answers: str = option(
-        "clean", "clean: written-out lists joined, option letters resolved; raw: as in the file", ("clean", "raw")
-    )
+    reading: str = option("answer", "what is found: the answer to page and question, or the page", tuple(SOURCES))
+    answers: str = option("clean", "written-out lists joined and letters resolved, or raw", ("clean", "raw"))
 
     name = "colpali_train_set"
 
@@ -104,17 +90,14 @@ def clean_answer(row: RawRow) -> str:
         return chosen(answer, options)
     absent = cell is None or (isinstance(cell, str) and not cell.strip())
     if not absent and option_letter(answer) is not None:
-        raise RowError(
-            "options", f"must be a list of texts when the answer is a letter ({show(answer)}); got {show(cell)}"
-        )
+        rule = f"must be a list of texts when the answer is a letter ({show(answer)})"
+        raise RowError("options", f"{rule}; got {show(cell)}")
     return answer
 
 
 def chosen(answer: str, options: list[str]) -> str:
-    """Text of the option that an answer names by its letter; another answer without the letter before it.
-
-    Options without letters are counted: "A" is the first.
-    """
+    """Text of the option that an answer names by its letter (options without letters are counted: "A" is the first);
+    another answer without the letter before it."""
     letter = option_letter(answer)
     if letter is None:
         return without_letter(answer)[1]
@@ -130,10 +113,8 @@ def chosen(answer: str, options: list[str]) -> str:
 
 
 def listed(value: Any) -> list[str] | None:
-    """The elements of a list, or of a list that was written out as a string ("['a', 'b']"); None for anything else.
-
-    Elements that are numbers become strings; nothing is evaluated but Python literals.
-    """
+    """The elements, as strings, of a list or of a list that was written out as a string ("['a', 'b']"); None for
+    anything else. Nothing is evaluated but Python literals."""
     if isinstance(value, str):
         stripped = value.strip()
         if not (stripped.startswith("[") and stripped.endswith("]")):
@@ -149,8 +130,7 @@ def listed(value: Any) -> list[str] | None:
 
 def option_letter(answer: str) -> str | None:
     """The letter if the answer is nothing but the letter of an option, as "D", "D." or "(D)"."""
-    found = LETTER.fullmatch(answer.strip())
-    return found["letter"] if found else None
+    return found["letter"] if (found := LETTER.fullmatch(answer.strip())) else None
 
 
 def without_letter(text: str) -> tuple[str | None, str]:

@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
-from embedrl_verl.convert.column_map import ITEM_KEYS, RECORD_KEYS, ColumnMap, Fields, Reference, load_column_map
+from embedrl_verl.convert.column_map import ITEM_KEYS, RECORD_KEYS, ColumnMap, Fields, load_column_map
 from embedrl_verl.convert.command import convert_main
 from embedrl_verl.convert.converter import Converter, RawRow, RowError, Shard, as_images, as_text, option, show
 from embedrl_verl.convert.inputs import InputRoot, natural_key
-from embedrl_verl.data.files import REJECTED_FILE, WORK_FOLDER
+from embedrl_verl.data.files import CARD_FILE, COMMAND_FILE, REJECTED_FILE, WORK_FOLDER
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError, DataError
 
 PATTERNS = ("**/*.parquet", "**/*.jsonl", "**/*.jsonl.gz", "**/data-*.arrow")
+FASTEST = 1e6
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class Generic(Converter):
         return {"source": self.source, "pattern": self.pattern, **{f"columns.{key}": plain[key] for key in plain}}
 
     def shards(self, root: InputRoot) -> list[Shard]:
-        """All files that can be read. The input's name is noted for rows that say no data source."""
         patterns = (self.pattern,) if self.pattern else PATTERNS
-        names = [name for name in root.files(*patterns) if self.pattern or not is_ours(PurePosixPath(name))]
+        names = root.files(*patterns) if self.pattern else not_ours(root, root.files(*patterns))
         if not names:
             raise DataError(f"no file fits {', '.join(patterns)}; the input must be a file or folder of such files")
         default, source = name_of(root.location), self.source
         if not source and self.mapping is not None:
-            source = str(self.mapping.record.get("data_source", Reference(constant=default)).constant or "")
+            said = self.mapping.record.get("data_source")
+            source = default if said is None else str(said.content) if said.kind == "value" else ""
         return [Shard(name, source, note=default) for name in sorted(names, key=natural_key)]
 
     def convert(self, row: RawRow) -> PairRecord:
@@ -128,7 +129,7 @@ def spread(fields: Fields, row: RawRow, side: str) -> Iterable[Item]:
 
 
 def item_of(values: Mapping[str, Any], name: Callable[[str], str], side: str) -> Item:
-    """A side from raw values by field; `name` gives the column of a field, for messages."""
+    """A side from raw values by field; `name` gives the column of a field."""
 
     def text(key: str) -> str:
         value = values.get(key)
@@ -138,26 +139,30 @@ def item_of(values: Mapping[str, Any], name: Callable[[str], str], side: str) ->
     try:
         return Item(
             text=text("text"),
-            images=as_images(images, name("images")) if images else (),
+            images=as_images(images, name("images")) if images is not None else (),
             video=video_of(video, values.get("fps"), name) if video is not None else None,
             instruction=text("instruction"),
             kind=text("kind") or None,
             tcot=text("tcot"),
         )
-    except RowError:
-        raise
     except DataError as error:
-        raise RowError(side, str(error)) from error
+        raise of_field(error, side) from error
+
+
+def of_field(error: DataError, field: str) -> RowError:
+    return error if isinstance(error, RowError) else RowError(field, str(error))
 
 
 def video_of(value: Any, fps: Any, name: Callable[[str], str]) -> Video | None:
     of_struct = fps is None and isinstance(value, Mapping)
     if isinstance(value, Mapping):  # {frames, path, fps}, as in our own files; or one struct of a path
+        if value.get("bytes"):
+            raise RowError(name("video"), "holds the bytes of a video file; write them to a file, and give its path")
         fps = value.get("fps") if fps is None else fps
         value = value.get("frames") or value.get("path")
     if value is None or value == "":
         return None
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float)):
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or abs(fps) > FASTEST):
         raise RowError(f"{name('video')}.fps" if of_struct else name("fps"), f"must be a number; got {show(fps)}")
     if value == []:
         raise RowError(name("video"), "has no frames")
@@ -166,10 +171,8 @@ def video_of(value: Any, fps: Any, name: Callable[[str], str]) -> Video | None:
         if isinstance(value, list):
             return Video(frames=as_images(value, name("video")), fps=rate)
         return Video(path=as_text(value, name("video")), fps=rate)
-    except RowError:
-        raise
     except DataError as error:
-        raise RowError(name("video"), str(error)) from error
+        raise of_field(error, name("video")) from error
 
 
 def id_text(value: Any, name: str) -> str:
@@ -185,9 +188,19 @@ def name_of(location: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.split(".")[0].lower()).strip("_") or "own"
 
 
-def is_ours(path: PurePosixPath) -> bool:
-    """Hidden files, and what data commands write beside pair records."""
-    return path.name.startswith(".") or path.name == REJECTED_FILE or WORK_FOLDER in path.parts
+def not_ours(root: InputRoot, names: list[str]) -> list[str]:
+    """The files without hidden ones, and without what data commands write beside pair records. Raises DataError if a
+    folder of pair records is unfinished."""
+    for name in root.files(f"**/{WORK_FOLDER}/{COMMAND_FILE}"):
+        path = root.path(name)
+        raise DataError(
+            f"{path.parent.parent} is unfinished (it has {WORK_FOLDER}/); finish it with: {path.read_text().strip()}"
+        )
+    made = {PurePosixPath(card).parent for card in root.files(f"**/{CARD_FILE}")}
+    paths = [PurePosixPath(name) for name in names]
+    hidden = {path for path in paths if any(part.startswith(".") for part in path.parts)}
+    reports = {folder / REJECTED_FILE for folder in made}
+    return [str(path) for path in paths if path not in hidden | reports]
 
 
 if __name__ == "__main__":

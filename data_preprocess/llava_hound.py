@@ -8,22 +8,12 @@ Annotations are lines {id, video, conversations: [{from: "human", value}, {from:
 are captions (or `video_qa_240k.jsonl`, those lines cut out). A video is a folder of frames
 `<frames dir>/<video>/*.jpeg` under the media root, or a file `<frames dir>/<video>.mp4`.
 
-| mode | query | target |
-|---|---|---|
-| caption_retrieval | what the human asks (instruction) + video | what gpt answers: the caption |
-| qa | question + video | the answer |
-| video_retrieval | the **caption** | the **video**: the two change roles |
-
-Of a folder of frames the reference's 8 are named, indices int(linspace(0, n - 1, 8)) in natural order; of fewer than 8
-all. Their frames per second are not known.
+docs/data.md has the modes: in caption_retrieval and qa the video is in the query, in video_retrieval the caption is.
 
 Embed-RL's copies {dataset_name, qry: {conversations, video}, pos: {conversations, video}, query_cot, pos_cot} are read
 too: there a video is a list of frame paths, and the path of a blank picture, `images/blank.jpg`, means "no video on
-this side". Its lists in one .json file have to be written as one object a line first. A file whose name begins with
-that of a mode (`llavahound_qa_1.jsonl`) is read for this mode alone, another one for all.
-
-Same content: videos, and captions of one video (each answers the others' query), by the video's name; answers by their
-words.
+this side". A file whose name begins with that of a mode (`llavahound_qa_1.jsonl`) is read for this mode alone, another
+one for all.
 """
 
 from __future__ import annotations
@@ -70,10 +60,9 @@ class LlavaHound(Converter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.frames < 0 or self.question_lines < 1 or not self.modes:
-            raise ConfigError(
-                "frames must not be negative, question_lines positive, and modes some of "
-                f"{', '.join(MODES)}; got {self.frames}, {self.question_lines} and {', '.join(self.modes) or 'none'}"
-            )
+            got = f"{self.frames}, {self.question_lines} and {', '.join(self.modes) or 'none'}"
+            rule = f"frames must not be negative, question_lines positive, and modes some of {', '.join(MODES)}"
+            raise ConfigError(f"{rule}; got {got}")
 
     def shards(self, root: InputRoot) -> list[Shard]:
         if root.media_root is None:
@@ -110,7 +99,7 @@ class LlavaHound(Converter):
 
     def _video(self, name: str, media_root: Path | None) -> Video:
         """Frames or file of a video by its name."""
-        if not name or PurePosixPath(name).name == BLANK:
+        if not name or "\0" in name or PurePosixPath(name).name == BLANK:
             raise RowError("video", f"must name a video; got {show(name)}")
         assert media_root is not None
         root = media_root.resolve()
@@ -128,9 +117,8 @@ class LlavaHound(Converter):
         for file in (folder, *(folder.with_name(folder.name + suffix) for suffix in VIDEO_SUFFIXES)):
             if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file():
                 return Video(path=file.relative_to(root).as_posix())
-        raise RowError(
-            "video", f"neither a folder of frames nor a video file at {self.frames_dir}/{name} in the media root"
-        )
+        place = f"{self.frames_dir}/{name} in the media root"
+        raise RowError("video", f"neither a folder of frames nor a video file at {place}")
 
 
 def named_mode(file: str) -> str | None:
@@ -179,11 +167,8 @@ def pair(row: RawRow, human: str, gpt: str, video: Video, name: str, tcots: tupl
 
 
 def turns(value: Any, field: str, need: str = "both") -> tuple[str, str]:
-    """(what the human says, what gpt says), of each the first turn; the mark of the video is taken out.
-
-    Args:
-        need: "human", "gpt" or "both": what must be there and not empty.
-    """
+    """(what the human says, what gpt says), of each the first turn, without the mark of the video; what is needed must
+    be there and not empty."""
     if not isinstance(value, list) or not value:
         raise RowError(field, f"must be a list of turns {{from, value}}; got {show(value)}")
     said: dict[str, str] = {}
@@ -195,9 +180,8 @@ def turns(value: Any, field: str, need: str = "both") -> tuple[str, str]:
             said[speaker] = as_text(turn.get("value"), f"{field}[{index}].value").replace(VIDEO_MARK, "").strip()
     for speaker in ("human", "gpt") if need == "both" else (need,):
         if not said.get(speaker):
-            raise RowError(
-                field, f"must have a turn of {speaker} with a text; got turns of {', '.join(said) or 'none'}"
-            )
+            got = ", ".join(said) or "none"
+            raise RowError(field, f"must have a turn of {speaker} with a text; got turns of {got}")
     return said.get("human", ""), said.get("gpt", "")
 
 
@@ -213,9 +197,7 @@ def frame_indices(total: int, count: int) -> list[int]:
     """`count` of 0..total-1 as the reference draws them, int(linspace(0, total - 1, count)); all if there are fewer."""
     if total <= count:
         return list(range(total))
-    if count == 1:
-        return [0]
-    return [index * (total - 1) // (count - 1) for index in range(count)]
+    return [index * (total - 1) // max(count - 1, 1) for index in range(count)]
 
 
 if __name__ == "__main__":

@@ -17,16 +17,7 @@ files.
 | neg_text, neg_image_path | with `--negatives` one hard negative, if it is not the positive itself |
 | query_cot, pos_cot | T-CoTs (Embed-RL's copies have them) |
 
-A known instruction is split off as the row spells it, so that instruction, one blank and text give the row's string
-again. In two cases nothing is guessed. Where a set's queries (or targets) have no text of their own, the whole string
-is the instruction, whatever its words. Where they have text and the string does not begin with a known instruction, the
-whole string stays the text and the instruction is empty; the data card counts such pairs.
-
-Queries of WebQA carry the placeholder though they have no image: it is dropped. Anywhere else a placeholder without an
-image means that the image is missing, and the row is rejected.
-
-Same content: answers and labels by their words (`answer_id`). Captions and images have no id here; the same text or the
-same bytes are the same content, as for every record without an id.
+docs/data.md says what becomes of an unknown instruction, and of a placeholder without an image.
 """
 
 from __future__ import annotations
@@ -48,16 +39,8 @@ from embedrl_verl.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Task:
-    """What the rows of one set hold.
-
-    Attributes:
-        query: instruction of the queries.
-        query_image, query_text: whether queries have an image, and text of their own.
-        target: instruction of the targets; "" for plain text.
-        target_image, target_text: whether targets have an image, and text of their own.
-        answers: targets are short answers or labels, the same for many queries.
-        pages: the images are document pages.
-    """
+    """What the rows of one set hold: the instructions of both sides, whether these have an image, and text of their
+    own; whether targets are short answers or labels, the same for many queries, and images document pages."""
 
     query: str
     query_image: bool = True
@@ -198,9 +181,8 @@ def query_of(row: RawRow, name: str, task: Task) -> tuple[str, Item]:
     if not text:
         raise RowError("qry", f"must have at least the instruction; got {show(row.value('qry'))}")
     if task.query_image and not images:
-        raise RowError(
-            "qry_image_path", f"the queries of {name} have an image; got {show(row.value('qry_image_path'))}"
-        )
+        got = show(row.value("qry_image_path"))
+        raise RowError("qry_image_path", f"the queries of {name} have an image; got {got}")
     instruction, own = split_instruction(text, task.query)
     if not task.query_text and not instruction:
         instruction, own = text, ""
@@ -250,11 +232,7 @@ def paths(row: RawRow, field: str) -> tuple[str, ...]:
 
 
 def without_placeholder(text: str, field: str, *, has_image: bool) -> str:
-    """The text without `<|image_1|>`, stripped.
-
-    Raises:
-        RowError: a placeholder and no image, several, or one of a second image.
-    """
+    """The text without `<|image_1|>`, stripped."""
     numbers = PLACEHOLDER.findall(text)
     if numbers and not has_image:
         raise RowError(field, f"the text has a placeholder for an image, but the row has none; got {show(text)}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from embedrl_verl.convert.media_store import COUNTS
+from embedrl_verl.convert.part import Task
 from embedrl_verl.convert.sampling import Sampling, preset
 from embedrl_verl.data.build import Report
 from embedrl_verl.data.files import REJECTED_FILE, media_root_of
@@ -21,24 +22,27 @@ COLUMNS = {"rows": "rows", "sampled": "sampled", "records": "pairs", "unused": "
 def card_facts(
     reports: Sequence[Report],
     available: Mapping[str, int],
-    sampled: Mapping[str, int],
+    tasks: Sequence[Task],
     sampling: Sampling,
     facts: Mapping[str, Any],
     rows: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Counts by source, media and sampling; `available` and `sampled` are rows by source, before and after the caps."""
-    by_source: dict[str, dict[str, Any]] = {
-        source or BY_ROW: {**dict.fromkeys(COLUMNS, 0), "rows": count, "sampled": sampled[source], "kinds": {}}
-        for source, count in available.items()
-    }
-    for report in reports:
-        of_shard = by_source[report["source"] or BY_ROW]
-        of_shard["unused"] += report["unused"]
-        of_shard["rejected"] += len(report["rejected"])
+    """Counts by source, media and sampling; `available` are the rows of each source before the caps."""
+    by_source: dict[str, dict[str, Any]] = {}
+
+    def of(source: str) -> dict[str, Any]:
+        return by_source.setdefault(source or BY_ROW, {**dict.fromkeys(COLUMNS, 0), "kinds": {}})
+
+    for source, count in available.items():
+        of(source)["rows"] = count
+    for task, report in zip(tasks, reports, strict=True):
+        counts = of(task.shard.source)
+        counts["sampled"] += len(task.rows)
+        counts["unused"] += report["unused"]
+        counts["rejected"] += len(report["rejected"])
         for source, kinds in sorted(report["kinds"].items()):
-            entry = by_source.setdefault(source, {**dict.fromkeys(COLUMNS, 0), "kinds": {}})
-            entry["records"] += sum(kinds.values())
-            entry["kinds"] = dict(sorted((Counter(entry["kinds"]) + Counter(kinds)).items()))
+            of(source)["records"] += sum(kinds.values())
+            of(source)["kinds"] = dict(sorted((Counter(of(source)["kinds"]) + Counter(kinds)).items()))
     media = {**dict.fromkeys(COUNTS, 0), **_sum(report["media"] for report in reports)}
     return {
         "by_source": by_source,
@@ -68,11 +72,9 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def card_notes(card: Mapping[str, Any]) -> list[str]:
     """Lines of the data card for people."""
     media, sampling = card["media"], card["sampling"]
+    counts = f"{media['images']:,} images, {media['videos']:,} videos, {media['frames']:,} frames given as images"
     lines = [f"{remark}.\n" for remark in _remarks(card)]
-    lines += [
-        f"Media: {media['images']:,} images, {media['videos']:,} videos, {media['frames']:,} frames given as images; "
-        f"place {media['place']}, checked by {media['verify']}."
-    ]
+    lines += [f"Media: {counts}; place {media['place']}, checked by {media['verify']}."]
     if sampling["preset"]:
         lines += ["", f"Sampling: preset {sampling['preset']} ({sampling['preset_from']}). {sampling['preset_note']}"]
         weights = ", ".join(f"{source}: {weight}" for source, weight in sampling["weights"].items())

@@ -9,8 +9,6 @@ query:
 target: {text: {value: a constant}}
 negatives: {text: wrong_captions}           # optional: one map (lists in it are spread), or a list of maps
 ```
-
-A side has text, instruction, tcot, kind (`page`), images, and a video: `video` (a path, or a list of frames) and `fps`.
 """
 
 from __future__ import annotations
@@ -35,32 +33,22 @@ STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]|\.")
 
 @dataclass(frozen=True)
 class Reference:
-    """How one field is filled: by a column (a path into the row), a constant, or a template of columns.
+    """How the entry `key` of the map is filled: `kind` is "column" (a path into the row), "template" or "value"."""
 
-    `key` is the entry of the map, as `query.fps`.
-    """
-
-    column: str = ""
-    constant: Any = None
-    template: str = ""
-    key: str = ""
+    key: str
+    kind: str
+    content: Any
 
     def look_up(self, row: Mapping[str, Any]) -> Any:
-        """The value in a row. Raises RowError if the column, or a step into it, does not exist."""
-        if self.template:
-            parts = string.Formatter().parse(self.template)
+        if self.kind == "template":
+            parts = string.Formatter().parse(self.content)
             return "".join(text + (_as_words(row, name) if name else "") for text, name, _, _ in parts)
-        return follow(row, self.column) if self.column else self.constant
+        return follow(row, self.content) if self.kind == "column" else self.content
 
     @property
     def name(self) -> str:
-        """For messages: the column, or the map's entry of a constant."""
-        return self.column or self.template or self.key or "value"
-
-    @property
-    def plain(self) -> Any:
-        """As the map has it."""
-        return self.column or ({"template": self.template} if self.template else {"value": self.constant})
+        """For messages."""
+        return self.key if self.kind == "value" else str(self.content)
 
 
 Fields: TypeAlias = Mapping[str, Reference]
@@ -78,7 +66,8 @@ class ColumnMap:
     def as_plain(self) -> dict[str, Any]:
         """For the data card: key -> reference, flat, in the form of the command line."""
         groups = (self.record, self.query, self.target, *self.negatives)
-        return {reference.key: reference.plain for fields in groups for reference in fields.values()}
+        every = [one for fields in groups for one in fields.values()]
+        return {one.key: one.content if one.kind == "column" else {one.kind: one.content} for one in every}
 
 
 def load_column_map(path: str | None, columns: Sequence[str] = (), values: Sequence[str] = ()) -> ColumnMap | None:
@@ -101,7 +90,7 @@ def load_column_map(path: str | None, columns: Sequence[str] = (), values: Seque
 
 
 def column_map(plain: Mapping[str, Any], where: str) -> ColumnMap:
-    """A map from plain values, as YAML gives them. Raises ConfigError, with `where` in the message."""
+    """A map from plain values, as YAML gives them; `where` stands in errors."""
     _check_keys(plain, (*RECORD_KEYS, "query", "target", "negatives"), where)
     for side in ("query", "target"):
         if side not in plain:
@@ -129,6 +118,8 @@ def follow(row: Mapping[str, Any], path: str) -> Any:
         if value is None:
             return None
         try:
+            if key is None and not isinstance(value, list):
+                raise TypeError("only a list has entries")
             value = value[key] if key is not None else value[int(index)]
         except (KeyError, IndexError, TypeError) as error:
             found = ", ".join(map(str, value)) if isinstance(value, Mapping) else show(value)
@@ -167,11 +158,11 @@ def _reference(plain: Any, where: str, key: str) -> Reference:
         plain = {"column": plain}
     kind, content = next(iter(plain.items())) if isinstance(plain, Mapping) and len(plain) == 1 else ("", None)
     if kind == "value" and content is not None:
-        return Reference(constant=_constant(content, where, key), key=key)
+        return Reference(key, kind, _constant(content, where, key))
     if kind in ("column", "template") and isinstance(content, str) and content:
         if kind == "template":
             _check_template(content, f"{where}: {key}")
-        return Reference(**{kind: content}, key=key)
+        return Reference(key, kind, content)
     raise ConfigError(f"{where}: {key}: must be a column, {{value: ...}} or {{template: ...}}; got {show(plain)}")
 
 
@@ -180,16 +171,16 @@ def _constant(value: Any, where: str, key: str) -> Any:
     if not key.endswith(".fps"):
         return value
     try:
-        rate = math.nan if isinstance(value, bool) else float(value)
+        rate = 0.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        rate = math.nan
+        rate = 0.0
     if not 0 < rate < math.inf:
         raise ConfigError(f"{where}: {key}: a constant must be a positive number, as 2 or 0.5; got {show(value)}")
     return rate
 
 
 def _check_template(template: str, where: str) -> None:
-    """Raises ConfigError for a template that is more than words and {column}s."""
+    """A template is nothing but words and {column}s."""
     rule = "a template is words and columns in braces, as '{place}, {year}' ({{ and }} for braces themselves)"
     rule = f"{where}: {rule}; got {template!r}"
     try:
@@ -197,14 +188,12 @@ def _check_template(template: str, where: str) -> None:
     except ValueError as error:
         raise ConfigError(f"{rule}: {error}") from error
     for _, name, spec, conversion in parts:
-        if name is None:
-            continue
-        if not name.strip():
+        extra = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+        if name is not None and not name.strip():
             raise ConfigError(f"{rule}, where a column's name is empty")
-        if re.match(r"\d+(?:[.\[]|$)", name):
+        if name is not None and re.match(r"\d+(?:[.\[]|$)", name):
             raise ConfigError(f"{rule}, where {name!r} is a number; name the column")
-        if spec or conversion:
-            extra = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+        if extra:
             raise ConfigError(f"{rule}; values are put in as they are, leave out {extra!r}")
 
 

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line that the scripts of `data_preprocess/` share: from a source's files to a data set folder.
-
-Exit codes: 0 done; 2 usage or options; 3 rows could not be used (the good ones are in the folder, `rejected.jsonl`
-names the others), or too many of them, or a file, and the job has stopped; 4 full disk, killed worker, silent hub.
-After a stop, after 4, and after any crash, the same command goes on.
-"""
+"""The command line that the scripts of `data_preprocess/` share: from a source's files to a data set folder."""
 
 from __future__ import annotations
 
@@ -24,13 +19,9 @@ Some = TypeVar("Some", bound=Options)
 
 
 def convert_main(converter: type[Converter], description: str, argv: Sequence[str] | None = None) -> int:
-    """Run a script of `data_preprocess/`. Returns the exit code; errors become one message on standard error.
-
-    Args:
-        description: its first line stands in --help.
-        argv: arguments instead of the process's.
-    """
-    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
+    """Run a script of `data_preprocess/`, with `argv` or the process's arguments. Returns the exit code (docs/data.md);
+    errors become one message on standard error."""
+    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0], allow_abbrev=False)
     add_options(parser, JobOptions)
     add_options(parser, converter)
     arguments = parser.parse_args(argv)

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from functools import cache
 
-from embedrl_verl.convert.converter import RawRow, RowError, show
+from embedrl_verl.convert.converter import RawRow, RowError, as_images, show
 from embedrl_verl.convert.inputs import InputRoot
 from embedrl_verl.data.identity import ANSWER_ID, normalise_text
 from embedrl_verl.data.schema import Media
@@ -28,11 +27,8 @@ _QUOTED = re.compile(r"(?P<quote>['\"])(?P<inside>[^'\"]+)(?P=quote)|“(?P<type
 
 
 def answer_id(text: str) -> str:
-    """`target_id` of an answer or a label: equal for answers that differ in nothing that a reader would mind.
-
-    Case, width, white space, closing punctuation, quotes around the whole and a leading article do not count: "A cab."
-    is "cab". Signs, units and decimal points do. Two pairs with such targets must not be negatives of each other.
-    """
+    """`target_id` of an answer or a label. Case, width, white space, closing punctuation, quotes around the whole and a
+    leading article do not count: "A cab." is "cab". Signs, units and decimal points do."""
     plain = normalise_text(text)
     core = plain.rstrip(" .,;:!?")
     quoted = _QUOTED.fullmatch(core)
@@ -45,26 +41,15 @@ def answer_id(text: str) -> str:
 
 
 def split_instruction(text: str, instruction: str) -> tuple[str, str]:
-    """(instruction as the text spells it, rest); ("", text) if the text does not begin with it.
-
-    A final stop or colon may be there or not. What follows must be set off by white space.
-
-    Args:
-        text: without placeholders, stripped.
-        instruction: the known wording.
-    """
-    found = _pattern(instruction).fullmatch(text)
-    return (found["instruction"], (found["rest"] or "").strip()) if found else ("", text)
-
-
-@cache
-def _pattern(instruction: str) -> re.Pattern[str]:
+    """(instruction as the text spells it, rest); ("", text) if the stripped text does not begin with it. A final stop
+    or colon may be there or not. What follows must be set off by white space."""
     words = re.escape(instruction.rstrip(".:"))
-    return re.compile(rf"(?P<instruction>{words}[.:]?)(?:\s+(?P<rest>.*))?", re.DOTALL)
+    found = re.fullmatch(rf"({words}[.:]?)(?:\s+(.*))?", text, re.DOTALL)
+    return (found[1], (found[2] or "").strip()) if found else ("", text)
 
 
 def train_files(root: InputRoot, repository: str) -> list[str]:
-    """Parquet or Arrow files of the split train. Raises DataError if there are none."""
+    """Parquet or Arrow files of the split train."""
     for patterns in TRAIN_FILES:
         if files := root.files(*patterns):
             return files
@@ -72,15 +57,13 @@ def train_files(root: InputRoot, repository: str) -> list[str]:
 
 
 def page_images(row: RawRow) -> tuple[Media, ...]:
-    """The images of the column `image`. Raises RowError if there is none."""
-    images = row.images("image")
+    images = as_images(row.value("image"), "image")
     if not images:
         raise RowError("image", f"must be the image of a page; got {show(row.value('image'))}")
     return images
 
 
 def question_of(row: RawRow) -> str:
-    """The column `query`. Raises RowError if it is empty."""
     question = row.text("query").strip()
     if not question:
         raise RowError("query", "must have a text; it is empty")

@@ -20,10 +20,8 @@ _MISSING: Any = object()
 
 
 class RowError(DataError):
-    """A row cannot become a pair: it is rejected and counted, and the job goes on.
-
-    `field` is the column at fault, as `conversations[1].value`; "" for the whole row. The job adds file and row.
-    """
+    """A row cannot become a pair: it is rejected and counted, and the job goes on. `field` is the column at fault, as
+    `conversations[1].value`; "" for the whole row."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"field {field}: {reason}" if field else reason)
@@ -82,10 +80,6 @@ class RawRow:
             return tuple(as_text(part, f"{name}[{index}]") for index, part in enumerate(value))
         return () if value is None else (as_text(value, name),)
 
-    def images(self, name: str) -> tuple[Media, ...]:
-        """No, one or several images, see `as_images`."""
-        return as_images(self.value(name), name)
-
 
 def option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
     """A field that is an option of the command line, with its help. With `MISSING` as default it must be given."""
@@ -121,33 +115,29 @@ class Converter(Options):
         raise NotImplementedError
 
     def convert(self, row: RawRow) -> PairRecord | None:
-        """The pair of a row; None is "not used" (counted, no error). Raises RowError for a bad row.
-
-        Images are paths relative to the media root, or the bytes of image files as they are; the job checks them.
-        """
+        """The pair of a row; None is "not used" (counted, no error). Raises RowError for a bad row. Images are paths
+        relative to the media root, or the bytes of image files; the job checks them."""
         raise NotImplementedError
 
 
 def as_text(value: Any, field: str) -> str:
-    """The value if it is a string. Raises RowError."""
     if not isinstance(value, str):
         raise RowError(field, f"must be a string; got {show(value)}")
     return value
 
 
 def as_media(value: Any, field: str) -> Media:
-    """A path (string), bytes, or the `datasets` struct {bytes, path}, of which bytes win. Raises RowError."""
+    """A path (string), bytes, or the `datasets` struct {bytes, path}, of which bytes win."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes) or not value:
-        raise RowError(
-            field, f"must be a path, the bytes of an image, or a struct of bytes and path; got {show(value)}"
-        )
+        rule = "must be a path, the bytes of an image, or a struct of bytes and path"
+        raise RowError(field, f"{rule}; got {show(value)}")
     return value
 
 
 def as_images(value: Any, field: str) -> tuple[Media, ...]:
-    """No, one or several images: null, "", one value of `as_media`, or a list of such values. Raises RowError."""
+    """No, one or several images: null, "", one value of `as_media`, or a list of such values."""
     if isinstance(value, list):
         return tuple(as_media(part, f"{field}[{index}]") for index, part in enumerate(value))
     return () if value is None or value == "" else (as_media(value, field),)

@@ -19,16 +19,10 @@ HUB_ID = re.compile(r"(?:hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revisi
 
 
 class InputRoot:
-    """A folder; or one file, whose folder is then the root; or a repository of the hub.
+    """A folder; or one file, whose folder is then the root; or a repository of the hub, which then has a `commit`.
 
-    Args:
-        location: an existing path, else `owner/name`, `owner/name@revision` or `hf://datasets/owner/name@revision`.
-        without: folder that is being written; its files are no input.
-
-    Attributes:
-        location: as the data card names it.
-        commit: of the repository; "" for a local root.
-        media_root: folder that paths of media are relative to: the one that is given, else the root, if it is local.
+    `location` is as the data card names it. Files of the folder `without`, which is being written, are no input. The
+    media root is the one that is given, else the root, if it is local.
     """
 
     def __init__(self, location: str | Path, without: Path | None = None, media_root: str = "") -> None:
@@ -90,8 +84,7 @@ class InputRoot:
 
 @contextmanager
 def _asking(what: str) -> Iterator[None]:
-    """Since `huggingface_hub` 1 the hub is spoken to through httpx, whose errors are no OSError."""
-    from httpx import HTTPError, StreamError
+    from httpx import HTTPError, StreamError  # of `huggingface_hub` 1; no OSError
 
     try:
         yield
@@ -110,4 +103,4 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key in which numbers count as numbers: part-2 before part-10."""
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A conversion from start to end: which rows are used, parts in worker processes, ids that come twice, the data card.
 
-1. Rows are counted and drawn by source; at most `shard_rows` of them make a part. A function of input and options.
-2. Workers make the parts (data/build.py): every row becomes a record, is "not used", or is rejected.
-3. Parts with the `pair_id` of an earlier record are made again, with these rows rejected.
-
-So after kill -9 at any point the same command goes on, and finds every row once.
+Which rows make which part is a function of input and options. Workers make the parts (data/build.py); those with the
+`pair_id` of an earlier record are made again, with these rows rejected. So after kill -9 the same command goes on.
 """
 
 from __future__ import annotations
@@ -29,8 +26,8 @@ from embedrl_verl.convert.part import PartMaker, Task
 from embedrl_verl.convert.restart import check_media_folder, remove_earlier
 from embedrl_verl.convert.rows import as_arrow, count_rows
 from embedrl_verl.convert.sampling import METHODS, Sampling, preset, presets, sampling_from_options
-from embedrl_verl.data.build import Report, building, count_causes, finish, make_parts, write_lines
-from embedrl_verl.data.files import CARD_FILE, MEDIA_FOLDER, REJECTED_FILE, part_name, read_object, sha256_of
+from embedrl_verl.data.build import Report, building, finish, list_causes, make_parts
+from embedrl_verl.data.files import CARD_FILE, MEDIA_FOLDER, STALE, part_name, read_object, sha256_of
 from embedrl_verl.data.parquet import read_batches
 from embedrl_verl.errors import ConfigError, DataError
 
@@ -44,12 +41,8 @@ class JobOptions(Options):
     input: str = option(MISSING, "folder, file, or hub id owner/name[@revision]")
     out: str = option(MISSING, "data set folder to write, or to go on with")
     media_root: str = option("", "folder that paths of media are relative to (the input's)")
-    media: str = option(
-        "keep", "keep: as they come; embed: bytes in the parquet files; files: all into OUT/media by hash", PLACES
-    )
-    verify: str = option(
-        "decode", "check of media: none, exists (files and headers), decode (every image and video)", VERIFY
-    )
+    media: str = option("keep", "as they come, embedded as bytes, or all as files in OUT/media, by hash", PLACES)
+    verify: str = option("decode", "of media nothing, files and headers, or every image and video", VERIFY)
     cap: tuple[str, ...] = option((), "[SOURCE=]ROWS, rows used of each source, or of one; may be given again")
     preset: str = option("", "caps of a published recipe", tuple(presets()))
     sample: str = option("even", "how rows under a cap are drawn", METHODS)
@@ -69,16 +62,7 @@ class JobOptions(Options):
 
 
 def run_conversion(converter: Converter, options: JobOptions, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Make a data set folder, or go on with one. Returns its data card.
-
-    Args:
-        command: finishes the job after a crash; noted for the user.
-
-    Raises:
-        ConfigError: options that cannot work, or a folder that was begun, or made, with others or by another command.
-        DataError: nothing to read, a file that cannot be read, or too many bad rows; the message has the causes.
-        ResourceError: full disk, killed worker, silent hub; the same command goes on.
-    """
+    """Make a data set folder, or go on with one; `command` does so after a crash. Returns its data card."""
     out = Path(options.out)
     sampling = sampling_from_options(options.cap, options.preset, method=options.sample, seed=options.seed)
     root = InputRoot(options.input, without=out, media_root=options.media_root)
@@ -93,21 +77,17 @@ def run_conversion(converter: Converter, options: JobOptions, command: Sequence[
     with building(out, facts, command, anew="begin anew with --restart") as work:
         if work is None:
             return read_object(out / CARD_FILE)
-        for stale in (out / MEDIA_FOLDER).glob("??/.*.tmp") if options.media == "files" else ():
+        for stale in (out / MEDIA_FOLDER).glob(f"??/{STALE}") if options.media == "files" else ():
             stale.unlink()  # of killed writers; no other is at work
         arrow = {name: as_arrow(name, root.path(name), work / ARROW_FOLDER) for name in names}
-        rows = {name: count_rows(files) for name, files in arrow.items()}
+        rows = {name: count_rows(name, file) for name, file in arrow.items()}
         tasks, available = _plan(shards, arrow, rows, sampling, options.shard_rows)
         reports = _make_all(PartMaker(converter, store), tasks, work, options)
-        sampled: Counter[str] = Counter()
-        for task in tasks:
-            sampled[task.shard.source] += len(task.rows)
-        more = card_facts(reports, available, sampled, sampling, facts, rows)
+        more = card_facts(reports, available, tasks, sampling, facts, rows)
         media_root = MEDIA_FOLDER if options.media == "files" else facts["media_root"]
-        root_of_paths = media_root if more["media"]["paths"] else None
-        licence, notes = facts["licence"], card_notes(more)
+        said = {"licence": facts["licence"], "more": more, "notes": card_notes(more)}
         return finish(
-            out, converter.name, facts, reports, media_root=root_of_paths, licence=licence, more=more, notes=notes
+            out, converter.name, facts, reports, media_root=(more["media"]["paths"] and media_root) or None, **said
         )
 
 
@@ -116,13 +96,17 @@ def _build_facts(
 ) -> dict[str, Any]:
     """All that decides the output. Files of the hub are pinned by the commit; local ones by their content."""
     said = {name: value for name, value in converter.settings.items() if value not in ("", ())}
-    place = {"media": options.media, "verify": options.verify}
+    said |= {"media": options.media, "verify": options.verify, "shard_rows": options.shard_rows}
     paths = {name: root.path(name) for name in names}
+    real: dict[Path, str] = {}
+    for name, path in paths.items() if not root.commit else ():
+        if (other := real.setdefault(path.resolve(), name)) != name:
+            raise DataError(f"{name} is {other} under another name (a link); take one of them away, or name the files")
     return {
         "tool": f"embedrl-verl {__version__}",
         "command": converter.name,
         "licence": options.licence or converter.licence,
-        "settings": {**said, **place, "shard_rows": options.shard_rows},
+        "settings": said,
         "sampling": {**vars(sampling), "caps": dict(sorted(sampling.caps.items()))},
         "location": root.location,
         "media_root": root.media_root and os.path.abspath(root.media_root),
@@ -141,7 +125,7 @@ def _check_caps(sampling: Sampling, sources: set[str]) -> None:
 
 
 def _plan(
-    shards: Sequence[Shard], arrow: dict[str, Any], rows: dict[str, int], sampling: Sampling, shard_rows: int
+    shards: Sequence[Shard], arrow: dict[str, Path], rows: dict[str, int], sampling: Sampling, shard_rows: int
 ) -> tuple[list[Task], dict[str, int]]:
     """The tasks in order, and the rows of each source before sampling. Positions count over all files of a source."""
     lengths = [rows[shard.file] if shard.stop is None else min(shard.stop, rows[shard.file]) for shard in shards]
@@ -179,11 +163,8 @@ def _make_all(make: PartMaker, tasks: Sequence[Task], work: Path, options: JobOp
             (work / f"{part_name(number)}.json").unlink()
         reports = parts([replace(task, repeated=repeated.get(number, {})) for number, task in enumerate(tasks)])
     if not any(report["records"] for report in reports):
-        rejected = [line for report in reports for line in report["rejected"]]
-        write_lines(work.parent / REJECTED_FILE, rejected)
-        causes, examples = count_causes(rejected)
-        listed = [f"\n  {count} x {cause} (first: {examples[cause]})" for cause, count in causes.most_common(5)]
-        why = ". Causes:" + "".join(listed) if causes else ": the converter uses none of them"
+        causes = list_causes(reports, work.parent)
+        why = f". Causes:\n{causes}" if causes else ": the converter uses none of them"
         raise DataError(
             f"no pair could be made of {total} rows{why}\nMend the input or the options, and start again with --restart"
         )
@@ -192,13 +173,10 @@ def _make_all(make: PartMaker, tasks: Sequence[Task], work: Path, options: JobOp
 
 def _repeated_rows(tasks: Sequence[Task], reports: Sequence[Report], out: Path) -> dict[int, dict[int, str]]:
     """Part -> row of its file -> why it is rejected: the first record of an id, in order of the parts, stays."""
-    parts = [out / part_name(number) for number in range(len(tasks))]
-    columns = [
-        batch.column(0).cast(pa.large_string()) for part in parts for _, batch in read_batches(part, ["pair_id"])
-    ]
-    ids = pa.concat_arrays(
-        [pa.array([], pa.large_string()), *columns]
-    )  # in one piece: each chunk would hold all values
+    parts = (out / part_name(number) for number in range(len(tasks)))
+    columns = (batch.column(0) for part in parts for _, batch in read_batches(part, ["pair_id"]))
+    of_parts = [pa.array([], pa.large_string()), *(column.cast(pa.large_string()) for column in columns)]
+    ids = pa.concat_arrays(of_parts)  # in one piece: each chunk would hold all values
     codes = ids.dictionary_encode().indices.to_numpy()
     _, first, place = np.unique(codes, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[place] != np.arange(len(codes)))

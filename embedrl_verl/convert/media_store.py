@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Media of the records: checked, and put where the user wants them, byte for byte (nothing is re-encoded).
-
-`place`: "keep" leaves paths and bytes as they come; "embed" puts images and frames into the parquet files; "files" puts
-all into `media/ab/<SHA-256>.<ext>` of the data set folder, the same content once.
-
-`verify`: "none" looks at the form of paths alone; "exists" at files and the headers of images; "decode" decodes images
-completely, and videos as far as training samples them.
+docs/data.md says what the values of `place` and `verify` mean.
 """
 
 from __future__ import annotations
@@ -52,7 +47,7 @@ FRAMES_CHECKED = 8
 
 @dataclass(frozen=True)
 class MediaStore:
-    """Checks and places media. The converter's paths are relative to `media_root`; `folder` is the data set's."""
+    """The converter's paths are relative to `media_root`; `folder` is the data set's."""
 
     place: str
     verify: str
@@ -65,8 +60,7 @@ class MediaStore:
     def put(self, record: PairRecord, counts: Counter[str]) -> PairRecord:
         """The record with its media where they belong. All are checked before the first is written; `counts` grows.
         Raises RowError, naming the field, for a medium that cannot be used."""
-        found: Counter[str] = Counter()
-        extensions: dict[str, str] = {}
+        found, extensions = Counter[str](), dict[str, str]()
         for name, media, kind in media_fields(record):
             look = _remembered if isinstance(media, str) else _look
             try:
@@ -78,11 +72,9 @@ class MediaStore:
             found[kind] += 1
             found["animated"] += is_animated
             found["paths"] += self.place == "files" or (self.place == "keep" and isinstance(media, str))
-        if not extensions:
-            return record
         found["videos"] = sum(item.video is not None for _, item in _items(record))
         counts.update(found)
-        if self.place == "keep":
+        if self.place == "keep" or not extensions:
             return record
         return map_media(record, lambda name, media: self._placed(media, extensions[name]))
 
@@ -186,9 +178,8 @@ def _look_at_image(media: Media, verify: str, root: Path | None) -> tuple[str, b
 
 def _look_at_video(path: str, place: str, verify: str, root: Path | None) -> str:
     if place == "embed":
-        raise MediaError(
-            f"media path {path!r}: a video file cannot be embedded; place media as files, or give its frames"
-        )
+        way = "place media as files, or give its frames"
+        raise MediaError(f"media path {path!r}: a video file cannot be embedded; {way}")
     full = resolve_media_path(path, root)
     if full.stat().st_size == 0:
         raise MediaError(f"media path {path!r}: the video file is empty")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +20,10 @@ from embedrl_verl.errors import DataError, EmbedRLError
 
 @dataclass(frozen=True)
 class Task:
-    """Rows that make one part.
-
-    Attributes:
-        arrow: see `rows.as_arrow`.
-        rows: of the file, ascending.
-        repeated: row -> why it is rejected, when an earlier record has its id.
-    """
+    """Rows (ascending) that make one part. `repeated`: row -> why it is rejected, when an earlier record has its id."""
 
     shard: Shard
-    arrow: tuple[str, ...]
+    arrow: Path
     rows: Sequence[int]
     repeated: Mapping[int, str] = field(default_factory=dict)
 
@@ -50,68 +44,63 @@ class PartMaker:
     def __call__(self, task: Task, part: Path) -> Report:
         skipped: list[int] = []
         rejected: list[dict[str, Any]] = []
-        sources: Counter[str] = Counter()
-        wordless: Counter[str] = Counter()
-        media: Counter[str] = Counter()
-        kinds: dict[str, Counter[str]] = {}
+        wordless, media = Counter[str](), Counter[str]()
+        kinds: defaultdict[str, Counter[str]] = defaultdict(Counter)
         with PairWriter(part) as writer:
             for row, values in read_rows(task.arrow, task.rows, is_jsonl(task.shard.file)):
                 found = self._record(task, row, values, media)
                 if isinstance(found, PairRecord):
                     writer.add(found)
-                    sources[found.data_source] += 1
                     kind = f"{input_kind(found, 'query')} > {input_kind(found, 'target')}"
-                    kinds.setdefault(found.data_source, Counter())[kind] += 1
-                    if not (found.query.instruction or found.instruction):
-                        wordless[found.data_source] += 1
+                    kinds[found.data_source][kind] += 1
+                    wordless[found.data_source] += not (found.query.instruction or found.instruction)
                 else:
                     skipped.append(row)
                     rejected += [found] if found else []
         return {
-            "source": task.shard.source,
             "records": writer.rows,
-            "by_source": sources,
+            "by_source": {source: of.total() for source, of in kinds.items()},
             "rejected": rejected,
             "unused": len(skipped) - len(rejected),
             "skipped": skipped,
             "kinds": kinds,
-            "without_instruction": wordless,
+            "without_instruction": +wordless,
             "media": media,
         }
 
     def _record(self, task: Task, row: int, values: Raw, media: Counter[str]) -> PairRecord | dict[str, Any] | None:
         """The record, the line of `rejected.jsonl`, or None for a row that is not used."""
-        pair_id = ""
-        if values is None:
-            return None
+        file, pair_id = task.shard.file, {}
         try:
             if isinstance(values, RowError):
                 raise values
-            record = self._convert(RawRow(task.shard, row, values, self.store.media_root))
+            record = (
+                self._convert(RawRow(task.shard, row, values, self.store.media_root)) if values is not None else None
+            )
             if record is None:
                 return None
-            pair_id = str(record.pair_id)
+            pair_id = {"pair_id": str(record.pair_id)}
             check_unicode(record)
             if row in task.repeated:
                 raise RowError("pair_id", task.repeated[row])
             return self.store.put(record, media)
         except DataError as error:
-            place = {"line": row + 1} if is_jsonl(task.shard.file) else {"row": row}
+            place = {"line": row + 1} if is_jsonl(file) else {"row": row}
             why = {"field": getattr(error, "field", ""), "reason": getattr(error, "reason", str(error))}
-            return {"file": task.shard.file, **place, **why, **({"pair_id": pair_id} if pair_id else {})}
+            return {"file": file, **place, **why, **pair_id}
 
     def _convert(self, raw: RawRow) -> PairRecord | None:
         try:
             return self.converter.convert(raw)
         except DataError:
             raise
+        except UnicodeError as error:
+            raise RowError("", f"holds a lone surrogate, which is no Unicode text ({error})") from error
         except OSError as error:
             raise RowError("", f"a file of this row cannot be read ({error})") from error
         except Exception as error:  # a fault of the converter, not of the data: named, and the job stops
-            raise EmbedRLError(
-                f"the converter {self.converter.name} failed on {raw.shard.file}, row {raw.row}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            where = f"{self.converter.name} failed on {raw.shard.file}, row {raw.row}"
+            raise EmbedRLError(f"the converter {where}: {type(error).__name__}: {error}") from error
 
 
 def check_unicode(value: Any, name: str = "") -> None:

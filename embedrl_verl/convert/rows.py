@@ -1,34 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw rows of parquet, JSON lines and Arrow files (`datasets`' `save_to_disk`), memory-mapped by `datasets`.
+"""Raw rows of parquet, JSON lines and Arrow files (`datasets`' `save_to_disk`), memory-mapped.
 
-Parquet and JSON lines are copied once to Arrow files in a folder of the job; which of their rows are wanted is asked
-after that. JSON lines are read as text and parsed row by row, so that a bad line is one bad row with its number.
+Parquet and JSON lines are copied once to Arrow, which gives any row at once. Lines are copied as bytes and parsed one
+by one, so that a bad line is one bad row with its number.
 """
 
 from __future__ import annotations
 
-import errno
-import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedrl_verl.convert.converter import RowError, show
+from embedrl_verl.data.files import publish, temporary_name
+from embedrl_verl.data.parquet import READ_BUFFER, bounded
 from embedrl_verl.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Raw: TypeAlias = "dict[str, Any] | RowError | None"
 """The values of a row, why there are none, or None for a blank line."""
-
-ROWS_AT_ONCE = 64
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BYTES_AT_ONCE = 8 << 20
 
 
 def is_jsonl(name: str) -> bool:
@@ -36,98 +34,93 @@ def is_jsonl(name: str) -> bool:
     return name.endswith((".jsonl", ".jsonl.gz"))
 
 
-def as_arrow(name: str, path: Path, cache: Path) -> tuple[str, ...]:
-    """The Arrow files with the rows of a file, made in `cache` if they are not there.
-
-    Raises:
-        DataError: the file cannot be read to its end, or has none of the known endings.
-    """
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is in our error
-    file, options = glob.escape(str(path)), {"cache_dir": str(cache)}
+def as_arrow(name: str, path: Path, cache: Path) -> Path:
+    """The Arrow file with the rows of a file: its copy in `cache`, made if it is not there, or itself."""
+    if name.endswith(".arrow"):
+        return path
+    copy = cache / f"{name}.arrow"
+    if copy.is_file():
+        return copy
+    batches = _batches(name, path)
+    first = next(batches, pa.record_batch({}))
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(copy)
     try:
-        if name.endswith(".arrow"):
-            _mapped((str(path),))
-            return (str(path),)
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+            for batch in chain([first], batches):
+                writer.write_batch(batch)
+        publish(temporary, copy)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return copy
+
+
+def count_rows(name: str, arrow: Path) -> int:
+    """Rows of the Arrow file that `as_arrow` made of a file. Raises DataError if it ends early."""
+    try:
+        return sum(batch.num_rows for batch in _mapped(arrow))
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(name, error) from error
+
+
+def read_rows(arrow: Path, wanted: Sequence[int], lines: bool) -> Iterator[tuple[int, Raw]]:
+    """The wanted rows (ascending), each with its number. With `lines` they are lines of JSON."""
+    numbers, start = np.asarray(wanted, np.int64), 0
+    for batch in _mapped(arrow):
+        low, high = np.searchsorted(numbers, (start, start + batch.num_rows))
+        for number in numbers[low:high].tolist():
+            row = batch.slice(number - start, 1)  # not `take`, which knows no views
+            yield number, _object(row["line"][0].as_py(), number) if lines else _values(row)
+        start += batch.num_rows
+        if high == len(numbers):
+            return
+
+
+def _batches(name: str, path: Path) -> Iterator[pa.RecordBatch]:
+    try:
         if is_jsonl(name):
-            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as lines:
-                if not lines.read(1):
-                    return ()
-            # A byte that is no UTF-8 becomes an escape that JSON does not know.
-            features = datasets.Features({"line": datasets.Value("string")})
-            read = datasets.Dataset.from_text(file, features=features, encoding_errors="backslashreplace", **options)
+            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+                while lines := file.readlines(BYTES_AT_ONCE):
+                    yield pa.record_batch({"line": pa.array(lines, pa.large_binary())})
         elif name.endswith(".parquet"):
-            if pq.read_metadata(path).num_rows == 0:
-                return ()
-            read = datasets.Dataset.from_parquet(file, batch_size=ROWS_AT_ONCE, **options)
+            with pq.ParquetFile(path, buffer_size=READ_BUFFER, page_checksum_verification=True) as file:
+                names = file.schema_arrow.names
+                if len(set(names)) < len(names):
+                    raise DataError(f"{name}: cannot be read (two columns have one name: {', '.join(names)})")
+                yield from bounded(file, range(file.num_row_groups))
         else:
             raise DataError(f"{name}: unknown kind of file; known are .parquet, .jsonl, .jsonl.gz and .arrow")
-    except (OSError, EOFError, ValueError, KeyError, TypeError, pa.ArrowException, DatasetsError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            raise cause from None
-        why = " ".join(str(cause).split())[:200]
-        raise DataError(
-            f"{name}: cannot be read ({why}); mend it, or take it away, and begin anew with --restart"
-        ) from error
-    return tuple(str(part["filename"]) for part in read.cache_files)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise _unreadable(name, error) from error
 
 
-def count_rows(arrow: tuple[str, ...]) -> int:
-    """Rows of the Arrow files; lines of a jsonl file."""
-    return len(_mapped(arrow)) if arrow else 0
+def _unreadable(name: str, error: Exception) -> DataError:
+    why = " ".join(str(error).split())[:200]
+    return DataError(f"{name}: cannot be read ({why}); mend it, or take it away, and begin anew with --restart")
 
 
-def read_rows(arrow: tuple[str, ...], wanted: Sequence[int], lines: bool) -> Iterator[tuple[int, Raw]]:
-    """The wanted rows, each with its number.
-
-    Args:
-        lines: the rows are lines of JSON.
-    """
-    if not wanted:
-        return
-    data = _mapped(arrow)
-    for start in range(0, len(wanted), ROWS_AT_ONCE):
-        numbers = wanted[start : start + ROWS_AT_ONCE]
-        table = data[numbers if isinstance(numbers, range) else list(numbers)]
-        for number, values in zip(numbers, _plain(table), strict=True):
-            yield int(number), _object(values["line"], int(number)) if lines and isinstance(values, dict) else values
+def _mapped(arrow: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of the mapped file. Not kept: pages that were read count as memory until the map is let go."""
+    with pa.memory_map(str(arrow)) as source, pa.ipc.open_stream(source) as reader:
+        yield from reader
 
 
-def _mapped(arrow: tuple[str, ...]) -> Dataset:
-    """The rows as Arrow tables, undecoded. Not kept: pages that were read count as memory until the map is let go."""
-    from datasets import Dataset, concatenate_datasets
-
-    return concatenate_datasets([Dataset.from_file(file) for file in arrow]).with_format("arrow")
-
-
-def _plain(table: pa.Table) -> list[dict[str, Any] | RowError]:
+def _values(row: pa.RecordBatch) -> dict[str, Any] | RowError:
+    name, values = "", {}
     try:
-        return table.to_pylist()  # type: ignore[no-any-return]
-    except UnicodeDecodeError:  # a string column holds other bytes: find the row
-        return [_one(table.slice(number, 1)) for number in range(table.num_rows)]
-
-
-def _one(table: pa.Table) -> dict[str, Any] | RowError:
-    values: dict[str, Any] = {}
-    for name in table.column_names:
-        try:
-            values[name] = table.column(name)[0].as_py()
-        except UnicodeDecodeError as error:
-            return RowError(name, f"a string must be UTF-8 ({error})")
+        for name in row.schema.names:
+            values[name] = row[name][0].as_py()
+    except UnicodeDecodeError as error:
+        return RowError(name, f"a string must be UTF-8 ({error})")
     return values
 
 
-def _object(line: str, number: int) -> Raw:
-    if number == 0:
-        line = line.removeprefix("\ufeff")
-    if not line.strip():
-        return None
+def _object(line: bytes, number: int) -> Raw:
     try:
-        values = json.loads(line)
+        text = line.decode("utf-8" if number else "utf-8-sig")
+        if not text.strip():
+            return None
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         return RowError("", f"the line is not JSON in UTF-8 ({' '.join(str(error).split())[:200]})")
     return values if isinstance(values, dict) else RowError("", f"a line must be a JSON object; got {show(values)}")

@@ -36,10 +36,8 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published table. `origin` says where it is from, `note` what to know before using it.
-
-    `by_draw`: its weights are shares of the draws, whatever a source's size; ours are multiplied by it.
-    """
+    """A published table. `origin` says where it is from, `note` what to know before using it. With `by_draw` its
+    weights are shares of the draws, whatever a source's size; ours are multiplied by it."""
 
     name: str
     origin: str
@@ -58,11 +56,8 @@ class Preset:
         return {name: entry.weight for name, entry in of if entry.weight is not None and not entry.left_out}
 
     def source_weights(self, pairs: Mapping[str, int]) -> dict[str, float]:
-        """Weights as `contrastive.source_weights` means them (drawn weight x pairs times an epoch).
-
-        Args:
-            pairs: data source -> pairs in the data; sources without pairs get no weight.
-        """
+        """Weights as `contrastive.source_weights` means them (drawn weight x pairs times an epoch), of the sources that
+        have pairs."""
         weights = {name: weight for name, weight in self.weights.items() if pairs.get(name)}
         if not self.by_draw or not weights:
             return weights
@@ -73,14 +68,8 @@ class Preset:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How rows are drawn.
-
-    Attributes:
-        caps: data source -> rows used at most.
-        default_cap: cap of a source that is not named; None = all rows.
-        method: "even" (equidistant) or "random" (without replacement, by `seed` and the source's name).
-        preset: name of the preset that the caps are from; "" for own ones.
-    """
+    """How rows are drawn: `caps` by data source, `default_cap` of those that are not named (None: all rows),
+    equidistant or at random by `seed` and the source's name."""
 
     caps: Mapping[str, int] = field(default_factory=dict)
     default_cap: int | None = None

@@ -33,6 +33,7 @@ from embedrl_verl.data.files import (
     LOCK_FILE,
     PART_PATTERN,
     REJECTED_FILE,
+    STALE,
     WORK_FOLDER,
     begin_work,
     disk_errors,
@@ -108,6 +109,9 @@ def building(
     with disk_errors(out):
         work.mkdir(parents=True, exist_ok=True)
     with only_writer(out), disk_errors(out):
+        if ours and not (work / BUILD_FILE).is_file():  # its writer ended between our look and our lock
+            shutil.rmtree(work)
+            raise ConfigError(f"another process has just finished {out}; run the command again")
         state = json.loads(json.dumps({**facts, "stamps": list(stamps)}))
         if ours and (changed := difference(read_object(work / BUILD_FILE), state)):
             raise ConfigError(
@@ -115,7 +119,7 @@ def building(
             )
         begin_work(out, command)
         write_json(work / BUILD_FILE, state)
-        for stale in (*out.glob(".*.tmp"), *work.glob(".*.tmp")):  # of killed writers; no other is at work
+        for stale in (*out.glob(STALE), *work.glob(STALE)):  # of killed writers; no other is at work
             stale.unlink()
         yield work
 
@@ -227,17 +231,22 @@ def finish(
 
 def stop_if_bad(reports: Iterable[Report], rows: int, max_bad_share: float, out: Path) -> None:
     """Raise DataError, with the causes, when more than this share of `rows` is rejected; writes `rejected.jsonl`."""
-    rejected = [line for report in reports for line in report["rejected"]]
-    if len(rejected) <= max_bad_share * rows:
+    reports = list(reports)
+    if (bad := sum(len(report["rejected"]) for report in reports)) <= max_bad_share * rows:
         return
-    write_lines(out / REJECTED_FILE, rejected)
-    causes, examples = count_causes(rejected)
-    listed = [f"  {count} x {cause} (first: {examples[cause]})" for cause, count in causes.most_common(5)]
     raise DataError(
-        "\n".join([f"{len(rejected)} of {rows} rows cannot be used, over the limit of {max_bad_share:.2%}:", *listed])
-        + f"\n{out / REJECTED_FILE} has all that were found. Mend the input and write a new folder, or run the same "
+        f"{bad} of {rows} rows cannot be used, over the limit of {max_bad_share:.2%}:\n{list_causes(reports, out)}\n"
+        f"{out / REJECTED_FILE} has all that were found. Mend the input and write a new folder, or run the same "
         "command with a higher --max-bad-share to leave them out"
     )
+
+
+def list_causes(reports: Iterable[Report], out: Path) -> str:
+    """The commonest causes of rejected rows, a line each; writes `rejected.jsonl`."""
+    rejected = [line for report in reports for line in report["rejected"]]
+    write_lines(out / REJECTED_FILE, rejected)
+    causes, examples = count_causes(rejected)
+    return "\n".join(f"  {count} x {cause} (first: {examples[cause]})" for cause, count in causes.most_common(5))
 
 
 def rejection(file: str | Path, row: int, error: DataError, pair_id: str | None = None) -> dict[str, Any]:

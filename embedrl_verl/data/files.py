@@ -33,6 +33,8 @@ COMMAND_FILE = "command.txt"
 LOCK_FILE = "lock"
 FORMAT = "embedrl pair records 1"
 NOT_DECLARED = "not declared"
+STALE = ".*.[0-9]*.tmp"
+"""Files of killed writers, see `temporary_name`."""
 _CHUNK = 1 << 20
 
 

@@ -18,7 +18,7 @@ Rows are counted from 0 over the whole file. `PairTable` (data/table.py) reads t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,13 @@ def read_batches(
     with opened(path) as file:
         row, groups = (source.start, range(*source.groups)) if isinstance(source, Span) else (0, None)
         present = [name for name in schema.names if name in file.schema_arrow.names]
-        for group in range(file.num_row_groups) if groups is None else groups:
-            facts = file.metadata.row_group(group)
-            rows = BYTES_PER_BATCH * facts.num_rows // max(_size(facts, present), 1)
-            rows = max(1, min(ROWS_PER_BATCH, rows))
-            try:
-                # A group at a time: a batch over several groups of large media would hold all of them.
-                for batch in in_pieces(file, rows, row_groups=[group], columns=present, use_threads=False):
-                    batch.validate(full=True)  # strings are UTF-8
-                    yield row, conform(batch, schema)
-                    row += batch.num_rows
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
+        try:
+            for batch in bounded(file, range(file.num_row_groups) if groups is None else groups, present):
+                batch.validate(full=True)  # strings are UTF-8
+                yield row, conform(batch, schema)
+                row += batch.num_rows
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read after row {row} ({error})") from error
 
 
 def read_rows(
@@ -220,10 +215,18 @@ def with_values(lists: pa.Array, values: pa.Array, kind: pa.DataType) -> pa.List
     return pa.ListArray.from_arrays(offsets, values, type=kind, mask=lists.is_null())
 
 
-def _size(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
-    """Bytes of these columns in a row group, as the footer has them."""
-    parts = (group.column(index) for index in range(group.num_columns))
-    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.partition(".")[0] in columns)
+def bounded(
+    file: pq.ParquetFile, groups: Iterable[int], columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Row groups in batches of bounded rows and bytes; a batch over several groups of large media would hold all of
+    them."""
+    for group in groups:
+        facts = file.metadata.row_group(group)
+        parts = (facts.column(index) for index in range(facts.num_columns))
+        read = (part for part in parts if columns is None or part.path_in_schema.partition(".")[0] in columns)
+        size = sum(part.total_uncompressed_size for part in read)
+        rows = max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH * facts.num_rows // max(size, 1)))
+        yield from in_pieces(file, rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 def in_pieces(file: pq.ParquetFile, rows: int, **options: Any) -> Iterator[pa.RecordBatch]:

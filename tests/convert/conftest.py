@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from tests.convert.make_fixtures import write_all
 
 MAP = ("query.text=question", "query.images=image", "target.text=answer")
 Convert = Callable[..., dict[str, Any]]
-Draw = Callable[..., bytes]
 
 
 @pytest.fixture(scope="package")
@@ -32,22 +31,16 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("fixtures"), pairs=PAIRS)
 
 
-@pytest.fixture
-def draw() -> Draw:
-    """`draw(seed, format="PNG", width=56, height=56, frames=1)`: bytes of an image of random pixels."""
-
-    def make(seed: int = 0, format: str = "PNG", width: int = 56, height: int = 56, frames: int = 1) -> bytes:
-        rng = np.random.default_rng(seed)
-        images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(frames)]
-        buffer = io.BytesIO()
-        more = {"save_all": True, "append_images": images[1:]} if frames > 1 else {}
-        images[0].save(buffer, format, **more)
-        return buffer.getvalue()
-
-    return make
+def draw(seed: int = 0, format: str = "PNG", width: int = 56, height: int = 56, frames: int = 1) -> bytes:
+    """Bytes of an image of random pixels."""
+    rng = np.random.default_rng(seed)
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(frames)]
+    buffer = io.BytesIO()
+    images[0].save(buffer, format, **({"save_all": True, "append_images": images[1:]} if frames > 1 else {}))
+    return buffer.getvalue()
 
 
-def write_lines(path: Path, rows: list[Any]) -> Path:
+def write_lines(path: Path, rows: Iterable[Any]) -> Path:
     """A jsonl file; a row that is bytes is written as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
@@ -80,5 +73,4 @@ def rejected(folder: Path) -> list[dict[str, Any]]:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Content of every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden records: what each converter makes of its fixture, as JSON that a person can read.
+"""What each converter makes of its fixture; golden/*.json hold it as a person can read it.
 
-`WRITE_GOLDEN=1 pytest tests/convert/test_golden.py` writes them anew; look at the difference before committing it.
-Encoded media are named by the place in the fixture that they come from, so that the golden files do not depend on the
-encoder.
+`WRITE_GOLDEN=1 pytest tests/convert/test_scripts.py` writes them anew; look at the difference before committing it.
+Encoded media are named by the place in the fixture that they come from, whatever the encoder.
 """
 
 from __future__ import annotations
@@ -48,15 +47,14 @@ def raw_rows(converter: Converter, root: Path) -> Iterator[RawRow]:
     with TemporaryDirectory() as cache:
         for shard in converter.shards(inputs):
             arrow = as_arrow(shard.file, inputs.path(shard.file), Path(cache))
-            stop = min(count_rows(arrow), shard.stop or 10**9)
+            stop = min(count_rows(shard.file, arrow), shard.stop or 10**9)
             for number, values in read_rows(arrow, range(stop), is_jsonl(shard.file)):
                 assert isinstance(values, dict)
                 yield RawRow(shard, number, values, inputs.media_root)
 
 
-def records_of(converter: Converter, root: Path) -> Iterator[PairRecord]:
-    """The records of a whole root."""
-    return filter(None, map(converter.convert, raw_rows(converter, root)))
+def records_of(converter: Converter, root: Path) -> list[PairRecord]:
+    return [*filter(None, map(converter.convert, raw_rows(converter, root)))]
 
 
 def readable(converter: Converter, root: Path) -> list[dict[str, Any]]:
@@ -74,8 +72,6 @@ def _named(value: Any, place: str) -> Any:
     return [_named(part, place) for part in value] if isinstance(value, list | tuple) else value
 
 
-def one_row(
-    values: dict[str, Any], source: str = "s", note: str = "", row: int = 0, media_root: Path | None = None
-) -> RawRow:
+def one_row(values: dict[str, Any], source: str = "s", note: str = "", media_root: Path | None = None) -> RawRow:
     """A row as if it came from a file of its own."""
-    return RawRow(Shard("rows.jsonl", source, note=note), row, values, media_root)
+    return RawRow(Shard("rows.jsonl", source, note=note), 0, values, media_root)

@@ -23,13 +23,14 @@ from data_preprocess.generic import Generic
 from embedrl_verl.convert.command import convert_main
 from embedrl_verl.data.files import pair_files
 from embedrl_verl.errors import DataError
-from tests.convert.conftest import Draw, records, rejected, write_lines
+from tests.convert.conftest import draw, records, rejected, write_lines
 from tests.convert.make_fixtures import Pen, write_video
 from tests.data.clips import write_clip
 from tests.data.test_media import tiff_with_an_odd_tag
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = {"pair_id": "id", "query.text": "q", "query.images": "i", "query.video": "v", "target.text": "a"}
+COLUMNS = ("pair_id=id", "query.text=q", "query.images=i", "query.video=v", "target.text=a")
+OPTIONS = ["--workers", "1", *(f"--column={column}" for column in COLUMNS)]
 GOOD = 12
 
 
@@ -38,18 +39,12 @@ def good(number: int, **change: Any) -> dict[str, Any]:
 
 
 def convert(source: Path, out: Path, *options: str, share: float = 0.2) -> int:
-    """`data_preprocess/generic.py` in this process."""
-    given = [f"--column={key}={column}" for key, column in COLUMNS.items()]
-    fixed = ["--input", str(source), "--out", str(out), "--workers", "1", "--max-bad-share", str(share)]
-    return convert_main(Generic, "generic", [*fixed, *given, *options])
+    places = ["--input", str(source), "--out", str(out), "--max-bad-share", str(share)]
+    return convert_main(Generic, "generic", [*places, *OPTIONS, *options])
 
 
 def ids(out: Path) -> list[str]:
     return [record.pair_id for record in records(out)]
-
-
-def card(out: Path) -> Any:
-    return json.loads((out / "data_card.json").read_text())
 
 
 def huge_png(small: bytes) -> bytes:
@@ -59,100 +54,108 @@ def huge_png(small: bytes) -> bytes:
 
 
 @pytest.fixture
-def root(tmp_path: Path, draw: Draw) -> Path:
+def root(tmp_path: Path) -> Path:
     """Media of all sorts."""
     folder = tmp_path / "in"
     (folder / "clip").mkdir(parents=True)
-    (folder / "good.png").write_bytes(draw(1))
-    (folder / "torn.png").write_bytes(draw(2)[:-200])
-    (folder / "text.png").write_bytes(b"no image")
-    (folder / "odd.tif").write_bytes(tiff_with_an_odd_tag())
-    (folder / "moving.gif").write_bytes(draw(3, "GIF", frames=3))
-    (folder / "huge.png").write_bytes(huge_png(draw(1)))
-    (tmp_path / "outside.png").write_bytes(draw(4))
-    (folder / "link.png").symlink_to(tmp_path / "outside.png")
     write_video(folder / "good.mp4", [Pen().picture(digit, rows=2) for digit in "1234"])
-    film = (folder / "good.mp4").read_bytes()
-    (folder / "torn.mp4").write_bytes(film[: len(film) // 2])
-    (folder / "badly_named.mp4").write_bytes(film.replace(b"Lavf", b"\xff\xfevf", 1))
+    film, clip = (folder / "good.mp4").read_bytes(), write_clip(folder / "strange.mp4").read_bytes()
+    files = {
+        "good.png": draw(1),
+        "torn.png": draw(2)[:-200],
+        "text.png": b"no image",
+        "odd.tif": tiff_with_an_odd_tag(),
+        "huge.png": huge_png(draw(1)),
+        "../outside.png": draw(4),
+        "torn.mp4": film[: len(film) // 2],
+        "badly_named.mp4": film.replace(b"Lavf", b"\xff\xfevf", 1),
+        "empty.mp4": b"",
+        "noise.mp4": b"no video",
+        "strange.mp4": clip.replace(b"avc1", b"zz99"),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
     with wave.open(str(folder / "sound.mp4"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(8000))
-    (folder / "empty.mp4").touch()
-    (folder / "noise.mp4").write_bytes(b"no video")
-    clip = write_clip(folder / "strange.mp4").read_bytes()
-    (folder / "strange.mp4").write_bytes(clip.replace(b"avc1", b"zz99"))
     return folder
 
 
-MEDIA = [
-    ({"i": "gone.png"}, "query.images[0]", "no such file in the media root"),
-    ({"i": "torn.png"}, "query.images[0]", "not a readable image"),
-    ({"i": "text.png"}, "query.images[0]", "not a readable image"),
-    ({"i": "odd.tif"}, "query.images[0]", "not a readable image (TypeError"),
-    ({"i": "huge.png"}, "query.images[0]", "over the limit of 89478485 pixels"),
-    ({"i": "../outside.png"}, "query.images[0]", "leaves the media root"),
-    ({"i": "link.png"}, "query.images[0]", "leaves the media root"),
-    ({"i": "/etc/hostname"}, "query.images[0]", "is absolute"),
-    ({"i": ["good.png", "torn.png"]}, "query.images[1]", "not a readable image"),
-    ({"i": None, "v": []}, "v", "has no frames"),
-    ({"i": None, "v": "empty.mp4"}, "query.video.path", "the video file is empty"),
-    ({"i": None, "v": "sound.mp4"}, "query.video.path", "no video stream"),
-    ({"i": None, "v": "torn.mp4"}, "query.video.path", "media path 'torn.mp4'"),
-    ({"i": None, "v": "badly_named.mp4"}, "query.video.path", "not a readable video (UnicodeDecodeError"),
-    ({"i": None, "v": "clip"}, "query.video.path", "no such file"),
-    ({"i": None, "v": "noise.mp4"}, "query.video.path", "not a readable video"),
-    ({"i": None, "v": "strange.mp4"}, "query.video.path", "its codec is unknown to this build of FFmpeg"),
-    ({"i": None, "v": ["good.png", "gone.png"]}, "query.video.frames[1]", "no such file in the media root"),
+IMAGES = [
+    ("gone.png", "no such file in the media root"),
+    ("torn.png", "not a readable image"),
+    ("text.png", "not a readable image"),
+    ("odd.tif", "not a readable image (TypeError"),
+    ("huge.png", "over the limit of 89478485 pixels"),
+    ("../outside.png", "leaves the media root"),
+    ("link.png", "leaves the media root"),
+    ("/etc/hostname", "is absolute"),
+]
+VIDEOS = [
+    ("empty.mp4", "the video file is empty"),
+    ("sound.mp4", "no video stream"),
+    ("torn.mp4", "media path 'torn.mp4'"),
+    ("badly_named.mp4", "not a readable video (UnicodeDecodeError"),
+    ("clip", "no such file"),
+    ("noise.mp4", "not a readable video"),
+    ("strange.mp4", "its codec is unknown to this build of FFmpeg"),
 ]
 VALUES = [
+    ({"i": ["good.png", "torn.png"]}, "query.images[1]", "not a readable image"),
+    ({"i": None, "v": []}, "v", "has no frames"),
+    ({"i": None, "v": ["good.png", "gone.png"]}, "query.video.frames[1]", "no such file in the media root"),
     ({"q": 7}, "q", "must be a string; got 7 (int)"),
     ({"a": ["x"]}, "a", "must be a string; got ['x'] (list)"),
     ({"i": {"x": 1}}, "i", "must be a path, the bytes of an image, or a struct of bytes and path"),
     ({"v": 3.5}, "v", "must be a string; got 3.5 (float)"),
+    ({"i": 0}, "i", "must be a path, the bytes of an image, or a struct of bytes and path; got 0 (int)"),
+    ({"i": None, "v": {"path": "good.mp4", "fps": 10**400}}, "v.fps", "must be a number; got 1000"),
+    ({"i": None, "v": {"path": "good.mp4", "bytes": "x"}}, "v", "holds the bytes of a video file"),
     ({"a": None}, "", "target must have text, images or a video"),
     ({"id": True}, "id", "must be a string; got True (bool)"),
     ({"id": 3}, "pair_id", "must be unique; rows.jsonl, line 4 has it too"),
+    *(({"i": path}, "query.images[0]", reason) for path, reason in IMAGES),
+    *(({"i": None, "v": path}, "query.video.path", reason) for path, reason in VIDEOS),
 ]
 
 
-@pytest.mark.parametrize(("change", "field", "reason"), [*MEDIA, *VALUES])
+@pytest.mark.parametrize(("change", "field", "reason"), VALUES)
 def test_a_bad_row_is_named_counted_and_left_out(
     root: Path, tmp_path: Path, change: dict[str, Any], field: str, reason: str
 ) -> None:
-    rows = [*map(good, range(GOOD)), good(99, **change), good(100)]
-    write_lines(root / "rows.jsonl", rows)
+    write_lines(root / "rows.jsonl", [*map(good, range(GOOD)), good(99, **change), good(100)])
     assert convert(root, tmp_path / "out") == 3
     (entry,) = rejected(tmp_path / "out")
     assert (entry["file"], entry["line"], entry["field"]) == ("rows.jsonl", GOOD + 1, field)
     assert reason in entry["reason"]
     assert ids(tmp_path / "out") == [*map(str, range(GOOD)), "100"]
-    found = card(tmp_path / "out")
+    found = json.loads((tmp_path / "out/data_card.json").read_text())
     assert (found["records"], found["rejected"]["rows"]) == (GOOD + 1, 1)
     assert f"rows.jsonl, line {GOOD + 1}" in found["rejected"]["causes"][0]["example"]
 
 
 def torn_parquet(root: Path) -> Path:
-    file = root / "b.parquet"
-    pq.write_table(pa.Table.from_pylist([good(number) for number in range(3)]), file)
-    file.write_bytes(file.read_bytes()[:-40])
-    return file
+    pq.write_table(pa.Table.from_pylist([good(number) for number in range(3)]), root / "b.parquet")
+    return cut(root / "b.parquet", 40)
 
 
 def torn_gz(root: Path) -> Path:
     lines = "".join(json.dumps(good(number, q=os.urandom(40).hex())) + "\n" for number in range(100))
-    file = root / "rows.jsonl.gz"
-    file.write_bytes(gzip.compress(lines.encode())[:-1500])
-    return file
+    (root / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    return cut(root / "rows.jsonl.gz", 1500)
 
 
 def torn_arrow(root: Path) -> Path:
     tables = [pa.Table.from_pylist([good(10 * i + j, v="", q="long " * 50) for j in range(10)]) for i in range(10)]
-    file = root / "data-0.arrow"
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, tables[0].schema) as writer:
+    with pa.OSFile(str(root / "data-0.arrow"), "wb") as sink, pa.ipc.new_stream(sink, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)
-    file.write_bytes(file.read_bytes()[:-5000])
+    return cut(root / "data-0.arrow", 5000)
+
+
+def cut(file: Path, missing: int) -> Path:
+    file.write_bytes(file.read_bytes()[:-missing])
     return file
 
 
@@ -171,18 +174,6 @@ def test_a_file_that_ends_early_stops_the_job_by_name(
     assert ids(tmp_path / "out") == ["0"]
 
 
-def test_when_no_row_can_be_used_the_causes_are_told(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_lines(root / "rows.jsonl", [{"question": "q", "answer": "a"}] * 3)
-    options = ["--input", str(root), "--out", str(tmp_path / "out"), "--max-bad-share", "1", "--workers", "1"]
-    assert convert_main(Generic, "generic", options) == 3
-    said = capsys.readouterr().err
-    assert "no pair could be made of 3 rows. Causes:\n  3 x has neither query nor target; say which columns" in said
-    assert "The row has question, answer" in said
-    assert len(rejected(tmp_path / "out")) == 3
-
-
 def test_a_media_root_that_is_no_folder_is_refused_before_anything_is_read(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,43 +185,27 @@ def test_a_media_root_that_is_no_folder_is_refused_before_anything_is_read(
 
 def test_a_full_disk_ends_with_its_own_code_and_the_same_command_finishes(root: Path, tmp_path: Path) -> None:
     write_lines(root / "rows.jsonl", [good(number, q="long " * 2000) for number in range(30)])
-    columns = " ".join(f"--column={key}={column}" for key, column in COLUMNS.items())
-    script = (
-        f"{sys.executable} {ROOT / 'data_preprocess/generic.py'} --input {root} {columns} --shard-rows 10 --workers 1"
-    )
-    outside = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(ROOT / "data_preprocess/generic.py"), *OPTIONS, "--shard-rows", "10"]
+    words += ["--input", str(root), "--out", str(tmp_path / "out"), "--media", "embed"]
 
-    def run(out: str, limit: str = "") -> subprocess.CompletedProcess[str]:
-        command = f"{limit} exec {script} --out {tmp_path / out} --media embed"
-        return subprocess.run(["bash", "-c", command], env=outside, capture_output=True, text=True, timeout=300)
+    def run(limit: str = "") -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-c", f'{limit} exec "$@"', "-", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
-    full = run("out", "ulimit -f 8;")  # files of 8 KiB at most: a write fails half-way, as on a full disk
+    full = run("ulimit -f 8;")  # files of 8 KiB at most: a write fails half-way, as on a full disk
     assert full.returncode == 4, full.stderr
     assert "ResourceError: " in full.stderr and "cannot be written (" in full.stderr
     assert "Traceback" not in full.stderr
-    assert run("out").returncode == 0
+    assert run().returncode == 0
     assert ids(tmp_path / "out") == [str(number) for number in range(30)]
 
 
-def test_what_data_commands_write_beside_the_pairs_is_no_input(root: Path, tmp_path: Path) -> None:
-    write_lines(root / "rows.jsonl", [good(0), good(1, i="gone.png"), good(2)])
-    assert convert(root, tmp_path / "first", share=0.5) == 3
-    again = ["--input", str(tmp_path / "first"), "--media-root", str(root), "--out", str(tmp_path / "second")]
-    assert convert_main(Generic, "generic", [*again, "--workers", "1"]) == 0
-    assert ids(tmp_path / "second") == ["0", "2"]
-    split = tmp_path / "later"  # a folder whose card is that of another command
-    split.mkdir()
-    (split / "data_card.json").write_text(json.dumps({"format": "embedrl pair records 1", "settings": {}, "input": []}))
-    assert convert(root, split) == 2
-
-
 def test_bad_bytes_have_one_reason_wherever_they_lie_in_memory(root: Path, tmp_path: Path) -> None:
-    rows = [good(0), good(1, i={"bytes": b"one"}), good(2, i={"bytes": b"two"})]
-    schema = pa.schema(
-        [("id", pa.int64()), *[(name, pa.string()) for name in "qva"], ("i", pa.struct([("bytes", pa.binary())]))]
-    )
-    rows[0]["i"] = None
+    rows = [good(0, i=None), good(1, i={"bytes": b"one"}), good(2, i={"bytes": b"two"})]
+    media = ("i", pa.struct([("bytes", pa.binary())]))
+    schema = pa.schema([("id", pa.int64()), *[(name, pa.string()) for name in "qva"], media])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), root / "rows.parquet")
     assert convert(root, tmp_path / "out", share=1) == 3
+    assert len(rejected(tmp_path / "out")) == 2
     assert len({entry["reason"] for entry in rejected(tmp_path / "out")}) == 1
-    assert card(tmp_path / "out")["rejected"]["causes"][0]["rows"] == 2

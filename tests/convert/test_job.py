@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""A conversion: order, parts, ids, caps and presets, the data card, what is refused."""
+
 from __future__ import annotations
 
 import hashlib
@@ -13,19 +15,23 @@ import pytest
 from embedrl_verl.convert.converter import Converter, RawRow, Shard
 from embedrl_verl.convert.inputs import InputRoot
 from embedrl_verl.convert.job import JobOptions, run_conversion
-from embedrl_verl.data.files import media_root_of, pair_files
+from embedrl_verl.data.files import begin_work, media_root_of, pair_files
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import ConfigError, DataError, EmbedRLError
-from tests.convert.conftest import Convert, Draw, files_below, question, records, rejected, write_lines
+from tests.convert.conftest import Convert, draw, files_below, question, records, rejected, write_lines
 
 
 def texts(folder: Path) -> list[str]:
     return [record.query.text for record in records(folder)]
 
 
+def questions(numbers: range, **more: object) -> list[dict[str, object]]:
+    return [question(number, **more) for number in numbers]
+
+
 def test_rows_become_pairs_in_order_in_parts_of_the_wanted_size(tmp_path: Path, convert: Convert) -> None:
-    write_lines(tmp_path / "in" / "b.jsonl", [question(index) for index in range(25)])
-    write_lines(tmp_path / "in" / "a" / "x.jsonl", [question(100 + index) for index in range(3)])
+    write_lines(tmp_path / "in" / "b.jsonl", questions(range(25)))
+    write_lines(tmp_path / "in" / "a" / "x.jsonl", questions(range(100, 103)))
     card = convert(tmp_path / "in")
     assert texts(tmp_path / "out") == [f"question {i}" for i in [100, 101, 102, *range(25)]]
     assert [part["records"] for part in card["parts"]] == [3, 10, 10, 5]
@@ -34,179 +40,132 @@ def test_rows_become_pairs_in_order_in_parts_of_the_wanted_size(tmp_path: Path, 
     assert not (tmp_path / "out" / "_work").exists()
 
 
-def test_worker_processes_give_the_same_folder_as_none(tmp_path: Path, convert: Convert, draw: Draw) -> None:
-    (tmp_path / "in").mkdir()
-    for index in range(3):
-        (tmp_path / "in" / f"{index}.png").write_bytes(draw(index))
+def test_worker_processes_give_the_same_folder_as_none(tmp_path: Path, convert: Convert) -> None:
     rows = [question(index, image=f"{index % 4}.png") for index in range(60)]  # 3.png does not exist
     write_lines(tmp_path / "in" / "f.jsonl", [*rows, b"{broken", question(7)])
+    for index in range(3):
+        (tmp_path / "in" / f"{index}.png").write_bytes(draw(index))
     convert(tmp_path / "in", "alone", workers=1, media="files")
     convert(tmp_path / "in", "together", workers=2, media="files")
-    alone, together = files_below(tmp_path / "alone"), files_below(tmp_path / "together")
-    assert alone == together
+    alone = files_below(tmp_path / "alone")
+    assert alone == files_below(tmp_path / "together")
     assert len([name for name in alone if name.startswith("media/")]) == 3
     assert len(rejected(tmp_path / "alone")) == 16
 
 
-def test_every_bad_row_is_listed_with_its_place_and_the_good_ones_are_kept(
-    tmp_path: Path, convert: Convert, draw: Draw
-) -> None:
-    moving = draw(9, "GIF", frames=2)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "moving.gif").write_bytes(moving)
-    write_lines(
-        tmp_path / "in" / "a.jsonl",
-        [question(0), b"{broken", question(2, answer=5), question(3, image="moving.gif"), question(4, image="../x")],
-    )
-    rows = [question(index, image={"bytes": draw(index), "path": None}) for index in range(4)]
-    rows[2]["image"] = {"bytes": b"junk", "path": "junk.png"}
-    rows[3]["answer"] = ""
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "b.parquet")
-    card = convert(tmp_path / "in")
-    assert texts(tmp_path / "out") == [f"question {i}" for i in (0, 3, 0, 1)]  # a.jsonl, b.parquet
-    found = [
-        (entry["file"], entry.get("row"), entry.get("line"), entry["field"]) for entry in rejected(tmp_path / "out")
-    ]
-    assert found == [
-        ("a.jsonl", None, 2, ""),
-        ("a.jsonl", None, 3, "answer"),
-        ("a.jsonl", None, 5, "query.images[0]"),
-        ("b.parquet", 2, None, "query.images[0]"),
-        ("b.parquet", 3, None, ""),
-    ]
-    assert rejected(tmp_path / "out")[2]["pair_id"] == "own:a:4"
-    assert card["rejected"]["rows"] == 5
-    assert card["media"]["animated"] == 1
-    assert card["by_source"]["own"] == {
-        "rows": 9,
-        "sampled": 9,
-        "records": 4,
-        "unused": 0,
-        "rejected": 5,
-        "kinds": {"query_image > target_text": 3, "query_text > target_text": 1},
-    }
-
-
 def test_too_many_bad_rows_stop_the_job_and_a_higher_limit_goes_on(tmp_path: Path, convert: Convert) -> None:
     rows = [question(index) if index % 5 else question(index, answer=index) for index in range(40)]
-    write_lines(tmp_path / "in" / "f.jsonl", rows)
+    source = write_lines(tmp_path / "f.jsonl", rows)
     with pytest.raises(DataError, match=r"8 of 40 rows cannot be used, over the limit of 10\.00%") as raised:
-        convert(tmp_path / "in", max_bad_share=0.1, shard_rows=40)
-    assert (
-        "8 x answer: must be a string; got … (int) (first: f.jsonl, line 1, field answer: must be a string; got 0 (int)"
-        in str(raised.value)
-    )
+        convert(source, max_bad_share=0.1, shard_rows=40)
+    first = "(first: f.jsonl, line 1, field answer: must be a string; got 0 (int))"
+    assert f"8 x answer: must be a string; got … (int) {first}" in str(raised.value)
     assert len(rejected(tmp_path / "out")) == 8
     with pytest.raises(DataError, match="is unfinished"):
         pair_files([tmp_path / "out"])
     part = tmp_path / "out" / "part-00000.parquet"
     made = part.stat().st_mtime_ns
-    convert(tmp_path / "in", max_bad_share=0.2, shard_rows=40)
+    convert(source, max_bad_share=0.2, shard_rows=40)  # a share at the limit is allowed
     assert part.stat().st_mtime_ns == made  # not made again
     assert len(texts(tmp_path / "out")) == 32
 
 
-def test_a_share_at_the_limit_is_allowed(tmp_path: Path, convert: Convert) -> None:
-    write_lines(tmp_path / "f.jsonl", [question(index, answer=None if index < 2 else "a") for index in range(20)])
-    assert convert(tmp_path / "f.jsonl", max_bad_share=0.1)["records"] == 18
-
-
 def test_the_first_record_of_an_id_stays(tmp_path: Path, convert: Convert) -> None:
     ids = ["a", "b", "a", *[f"x{i}" for i in range(20)], "b", "c", "a"]
-    lines = [question(i, id=name) for i, name in enumerate(ids)]
-    write_lines(tmp_path / "in" / "f.jsonl", lines)
+    write_lines(tmp_path / "in" / "f.jsonl", [question(i, id=name) for i, name in enumerate(ids)])
     write_lines(tmp_path / "in" / "g.jsonl", [question(100, id="c"), question(101, id=7)])
     card = convert(tmp_path / "in", "out", "pair_id=id")
-    assert [record.pair_id for record in records(tmp_path / "out")] == [
-        "a",
-        "b",
-        *[f"x{i}" for i in range(20)],
-        "c",
-        "7",
-    ]
+    assert [record.pair_id for record in records(tmp_path / "out")] == [*dict.fromkeys(ids), "7"]
     assert [(entry["file"], entry["line"], entry["reason"]) for entry in rejected(tmp_path / "out")] == [
         ("f.jsonl", 3, "must be unique; f.jsonl, line 1 has it too"),
         ("f.jsonl", 24, "must be unique; f.jsonl, line 2 has it too"),
         ("f.jsonl", 26, "must be unique; f.jsonl, line 1 has it too"),
         ("g.jsonl", 1, "must be unique; f.jsonl, line 25 has it too"),
     ]
-    assert card["records"] == 24
     assert [part["records"] for part in card["parts"]] == [9, 10, 4, 1]
-    write_lines(tmp_path / "same.jsonl", [question(index, id="same") for index in range(30)])
+    write_lines(tmp_path / "same.jsonl", questions(range(30), id="same"))
     with pytest.raises(DataError, match=r"of 30 rows cannot be used.*\n.*pair_id: must be unique.*jsonl, line 2,"):
         convert(tmp_path / "same.jsonl", "same", "pair_id=id", max_bad_share=0.1)
 
 
 def test_caps_draw_evenly_over_all_files_of_a_source(tmp_path: Path, convert: Convert) -> None:
-    write_lines(tmp_path / "in" / "a.jsonl", [question(index) for index in range(15)])
-    write_lines(tmp_path / "in" / "b.jsonl", [question(15 + index) for index in range(15)])
+    write_lines(tmp_path / "in" / "a.jsonl", questions(range(15)))
+    write_lines(tmp_path / "in" / "b.jsonl", questions(range(15, 30)))
     card = convert(tmp_path / "in", cap=("own=6",))
     assert texts(tmp_path / "out") == [f"question {i}" for i in (0, 5, 10, 15, 20, 25)]
     assert (card["by_source"]["own"]["rows"], card["by_source"]["own"]["sampled"]) == (30, 6)
-    with pytest.raises(ConfigError, match="--cap names the source 'other'; the input has own"):
-        convert(tmp_path / "in", "else", cap=("other=6",))
+    for options in ({}, {"preset": "paper_caps"}):
+        with pytest.raises(ConfigError, match="--cap names the source 'visrg'; the input has own"):
+            convert(tmp_path / "in", "else", cap=("visrg=6",), **options)
     assert not (tmp_path / "else").exists()
 
 
-def test_a_preset_caps_its_sources_and_the_card_prints_its_weights(tmp_path: Path, convert: Convert) -> None:
-    source = write_lines(tmp_path / "f.jsonl", [question(index) for index in range(5)])
+def test_a_preset_caps_its_sources_and_the_card_says_what_it_does_not_name(tmp_path: Path, convert: Convert) -> None:
+    source = write_lines(tmp_path / "f.jsonl", questions(range(5)))
     card = convert(source, name="visrag", cap=("visrag=3",), preset="paper_caps")
-    assert (card["records"], card["sampling"]["weights"]) == (3, {"visrag": 6.0})
+    assert (card["records"], card["sampling"]["weights"], card["sampling"]["not_in_preset"]) == (3, {"visrag": 6}, [])
     text = (tmp_path / "out" / "data_card.md").read_text()
-    assert "contrastive.source_weights={visrag: 6.0}" in text
-    assert "Embed-RL" in text
-    assert card["sampling"]["not_in_preset"] == []
-    with pytest.raises(ConfigError, match="--cap names the source 'visrg'"):
-        convert(source, name="visrag", cap=("visrg=3",), preset="paper_caps")
-
-
-def test_a_source_that_the_preset_does_not_name_is_said_to_be_used_whole(tmp_path: Path, convert: Convert) -> None:
-    source = write_lines(tmp_path / "f.jsonl", [question(index) for index in range(5)])
-    convert(source, name="vidore_colpali_pages", cap=(), preset="vlm2vec_v2")
+    assert "contrastive.source_weights={visrag: 6.0}" in text and "Embed-RL" in text
+    pages = {"name": "vidore_colpali_pages", "preset": "vlm2vec_v2"}
+    convert(source, "pages", **pages)
     said = "The preset vlm2vec_v2 does not name vidore_colpali_pages: all rows are used."
-    assert said in (tmp_path / "out" / "data_card.md").read_text()
-    card = convert(source, "capped", name="vidore_colpali_pages", cap=("3",), preset="vlm2vec_v2")
+    assert said in (tmp_path / "pages" / "data_card.md").read_text()
+    card = convert(source, "capped", cap=("3",), **pages)
     assert (card["records"], card["sampling"]["not_in_preset"]) == (3, [])
 
 
 def test_a_finished_folder_is_left_alone_and_other_options_or_input_are_refused(
     tmp_path: Path, convert: Convert
 ) -> None:
-    source = write_lines(tmp_path / "f.jsonl", [question(index) for index in range(12)])
+    source = write_lines(tmp_path / "f.jsonl", questions(range(12)))
     card = convert(source, licence="CC0")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert convert(source, licence="CC0") == card
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written
     for options, message in (
         ({"shard_rows": 5, "licence": "CC0"}, r"settings\.shard_rows was 10, is 5; name another folder"),
         ({"licence": "MIT"}, "licence was 'CC0', is 'MIT'"),
     ):
         with pytest.raises(ConfigError, match=f"was made with other options or input: {message}"):
             convert(source, **options)
-    size = source.stat().st_size
-    write_lines(source, [question(index) for index in reversed(range(12))])
-    assert source.stat().st_size == size
+    write_lines(source, reversed(questions(range(12))))  # of the same size
     with pytest.raises(ConfigError, match=r"other options or input: input\[0\]\.sha256 was '\w{64}', is '"):
         convert(source, licence="CC0")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written
     convert(source, restart=True, shard_rows=5)
     assert texts(tmp_path / "out") == [f"question {index}" for index in reversed(range(12))]
 
 
-def test_nothing_usable_is_an_error_and_no_folder_that_looks_finished(tmp_path: Path, convert: Convert) -> None:
-    write_lines(tmp_path / "f.jsonl", [question(0, answer=None)])
-    with pytest.raises(DataError, match="no pair could be made of 1 rows"):
-        convert(tmp_path / "f.jsonl")
+def test_nothing_usable_is_an_error_with_its_causes_and_no_folder_that_looks_finished(
+    tmp_path: Path, convert: Convert
+) -> None:
+    source = write_lines(tmp_path / "f.jsonl", [question(0, answer=None)] * 3)
+    with pytest.raises(DataError, match=r"no pair could be made of 3 rows. Causes:\n  3 x target must have text"):
+        convert(source)
+    assert len(rejected(tmp_path / "out")) == 3
     with pytest.raises(DataError, match="is unfinished"):
         pair_files([tmp_path / "out"])
+    for name in ("empty.jsonl", "zero.parquet"):
+        (tmp_path / "empty.jsonl").touch()
+        pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "zero.parquet")
+        with pytest.raises(DataError, match="no pair could be made of 0 rows: the converter uses none"):
+            convert(tmp_path / name, name.split(".")[0] + "_out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no file fits \*\*/\*\.parquet"):
         convert(tmp_path / "empty")
 
 
-def test_the_output_is_not_its_own_input(tmp_path: Path, convert: Convert) -> None:
-    write_lines(tmp_path / "f.jsonl", [question(0), b"{broken"])
-    assert convert(tmp_path)["records"] == 1
-    assert convert(tmp_path)["records"] == 1  # rejected.jsonl and the part are not read
+def test_a_file_is_read_under_one_name_and_an_unfinished_folder_not_at_all(tmp_path: Path, convert: Convert) -> None:
+    for name in ("chosen", "rejected", ".ipynb_checkpoints/chosen-checkpoint", "made/rejected"):
+        write_lines(tmp_path / f"{name}.jsonl", [question(0), b"{broken"])
+    (tmp_path / "made/data_card.json").write_text("{}")
+    for _ in range(2):  # the output is not its own input
+        assert list(convert(tmp_path)["input_rows"]) == ["chosen.jsonl", "rejected.jsonl"]
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "chosen.jsonl")
+    with pytest.raises(DataError, match=r"link\.jsonl is chosen\.jsonl under another name \(a link\)"):
+        convert(tmp_path)
+    begin_work(tmp_path / "made", ["embedrl", "data"])
+    with pytest.raises(DataError, match=r"/made is unfinished \(it has _work/\); finish it with: embedrl data"):
+        convert(tmp_path)
 
 
 class Failing(Converter):
@@ -229,37 +188,36 @@ def test_a_fault_of_the_converter_stops_with_the_row_and_text_that_is_no_unicode
     with pytest.raises(EmbedRLError, match=r"failed on f\.jsonl, row 3: ZeroDivisionError: oops"):
         run_conversion(Failing(), options)
     write_lines(tmp_path / "in" / "f.jsonl", [{"n": index} for index in range(3)])
-    options = replace(options, out=str(tmp_path / "other"))
-    assert run_conversion(Failing(), options)["records"] == 2
+    assert run_conversion(Failing(), replace(options, out=str(tmp_path / "other")))["records"] == 2
     assert rejected(tmp_path / "other")[0]["field"] == "target.text"
 
 
-def test_the_card_names_input_output_and_media_root(tmp_path: Path, convert: Convert, draw: Draw) -> None:
-    (tmp_path / "in").mkdir()
+def test_the_card_names_input_output_and_media_root(tmp_path: Path, convert: Convert) -> None:
+    source = write_lines(tmp_path / "in" / "f.jsonl", [question(0, image="a.png"), question(1), b"{"])
     (tmp_path / "in" / "a.png").write_bytes(draw(1))
-    source = write_lines(tmp_path / "in" / "f.jsonl", [question(0, image="a.png"), question(1)])
-    card = convert(tmp_path / "in", "kept", licence="CC0")
-    assert card["licence"] == "CC0"
+    card, part = convert(source, "kept", licence="CC0"), tmp_path / "kept" / "part-00000.parquet"
     assert card["build"]["input"][0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert card["input_rows"] == {"f.jsonl": 2}
-    part = tmp_path / "kept" / "part-00000.parquet"
     assert card["parts"][0]["sha256"] == hashlib.sha256(part.read_bytes()).hexdigest()
+    assert (card["licence"], card["input_rows"]) == ("CC0", {"f.jsonl": 3})
+    assert json.loads((tmp_path / "kept" / "data_card.json").read_text()) == card
     assert media_root_of(tmp_path / "kept") == str(tmp_path / "in")
-    assert convert(tmp_path / "in", "own", media="files")["media_root"] == "media"
-    assert media_root_of(tmp_path / "own" / "part-00000.parquet") == str(tmp_path / "own" / "media")
-    assert convert(tmp_path / "in", "inside", media="embed")["media_root"] is None
+    assert convert(source, "files", media="files")["media_root"] == "media"
+    assert media_root_of(tmp_path / "files" / "part-00000.parquet") == str(tmp_path / "files" / "media")
+    assert convert(source, "inside", media="embed")["media_root"] is None
     text = (tmp_path / "kept" / "data_card.md").read_text()
     assert "Licence: CC0." in text
-    assert "| own | 2 | 2 | 2 | 0 | 0 | query_image > target_text (1), query_text > target_text (1) |" in text
-    json.loads((tmp_path / "kept" / "data_card.json").read_text())
+    assert "| own | 3 | 3 | 2 | 0 | 1 | query_image > target_text (1), query_text > target_text (1) |" in text
 
 
-def test_values_that_cannot_work_are_refused() -> None:
-    for given, message in (
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
         ({"media": "link"}, "media must be one of keep, embed, files; got 'link'"),
         ({"verify": "all"}, "verify must be one of none, exists, decode; got 'all'"),
         ({"shard_rows": 0}, "at least 1"),
         ({"max_bad_share": 1.5}, "between 0 and 1; got 1.5"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            JobOptions("in", "out", **given)
+    ],
+)
+def test_values_that_cannot_work_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        JobOptions("in", "out", **given)

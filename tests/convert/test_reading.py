@@ -30,7 +30,7 @@ COMMIT = "c0ffee" + "0" * 34
 def read(folder: Path, name: str, wanted: Any = None) -> list[tuple[int, Any]]:
     """Rows as they are read; errors as their text."""
     arrow = as_arrow(name, folder / name, folder / "cache")
-    found = read_rows(arrow, range(count_rows(arrow)) if wanted is None else wanted, is_jsonl(name))
+    found = read_rows(arrow, range(count_rows(name, arrow)) if wanted is None else wanted, is_jsonl(name))
     return [(row, str(values) if isinstance(values, RowError) else values) for row, values in found]
 
 
@@ -65,6 +65,27 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path) -> None:
         assert found[line].startswith("the line is not JSON in UTF-8 (")
 
 
+@pytest.mark.parametrize("name", ["a::b.jsonl", ".cache/[x] *.jsonl", "__d/x.jsonl", "hf:/x?.jsonl"])
+def test_a_line_ends_with_a_line_feed_alone_in_a_file_of_any_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b'{"n":\r0}\r\n{"n": "\xe2\x80\xa8"}\n{"n": "\0"}\n\r\n{"n": 4}')
+    found = dict(read(tmp_path, name))
+    assert (found[0], found[1], found[3], found[4]) == ({"n": 0}, {"n": "\u2028"}, None, {"n": 4})
+    assert found[2].startswith("the line is not JSON")
+
+
+def test_columns_of_any_arrow_type_are_read_whatever_features_the_file_claims(tmp_path: Path) -> None:
+    words = pa.array([f"w{index // 90}" for index in range(300)])
+    maps = pa.array([[("k", index)] for index in range(300)], pa.map_(pa.string(), pa.int64()))
+    lists = pa.array([[word] for word in words.to_pylist()], pa.list_(pa.string()))
+    kinds = {"d": words.dictionary_encode(), "v": words.cast(pa.string_view()), "l": words.cast(pa.large_string())}
+    claim = {"huggingface": json.dumps({"info": {"features": {"d": {"_type": "OfALaterRelease"}}}})}
+    found = pa.table({**kinds, "m": maps, "nested": lists}).replace_schema_metadata(claim)
+    pq.write_table(found, tmp_path / "f.parquet", row_group_size=70)
+    assert [row for _, row in read(tmp_path, "f.parquet")] == found.to_pylist()
+    assert [row for row, _ in read(tmp_path, "f.parquet", [0, 69, 70, 299])] == [0, 69, 70, 299]
+
+
 def test_a_string_column_that_is_no_unicode_costs_one_row(tmp_path: Path) -> None:
     values = pa.array([b"good", b"\xff\xfe", b"fine"]).view(pa.string())
     pq.write_table(pa.table({"t": values}), tmp_path / "f.parquet")
@@ -81,6 +102,14 @@ def test_an_unknown_kind_of_file_and_a_truncated_one_are_refused_by_name(tmp_pat
     (tmp_path / "c.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:-20])
     with pytest.raises(DataError, match=r"c\.parquet: cannot be read .*; mend it, or take it away"):
         read(tmp_path, "c.parquet")
+    pq.write_table(pa.Table.from_arrays([pa.array([1])] * 2, ["n", "n"]), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: cannot be read \(two columns have one name: n, n\)"):
+        read(tmp_path, "d.parquet")
+    packed = gzip.compress(b"".join(b'{"n": "%d"}\n' % (index * 7919) for index in range(5000)))
+    (tmp_path / "e.jsonl.gz").write_bytes(packed[:3000] + b"\xff" * 200 + packed[3200:])
+    with pytest.raises(DataError, match=r"e\.jsonl\.gz: cannot be read \("):
+        read(tmp_path, "e.jsonl.gz")
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
 @pytest.fixture
@@ -124,14 +153,12 @@ def test_files_of_the_hub_match_patterns_as_local_ones_do(hub: list[str], roots:
         assert remote.files(pattern) == local.files(pattern), pattern
 
 
-def test_a_hub_that_does_not_answer_is_one_sentence(
-    hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_does_not_answer_is_one_sentence(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     message = r"the hub does not give a data set of this name \(ConnectError: no such host\)$"
     with pytest.raises(ResourceError, match=f"someone/nothing: no such file or folder here, and {message}"):
         InputRoot("someone/nothing")
     with pytest.raises(DataError, match="no such file or folder, and not a hub id"):
-        InputRoot(tmp_path / "gone")
+        InputRoot("/gone")
 
     def silent(*_: object, **__: object) -> None:
         raise httpx.ReadTimeout("timed out")  # no OSError

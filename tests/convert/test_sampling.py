@@ -16,63 +16,47 @@ from embedrl_verl.stage1.sampler import SubBatchPlan
 from tests.convert.conftest import Convert, question, records, write_lines
 from tests.convert.golden import ALL_SOURCES
 
+LEFT_OUT = {"mmeb_hatefulmemes", "mmeb_n24news", "mmeb_voc2007"}
+VIDEOS = ("llavahound_caption_retrieval", "llavahound_qa", "llavahound_video_retrieval")
 
-@pytest.mark.parametrize(("total", "count"), [(10, 3), (50, 50), (7, 9), (1_000_000, 999), (3, 1), (0, 5)])
+
+@pytest.mark.parametrize(
+    ("total", "count"), [(10, 3), (50, 50), (7, 9), (1_000_000, 999), (3, 1), (0, 5), (3_000_000_000, 5)]
+)
 def test_evenly_spaced_positions_differ_and_are_equally_far_apart(total: int, count: int) -> None:
     chosen = evenly_spaced(total, count)
     assert len(chosen) == min(total, count)
-    assert len(set(chosen.tolist())) == len(chosen)
-    if len(chosen) > 1:
-        gaps = np.diff(chosen)
-        assert gaps.min() >= 1
-        assert gaps.max() - gaps.min() <= 1
-        assert chosen[0] == 0
-        assert chosen[-1] < total
+    gaps = np.diff(chosen)
+    if len(gaps):
+        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+        assert (chosen[0], chosen[-1]) == (0, total * (len(chosen) - 1) // len(chosen))
 
 
-def test_evenly_spaced_positions_do_not_overflow() -> None:
-    chosen = evenly_spaced(3_000_000_000, 5)
-    assert chosen.tolist() == [0, 600_000_000, 1_200_000_000, 1_800_000_000, 2_400_000_000]
-
-
-def test_random_draws_depend_on_seed_and_source_only() -> None:
+def test_random_draws_depend_on_seed_and_source_only_and_a_cap_above_the_rows_takes_all() -> None:
     def draw(seed: int, source: str) -> list[int]:
-        chosen = Sampling({"a": 20, "b": 20}, method="random", seed=seed).choose(source, 1000)
-        assert chosen is not None
-        return list(chosen.tolist())
+        return Sampling({"a": 20, "b": 20}, method="random", seed=seed).choose(source, 1000).tolist()
 
     assert draw(1, "a") == draw(1, "a") == sorted(set(draw(1, "a")))
     assert draw(1, "a") != draw(2, "a")
     assert draw(1, "a") != draw(1, "b")
+    assert Sampling({"a": 10}).choose("a", 10) is Sampling({"a": 10}).choose("other", 10**6) is None
 
 
-def test_a_cap_above_the_rows_takes_all() -> None:
-    assert Sampling({"a": 10}).choose("a", 10) is None
-    assert Sampling({"a": 10}).choose("other", 10**6) is None
-
-
-def test_the_papers_table_is_as_printed() -> None:
+def test_the_papers_tables_are_as_printed() -> None:
     table = preset("paper_caps")
     published = {name: entry for name, entry in table.sources.items() if entry.initial is not None}
     sums = [sum(getattr(entry, name) for entry in published.values()) for name in ("initial", "kept")]
     assert sums == [2_023_882, 1_683_111]  # of the lines; the totals that the paper prints are others
     assert all(f"{total:,}" in table.note for total in [*sums, 2_223_882, 1_828_341])
     assert set(MMEB.values()) <= set(published)
-    assert {name for name, entry in published.items() if entry.left_out} == {
-        "mmeb_hatefulmemes",
-        "mmeb_n24news",
-        "mmeb_voc2007",
-    }
-    assert not {"mmeb_hatefulmemes", "mmeb_n24news", "mmeb_voc2007"} & set(table.weights)
+    assert {name for name, entry in published.items() if entry.left_out} == LEFT_OUT
+    assert not LEFT_OUT & set(table.weights)
     caps = [50_000] * 20 + [300_000] * 3 + [100_000] * 2
     assert sorted(table.caps[name] for name in published) == sorted(caps)
     assert all((entry.initial or 0) <= (entry.rows or 0) for entry in published.values())
-
-
-def test_the_rl_set_has_19000_pairs_of_13_sets() -> None:
-    table = preset("rl_13")
-    assert len(table.caps) == 13
-    assert sum(table.caps.values()) == 19_000
+    assert (len(preset("rl_13").caps), sum(preset("rl_13").caps.values())) == (13, 19_000)
+    for table in presets().values():  # of sources that converters write
+        assert set(table.sources) <= set(ALL_SOURCES), table.name
 
 
 def test_the_recipe_of_vlm2vec_v2_is_as_published() -> None:
@@ -82,13 +66,9 @@ def test_the_recipe_of_vlm2vec_v2_is_as_published() -> None:
         entries = [entry for entry in table.sources.values() if entry.weight == weight]
         assert tuple((entry.rows or 0) // 1000 for entry in entries) == rows
     others = {name: entry for name, entry in table.sources.items() if not name.startswith("mmeb_")}
-    assert {name: entry.weight for name, entry in others.items()} == {
-        "vidore_colpali": 10,  # page and question to answer; the reading question to page is not in the recipe
-        "visrag": 12,
-        "llavahound_caption_retrieval": 5,
-        "llavahound_qa": 5,
-        "llavahound_video_retrieval": 5,
-    }
+    # of ViDoRe page and question to answer; the reading question to page is not in the recipe
+    weights = {"vidore_colpali": 10, "visrag": 12, **dict.fromkeys(VIDEOS, 5)}
+    assert {name: entry.weight for name, entry in others.items()} == weights
     assert all(entry.rows is None for entry in others.values())
 
 
@@ -117,32 +97,18 @@ def test_the_weights_that_a_card_prints_train_the_mixture_of_the_preset(tmp_path
 
 
 def test_weights_that_are_times_size_are_left_as_published() -> None:
-    table = preset("paper_caps")
-    assert table.source_weights({"visrag": 9, "mmeb_cirr": 7, "mmeb_n24news": 5, "own": 4, "mmeb_nights": 0}) == {
-        "visrag": 6.0,
-        "mmeb_cirr": 0.43,
-    }
+    pairs = {"visrag": 9, "mmeb_cirr": 7, "mmeb_n24news": 5, "own": 4, "mmeb_nights": 0}
+    assert preset("paper_caps").source_weights(pairs) == {"visrag": 6.0, "mmeb_cirr": 0.43}
     assert preset("vlm2vec_v2").source_weights({"own": 3}) == {}
 
 
-def test_every_preset_speaks_of_sources_that_converters_write() -> None:
-    for table in presets().values():
-        assert set(table.sources) <= set(ALL_SOURCES), table.name
-
-
-def test_command_line_caps_win_over_the_preset() -> None:
+def test_caps_of_the_command_line_are_numbers_of_rows_and_win_over_the_preset() -> None:
     sampling = sampling_from_options(["7", "visrag=9"], "paper_caps")
     assert (sampling.cap("visrag"), sampling.cap("mmeb_cirr"), sampling.cap("mine")) == (9, 50_000, 7)
     assert sampling_from_options([], "").cap("visrag") is None
-
-
-@pytest.mark.parametrize("cap", ["many", "a=-1", "a=", "a=1.5"])
-def test_a_cap_is_a_number_of_rows(cap: str) -> None:
-    with pytest.raises(ConfigError, match="--cap takes ROWS or SOURCE=ROWS"):
-        sampling_from_options([cap], "")
-
-
-def test_impossible_samplings_are_refused() -> None:
+    for cap in ("many", "a=-1", "a=", "a=1.5"):
+        with pytest.raises(ConfigError, match="--cap takes ROWS or SOURCE=ROWS"):
+            sampling_from_options([cap], "")
     with pytest.raises(ConfigError, match="a cap must be at least 1 row; got 0 for a"):
         Sampling({"a": 0})
     with pytest.raises(ConfigError, match="must be one of even, random; got 'best'"):

@@ -82,6 +82,29 @@ def test_two_writers_are_refused(tmp_path):
         pass
 
 
+def test_a_writer_that_ends_before_our_lock_leaves_its_finished_folder(tmp_path, monkeypatch):
+    make(tmp_path, Maker(), ["a"])
+    begin_work(tmp_path, ["first"])  # as it stands when we look
+    (tmp_path / "_work" / "build.json").write_text("{}")
+
+    @contextmanager
+    def late(folder):
+        (tmp_path / "_work" / "build.json").unlink()
+        yield
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another process has just finished"):
+        patch.setattr(build, "only_writer", late)
+        make(tmp_path, Maker(), ["b"], facts={**FACTS, "settings": {}})
+    assert make(tmp_path, Maker(), ["a"]) is None
+
+
+def test_files_of_a_killed_writer_go_and_those_of_a_person_stay(tmp_path):
+    for name in (".notes.tmp", ".part-00000.parquet.123.tmp"):
+        (tmp_path / name).touch()
+    make(tmp_path, Maker(), ["a"])
+    assert [path.name for path in tmp_path.glob(".*")] == [".notes.tmp"]
+
+
 def test_too_many_bad_rows_stop_with_causes_and_are_listed(tmp_path):
     with pytest.raises(DataError, match=r"2 of 3 rows cannot be used, over the limit of 50\.00%:\n  2 x x: is … "):
         make(tmp_path, Maker(), ["bad", "a", "bad"])
