@@ -222,7 +222,7 @@ def test_the_options_of_filter_reach_the_judge_and_the_split(
     called: Run, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs: list[Any] = []
-    monkeypatch.setattr("embedrl_verl.annotate.verdicts.VerdictJob.run", lambda job: jobs.append(job) or 0)
+    monkeypatch.setattr("embedrl_verl.annotate.relevance.VerdictJob.run", lambda job: jobs.append(job) or 0)
     words = [file, "--out", file.parent / "o", "--url", "a:1", "--free", "--tries", "4", "--max-bad-share", "0.2"]
     words += ["--seed", "9", "--rl-rows", "5", "--split-seed", "4", "--workers", "3"]
     files, verdicts, out, settings, more = called("curate.split_job.split_pairs", "data", "filter", *words)

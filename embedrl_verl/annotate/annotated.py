@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.annotate.answers import Answers, Entry
+from embedrl_verl.annotate.answers import Answers
 from embedrl_verl.annotate.job import Job, tokens_of
 from embedrl_verl.annotate.prompts import gold_answer_of
 from embedrl_verl.annotate.replies import rule_of
@@ -24,6 +24,7 @@ from embedrl_verl.data.parquet import Span
 from embedrl_verl.data.schema import SIDES, PairRecord, input_kind
 from embedrl_verl.data.writer import PairWriter
 from embedrl_verl.errors import DataError
+from embedrl_verl.tables import table
 
 FAILED_FILE = "failed.jsonl"
 COLUMNS = {
@@ -64,11 +65,11 @@ class AnnotateJob(Job):
         if not any(report["records"] for report in reports):
             raise DataError(f"{self.out}: no pair is left; see {FAILED_FILE} and rejected.jsonl there")
         counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        totals, problems, notes = Counter[str](input_rows=rows.count), Counter[str](), Counter[str]()
+        problems, notes = Counter[str](), Counter[str]()
+        totals = Counter(input_rows=rows.count, rejected_rows=sum(len(report["rejected"]) for report in reports))
         for report in reports:
             problems.update(report["problems"])
             notes.update(report["notes"])
-            totals["rejected_rows"] += len(report["rejected"])
             for source, found in report["counts"].items():
                 counts[source].update(found)
                 totals.update(found)
@@ -88,12 +89,12 @@ class AnnotateJob(Job):
             reports,
             media_root=os.path.relpath(Path(root).resolve(), self.out.resolve()) if root else None,
             more={"served": served, "annotation": annotation},
-            notes=[by, "", "```", *_table(annotation), "```"],
+            notes=[by, "", "```", *_lines(annotation), "```"],
         )
 
     def report(self, card: Mapping[str, Any]) -> list[str]:
         done = f"wrote {card['records']:,} of {card['annotation']['input_rows']:,} pairs to {self.out}"
-        return [*_table(card["annotation"]), done]
+        return [*_lines(card["annotation"]), done]
 
     def _write_part(self, rows: Rows, answers: Answers, span: Span, part: Path) -> Report:
         by_source, counts = Counter[str](), defaultdict[str, Counter[str]](Counter)
@@ -104,31 +105,28 @@ class AnnotateJob(Job):
                 if not isinstance(record, PairRecord):
                     rejected.append(record)
                     continue
-                tries = {side: answers.tries(record.pair_id, side) for side in SIDES}
-                if unreadable := [
-                    found[-1]["rejected"] for found in tries.values() if found and "rejected" in found[-1]
-                ]:
-                    rejected.append(unreadable[0])
+                tries = {side: found for side in SIDES if (found := answers.tries(record.pair_id, side))}
+                count, lost = counts[record.data_source], []
+                for found in tries.values():
+                    count.update(tokens_of(found))
+                if bad := [found[-1]["rejected"] for found in tries.values() if "rejected" in found[-1]]:
+                    rejected.append(bad[0])
                     continue
-                count, is_good = counts[record.data_source], True
+                count["sides_not_asked"] += len(SIDES) - len(tries)
                 for side, found in tries.items():
-                    if not found:
-                        count["sides_not_asked"] += 1
-                        continue
-                    is_ok = found[-1]["ok"]
-                    count.update(_counts(found))
+                    replies, is_ok = [entry for entry in found if "out" in entry], found[-1]["ok"]
+                    count["replies_without_usage"] += sum(entry["out"] is None for entry in replies)
+                    count["sides_with_tcot" if is_ok else "sides_failed"] += 1
+                    count["sides_asked_again"] += len(found) > 1
                     count["sides_with_gold"] += self.questions.told(record, side) is not None
                     count["sides_that_could_be_told"] += gold_answer_of(record, side) is not None
-                    problems.update(
-                        rule for entry in found if "out" in entry for rule in set(map(rule_of, entry["problems"]))
-                    )
+                    problems.update(rule for entry in replies for rule in set(map(rule_of, entry["problems"])))
                     notes.update(set(map(rule_of, found[-1].get("notes", ()))))
                     item = replace(getattr(record, side), tcot=found[-1]["text"] if is_ok else "")
                     record = replace(record, **{side: item})
-                    if not is_ok:
-                        is_good = False
-                        failed.append((record.pair_id, side, row))
-                if is_good or self.keep_failed:
+                    lost += [] if is_ok else [(record.pair_id, side, row)]
+                failed += lost
+                if not lost or self.keep_failed:
                     kinds = f"{input_kind(record, 'query')} > {input_kind(record, 'target')}"
                     count.update({"pairs": 1, f"kind {kinds}": 1})
                     by_source[record.data_source] += 1
@@ -137,30 +135,19 @@ class AnnotateJob(Job):
         return {"records": writer.rows, "by_source": by_source, "rejected": rejected, **more}
 
 
-def _table(found: Mapping[str, Any]) -> list[str]:
+def _lines(found: Mapping[str, Any]) -> list[str]:
     """The counts for people."""
     sources = {**found["by_source"], "all": found}
-    width = max(len("data source"), *map(len, sources))
-    lines = [f"{'data source':{width}}  " + "  ".join(f"{head:>13}" for head in COLUMNS.values())]
-    for source, counts in sources.items():
-        lines.append(f"{source:{width}}  " + "  ".join(f"{counts.get(name, 0):>13,}" for name in COLUMNS))
+    rows = [[source, *(counts.get(name, 0) for name in COLUMNS)] for source, counts in sources.items()]
+    lines = table(["data source", *COLUMNS.values()], *rows)
     lines += [f"cost: {found['cost']:,.4f}"] if "cost" in found else []
     if unknown := found.get("replies_without_usage"):
         lines.append(f"{unknown:,} replies came without token counts; tokens are those of the rest")
     for title, key in (("refused replies", "refused_replies"), ("evidence that was let through", "evidence_notes")):
         lines += [f"{title}: {count:,} x {rule}" for rule, count in [*found[key].items()][:8]]
-    if rejected := found.get("rejected_rows"):
+    if rejected := found["rejected_rows"]:
         lines.append(f"{rejected:,} rows cannot be used, see rejected.jsonl")
     return lines
-
-
-def _counts(tries: Sequence[Entry]) -> Counter[str]:
-    """Of all tries of one side."""
-    found = tokens_of(tries)
-    found["replies_without_usage"] += sum("out" in entry and entry["out"] is None for entry in tries)
-    found["sides_with_tcot" if tries[-1]["ok"] else "sides_failed"] += 1
-    found["sides_asked_again"] += len(tries) > 1
-    return found
 
 
 def _failed_lines(rows: Rows, reports: Iterable[Report], answers: Answers) -> Iterator[dict[str, Any]]:

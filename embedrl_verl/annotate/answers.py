@@ -29,18 +29,19 @@ FLUSH_S = 0.2
 
 
 class Answers:
-    """The answers of a file (made if missing), by pair id and question; `seen` is called with every entry, in order.
-
-    In memory are 16 bytes a line: 32 MB for a million pairs with a T-CoT on both sides.
-    """
+    """The answers of a file (made if missing), by pair id and question; `seen` is called with every entry, in order. In
+    memory are 16 bytes a line."""
 
     def __init__(self, path: Path, seen: Callable[[Entry], None] = lambda entry: None) -> None:
         keys, places, end, torn = array("q"), array("q"), 0, 0
         path.touch()
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                entry = _decoded(line)
-                if entry is None:
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    entry = None
+                if not isinstance(entry, dict):
                     torn = torn or number
                     continue
                 if torn:
@@ -59,8 +60,7 @@ class Answers:
 
     def tries(self, pair_id: str, question: str) -> tuple[Entry, ...]:
         """All tries of a question, oldest first."""
-        key = hash((pair_id, question))
-        found = []
+        key, found = hash((pair_id, question)), []
         for place in self._places[bisect_left(self._keys, key) : bisect_right(self._keys, key)]:
             self._file.seek(place)
             found.append(json.loads(self._file.readline()))
@@ -69,9 +69,7 @@ class Answers:
 
 class AnswerWriter:
     """Appends answers from a thread, several at once: an fsync for each would be slower than a GPU. A context manager;
-    at its end all answers are on the disk.
-
-    After a ResourceError (full disk) nothing more is written: a later try may build on the one that is lost.
+    at its end all are on the disk. After a ResourceError nothing more is written: a later try may build on a lost one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,12 +108,3 @@ class AnswerWriter:
                         os.fsync(self._file)
         except ResourceError as error:
             self._error = error
-
-
-def _decoded(line: bytes) -> Entry | None:
-    """The object of a whole line, else None."""
-    try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None

@@ -22,9 +22,11 @@ from embedrl_verl.serving.vllm import NEUTRAL_SAMPLING, clip_part, image_part, r
 
 CHAT = "/v1/chat/completions"
 OURS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed")
-_LOOK_S = 0.5
-_SETTINGS_WRONG = (401, 403, 404, 405)
-_TRIES_BESIDE_OTHERS, _TRIES_ALONE = 3, 5
+_LOOK_S, _PAUSE_S = 0.5, 1.0
+_SETTINGS_WRONG = (401, 402, 403, 404, 405)
+_TRIES_BESIDE_OTHERS, _TRIES_ALONE, _TRIES_BUSY = 3, 5, 30
+"""Rounds of the pool's tries after which a request is refused (busy: as often as it is told to wait while others are
+answered), and rounds in which nobody is answered, after which the servers are lost."""
 _FOREVER_S = 1e9
 
 
@@ -34,7 +36,7 @@ class ServersLost(EmbedRLError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one reply is drawn. `choices`: the reply is one of these, where the backend can see to it."""
+    """How one reply is drawn: as one of `choices`, where the backend can see to it."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -73,25 +75,15 @@ class Backend(Protocol):
     def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Any, int]:
         """A request, and how many bytes of memory it takes. Blocks; called in threads."""
 
-    async def complete(self, request: Any) -> Reply | Refused:
-        """The answer to a request."""
+    async def complete(self, request: Any) -> Reply | Refused: ...
 
-    async def aclose(self) -> None:
-        """End what `connect` began."""
+    async def aclose(self) -> None: ...
 
 
 @dataclass
 class ServerBackend:
-    """Servers that all serve the same model.
-
-    Attributes:
-        pool: the servers. Its retries cover short troubles.
-        family: of the model, decides how videos are sent.
-        model: the served name; None asks the server, which must list one model then.
-        videos: "auto", "video_url" (vLLM's list of frames) or "images" (each frame as an image).
-        extra: more fields of every request.
-        patience_s: seconds without any server that is up, after which the job stops.
-    """
+    """Servers of one model (None: the one that they list). `videos`: auto, "video_url" (vLLM's list of frames) or
+    "images"; `extra`: more fields of every request; `patience_s`: without a server that is up, then the job stops."""
 
     pool: ServerPool
     family: Family
@@ -120,7 +112,7 @@ class ServerBackend:
         except ServerError as error:
             if error.status in (401, 403):
                 raise ConfigError(f"{error}. Check the key") from error
-            if error.status is None:
+            if error.transient:
                 raise ServersLost(
                     f"{error}. Is a server running there? Start it, then run the command again"
                 ) from error
@@ -151,25 +143,38 @@ class ServerBackend:
         return body, len(body) + 4096
 
     async def complete(self, request: bytes) -> Reply | Refused:
-        tries, answered = 0, self._answered
-        while True:
+        tries = alone = 0
+        while not self._lost:
+            before = self._answered
             try:
                 answer = await self.pool.post(CHAT, request, deadline=time.monotonic() + _FOREVER_S)
                 self._answered += 1
                 return read_reply(answer)
             except ServerError as error:
-                tries += 1
                 if self._lost:
-                    raise ServersLost(self._lost) from error
+                    break
                 if error.status in _SETTINGS_WRONG:
-                    raise ConfigError(f"{error}. Check --url, --model and the key") from error
+                    raise ConfigError(f"{error}. Check --url, --model, the key and the account") from error
+                tries, is_busy = tries + 1, error.status == 429
+                others = self._answered > before if is_busy else tries >= _TRIES_BESIDE_OTHERS and await self._is_well()
+                alone = 0 if others else alone + 1
                 is_its_own = not error.transient and error.status is not None
-                if is_its_own or (tries >= _TRIES_BESIDE_OTHERS and self._answered > answered):
+                if is_its_own or (others and tries >= (_TRIES_BUSY if is_busy else _TRIES_BESIDE_OTHERS)):
                     return Refused(error.cause, str(error))
-                if tries >= _TRIES_ALONE:
+                if alone >= _TRIES_ALONE:
                     why = "no request is answered any more. Mend the servers, then run the command again"
                     raise ServersLost(f"{error}; {why}") from error
-            await asyncio.sleep(tries)
+            await asyncio.sleep(_PAUSE_S * min(tries, _TRIES_ALONE))
+        raise ServersLost(self._lost)
+
+    async def _is_well(self) -> bool:
+        """Whether a request that nothing is wrong with is answered: then what fails is another one's own fault."""
+        hello = {"model": self.model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
+        try:
+            await self.pool.post(CHAT, hello, deadline=time.monotonic() + self.patience_s)
+        except ServerError:
+            return False
+        return True
 
     async def aclose(self) -> None:
         if self._watch is not None:
@@ -195,7 +200,7 @@ def read_reply(answer: Any) -> Reply | Refused:
         text, reason = choice["message"].get("content"), choice.get("finish_reason")
     except (TypeError, KeyError, IndexError, AttributeError):
         return Refused("malformed response", repr(answer)[:300])
-    usage = answer.get("usage") or {}
+    usage = answer["usage"] if isinstance(answer.get("usage"), dict) else {}
     clean = (text if isinstance(text, str) else "").encode("utf-8", "replace").decode()  # lone surrogates
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     return Reply(clean, reason == "length", *(count if type(count) is int else None for count in counts))
@@ -205,11 +210,9 @@ def encode(messages: Messages, *, videos: str) -> Messages:
     """Messages with media as data: URLs. Pixels travel without loss, as PNG."""
 
     def parts(part: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if part["type"] == "image":
-            return [image_part(part["image"])]
         if part["type"] == "video":
             return list(map(image_part, part["video"])) if videos == "images" else [clip_part(part["video"])]
-        return [dict(part)]
+        return [image_part(part["image"]) if part["type"] == "image" else dict(part)]
 
     def content(found: Any) -> Any:
         return found if isinstance(found, str) else [new for part in found for new in parts(part)]

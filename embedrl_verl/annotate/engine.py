@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM in this process, for a machine where nobody serves: the class `LLM`, imported when it is needed.
-
-Requests that wait are given to the engine together. It has no server, so a server (which takes new requests while old
-ones run) keeps a device busier; for more than some thousand rows start one and name its --url.
-"""
+"""vLLM in this process, for a machine where nobody serves. Requests that wait are given to the engine together; a
+server takes new ones while old ones run, so it keeps a device busier."""
 
 from __future__ import annotations
 
@@ -89,9 +86,7 @@ class EngineBackend:
 
             return LLM(model=self.path, **dict(self.options))
         except ImportError as error:
-            raise ConfigError(
-                f"--engine needs vLLM in this environment ({error}); or name a server with --url"
-            ) from error
+            raise ConfigError(f"--engine needs vLLM in this environment ({error}); or name a --url") from error
         except (OSError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"vLLM must be able to load --engine {self.path} (--engine-args {dict(self.options)}); it says: {error}"
@@ -103,7 +98,7 @@ class EngineBackend:
 
         tokenizer, prompts, params = self._engine.get_tokenizer(), [], []
         for messages, media, drawn in requests:
-            text = tokenizer.apply_chat_template(plain(messages), tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(_plain(messages), tokenize=False, add_generation_prompt=True)
             prompts.append({"prompt": text, **media})
             options = {name: getattr(drawn, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
             choice = StructuredOutputsParams(choice=list(drawn.choices)) if drawn.choices else None
@@ -115,15 +110,15 @@ class EngineBackend:
                 return [Refused("refused by the engine", str(error))]
             half = len(requests) // 2  # find the one at fault
             return [*self._run(requests[:half]), *self._run(requests[half:])]
-        return [_reply(output.outputs[0], output.prompt_token_ids) for output in outputs]
+        replies: list[Reply | Refused] = []
+        for output in outputs:
+            made, prompt_ids = output.outputs[0], output.prompt_token_ids or ()
+            text = made.text.encode("utf-8", "replace").decode()
+            replies.append(Reply(text, made.finish_reason == "length", len(prompt_ids), len(made.token_ids)))
+        return replies
 
 
-def _reply(made: Any, prompt_ids: Any) -> Reply:
-    text = made.text.encode("utf-8", "replace").decode()
-    return Reply(text, made.finish_reason == "length", len(prompt_ids or ()), len(made.token_ids))
-
-
-def plain(messages: Messages) -> Messages:
+def _plain(messages: Messages) -> Messages:
     """Messages for a chat template: the kinds of media parts, without the media."""
 
     def content(found: Any) -> Any:

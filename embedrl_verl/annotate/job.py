@@ -32,15 +32,15 @@ class Prices:
     completion: float | None = None
 
     def __post_init__(self) -> None:
-        if any(price is not None and price < 0 for price in (self.prompt, self.completion)):
+        if min(self.prompt or 0, self.completion or 0) < 0:
             raise ConfigError(f"prices must be 0 or more; got {self}")
 
     def cost(self, counts: Mapping[str, int]) -> dict[str, float]:
         """{"cost"} of the tokens counted; {} without any price."""
-        if self.prompt is None and self.completion is None:
+        if self.prompt is self.completion is None:
             return {}
-        prompt, completion = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
-        return {"cost": round(((self.prompt or 0.0) * prompt + (self.completion or 0.0) * completion) / 1e6, 6)}
+        money = (self.prompt or 0) * counts["prompt_tokens"] + (self.completion or 0) * counts["completion_tokens"]
+        return {"cost": round(money / 1e6, 6)}
 
 
 def tokens_of(tries: Iterable[Entry]) -> Counter[str]:
@@ -54,18 +54,7 @@ def tokens_of(tries: Iterable[Entry]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """One annotation, or one pass of the judge.
-
-    Attributes:
-        files: parquet files of pair records.
-        out: folder to write.
-        questions: settings and wording.
-        backend: who answers.
-        runner: how the run goes.
-        rows_per_part: of the output, about.
-        prices: for the report.
-        command: goes on with the job.
-    """
+    """One annotation, or one pass of the judge. `command` is what goes on with it, told to whoever needs the folder."""
 
     files: Sequence[Path]
     out: Path
@@ -84,7 +73,8 @@ class Job(ABC):
         facts = build_facts(f"data {self.name}", self.settings(), self.files)
         for entry, file in zip(facts["input"], self.files, strict=True):
             entry["footer"] = footer_digest(file)
-        with building(self.out, facts, self.command) as work:
+        stamps = [file.stat().st_mtime_ns for file in self.files]  # a footer may outlast an exchange of rows
+        with building(self.out, facts, self.command, stamps=stamps) as work:
             if work is None:
                 card = read_object(self.out / CARD_FILE)
                 self._check_served(card["served"], self.backend.wanted())
@@ -121,12 +111,11 @@ class Job(ABC):
                 write_json(file, facts)
 
         if file.is_file():
-            self._check_served(read_object(file), self.backend.wanted())
+            note(self.backend.wanted())
         asyncio.run(Runner(rows, self.questions, self.backend, work, self.runner, note, self.name).run())
         return read_object(file) if file.is_file() else dict(self.backend.wanted())
 
     def _check_served(self, served: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Refuse facts of the backend that are not those of what has answered before."""
         found = json.loads(json.dumps(now))
         if changed := difference({name: served.get(name) for name in found}, found):
             raise ConfigError(

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is asked: chat messages with decoded media, at the size at which RL will show them to the Reasoner.
-
-Words and pixels are those of the rollout (`embedrl_verl.tcot.build_prompt`), so that an annotated T-CoT is of the
-language, the box units and the frame numbers that RL will see.
-"""
+"""What a model is asked: chat messages with decoded media. Words and pixels are those of the rollout, so that a T-CoT
+is of the language, the box units and the frame numbers that RL will see."""
 
 from __future__ import annotations
 
@@ -32,15 +29,10 @@ _SHOWN_REPLY = 4000  # characters of a bad reply that are shown again
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request, before it is encoded for a server or an engine.
-
-    Attributes:
-        messages: chat messages; content is a string or parts {"type": "text", "text"}, {"type": "image", "image": RGB
-            image} and {"type": "video", "video": [RGB images of one size, even in number], "times": FrameTimes}.
-        original_sizes: (width, height) in pixels of each image of the item as stored.
-        seen_sizes: the same, as the model sees it.
-        num_frames: frames of the clip that can be named (an odd clip repeats its last one for the model).
-    """
+    """One request, before it is encoded for a server or an engine. Its `messages` have parts {"type": "text", "text"},
+    {"type": "image", "image": RGB image} and {"type": "video", "video": [RGB images, even in number], "times":
+    FrameTimes}. Sizes are (width, height) of each image, as stored and as the model sees it; `num_frames` those of the
+    clip that can be named (an odd clip repeats its last one for the model)."""
 
     messages: Messages
     original_sizes: tuple[tuple[int, int], ...] = ()
@@ -96,13 +88,13 @@ def gold_answer_of(record: PairRecord, side: Side) -> str | None:
 
 def _fitted(content: Sequence[dict[str, Any]], limits: MediaLimits) -> list[dict[str, Any]]:
     """Parts with images and clips at the size at which a model with these limits reads them."""
-    parts: list[dict[str, Any]] = []
-    for part in content:
+
+    def fit(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] == "image":
-            parts.append({"type": "image", "image": fit_image(part["image"], limits)})
-        elif part["type"] == "video":
+            return {"type": "image", "image": fit_image(part["image"], limits)}
+        if part["type"] == "video":
             clip = fit_clip(part["video"], limits)
-            parts.append({**part, "video": clip, "times": part["times"].padded(len(clip))})
-        else:
-            parts.append(part)
-    return parts
+            return {**part, "video": clip, "times": part["times"].padded(len(clip))}
+        return part
+
+    return [fit(part) for part in content]

@@ -25,7 +25,7 @@ draws of those beside it depend on chance."""
 
 @dataclass(frozen=True)
 class Question:
-    """What to find out about a record, the entries of earlier tries, oldest first, and where the record is."""
+    """What to find out about a record, the entries of earlier tries, and where the record is."""
 
     record: PairRecord
     name: str
@@ -36,14 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How replies are drawn.
-
-    Attributes:
-        tries: how often one question is asked, at most.
-        temperature, max_tokens: of the replies.
-        retry_temperature: of replies that are drawn again, at least.
-        seed: of all draws.
-    """
+    """How replies are drawn; `retry_temperature` is of those that are drawn again, at least."""
 
     tries: int = 3
     temperature: float = 0.0

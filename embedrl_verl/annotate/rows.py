@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,18 +52,15 @@ def footer_digest(file: Path) -> str:
 
 def _repeated(files: Sequence[Path]) -> dict[tuple[Path, int], DataError]:
     """Rows whose pair id an earlier row has. All ids are in memory while it runs."""
-    columns: list[pa.Array] = []
-    starts: list[tuple[int, Path]] = []
-    for file in files:
-        starts.append((sum(len(one) for one in columns), file))
-        columns += [batch.column(0) for _, batch in read_batches(file, ["pair_id"])]
+    columns = [[batch.column(0) for _, batch in read_batches(file, ["pair_id"])] for file in files]
+    starts = [0, *itertools.accumulate(sum(map(len, batches)) for batches in columns)]
 
     def place(number: int) -> tuple[Path, int]:
-        start, file = next(one for one in reversed(starts) if one[0] <= number)
-        return file, number - start
+        at = bisect_right(starts, number) - 1
+        return files[at], number - starts[at]
 
     found = {}
-    ids = pa.chunked_array(columns, pa.string()).to_pandas()
+    ids = pa.chunked_array([one for batches in columns for one in batches], pa.string()).to_pandas()
     for number, earlier in first_rows(ids[ids.fillna("") != ""]).items():
         (file, row), (other, first) = place(number), place(earlier)
         reason = f"field pair_id: pair_id must be unique; {other}, row {first} has it too"

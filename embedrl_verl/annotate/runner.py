@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks about all rows of an input, with as many requests in flight as the servers take, and keeps the answers.
 
-    rows (a thread) -> queue -> workers: prepare (threads) -> complete -> entry -> answers.jsonl (a thread)
+    rows (a thread) -> workers: prepare (threads) -> complete -> entry -> answers.jsonl (a thread)
 
 A question takes one or more tries; each is one line of the file, and the question is over when a line says `done`. When
 a job is started again, finished questions are skipped and open ones go on with their next try.
 
-Memory: the rows in the queue and in work (little more than `limit`), the media of requests in flight (`media_bytes`),
-and 16 bytes for each answer of earlier runs.
+Memory: the rows and requests in flight. A row is read when a thread and room for media are free, so rows that wait take
+none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,21 +41,13 @@ _LISTED = 100
 
 
 class TooManyFailed(DataError):
-    """The share of failures is above its limit; answers so far are kept."""
+    """Answers so far are kept."""
 
 
 @dataclass(frozen=True)
 class RunnerSettings:
-    """How a run goes; nothing here changes an answer.
-
-    Attributes:
-        limit: questions asked at the same time.
-        threads: for decoding and encoding media.
-        media_bytes: of encoded media in memory: above it no more are encoded (what is being encoded, one request a
-            thread, comes on top).
-        max_failed_share: of the questions that are over; looked at after `first_check` of them.
-        max_rejected_share: of the rows of the input.
-    """
+    """How a run goes; nothing here changes an answer. `max_failed_share` is of the questions that are over, looked at
+    after `first_check` of them; what the `threads` are encoding comes on top of `media_bytes`."""
 
     limit: int
     threads: int
@@ -68,9 +60,8 @@ class RunnerSettings:
 class Runner:
     """One run over an input. `served` is called, before anything is asked, with what the backend serves.
 
-    Attributes:
-        over, failed, rejected: questions that are over, causes of those without a result, rows that cannot be used;
-            those of earlier runs among them.
+    `over`, `failed` and `rejected` are the questions that are over, causes of those without a result, and rows that
+    cannot be used; those of earlier runs among them.
     """
 
     def __init__(
@@ -85,7 +76,7 @@ class Runner:
     ) -> None:
         self._rows, self._questions, self._backend = rows, questions, backend
         self._path, self._settings, self._served, self._label = work / ANSWERS_FILE, settings, served, label
-        self.over = self.replies = self.tokens = self.rows_read = 0
+        self.over = self.replies = self.rows_read = 0
         self.failed: Counter[str] = Counter()
         self.rejected: dict[tuple[str, int], Rejection] = {}
         self._media_left = settings.media_bytes
@@ -95,16 +86,16 @@ class Runner:
         """Ask everything that is not answered yet; nobody has to serve if nothing is open. Whatever ends it, answers so
         far are kept."""
         answers = await asyncio.to_thread(Answers, self._path, self._count)
-        workers = self._settings.limit + 2 * self._settings.threads
-        queue: asyncio.Queue[Question | None] = asyncio.Queue(maxsize=2 * self._settings.threads)
-        self._thread_free, self._space = asyncio.Semaphore(self._settings.threads), asyncio.Condition()
+        self._stop_if_failed(final=False)
+        threads, questions = self._settings.threads, self._open_questions(answers)
+        self._next, self._thread_free, self._room = asyncio.Lock(), asyncio.Semaphore(threads), asyncio.Event()
         with (
-            ThreadPoolExecutor(self._settings.threads, "media") as self._threads,
+            ThreadPoolExecutor(threads, "media") as self._threads,
             AnswerWriter(self._path) as self._writer,
             tqdm(desc=self._label, unit="question", initial=self.over, disable=not sys.stderr.isatty()) as self._bar,
         ):
-            tasks = [asyncio.create_task(self._work(queue)) for _ in range(workers)]
-            tasks.append(asyncio.create_task(self._feed(queue, answers, workers)))
+            workers = self._settings.limit + 2 * threads
+            tasks = [asyncio.create_task(self._work(questions)) for _ in range(workers)]
             try:
                 await asyncio.gather(*tasks)
             finally:
@@ -115,23 +106,21 @@ class Runner:
         self._stop_if_failed(final=True)
         self._stop_if_bad()
 
-    async def _feed(self, queue: asyncio.Queue[Question | None], answers: Answers, workers: int) -> None:
-        connected, scan = False, self._open_questions(answers)
+    async def _open_questions(self, answers: Answers) -> AsyncIterator[Question]:
+        connected, scan = False, self._scan(answers)
         while (found := await asyncio.to_thread(next, scan, None)) is not None:
             if found and not connected:
                 self._served(await self._backend.connect())
                 connected = True
             for question in found:
-                await queue.put(question)
-        for _ in range(workers):
-            await queue.put(None)
+                yield question
 
-    def _open_questions(self, answers: Answers) -> Iterator[list[Question]]:
-        """Those of some rows at a time, maybe of none."""
-        found: list[Question] = []
+    def _scan(self, answers: Answers) -> Iterator[list[Question]]:
+        """The open questions of a row, or none of several."""
         for span in self._rows.spans:
             for row, record in self._rows.scan(span):
                 self.rows_read += 1
+                found = []
                 if isinstance(record, PairRecord):
                     for name in self._questions.names(record):
                         tries = answers.tries(record.pair_id, name)
@@ -139,40 +128,48 @@ class Runner:
                             found.append(Question(record, name, tries, str(span.file), row))
                 else:
                     self._reject(record)
-                if self.rows_read % _ROWS_AT_ONCE == 0:
+                if found or self.rows_read % _ROWS_AT_ONCE == 0:
                     yield found
-                    found = []
-        yield found
 
-    async def _work(self, queue: asyncio.Queue[Question | None]) -> None:
-        while (question := await queue.get()) is not None:
-            while question is not None:
-                question = await self._try(question)
+    async def _work(self, questions: AsyncIterator[Question]) -> None:
+        while True:
+            async with self._next:
+                await self._take_thread()
+                question = await anext(questions, None)
+            if question is None:
+                self._thread_free.release()
+                return
+            while (question := await self._try(question)) is not None:
+                await self._take_thread()
+
+    async def _take_thread(self) -> None:
+        """Wait for a thread, and for memory for what it prepares."""
+        await self._thread_free.acquire()
+        while self._media_left <= 0:
+            self._room.clear()
+            await self._room.wait()
 
     async def _try(self, question: Question) -> Question | None:
-        """One try; the question with it if there is to be another."""
+        """One try, by a thread that is taken; the question with it if there is to be another."""
         key = {"id": question.record.pair_id, "question": question.name, "try": len(question.tries)}
+        loop = asyncio.get_running_loop()
         try:
-            async with self._thread_free:  # requests wait for memory before they are in it
-                async with self._space:
-                    await self._space.wait_for(lambda: self._media_left > 0)
-                loop = asyncio.get_running_loop()
-                prompt, request, size = await loop.run_in_executor(self._threads, self._prepare, question)
-                self._media_left -= size
+            prompt, request, size = await loop.run_in_executor(self._threads, self._prepare, question)
         except DataError as error:
             place = {"file": question.file, "row": question.row, "field": question.name, "reason": str(error)}
             self._note({**key, "done": True, "ok": False, "rejected": {**place, "pair_id": question.record.pair_id}})
             return None
+        finally:
+            self._thread_free.release()
+        self._media_left -= size
         try:
             reply = await self._backend.complete(request)
+            # Nothing is awaited between the answer and its note: an answer outlives its worker when the run is ended.
+            entry = {**key, **self._outcome(question, prompt, reply)}
+            self._note(entry)
         finally:
-            del request
             self._media_left += size
-            async with self._space:
-                self._space.notify_all()
-        # Nothing is awaited between the answer and its note: an answer outlives its worker when the run is ended.
-        entry = {**key, **self._outcome(question, prompt, reply)}
-        self._note(entry)
+            self._room.set()
         return None if entry["done"] else replace(question, tries=(*question.tries, entry))
 
     def _prepare(self, question: Question) -> tuple[Prompt, Any, int]:
@@ -194,15 +191,12 @@ class Runner:
         self._writer.put(entry)
         self._count(entry)
         self.replies += 1
-        self.tokens += entry.get("out") or 0
         self._bar.set_postfix({"failed": self.failed.total(), "replies": self.replies}, refresh=False)
         self._bar.update(self.over - self._bar.n)
-        now = time.monotonic()
-        if self._bar.disable and now - self._told > _LOG_EVERY_S:
-            self._told, seconds = now, now - self._began
-            counts = f"{self.over:,} questions done, {self.failed.total()} failed"
-            rates = f"{self.replies / seconds:.1f} replies/s, {self.tokens / seconds:,.0f} reply tokens/s"
-            print(f"{self._label}: {counts}, {rates}", file=sys.stderr, flush=True)
+        if self._bar.disable and (now := time.monotonic()) - self._told > _LOG_EVERY_S:
+            self._told, rate = now, self.replies / (now - self._began)
+            counts = f"{self.over:,} questions done, {self.failed.total()} failed, {rate:.1f} replies/s"
+            print(f"{self._label}: {counts}", file=sys.stderr, flush=True)
         self._stop_if_failed(final=False)
 
     def _count(self, entry: Entry) -> None:

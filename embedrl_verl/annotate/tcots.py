@@ -12,8 +12,7 @@ from embedrl_verl.annotate.backends import Reply, Sampling
 from embedrl_verl.annotate.prompts import Prompt, TcotPrompts, again, digest, gold_answer_of
 from embedrl_verl.annotate.questions import DrawSettings, Question, is_in_share
 from embedrl_verl.annotate.replies import LEVELS, EvidenceLevel, check_tcot
-from embedrl_verl.data.schema import SIDES, PairRecord, Side, input_kind
-from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
+from embedrl_verl.data.schema import SIDES, PairRecord, Side
 from embedrl_verl.tcot.prompts import style_words
 
 REASK_MODES = ("explain", "resample")
@@ -21,17 +20,7 @@ REASK_MODES = ("explain", "resample")
 
 @dataclass(frozen=True)
 class TcotSettings(DrawSettings):
-    """What changes the answers, beside the questions' wording (`TcotPrompts`) and the model.
-
-    Attributes:
-        sides: which sides get a T-CoT.
-        overwrite: also sides that have one.
-        reask: after a bad reply, "explain" what is wrong in a conversation, or "resample": the same question, another
-            seed, at `retry_temperature` or above.
-        top_p: of the replies.
-        evidence: see `embedrl_verl.annotate.replies`.
-        gold_share: share of the queries with a text target that are asked with the answer given.
-    """
+    """What changes the answers, beside the questions' wording (`TcotPrompts`) and the model."""
 
     sides: tuple[Side, ...] = SIDES
     overwrite: bool = False
@@ -65,24 +54,15 @@ class TcotQuestions:
 
     def request(self, question: Question) -> tuple[Prompt, Sampling]:
         settings, record, side, tries = self.settings, question.record, _side(question), question.tries
-        prompt = self.prompts.prompt(record, side, self.told(record, side))
-        redraw = settings.reask == "resample"
+        prompt, redraw = self.prompts.prompt(record, side, self.told(record, side)), settings.reask == "resample"
         if tries and not redraw:
             prompt = again(prompt, tries[-1]["text"], tries[-1]["problems"])
         return prompt, settings.sampling(question, redraw=redraw, top_p=settings.top_p)
 
     def check(self, question: Question, prompt: Prompt, reply: Reply) -> Entry:
-        record, side = question.record, _side(question)
-        checked = check_tcot(
-            reply.text,
-            item=record.item(side),
-            prompt=prompt,
-            required=EVIDENCE_KEY_OF_KIND[input_kind(record, side)],
-            family=self.prompts.family,
-            level=self.settings.evidence,
-            cut_off=reply.cut_off,
-        )
-        return {"problems": checked.problems, "notes": checked.notes}
+        family, level = self.prompts.family, self.settings.evidence
+        problems, notes = check_tcot(reply, question.record, _side(question), prompt, family, level)
+        return {"problems": problems, "notes": notes}
 
     def told(self, record: PairRecord, side: Side) -> str | None:
         """The answer that is told for a side. Rows are drawn by a hash of seed and pair id."""

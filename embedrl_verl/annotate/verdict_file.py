@@ -16,9 +16,7 @@ from embedrl_verl.errors import DataError
 
 Verdict: TypeAlias = Literal["match", "mismatch", "unknown"]
 VERDICTS: tuple[Verdict, ...] = ("match", "mismatch", "unknown")
-VERDICTS_FILE = "verdicts.parquet"
-VERDICTS_FOLDER = "verdicts"
-"""Folder of the file in what `embedrl data filter` writes, beside `contrastive` and `rl`."""
+VERDICTS_FILE, VERDICTS_FOLDER = "verdicts.parquet", "verdicts"
 VERDICT_SCHEMA = pa.schema([("pair_id", pa.string()), ("verdict", pa.string())])
 ROWS_AT_ONCE = 2048
 

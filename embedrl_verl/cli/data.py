@@ -97,9 +97,8 @@ def filter_pairs(
     """
     from pathlib import Path
 
-    from embedrl_verl.annotate.relevance import RelevanceQuestions, RelevanceSettings
+    from embedrl_verl.annotate.relevance import RelevanceQuestions, RelevanceSettings, VerdictJob
     from embedrl_verl.annotate.verdict_file import VERDICTS_FOLDER
-    from embedrl_verl.annotate.verdicts import VerdictJob
     from embedrl_verl.curate.split_job import split_pairs
     from embedrl_verl.data.files import pair_files
 

@@ -2,11 +2,6 @@
 """`embedrl data content-ids`: fill empty `query_id`s and `target_id`s, so that equal queries or targets are never
 negatives of each other.
 
-An id names the content as `embedrl_verl.data.identity` sees it, so masks are the same before and after; what changes is
-that no medium is hashed again when training starts, that splits can be kept apart by content, and that near-duplicate
-target images (an option, `near_duplicates`) can share an id. Ids of the source are kept. docs/data.md says what is one
-content and what is not.
-
 Each span of the input becomes one part. With near duplicates, a first round over the same spans records how every
 target image looks; then the groups are formed; then the parts are written.
 """
@@ -45,8 +40,7 @@ Digest = Callable[[Media], bytes]
 
 @dataclass(frozen=True)
 class IdSettings:
-    """What decides the ids. Without `near` only images of equal bytes are one; `overwrite` replaces ids that are there,
-    of queries and targets; without a `media_root` each data card says its own."""
+    """Without `near` only images of equal bytes are one; without a `media_root` each data card says its own."""
 
     media_root: str | None = None
     overwrite: bool = False
@@ -55,16 +49,12 @@ class IdSettings:
 
 @dataclass(frozen=True)
 class IdTask:
-    """One part: read a span, write it with ids and with `prefix` before its media paths.
-
-    Attributes:
-        near: file that says which media stand for which; None = only equal bytes count as one.
-        unreadable: lines of `rejected.jsonl` of rows whose images cannot be looked at.
-    """
+    """One part. `near` names the file that says which media stand for which; `unreadable` has lines of `rejected.jsonl`
+    of rows whose images cannot be looked at."""
 
     span: Span
     media_root: str | None
-    prefix: str
+    prefix: str | None
     overwrite: bool
     near: Path | None = None
     unreadable: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -95,18 +85,17 @@ def fill_content_ids(
     max_bad_share: float = 0.01,
     command: Sequence[str] = ("embedrl", "data", "content-ids"),
 ) -> JobReport:
-    """Write the pairs of files and data set folders to a new folder, with empty `query_id`s and `target_id`s filled.
-
-    A folder that was begun is gone on with; `command` is noted in it. Above `max_bad_share` bad rows the job stops.
-    """
+    """Write the pairs of files and data set folders to a new folder, with empty `query_id`s and `target_id`s filled, or
+    go on with that."""
     settings, out = settings or IdSettings(), Path(out)
     processes, files = worker_count(workers), pair_files(paths)
     root, prefixes = merged_root(files, settings.media_root)
     options = {**asdict(settings), "media_root": root, "rows_per_part": rows_per_part}
     facts = build_facts("embedrl data content-ids", options, files)
     tasks = [
-        IdTask(span, root and os.path.join(root, prefixes[span.file]), prefixes[span.file], settings.overwrite)
+        IdTask(span, (root and ahead is not None and os.path.join(root, ahead)) or None, ahead, settings.overwrite)
         for span in spans(files, rows_per_part)
+        for ahead in [prefixes[span.file]]
     ]
     rows = sum(task.span.stop - task.span.start for task in tasks)
     limits: Any = {"rows": rows, "workers": processes, "max_bad_share": max_bad_share}
@@ -137,11 +126,8 @@ def _look(tasks: Sequence[IdTask], likeness: Likeness, work: Path, limits: dict[
 
 
 def write_part(task: IdTask, part: Path) -> Report:
-    """Write one part with its ids. Rows that are no pairs, or whose media cannot be read for an id, are left out.
-
-    The report also has rows (read), ids (source -> kind of target id -> pairs) and near (a line for each medium that
-    has near duplicates: pair_id, group, medium, sha256).
-    """
+    """Write one part with its ids. The report also has `rows` read, `ids` (source -> kind of target id -> pairs) and
+    `near` (a line for each medium that has near duplicates)."""
     digest, stands_for = task.digest(), dict[bytes, bytes]()
     if task.near:
         stands_for = dict(zip(*np.load(task.near).tolist(), strict=True))
@@ -155,18 +141,18 @@ def write_part(task: IdTask, part: Path) -> Report:
                 continue
             try:
                 filled, kind, near = _filled(task, record, digest, stands_for)
+                moved = with_prefix(filled, task.prefix)
             except DataError as error:
                 report["rejected"].append(rejection(task.span.file, row, error, values["pair_id"]))
                 continue
             report["near"] += [{"pair_id": filled.pair_id, **line} for line in near]
             ids[filled.data_source][kind] += 1
-            writer.add(with_prefix(filled, task.prefix))
+            writer.add(moved)
     return {**report, "records": writer.rows, "by_source": {name: kinds.total() for name, kinds in ids.items()}}
 
 
 def scan_looks(task: IdTask, part: Path) -> Report:
-    """The round before, for near duplicates: write how the target images of a span look. Images that cannot be decoded
-    reject their rows."""
+    """The round before, for near duplicates: write how the target images of a span look."""
     rejected: list[dict[str, Any]] = []
     write_looks(part, _target_images(task, rejected))
     return {"records": 0, "by_source": {}, "rejected": rejected}

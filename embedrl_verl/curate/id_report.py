@@ -1,16 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What content ids say of a data set: how many distinct queries and targets each source has, and which images were put
-together. `content_ids.json` has rows (read), rejected, near_groups, near_media (media of targets in groups, with
-repeats), and of each source:
-
-- pairs (written); given, text, media, near: pairs whose target id is the source's own, a text's, of media, of
-  near-duplicate media;
-- contents, queries: distinct ids of targets and of queries;
-- false_negatives: the probability that another pair of the source, drawn at random, has the same query or target: the
-  share of in-batch negatives that would be false without the masks. It is high where answers are few classes ("yes");
-  the paper leaves such sets (HatefulMemes, N24News, VOC2007) out of contrastive training;
-- largest: the commonest targets (pairs, share, target_id, text).
-"""
+together. `false_negatives` is the probability that another pair of the source has the same query or target: the share
+of in-batch negatives that would be false without the masks."""
 
 from __future__ import annotations
 
@@ -22,11 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedrl_verl.curate.report import JobReport, table
+from embedrl_verl.curate.report import JobReport
 from embedrl_verl.data.build import Report, write_lines
 from embedrl_verl.data.identity import false_negative_share
 from embedrl_verl.data.parquet import read_batches, read_rows
 from embedrl_verl.data.writer import PairWriter
+from embedrl_verl.tables import table
 
 KINDS = ("given", "text", "media", "near")
 LARGEST_SHOWN, TEXT_SHOWN = 3, 60
@@ -44,7 +36,7 @@ def id_report(values: dict[str, Any]) -> JobReport:
         counts = [source[key] for key in ("pairs", *KINDS, "contents", "queries")]
         rows.append([name, *counts, f"{source['false_negatives']:.2%}", common])
     head = ["data source", "pairs", "own id", *KINDS[1:], "targets", "queries", "same", "commonest target"]
-    lines = table(head, *rows)
+    lines = table(head, *rows, left=(0, len(head) - 1))
     lines.append(
         "own id, text, media, near: where target ids come from. same: probability that another pair of the source "
         "has the same query or target (never a negative)"

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One media root for pairs that come from several data set folders, each with a root of its own.
-
-A run has one `data.media_root`. When folders are merged, it becomes the folder that all roots share, and each media
-path gets in front what leads from there to its old root: `x.png` of `/data/okvqa/media` becomes `okvqa/media/x.png` of
-`/data`.
-"""
+"""One media root for pairs of several data set folders, each with a root of its own: the folder that all roots share.
+`x.png` of `/data/okvqa/media` becomes `okvqa/media/x.png` of `/data`."""
 
 from __future__ import annotations
 
@@ -15,14 +11,13 @@ from pathlib import Path
 
 from embedrl_verl.data.files import media_root_of
 from embedrl_verl.data.schema import Item, Media, PairRecord
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.errors import ConfigError, DataError
 
 
-def merged_root(files: Sequence[Path], media_root: str | None) -> tuple[str | None, dict[Path, str]]:
-    """The media root of files together, absolute, and what the media paths of each file get in front ("" = nothing).
-
-    Without a `media_root` for all, the data card beside a file tells its own.
-    """
+def merged_root(files: Sequence[Path], media_root: str | None) -> tuple[str | None, dict[Path, str | None]]:
+    """The media root of files together, absolute, and what the media paths of each file get in front: "" is nothing,
+    None that it may have none, since others have a root and it has not. Without a `media_root` for all, the data card
+    beside a file tells its own."""
     if media_root is not None:
         return os.path.abspath(media_root), dict.fromkeys(files, "")
     roots = {file: root and os.path.abspath(root) for file, root in ((file, media_root_of(file)) for file in files)}
@@ -33,15 +28,21 @@ def merged_root(files: Sequence[Path], media_root: str | None) -> tuple[str | No
     if len(known) > 1 and shared == os.path.dirname(shared):
         raise ConfigError(f"media roots {', '.join(known)} share no folder; move them together, or embed the media")
     ahead = {root: os.path.relpath(root, shared) for root in known}
-    return shared, {file: "" if not root or ahead[root] == "." else ahead[root] for file, root in roots.items()}
+    return shared, {file: root and ("" if ahead[root] == "." else ahead[root]) for file, root in roots.items()}
 
 
-def with_prefix(record: PairRecord, prefix: str) -> PairRecord:
-    """The record with `prefix`/ in front of every media path. Absolute ones stay: they are refused wherever read."""
-    if not prefix:
+def with_prefix(record: PairRecord, prefix: str | None) -> PairRecord:
+    """The record with `prefix`/ in front of every media path. Absolute ones stay: they are refused wherever read.
+    DataError: it has a path, and the prefix is None."""
+    if prefix == "":
         return record
 
     def ahead(media: Media) -> Media:
+        if prefix is None and isinstance(media, str):
+            raise DataError(
+                f"media path {media!r} is of no media root: the data card beside the file names none, and other inputs "
+                "have one; name one for all (--media-root), or embed the media"
+            )
         return media if isinstance(media, bytes) or media.startswith("/") else f"{prefix}/{media}"
 
     def moved(item: Item) -> Item:

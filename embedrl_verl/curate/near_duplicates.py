@@ -6,9 +6,8 @@
    sorting each band. A pair counts if shapes and small pictures agree too.
 3. Groups are the connected components; the member with the smallest SHA-256 represents its group.
 
-A hash alone cannot tell a page from the same page with another number on it: both a JPEG copy and such an edit change
-about ten bits. A copy changes every pixel a little, an edit changes few pixels a lot; so a pair that the hash finds is
-compared on the pictures, pixel by pixel.
+A copy and a page with another number on it differ in as many bits: about ten. But a copy changes every pixel a little,
+an edit few pixels a lot, so pairs that the hash finds are compared pixel by pixel.
 """
 
 from __future__ import annotations
@@ -43,13 +42,8 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike two images must be.
-
-    Attributes:
-        max_bits: of 256 in which the hashes may differ, 0..64.
-        max_difference: of grey values (0..255) of the small pictures, at the place where they differ most. Copies at
-            JPEG quality 10, half the size or other brightness stay below 9, one changed number does not.
-    """
+    """How alike two images must be: bits of 256 in which the hashes may differ, and grey values (0..255) by which the
+    small pictures may, at the place where they differ most."""
 
     max_bits: int = 12
     max_difference: float = 9.0

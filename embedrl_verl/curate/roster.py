@@ -28,16 +28,12 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Roster:
-    """All rows of several files, numbered from 0 over all of them.
+    """All rows of several files, numbered from 0 over all of them; file number i has those from `starts[i]` on.
 
-    Attributes:
-        starts: number of each file's first row, and of all rows.
-        names: data sources; `source` (rows,) has their positions.
-        ids: distinct pair_ids; `pair` (rows,) has their positions, `first` (ids,) the first good row of each, or -1.
-        content, query: hash of the target_id and of the query_id, 0 where empty; comparable within this process only.
-        is_text: the target_id stands for a text without media.
-        verdict: position in `VERDICTS`, or -1. `judged`: verdicts were read.
-        good: rows that are not rejected. `rejected`: lines of `rejected.jsonl`, by row.
+    Each row has positions of its id (`pair`, in `ids`) and source (`source`, in `names`), hashes of target_id and
+    query_id (`content`, `query`; 0 where empty; comparable within this process only), whether its target is text alone
+    (`is_text`), its position in `VERDICTS` or -1 (`verdict`), and whether it is not rejected (`good`). `first` is the
+    first good row of each id, or -1; `rejected` has lines of `rejected.jsonl` by row.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:

@@ -1,16 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pair goes where: the contrastive set, the RL set, or neither, and why. Decided on the roster alone.
-
-1. RL candidates are the pairs whose verdict `rl_from` names; of each source the wanted number is drawn from them.
-2. Matches that RL did not draw train the Embedder, but for sources that are left out of that stage, and, if wanted, for
-   pairs whose target content RL has.
-
-The result depends on the order of the pairs, not on how they lie in files nor on the number of processes.
-
-Which pairs feed RL is contradictory in the paper: section 3.2 says those that the relevance filter drops, appendix C.3
-those that it keeps. The default is the former, `mismatch`: its pairs are hard, and the Embedder that will be the reward
-model has not been trained on them. Some of them are simply wrong pairs, though; `match` is the other reading.
-"""
+"""Which pair goes where: the contrastive set, the RL set, or neither, and why. Decided on the roster alone, so the
+result depends on the order of the pairs, not on how they lie in files nor on the number of processes. (docs/data.md has
+the paper's two readings of which pairs feed RL.)"""
 
 from __future__ import annotations
 
@@ -46,21 +37,8 @@ Fates = npt.NDArray[np.int8]
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """How pairs are split.
-
-    Attributes:
-        rl_from: verdicts of the pairs that RL may draw: "mismatch", "match", or "all" (every verdict, also "unknown").
-        rl_rows: data source -> pairs that RL gets, exactly. With any, or a preset, no other source gives RL pairs
-            unless `rl_rows_each` is set.
-        rl_rows_each: at most so many RL pairs of each source that is not named; None = all, or with named sources none.
-        rl_preset: table of `convert/sampling.yaml` that names sources and numbers, "rl_13"; `rl_rows` wins over it.
-        allow_short: a named source may be missing or have fewer candidates.
-        sampling: "even": of a source's n candidates those at floor(i x n / k), i = 0..k-1; "random": by `seed`.
-        unknown: pairs without a verdict are "left_out", or treated as "match".
-        keep_rl_matches: RL pairs whose verdict is match train the Embedder as well (appendix C.3 to the letter).
-        contrastive_without: sources that the contrastive set leaves out.
-        disjoint_targets: leave out contrastive pairs whose target content RL has: of targets with "media", of "all".
-    """
+    """See the options of `embedrl data split`. `rl_rows` and `rl_preset` have exact numbers of sources, `rl_rows_each`
+    is the most of each other one (None: all, or none where some are named)."""
 
     rl_from: RlFrom = "mismatch"
     rl_rows: Mapping[str, int] = field(default_factory=dict)
@@ -86,16 +64,13 @@ class SplitSettings:
         self.draw()
 
     def named_rows(self) -> dict[str, int]:
-        """Sources of which RL gets an exact number of pairs: those of the preset and of `rl_rows`."""
         return {**(preset(self.rl_preset).caps if self.rl_preset else {}), **self.rl_rows}
 
     def draw(self) -> Sampling:
-        """The draw of RL pairs, for the sources that give any."""
         named = {source: rows for source, rows in self.named_rows().items() if rows}
         return Sampling(named, self.rl_rows_each or None, self.sampling, self.seed, self.rl_preset)
 
     def gives_rl(self, source: str) -> bool:
-        """True if RL may draw pairs of this source."""
         named = self.named_rows()
         others = not named if self.rl_rows_each is None else self.rl_rows_each > 0
         return bool(named.get(source, others))

@@ -6,7 +6,7 @@
     OUT/split.parquet  pair_id, data_source, verdict, fate; rows as in the input
     OUT/split.json     the report
 
-The plan is made again in every run (it takes seconds for a million pairs); parts that are written are kept.
+The plan is made again in every run; parts that are written are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from embedrl_verl.errors import ConfigError, DataError
 
 ROWS_PER_PART = 50_000
 SETS = {"contrastive": (CONTRASTIVE, BOTH), "rl": (RL, BOTH)}
-PartTask: TypeAlias = list[tuple[Path, Index, str]]
+PartTask: TypeAlias = list[tuple[Path, Index, str | None]]
 """One part: of each file the rows that it holds, and what their media paths get in front."""
 
 
@@ -61,11 +61,9 @@ def split_pairs(
     max_bad_share: float = 0.01,
     command: Sequence[str] = ("embedrl", "data", "split"),
 ) -> JobReport:
-    """Split the pairs of files and data set folders into a contrastive and an RL set.
+    """Split the pairs of files and data set folders into a contrastive and an RL set, or go on with that.
 
-    `verdicts` is a parquet file with columns pair_id and verdict, one row a pair; without, every pair is a match.
-    Folders that were begun are gone on with. Without a `media_root` each data card says its own. Above `max_bad_share`
-    unusable rows the job stops; `command` is noted in the folders.
+    Without `verdicts` (parquet: pair_id, verdict; one row a pair) every pair is a match.
     """
     settings, out = settings or SplitSettings(), Path(out)
     if verdicts is None and settings.rl_from != "all":
@@ -118,14 +116,18 @@ def write_part(task: PartTask, part: Path) -> build.Report:
                 for place, values in enumerate(batch.to_pylist()):
                     row = int(rows[place])
                     record = record_or_error(values, file, row)
-                    if isinstance(record, DataError):
+                    try:
+                        if isinstance(record, DataError):
+                            raise record
+                        moved = with_prefix(record, prefix)
+                    except DataError as error:
                         good[place] = False
-                        report["rejected"].append(build.rejection(file, row, record, values["pair_id"]))
+                        report["rejected"].append(build.rejection(file, row, error, values["pair_id"]))
                         continue
-                    report["by_source"][record.data_source] += 1
-                    if prefix:
-                        writer.add(with_prefix(record, prefix))
-                if not prefix:
+                    report["by_source"][moved.data_source] += 1
+                    if prefix != "":
+                        writer.add(moved)
+                if prefix == "":
                     writer.write(batch.filter(pa.array(good)))
     return {**report, "records": writer.rows}
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from embedrl_verl.annotate.verdict_file import VERDICTS
-from embedrl_verl.curate.report import JobReport, table
+from embedrl_verl.curate.report import JobReport
 from embedrl_verl.curate.roster import Roster
 from embedrl_verl.curate.split import BOTH, FATES, Fates, SplitSettings, also_in_rl, candidates_by_source
+from embedrl_verl.tables import table
 
 
 def split_report(roster: Roster, fates: Fates, settings: SplitSettings) -> JobReport:
@@ -68,9 +69,9 @@ def _lines(values: dict[str, Any]) -> list[str]:
             f"({shared['media']} with media, {shared['text']} of text alone; {shared['contents']} contents); see "
             "--disjoint-targets"
         )
-    notes = {
-        "contrastive pairs have a query that RL has too": shared["queries"],
-        "pairs without target_id were not compared; see embedrl data content-ids": shared["without_id"],
-        "rows rejected": values["rejected"],
-    }
-    return lines + [f"{count} {note}" for note, count in notes.items() if count]
+    notes = (
+        (shared["queries"], "contrastive pairs have a query that RL has too"),
+        (shared["without_id"], "pairs without target_id were not compared; see embedrl data content-ids"),
+        (values["rejected"], "rows rejected"),
+    )
+    return lines + [f"{count} {note}" for count, note in notes if count]

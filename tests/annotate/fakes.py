@@ -73,8 +73,8 @@ class FakeBackend:
 
     def prepare(self, prompt, sampling):
         body = json.dumps([encode(prompt.messages, videos="video_url"), repr(sampling)])
-        last = prompt.messages[0]["content"][-1]["text"]
-        return (last, body), len(body)
+        last = prompt.messages[0]["content"]
+        return (last if isinstance(last, str) else last[-1]["text"], body), len(body)
 
     async def complete(self, request):
         text, body = request

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import fakes
 
-from embedrl_verl.annotate import answers, relevance, verdicts
+from embedrl_verl.annotate import answers, relevance
 from embedrl_verl.annotate.backends import Reply
 from embedrl_verl.annotate.questions import seed_of
 
@@ -45,25 +45,19 @@ class Logging(fakes.FakeBackend):
 
     def __init__(self, log, answer):
         super().__init__(answer)
-        self.log = open(log, "a")  # noqa: SIM115
+        self.log = open(log, "a", buffering=1)  # noqa: SIM115
 
     async def complete(self, request):
         self.log.write(json.dumps(request[1]) + "\n")
-        self.log.flush()
         return await super().complete(request)
-
-
-class JudgeLogging(Logging):
-    def prepare(self, prompt, sampling):
-        return (prompt.messages[0]["content"], repr((prompt.messages, sampling))), 10
 
 
 def job(command, file, out, log):
     if command == "annotate":
         return fakes.job([file], out, Logging(log, fakes.some_bad))
     questions = relevance.RelevanceQuestions(relevance.RelevanceSettings(style="compact"))
-    words = JudgeLogging(log, lambda text, digest: Reply(("yes", "no", "hm")[digest % 3], False, 5, 1))
-    return verdicts.VerdictJob([file], out, questions, words, fakes.job([file], out, max_failed_share=1.0).runner)
+    words = Logging(log, lambda text, digest: Reply(("yes", "no", "hm")[digest % 3], False, 5, 1))
+    return relevance.VerdictJob([file], out, questions, words, fakes.job([file], out, max_failed_share=1.0).runner)
 
 
 def run(command, file, out, k):

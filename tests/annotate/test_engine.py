@@ -61,20 +61,15 @@ def ask(monkeypatch):
 
 
 def test_waiting_requests_go_together_and_one_that_is_refused_costs_no_other(ask):
-    texts = [f"t{number}" for number in range(9)]
-    texts[4] = "long"
-    facts, replies, batches = ask(texts)
-    assert [reply.text for reply in replies if isinstance(reply, Reply)] == [t[::-1] for t in texts if t != "long"]
+    texts = [*"abcd", "long", *"efgh"]
+    _, replies, batches = ask(texts)
+    assert [reply.text for reply in replies if isinstance(reply, Reply)] == [*"abcdefgh"]
     assert replies[4] == Refused("refused by the engine", "the prompt is too long")
     assert batches[0] == 9 and len(batches) <= 1 + 2 * 4  # halved, not one by one
-    assert facts == {"model": "m", "engine": "vllm.LLM", "options": {}}
 
 
-def test_an_engine_that_dies_ends_the_job_with_what_to_do(ask):
+def test_an_engine_that_dies_or_does_not_start_says_what_to_do(ask):
     with pytest.raises(ServersLost, match="the engine has failed .*engine is dead.*run the command again"):
         ask(["a", "die", "b"])
-
-
-def test_a_model_that_cannot_be_loaded_is_a_wrong_setting(ask):
     with pytest.raises(ConfigError, match="load --engine nowhere .*no such folder"):
         ask(["a"], path="nowhere")

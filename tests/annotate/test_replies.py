@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A reply counts if its form is strict and its evidence holds, as far as the level asks."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from PIL import Image
+
+from embedrl_verl.annotate.backends import Reply
 from embedrl_verl.annotate.prompts import Prompt
 from embedrl_verl.annotate.replies import CUT_OFF, check_tcot, rule_of
-from embedrl_verl.data.schema import Item
+from embedrl_verl.data.schema import Item, PairRecord, Video
 
-ITEM = Item(text="A RED  bus at the stop", instruction="Find the bus")
+TEXT = Item(text="A RED  bus at the stop", instruction="Find the bus")
+ITEMS = {"text_keywords": TEXT, "bbox_2d": replace(TEXT, images=(b"a", b"b"))}
+ITEMS["key_frames"] = Item(video=Video(path="a.mp4"))
 PROMPT = Prompt([], original_sizes=((1000, 500), (40, 40)), seen_sizes=((560, 280), (56, 56)), num_frames=4)
 
 
-def check(evidence, required="bbox_2d", level="usable", family="qwen2_vl", cut_off=False, answer="a"):
-    text = f"<thinking>x {evidence} y</thinking><rethink>ok</rethink><answer>{answer}</answer>"
-    found = check_tcot(text, item=ITEM, prompt=PROMPT, required=required, family=family, level=level, cut_off=cut_off)
-    return found.problems, found.notes
+def check(evidence, required="bbox_2d", level="usable", family="qwen2_vl", cut_off=False):
+    text = f"<thinking>x {evidence} y</thinking><rethink>ok</rethink><answer>a</answer>"
+    record = PairRecord("p", "s", "", ITEMS[required], TEXT, "")
+    return check_tcot(Reply(text, cut_off), record, "query", PROMPT, family, level)
 
 
 GOOD, TINY = "[0, 0, 500, 500]", "[0, 0, 5, 5]"
@@ -44,7 +50,7 @@ def test_boxes_must_lie_in_their_image_and_be_large_enough_to_cut(boxes, usable,
 
 
 def test_absolute_boxes_are_in_pixels_of_the_image_as_seen():
-    assert check('{"bbox_2d": [0, 0, 560, 280]}', family="qwen2_5_vl", level="strict") == ((), ())
+    assert check('{"bbox_2d": [0, 0, 560, 280]}', family="qwen2_5_vl", level="strict") == ([], [])
     (problem,), _ = check('{"bbox_2d": [0, 0, 900, 280]}', family="qwen2_5_vl", level="strict")
     assert problem == "a box must lie inside its image; got (0.0, 0.0, 900.0, 280.0)"
 
@@ -62,11 +68,11 @@ def test_keywords_must_occur_in_the_text(words, usable, strict):
     for level, expected in (("usable", usable), ("strict", strict)):
         problems, _ = check(f'{{"text_keywords": {words}}}', "text_keywords", level)
         assert (not problems) == expected
-    assert check('{"text_keywords": ["blue"]}', "text_keywords", "off") == ((), ())
+    assert check('{"text_keywords": ["blue"]}', "text_keywords", "off") == ([], [])
 
 
 def test_key_frames_must_be_in_the_clip_at_every_level():
-    assert check('{"key_frames": [1, 4]}', "key_frames", "strict") == ((), ())
+    assert check('{"key_frames": [1, 4]}', "key_frames", "strict") == ([], [])
     for level in ("off", "usable", "strict"):
         problems, _ = check('{"key_frames": [5]}', "key_frames", level)
         assert "must not be above the number of frames, 4; got 5" in problems[0]
@@ -74,20 +80,26 @@ def test_key_frames_must_be_in_the_clip_at_every_level():
 
 def test_the_evidence_must_be_of_the_inputs_kind():
     problems, _ = check('{"text_keywords": ["red"]}', "bbox_2d", "off")
-    assert problems == ("the JSON object must have the key bbox_2d with at least one valid entry",)
+    assert problems == ["the JSON object must have the key bbox_2d with at least one valid entry"]
 
 
 def test_a_reply_that_was_cut_off_is_refused_even_if_it_reads_well():
     problems, _ = check(f'{{"bbox_2d": {GOOD}}}', cut_off=True)
-    assert problems == (CUT_OFF,)
+    assert problems == [CUT_OFF]
 
 
 @pytest.mark.parametrize("text", ["", "<thinking>", "<answer>a</answer>", "[" * 5000, "\ud800"])
 def test_rubbish_has_problems_and_raises_nothing(text):
-    found = check_tcot(
-        text, item=ITEM, prompt=PROMPT, required="bbox_2d", family="qwen2_vl", level="strict", cut_off=False
-    )
-    assert found.problems and not found.notes
+    record = PairRecord("p", "s", "", ITEMS["bbox_2d"], TEXT, "")
+    problems, notes = check_tcot(Reply(text), record, "query", PROMPT, "qwen2_vl", "strict")
+    assert problems and not notes
+
+
+def test_no_pixel_is_made_for_a_check(monkeypatch):
+    """It is done in the event loop."""
+    monkeypatch.setattr(Image, "new", None)
+    assert check(f'{{"bbox_2d": {GOOD}}}', level="strict") == ([], [])
+    assert check('{"key_frames": [1]}', "key_frames", "strict") == ([], [])
 
 
 def test_problems_are_counted_by_rule():

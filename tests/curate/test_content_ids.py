@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filled ids group targets exactly as the masks of training do; what cannot be read is named and left out."""
 
-import errno
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,16 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedrl_verl.data import writer
+from embedrl_verl.curate.split import SplitSettings
+from embedrl_verl.curate.split_job import split_pairs
 from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, media_root_of, pair_files
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.data.schema import SIDES, Item, Video
 from embedrl_verl.data.writer import write_pairs
-from embedrl_verl.errors import ConfigError, DataError, ResourceError
+from embedrl_verl.errors import ConfigError, DataError
 
 TEXTS = ("yes", " Yes\n", "ＹＥＳ", "no", "Represent the given image.", "ß", "SS", "")
 OWN_IDS = ("", "", "", "own-1", "own-2")
+BARE = {"target_id": "", "query_id": ""}
 FILES = ("a.png", "b.png", "copy_of_a.png")
 
 
@@ -56,13 +56,15 @@ def _groups(ids):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_filled_ids_group_as_the_masks_of_training_do(root, pair, write_parts, fill, seed):
+def test_filled_ids_group_as_the_masks_of_training_do(tmp_path, root, pair, write_parts, fill, seed):
     choose, records = random.Random(seed), []
     for i in range(300):
         own = {"target_id": choose.choice(OWN_IDS), "query_id": choose.choice(OWN_IDS)}
         query = replace(_item(choose), instruction=choose.choice(["", "Find it.", "Answer."]))
         records.append(pair(f"p{i}", target=_item(choose), query=query, **own))
     _, filled = fill(write_parts("in", records, [120]), media_root=str(root))
+    _, anew = fill([tmp_path / "out"], "anew", media_root=str(root), overwrite=True)
+    assert [content_id(one, None) for one in anew] == [content_id(replace(one, **BARE), root) for one in records]
     before = [content_id(record, root) for record in records]
     for side in SIDES:
         ids = [getattr(one, side) for one in before]
@@ -72,8 +74,7 @@ def test_filled_ids_group_as_the_masks_of_training_do(root, pair, write_parts, f
             given, found = getattr(old, f"{side}_id"), getattr(new, f"{side}_id")
             assert found and given in ("", found)
     assert [content_id(record, None) for record in filled] == before  # and no medium is needed any more
-    bare = {"target_id": "", "query_id": ""}
-    assert [replace(record, **bare) for record in filled] == [replace(record, **bare) for record in records]
+    assert [replace(record, **BARE) for record in filled] == [replace(record, **BARE) for record in records]
 
 
 def test_equal_answers_are_one_content_and_equal_words_with_other_media_are_not(pair, write_parts, fill):
@@ -103,13 +104,6 @@ def test_queries_and_targets_are_counted_and_either_makes_a_false_negative(pair,
     assert report.lines[1].split()[6:9] == ["3", "3", "33.33%"]
 
 
-def test_overwrite_replaces_the_ids_of_the_source(pair, write_parts, fill):
-    records = [pair("p0", target=Item(text="a"), target_id="x"), pair("p1", target=Item(text="b"), target_id="x")]
-    _, (first, second) = fill(write_parts("in", records), overwrite=True)
-    assert first.target_id != second.target_id
-    assert content_id(first, None) == content_id(replace(records[0], target_id=""), None)
-
-
 def test_ids_depend_neither_on_processes_nor_on_files(pair, write_parts, fill):
     records = [pair(f"p{i}", target=Item(text=f"t{i % 7}")) for i in range(900)]
     pieces, whole = write_parts("pieces", records, [300, 1, 299]), write_parts("whole", records)
@@ -117,52 +111,27 @@ def test_ids_depend_neither_on_processes_nor_on_files(pair, write_parts, fill):
     assert fill(pieces, "two", rows_per_part=300, workers=2) == (report, filled) == fill(whole, "three")
 
 
-def test_rows_without_their_media_are_named_and_left_out(tmp_path, root, pair, write_parts, fill, rejected):
+def test_rows_that_cannot_be_used_are_named_and_left_out(tmp_path, root, pair, write_parts, fill, rejected):
     gone = Item(images=("a.png", "gone.png"))
     items = [Item(images=("a.png",)), gone, Item(images=("../outside.png",)), Item(text="t")]
-    files = write_parts("in", [pair(f"p{i}", target=item) for i, item in enumerate(items)])
-    report, filled = fill(files, media_root=str(root), max_bad_share=0.5)
-    assert (report.exit_code, report.values["rows"], report.values["rejected"]) == (DataError.exit_code, 4, 2)
-    assert [record.pair_id for record in filled] == ["p0", "p3"]
-    assert rejected(tmp_path / "out") == [(1, "target.images[1]"), (2, "target.images[0]")]
-    with pytest.raises(DataError, match=r"2 of 4 rows .*limit of 25.00%[\s\S]*gone\.png[\s\S]*--max-bad-share"):
+    records = [pair(f"p{i}", target=item) for i, item in enumerate(items)]
+    records += [pair("p4", query=gone), pair("p5", query=gone, query_id="x"), pair("p6")]
+    (file,) = files = write_parts("in", records)
+    rows = pq.read_table(file).to_pylist()
+    rows[6]["query"]["kind"] = "scan"
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+    report, filled = fill(files, media_root=str(root), max_bad_share=0.6)
+    assert (report.exit_code, report.values["rows"], report.values["rejected"]) == (DataError.exit_code, 7, 4)
+    assert [record.pair_id for record in filled] == ["p0", "p3", "p5"]
+    wrong = [(1, "target.images[1]"), (2, "target.images[0]"), (4, "query.images[1]"), (6, "query")]
+    assert rejected(tmp_path / "out") == wrong
+    assert "kind must be null or 'page'; got 'scan'" in (tmp_path / "out" / REJECTED_FILE).read_text()
+    with pytest.raises(DataError, match=r"4 of 7 rows .*limit of 25.00%[\s\S]*gone\.png[\s\S]*--max-bad-share"):
         fill(files, "strict", media_root=str(root), max_bad_share=0.25)
     with pytest.raises(DataError, match="unfinished"):
         pair_files([tmp_path / "strict"])
     # the limit is no part of what is made: raised, the same folder goes on
-    assert fill(files, "strict", media_root=str(root), max_bad_share=0.5) == (report, filled)
-
-
-def test_a_query_whose_media_cannot_be_read_is_named_unless_it_has_an_id(
-    tmp_path, root, pair, write_parts, fill, rejected
-):
-    gone = Item(images=("gone.png",))
-    files = write_parts("in", [pair("p0", query=gone), pair("p1", query=gone, query_id="x"), pair("p2")])
-    _, filled = fill(files, media_root=str(root), max_bad_share=0.5)
-    assert [record.pair_id for record in filled] == ["p1", "p2"]
-    assert rejected(tmp_path / "out") == [(0, "query.images[0]")]
-
-
-def test_malformed_rows_are_named_and_left_out(tmp_path, pair, write_parts, fill, rejected):
-    (file,) = write_parts("in", [pair(f"p{i}") for i in range(3)])
-    rows = pq.read_table(file).to_pylist()
-    rows[1]["query"]["kind"] = "scan"
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
-    report, filled = fill([file], max_bad_share=0.4)
-    assert [record.pair_id for record in filled] == ["p0", "p2"] and report.values["rejected"] == 1
-    assert rejected(tmp_path / "out") == [(1, "query")]
-    assert "kind must be null or 'page'; got 'scan'" in (tmp_path / "out" / REJECTED_FILE).read_text()
-
-
-def test_a_truncated_file_is_named(pair, write_parts, fill):
-    (file,) = write_parts("in", [pair(f"p{i}") for i in range(2000)])
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"part-00000\.parquet: not a readable parquet file"):
-        fill([file])
-    file.write_bytes(content[:100] + bytes(200) + content[300:])  # whole footer, damaged pages
-    with pytest.raises(DataError, match=r"part-00000\.parquet: cannot be read after row 0"):
-        fill([file], "out2")
+    assert fill(files, "strict", media_root=str(root), max_bad_share=0.6) == (report, filled)
 
 
 def test_folders_of_several_media_roots_become_one(tmp_path, pair, fill):
@@ -183,6 +152,22 @@ def test_folders_of_several_media_roots_become_one(tmp_path, pair, fill):
     assert json.loads((tmp_path / "out" / CARD_FILE).read_text())["licence"] == "licence one; licence two"
 
 
+@pytest.mark.parametrize("command", ["content-ids", "split"])
+def test_a_path_of_no_media_root_is_not_looked_for_below_another_inputs(tmp_path, pair, fill, command):
+    for name in ("one", "two"):
+        targets = [Item(images=("x.png",)), Item(images=(b"inline",))]
+        records = [pair(f"{name}{n}", target=target, target_id=f"{n}") for n, target in enumerate(targets)]
+        write_pairs(records, tmp_path / name / "part-00000.parquet")
+    (tmp_path / "one" / CARD_FILE).write_text(json.dumps({"media_root": "."}))
+    both, out = [tmp_path / "one", tmp_path / "two"], tmp_path / "out"
+    if command == "content-ids":
+        fill(both, max_bad_share=0.5)
+    else:
+        split_pairs(both, None, out, SplitSettings(rl_from="all", rl_rows_each=0), workers=1, max_bad_share=0.5)
+    (line,) = map(json.loads, (out / REJECTED_FILE).read_text().splitlines())
+    assert line["pair_id"] == "two0" and "'x.png' is of no media root" in line["reason"]
+
+
 def test_a_finished_folder_is_not_made_again_and_not_overwritten(tmp_path, pair, write_parts, fill):
     files = write_parts("in", [pair("p0"), pair("p1")])
     found = fill(files)
@@ -193,25 +178,6 @@ def test_a_finished_folder_is_not_made_again_and_not_overwritten(tmp_path, pair,
         fill(files, overwrite=True)
     with pytest.raises(ConfigError, match="did not write"):
         fill(files, "in")
-
-
-def test_a_full_disk_is_told_and_the_job_goes_on_later(tmp_path, pair, write_parts, fill, monkeypatch):
-    files = write_parts("in", [pair(f"p{i}") for i in range(50)], [10] * 4)
-    publish, done = writer.publish, []
-
-    def full(temporary, target):
-        if len(done) == 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        done.append(target.name)
-        publish(temporary, target)
-
-    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="disk is full; what is finished is kept"):
-        patch.setattr(writer, "publish", full)
-        fill(files, rows_per_part=10)
-    kept = {part: part.stat().st_mtime_ns for part in (tmp_path / "out").glob("part*")}
-    _, filled = fill(files, rows_per_part=10)
-    assert [record.pair_id for record in filled] == [f"p{i}" for i in range(50)]
-    assert len(kept) == 3 and all(part.stat().st_mtime_ns == stamp for part, stamp in kept.items())
 
 
 def test_curation_imports_neither_torch_nor_verl_nor_ray():

@@ -13,8 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from embedrl_verl.curate.near_duplicates import Likeness, close_hashes, representatives, write_looks
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, Video
-from embedrl_verl.errors import ConfigError
-from recipes.tiny_digits.canvas import Grid, Strip, draw_canvas
 
 LINE = "revenue grew by the end of the third quarter while costs of materials fell and margins rose again in Europe"
 
@@ -87,13 +85,6 @@ def test_pages_of_one_template_and_pages_with_one_other_number_stay_apart(tmp_pa
     assert groups_of(tmp_path, images, Likeness(12, 255)) != []
 
 
-def test_canvases_of_other_digits_stay_apart(tmp_path):
-    grid = Grid(4, 5)
-    scans = itertools.product((3, 40), (5, 70), (9, 33), (11,), (21,))
-    strips = [Strip(row=1, column=0, scans=one) for one in scans]
-    assert groups_of(tmp_path, [saved(draw_canvas(grid, [strip]).convert("RGB")) for strip in strips]) == []
-
-
 def test_blank_images_and_other_shapes_are_nobodys_near_duplicates(tmp_path):
     blank = [saved(Image.new("RGB", (64, 64), colour)) for colour in ("white", "#fefefe", "black")]
     image = photo(1)
@@ -157,10 +148,3 @@ def test_near_duplicate_targets_share_an_id_of_their_content(tmp_path, pair, wri
     assert listed[4:] == [("p5", "target.video.frames[0]"), ("p6", "target.video.frames[1]")] and group["media"] == 6
     together = [record.pair_id for record in read_pairs(tmp_path / "one" / "near_duplicates.parquet")]
     assert together == [name for name, _ in listed]
-
-
-def test_likeness_out_of_range_is_refused():
-    with pytest.raises(ConfigError, match="max_bits must lie in 0..64 of 256; got 65"):
-        Likeness(max_bits=65)
-    with pytest.raises(ConfigError, match="max_difference"):
-        Likeness(max_difference=-1)

@@ -12,7 +12,7 @@ import pytest
 from embedrl_verl.convert.sampling import preset
 from embedrl_verl.curate.split import FATES, SplitSettings
 from embedrl_verl.curate.split_job import split_pairs
-from embedrl_verl.data.files import REJECTED_FILE, media_root_of
+from embedrl_verl.data.files import REJECTED_FILE
 from embedrl_verl.data.parquet import SCHEMA
 from embedrl_verl.errors import ConfigError, DataError
 
@@ -214,13 +214,3 @@ def test_bad_rows_are_named_and_left_out_wherever_they_are_found(tmp_path, pair,
     assert [place for place, fate in enumerate(fates) if fate == "rejected"] == [1, 2, 4, 5, 6]
     with pytest.raises(DataError, match=r"of 8 rows cannot be used, over the limit of 10.00%"):
         split([file], verdicts, "strict", max_bad_share=0.1)
-
-
-def test_the_sets_are_data_set_folders_with_cards(tmp_path, records, write_parts, judge, split):
-    (tmp_path / "media").mkdir()
-    split(write_parts("in", records), judge(records), media_root=str(tmp_path / "media"))
-    for folder in (tmp_path / "out" / "contrastive", tmp_path / "out" / "rl"):
-        card = json.loads((folder / "data_card.json").read_text())
-        assert (card["records"], sum(part["records"] for part in card["parts"])) == (100, 100)
-        assert card["by_source"] == {"a": {"records": 50}, "b": {"records": 50}}
-        assert media_root_of(folder) == str(tmp_path / "media") and not (folder / "_work").exists()
