@@ -83,17 +83,29 @@ def pair_files(paths: Iterable[str | Path]) -> list[Path]:
 
 def media_root_of(path: str | Path) -> str | None:
     """Media root of a data set folder (or of the folder of a part), as its data card says; None without one."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    card = folder / CARD_FILE
+    card = _card_of(path)
+    folder = card.parent
     if not card.is_file():
         return str(folder / MEDIA_FOLDER) if (folder / MEDIA_FOLDER).is_dir() else None
     root = read_object(card).get("media_root")
     return None if root is None else str(folder / root)  # an absolute path stays as it is
 
 
+def _card_of(path: str | Path) -> Path:
+    return (Path(path) if Path(path).is_dir() else Path(path).parent) / CARD_FILE
+
+
 def common_media_root(paths: Iterable[str | Path]) -> str | None:
-    """The media root that the data cards of these files and folders agree on; None if they name none."""
-    roots = {root for path in paths if (root := media_root_of(path)) is not None}
+    """The media root that the data cards of these files and folders agree on; None if they name none. A card without a
+    root says that its rows have no paths; a file without a card says nothing, and could mean another root."""
+    paths = list(paths)
+    found = {path: media_root_of(path) for path in paths}
+    roots = {root for root in found.values() if root is not None}
+    silent = [path for path in paths if found[path] is None and not _card_of(path).is_file()]
+    if roots and silent:
+        raise ConfigError(
+            f"{silent[0]} has no data card, and others have the media root {min(roots)}; name --media-root"
+        )
     if len(roots) > 1:
         raise ConfigError(f"the inputs have different media roots ({', '.join(sorted(roots))}); do one at a time")
     return roots.pop() if roots else None

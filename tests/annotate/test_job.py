@@ -162,6 +162,15 @@ def test_a_share_of_failures_above_the_limit_stops_and_a_higher_limit_goes_on(fi
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C does here what it does in a command, whatever an earlier test of this process has made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_every_answer(file, tmp_path):
     class Stopped(FakeBackend):
         async def complete(self, request):

@@ -2,8 +2,16 @@
 
 import pytest
 
-from embedrl_verl.data.files import begin_work, media_root_of, pair_files, part_name, write_atomically, write_json
-from embedrl_verl.errors import DataError
+from embedrl_verl.data.files import (
+    begin_work,
+    common_media_root,
+    media_root_of,
+    pair_files,
+    part_name,
+    write_atomically,
+    write_json,
+)
+from embedrl_verl.errors import ConfigError, DataError
 
 
 def data_set(folder, *parts):
@@ -46,6 +54,18 @@ def test_the_media_root_is_the_cards(tmp_path):
     (folder / "data_card.json").write_text("{")
     with pytest.raises(DataError, match=r"data_card\.json: cannot be read"):
         media_root_of(folder)
+
+
+def test_one_root_is_told_for_files_of_which_each_says_it_or_needs_none(tmp_path):
+    rooted, bare, silent = (data_set(tmp_path / name, 0) for name in ("rooted", "bare", "silent"))
+    write_json(rooted / "data_card.json", {"media_root": "/data/images"})
+    write_json(bare / "data_card.json", {"media_root": None})
+    assert common_media_root([rooted, bare]) == "/data/images" and common_media_root([silent]) is None
+    with pytest.raises(ConfigError, match="silent has no data card, .* /data/images; name --media-root"):
+        common_media_root([rooted, silent])
+    write_json(silent / "data_card.json", {"media_root": "/other"})
+    with pytest.raises(ConfigError, match="different media roots"):
+        common_media_root([rooted, silent])
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
