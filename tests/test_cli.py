@@ -23,7 +23,7 @@ Run = Callable[..., Any]
 SIZES = " image-min-tokens image-max-tokens frame-min-tokens frame-max-tokens max-frames"
 READING = " media-root family prompt-style max-prompt-length tokenizer"
 MODEL = (
-    " url model engine engine-args extra-body limit timeout patience shard-rows price-prompt price-completion"
+    " url model engine engine-args extra-body limit timeout patience shard-rows retry-failed price-prompt price-completion"
     " max-failed-share max-bad-share style tries temperature retry-temperature max-tokens seed"
 )
 JOB = " media-root workers rows-per-part max-bad-share out"
@@ -85,7 +85,10 @@ def test_an_error_is_one_line_on_standard_error_and_its_exit_code(
         ("data split f --out o --rl-from both", "'both' is not one of 'mismatch', 'match', 'all'"),
         ("data annotate f --out o --engine-args [1]", "'--engine-args': Value error, must be a JSON object; got [1]"),
         ("data annotate f --out o --engine-args {", "'--engine-args': Value error, Expecting"),
-        ("data annotate f --out o --shard-rows 0", "'--shard-rows': Input should be greater than or equal to 1"),
+        (
+            "data annotate f --out o --retry-failed --shard-rows 0",
+            "'--shard-rows': Input should be greater than or equal to 1",
+        ),
         ("data annotate f --out o --max-bad-share 2", "'--max-bad-share': Input should be less than or equal to 1"),
         ("reward try f --dump d --limit -1", "'--limit': Input should be greater than or equal to 0"),
     ],

@@ -25,13 +25,15 @@ draws of those beside it depend on chance."""
 
 @dataclass(frozen=True)
 class Question:
-    """What to find out about a record, the entries of earlier tries, and where the record is."""
+    """What to find out about a record, the entries of earlier tries, and where the record is. Tries `before` a question
+    was asked from the start again are only counted."""
 
     record: PairRecord
     name: str
     tries: tuple[Entry, ...] = ()
     file: str = ""
     row: int = 0
+    before: int = 0
 
 
 @dataclass(frozen=True)

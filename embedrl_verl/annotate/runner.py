@@ -47,7 +47,8 @@ class TooManyFailed(DataError):
 @dataclass(frozen=True)
 class RunnerSettings:
     """How a run goes; nothing here changes an answer. `max_failed_share` is of the questions that are over, looked at
-    after `first_check` of them; what the `threads` are encoding comes on top of `media_bytes`."""
+    after `first_check` of them; what the `threads` are encoding comes on top of `media_bytes`. `retry_failed`: what
+    earlier runs have ended without a result is asked from the start again."""
 
     limit: int
     threads: int
@@ -55,6 +56,7 @@ class RunnerSettings:
     max_failed_share: float = 0.1
     max_rejected_share: float = 0.01
     first_check: int = 200
+    retry_failed: bool = False
 
 
 class Runner:
@@ -85,7 +87,7 @@ class Runner:
     async def run(self) -> None:
         """Ask everything that is not answered yet; nobody has to serve if nothing is open. Whatever ends it, answers so
         far are kept."""
-        answers = await asyncio.to_thread(Answers, self._path, self._count)
+        answers = await asyncio.to_thread(Answers, self._path, self._count_earlier)
         self._stop_if_failed(final=False)
         threads, questions = self._settings.threads, self._open_questions(answers)
         self._next, self._thread_free, self._room = asyncio.Lock(), asyncio.Semaphore(threads), asyncio.Event()
@@ -124,7 +126,9 @@ class Runner:
                 if isinstance(record, PairRecord):
                     for name in self._questions.names(record):
                         tries = answers.tries(record.pair_id, name)
-                        if not tries or not tries[-1]["done"]:
+                        if tries and self._is_retried(tries[-1]):
+                            found.append(Question(record, name, (), str(span.file), row, before=len(tries)))
+                        elif not tries or not tries[-1]["done"]:
                             found.append(Question(record, name, tries, str(span.file), row))
                 else:
                     self._reject(record)
@@ -151,7 +155,7 @@ class Runner:
 
     async def _try(self, question: Question) -> Question | None:
         """One try, by a thread that is taken; the question with it if there is to be another."""
-        key = {"id": question.record.pair_id, "question": question.name, "try": len(question.tries)}
+        key = {"id": question.record.pair_id, "question": question.name, "try": question.before + len(question.tries)}
         loop = asyncio.get_running_loop()
         try:
             prompt, request, size = await loop.run_in_executor(self._threads, self._prepare, question)
@@ -199,6 +203,13 @@ class Runner:
             print(f"{self._label}: {counts}", file=sys.stderr, flush=True)
         self._stop_if_failed(final=False)
 
+    def _is_retried(self, entry: Entry) -> bool:
+        return self._settings.retry_failed and entry["done"] and not entry["ok"]
+
+    def _count_earlier(self, entry: Entry) -> None:
+        if not self._is_retried(entry):
+            self._count(entry)
+
     def _count(self, entry: Entry) -> None:
         """Take an answer of this run or of an earlier one into the counts."""
         if "rejected" in entry:
@@ -223,5 +234,6 @@ class Runner:
             causes = "; ".join(f"{count} x {cause}" for cause, count in self.failed.most_common(5))
             raise TooManyFailed(
                 f"{failed} of {self.over} questions have no answer, over --max-failed-share {allowed:g}. Causes: "
-                f"{causes}. Answers so far are kept: mend the cause or raise the limit, then run the command again"
+                f"{causes}. Replies are in {self._path}, and good ones are kept: mend the cause and run the command "
+                "with --retry-failed, or raise the limit"
             )

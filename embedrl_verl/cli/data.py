@@ -124,7 +124,8 @@ def split_by_verdicts(
     *,
     files: opt.Files,
     verdicts: Annotated[
-        str | None, Option(metavar="FILE", help="verdicts.parquet of embedrl data filter; none: all match.")
+        str | None,
+        Option(metavar="FILE", help="verdicts.parquet of embedrl data filter; without it give --rl-from all."),
     ] = None,
     out: opt.Out,
     split: opt.Split,
@@ -270,7 +271,9 @@ def _run_settings(
 
     threads = threads or min(16, os.cpu_count() or 1)
     return {
-        "runner": RunnerSettings(asking.limit, threads, media_mb << 20, max_failed_share, max_bad_share),
+        "runner": RunnerSettings(
+            asking.limit, threads, media_mb << 20, max_failed_share, max_bad_share, retry_failed=asking.retry_failed
+        ),
         "rows_per_part": asking.shard_rows,
         "prices": Prices(asking.price_prompt, asking.price_completion),
         "command": _command_line(),

@@ -220,6 +220,9 @@ class Asking:
     timeout: Annotated[float, Option(help="Seconds for one request.")] = 600.0
     patience: Annotated[float, Option(help="Seconds without a server before the job stops.")] = 300.0
     shard_rows: Annotated[int, Option(min=1, help="Rows of a part, about.")] = 2048
+    retry_failed: Annotated[
+        bool, Option("--retry-failed", help="Ask again what earlier runs of an unfinished job had no result for.")
+    ] = False
     price_prompt: Annotated[float | None, Option(help="Money for a million prompt tokens.")] = None
     price_completion: Annotated[float | None, Option(help="Money for a million reply tokens.")] = None
 

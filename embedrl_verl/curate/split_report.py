@@ -62,6 +62,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
         )
     lines = table(["data source", "pairs", *VERDICTS, "contrastive", "RL", "of", "left out"], *rows)
     lines += [f"{fate}: {total[fate]}" for fate in FATES if total[fate]]
+    if not any(total[fate] for fate in FATES if fate.startswith("rl")):
+        lines.append("NOTE no pair is left for RL: rl/ is empty; see --rl-from")
     shared = values["shared"]
     if shared["media"] or shared["text"]:
         lines.append(

@@ -113,6 +113,20 @@ def test_too_many_failures_stop_early_with_causes_and_keep_the_answers(world, ca
     assert "never retrieved" not in caplog.text  # asyncio's note of an error that nobody has asked for
 
 
+def test_what_failed_is_asked_again_from_the_start_if_that_is_wanted(world):
+    broken, mended = FakeBackend(lambda text, digest: Reply("no", False, 1, 1)), FakeBackend()
+    with pytest.raises(TooManyFailed, match="--retry-failed"):
+        asyncio.run(world(backend=broken, max_failed_share=0.1).run())
+    with pytest.raises(TooManyFailed):
+        asyncio.run(world(backend=mended, max_failed_share=0.1).run())
+    assert not mended.asked, "what is over is not asked again by itself"
+    runner = world(backend=mended, retry_failed=True)
+    asyncio.run(runner.run())
+    assert (runner.over, runner.failed.total(), len(mended.asked)) == (80, 0, 80)
+    asyncio.run(world(backend=mended, retry_failed=True).run())
+    assert len(mended.asked) == 80, "what has a result is never asked again"
+
+
 @pytest.mark.parametrize(
     ("reask", "turns", "warm"), [("explain", 3, [0.0, 0.0]), ("resample", 1, [ALMOST_GREEDY, 0.7])]
 )
