@@ -23,8 +23,9 @@ Run = Callable[..., Any]
 SIZES = " image-min-tokens image-max-tokens frame-min-tokens frame-max-tokens max-frames"
 READING = " media-root family prompt-style max-prompt-length tokenizer"
 MODEL = (
-    " url model engine engine-args extra-body limit timeout patience shard-rows retry-failed price-prompt price-completion"
-    " max-failed-share max-bad-share style tries temperature retry-temperature max-tokens seed"
+    " url model engine engine-args extra-body limit timeout patience shard-rows retry-failed"
+    " price-prompt price-completion max-failed-share max-bad-share style tries temperature retry-temperature"
+    " max-tokens seed"
 )
 JOB = " media-root workers rows-per-part max-bad-share out"
 SPLIT = (

@@ -120,8 +120,8 @@ class AnnotateJob(Job):
                     count["sides_asked_again"] += len(found) > 1
                     count["sides_with_gold"] += self.questions.told(record, side) is not None
                     count["sides_that_could_be_told"] += gold_answer_of(record, side) is not None
-                    problems.update(rule for entry in replies for rule in set(map(rule_of, entry["problems"])))
-                    notes.update(set(map(rule_of, found[-1].get("notes", ()))))
+                    problems.update(rule for entry in replies for rule in sorted(set(map(rule_of, entry["problems"]))))
+                    notes.update(sorted(set(map(rule_of, found[-1].get("notes", ())))))
                     item = replace(getattr(record, side), tcot=found[-1]["text"] if is_ok else "")
                     record = replace(record, **{side: item})
                     lost += [] if is_ok else [(record.pair_id, side, row)]

@@ -240,5 +240,7 @@ def _select(total: int, max_samples: int, config: Any, *, shuffle: bool) -> Sequ
         raise ConfigError(f"max_samples counts prompts, two a pair, so it must be at least 2 or -1; got {max_samples}")
     if not shuffle:
         return range(wanted)
+    if (config.get("seed") or 0) < 0:
+        raise ConfigError(f"data.seed must not be negative; got {config.seed}")
     chosen = np.random.default_rng(config.get("seed") or 0).choice(total, size=wanted, replace=False)
     return [int(number) for number in sorted(chosen)]

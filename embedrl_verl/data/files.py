@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -197,8 +198,9 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside the file that no other process uses and no pattern of finished files matches."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A name beside the file that nobody else uses, also on another machine of a shared disk, and that no pattern of
+    finished files matches."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def publish(temporary: Path, target: Path, *, flush_folder: bool = True) -> None:

@@ -10,8 +10,9 @@ same data, decodes nothing again. It counts until something changes that it depe
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from embedrl_verl import tcot
 from embedrl_verl.config.schema import MediaConfig
-from embedrl_verl.data.files import disk_errors, publish, temporary_name
+from embedrl_verl.data.files import publish, temporary_name
 from embedrl_verl.data.identity import ContentId, content_id, record_digest
 from embedrl_verl.data.media import MediaLimits, load_item, resolve_media_path
 from embedrl_verl.data.prompts import frames_of_file, load_prompt_media, prompt_messages
@@ -44,6 +45,9 @@ FACTS = np.dtype(
 """What a row's media tell: number in the table, `record_digest`, and by side the frames of a video file (0 without),
 the prompt's tokens (-1: not counted) and the content's id."""
 Facts = npt.NDArray[np.void]
+SAVED_EVERY = 5_000
+"""Pairs, so that a start that is killed has not looked in vain."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def inspect_rows(
     """Facts of rows that are records, in the order given, and what is wrong with media. Facts that an earlier start has
     kept are not found out again; rows with a fault are not kept."""
     kept = cache_folder() / f"checked-{_identity(table, inspector)}.npy"
-    known: dict[int, Any] = {int(one["row"]): one for one in np.load(kept)} if kept.is_file() else {}
+    known = _load(kept)
     missing = [number for number in numbers if number not in known]
     errors: list[str] = []
 
@@ -133,24 +137,46 @@ def inspect_rows(
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(look, missing)
         shown = tqdm(found, total=len(missing), desc="checking pairs", unit="pair", disable=None)
-        for number, one in zip(missing, shown, strict=True):
+        for count, (number, one) in enumerate(zip(missing, shown, strict=True), start=1):
             if isinstance(one, MediaError):
                 errors.append(str(one))
             else:
                 known[number] = np.array(one, FACTS)
-    if missing and known:
-        temporary = temporary_name(kept)
-        with disk_errors(kept):
-            with open(temporary, "wb") as file:
-                np.save(file, np.stack([known[number] for number in sorted(known)]))
-            publish(temporary, kept, flush_folder=False)
+            if count % SAVED_EVERY == 0 or count == len(missing):
+                _save(known, kept)
     facts = [known[number] for number in numbers if number in known]
     return (np.stack(facts) if facts else np.empty(0, FACTS)), errors
 
 
+def _load(kept: Path) -> dict[int, Any]:
+    if not kept.is_file():
+        return {}
+    try:
+        found = np.load(kept)
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s is damaged (%s); all media are looked at again", kept, error)
+        return {}
+    return {int(one["row"]): one for one in found}
+
+
+def _save(known: Mapping[int, Any], kept: Path) -> None:
+    """What is kept only saves time, so a disk that cannot be written is no reason to stop."""
+    if not known:
+        return
+    temporary = temporary_name(kept)
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, np.stack([known[number] for number in sorted(known)]))
+        publish(temporary, kept, flush_folder=False)
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s); the next start looks at all media again", kept, error)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _identity(table: PairTable, inspector: PairInspector) -> str:
     """Of everything that facts depend on."""
-    root = inspector.media_root
+    root = os.path.expanduser(inspector.media_root) if inspector.media_root else None
     parts = [
         table.identity,
         os.path.realpath(root) if root else "",
@@ -187,7 +213,7 @@ def _stamp(path: str, media_root: str | None) -> str:
         stat = os.stat(os.path.join(media_root or "", path))
     except (OSError, ValueError):  # the look at the row says what is wrong
         return "none"
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 @cache

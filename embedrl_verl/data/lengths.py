@@ -40,6 +40,7 @@ class PromptMeter:
         )
         self._counted: dict[bytes, int] = {}
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, processor.image_processor.to_dict()]
+        parts += [processor.chat_template, processor.video_processor.to_dict()]
         parts += [data_config.get(name) for name in ("apply_chat_template_kwargs", "mm_processor_kwargs")]
         parts += [version(name) for name in ("verl", "transformers")]
         self.identity = hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -2,8 +2,8 @@
 """Pair records by number, memory-mapped: what is in memory is the rows that were asked for.
 
 `datasets` maps Arrow files, so each parquet file is copied once to one in its cache (`HF_DATASETS_CACHE`), in the
-schema of data/parquet.py, and found there again as long as path, size and time of change are the same. All processes of
-a machine share its pages.
+schema of data/parquet.py, and found there again as long as path, size and times of change are the same. All processes
+of a machine share its pages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +30,16 @@ from embedrl_verl.data.files import (
 )
 from embedrl_verl.data.parquet import SCHEMA, opened, read_batches, record_or_error
 from embedrl_verl.data.schema import PairRecord
-from embedrl_verl.errors import DataError
+from embedrl_verl.errors import DataError, ResourceError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 FORMAT = "1"
 """Part of the name of a copy: another schema, another copy."""
 ROWS_AT_ONCE = 64
+ROWS_A_BATCH, BYTES_A_BATCH = 1024, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,14 @@ class PairTable:
     """
 
     def __init__(self, paths: Iterable[str | Path], media_root: str | None = None) -> None:
-        from datasets import Dataset, concatenate_datasets  # slow to import
+        from datasets import concatenate_datasets  # slow to import
 
         self.files = pair_files(paths)
         self._media_roots = [media_root or media_root_of(file) for file in self.files]
-        copies = [_copy_of(file) for file in self.files]
-        mapped = [Dataset.from_file(str(copy)) for copy in copies]
-        self.identity = hashlib.sha256("".join(copy.name for copy in copies).encode()).hexdigest()
+        mapped, notes = zip(*map(_mapped, self.files), strict=True)
+        self.identity = hashlib.sha256("".join(note["copy"] for note in notes).encode()).hexdigest()
         self.starts = list(accumulate(map(len, mapped), initial=0))
-        self._data = concatenate_datasets(mapped)
-        notes = [read_object(_noted(copy)) for copy in copies]
+        self._data = concatenate_datasets(list(mapped))
         self._bad = [note["problems"] for note in notes]
         for file, note in zip(self.files, notes, strict=True):
             if note["not_read"]:
@@ -196,31 +198,59 @@ def cache_folder() -> Path:
     return folder
 
 
-def _copy_of(file: Path) -> Path:
-    """The file's copy, made if it is not there; its rows that are no records are noted beside it."""
-    stat = file.stat()
-    key = f"{FORMAT}\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+def _mapped(file: Path) -> tuple[Dataset, dict[str, Any]]:
+    """The file's copy, made if it is not there or damaged, and what is noted of it."""
+    from datasets import Dataset
+
+    key = f"{FORMAT}\0{file.resolve()}\0{_stamp(file)}"
     copy = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
-    if copy.is_file():
-        return copy
-    temporary, bad = temporary_name(copy), []
+    while True:
+        made = not copy.is_file()
+        if made:
+            _make_copy(file, copy)
+        try:
+            data, note = Dataset.from_file(str(copy)), read_object(copy.with_suffix(".json"))
+            if len(data) == note["rows"]:
+                return data, note
+            fault = f"{len(data)} of {note['rows']} rows"
+        except (OSError, ValueError, DataError) as error:  # Arrow's are ValueErrors
+            fault = str(error)
+        if made:
+            raise ResourceError(f"{copy}, the copy of {file}, cannot be read right after it was made: {fault}")
+        logger.warning("%s, the copy of %s, is damaged (%s); it is made again", copy, file, fault)
+        copy.unlink(missing_ok=True)
+
+
+def _stamp(file: Path) -> str:
+    stat = file.stat()
+    return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+def _make_copy(file: Path, copy: Path) -> None:
+    """Rows in batches of a good size, however many row groups they come in; those that are no records are noted."""
+    stamp, temporary, bad, rows = _stamp(file), temporary_name(copy), list[tuple[int, str, str]](), 0
     with disk_errors(f"{copy.parent} (HF_DATASETS_CACHE names another place)"):
         try:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+                waiting: list[pa.RecordBatch] = []
                 for first, batch in read_batches(file):
-                    writer.write_batch(batch)
+                    waiting.append(batch)
+                    if sum(map(len, waiting)) >= ROWS_A_BATCH or sum(one.nbytes for one in waiting) >= BYTES_A_BATCH:
+                        writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
+                        waiting = []
                     for row, values in enumerate(batch.to_pylist(), first):
                         found = record_or_error(values, file, row)
                         if isinstance(found, DataError):
                             bad.append((row, str(found), values["data_source"] or ""))
+                    rows = first + len(batch)
+                if waiting:
+                    writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
             with opened(file) as parquet:
                 unknown = [name for name in parquet.schema_arrow.names if name not in SCHEMA.names]
-            write_json(_noted(copy), {"problems": bad, "not_read": ", ".join(unknown)})
+            if _stamp(file) != stamp:
+                raise DataError(f"{file} was changed while it was read; start again")
+            note = {"copy": copy.name, "rows": rows, "problems": bad, "not_read": ", ".join(unknown)}
+            write_json(copy.with_suffix(".json"), note)
             publish(temporary, copy, flush_folder=False)
         finally:
             temporary.unlink(missing_ok=True)
-    return copy
-
-
-def _noted(copy: Path) -> Path:
-    return copy.with_suffix(".problems.json")

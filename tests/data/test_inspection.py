@@ -74,6 +74,24 @@ def test_what_is_changed_is_looked_at_again(looked, tmp_path, monkeypatch, chang
     assert looked(**changes)[2] == 3
 
 
+def test_a_root_in_the_home_folder_is_looked_up_there(looked, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    root = {"media_root": f"~/{tmp_path.name}"}
+    assert [looked(**root)[2] for _ in range(2)] == [3, 0]
+    draw(tmp_path / "b.png", 7)
+    assert looked(**root)[2] == 3
+
+
+def test_what_is_kept_may_be_damaged_or_not_writable(looked, monkeypatch, caplog):
+    looked()
+    for kept in inspection.cache_folder().glob("checked-*.npy"):
+        kept.write_bytes(kept.read_bytes()[:-20])
+    assert looked()[2] == 3 and "is damaged" in caplog.text
+    monkeypatch.setattr(inspection, "publish", Mock(side_effect=OSError(28, "full")))
+    facts, errors, _ = looked(family="qwen2_5_vl")
+    assert len(facts) == 3 and not errors and "cannot be written" in caplog.text
+
+
 def test_a_fault_is_told_again_until_it_is_mended(looked, tmp_path):
     (tmp_path / "b.png").write_bytes(b"torn")
     for _ in range(2):

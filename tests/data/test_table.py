@@ -8,11 +8,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.parquet import SCHEMA, read_pairs
 from embedrl_verl.data.schema import Item, PairRecord
-from embedrl_verl.data.table import LocatedPair, PairTable, Problem
-from embedrl_verl.data.writer import write_pairs
+from embedrl_verl.data.table import LocatedPair, PairTable, Problem, cache_folder
+from embedrl_verl.data.writer import row_of, write_pairs
 from embedrl_verl.errors import DataError
 
 
@@ -97,3 +98,33 @@ def test_columns_that_are_not_read_are_named_every_time(files, caplog):
         PairTable(files)
         (said,) = caplog.messages
         assert str(files[0]) in said and said.endswith("not read: note")
+
+
+@pytest.mark.parametrize("damage", ["cut at a message", "zeros", "empty", "no notes", "torn notes"])
+def test_a_damaged_copy_is_made_again(tmp_path, damage, caplog):
+    write_pairs((record(f"p{i}", images=(os.urandom(4000),)) for i in range(3000)), tmp_path / "p.parquet")
+    expected = list(PairTable([tmp_path / "p.parquet"]))
+    (copy,) = (path for path in cache_folder().glob("*.arrow") if len(Dataset.from_file(str(path))) == 3000)
+    notes, content = copy.with_suffix(".json"), bytearray(copy.read_bytes())
+    if damage == "cut at a message":
+        cut = str(tmp_path / "cut")
+        with pa.ipc.open_stream(copy) as whole, pa.ipc.new_stream(cut, whole.schema) as short:
+            short.write_batch(whole.read_next_batch())
+        copy.write_bytes((tmp_path / "cut").read_bytes())
+    elif damage == "zeros":
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        copy.write_bytes(content)
+    elif damage == "empty":
+        copy.write_bytes(b"")
+    else:
+        notes.write_text("{") if damage == "torn notes" else notes.unlink()
+    assert list(PairTable([tmp_path / "p.parquet"])) == expected
+    assert "is damaged" in caplog.text
+    copy.unlink()
+
+
+def test_many_row_groups_are_few_batches_of_a_copy(tmp_path):
+    rows = pa.Table.from_pylist([row_of(record(f"p{i}")) for i in range(2000)], schema=SCHEMA)
+    pq.write_table(rows, tmp_path / "p.parquet", row_group_size=2)
+    table = PairTable([tmp_path / "p.parquet"])
+    assert table.column("pair_id").num_chunks <= 2 and table[1999].record.pair_id == "p1999"
