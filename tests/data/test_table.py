@@ -124,7 +124,7 @@ def test_a_damaged_copy_is_made_again(tmp_path, damage, caplog):
 
 
 def test_many_row_groups_are_few_batches_of_a_copy(tmp_path):
-    rows = pa.Table.from_pylist([row_of(record(f"p{i}")) for i in range(2000)], schema=SCHEMA)
+    rows = pa.Table.from_pylist([row_of(record(f"p{i}")) for i in range(200)], schema=SCHEMA)
     pq.write_table(rows, tmp_path / "p.parquet", row_group_size=2)
     table = PairTable([tmp_path / "p.parquet"])
-    assert table.column("pair_id").num_chunks <= 2 and table[1999].record.pair_id == "p1999"
+    assert table.column("pair_id").num_chunks == 1 and table[199].record.pair_id == "p199"
