@@ -142,11 +142,6 @@ def known_hash(file: Path) -> str | None:
     return None
 
 
-def input_facts(file: Path) -> dict[str, Any]:
-    """An input file's line in the data card; it is read only if no card beside it knows its hash."""
-    return {"file": file.name, "sha256": known_hash(file) or sha256_of(file)}
-
-
 def licences_of(files: Iterable[Path]) -> str:
     """What the cards beside the files declare, each licence once."""
     folders = {file.parent: file for file in files}.values()
@@ -195,6 +190,12 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """`write_atomically` as indented JSON in UTF-8, keys in the order given."""
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def stamp_of(path: str | Path) -> str:
+    """Size and times of change of a file, to notice that it is another one."""
+    stat = os.stat(path)
+    return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 def temporary_name(path: Path) -> Path:

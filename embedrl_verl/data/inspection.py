@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from embedrl_verl import tcot
 from embedrl_verl.config.schema import MediaConfig
-from embedrl_verl.data.files import publish, temporary_name
+from embedrl_verl.data.files import publish, stamp_of, temporary_name
 from embedrl_verl.data.identity import ContentId, content_id, record_digest
 from embedrl_verl.data.media import MediaLimits, load_item, resolve_media_path
 from embedrl_verl.data.prompts import frames_of_file, load_prompt_media, prompt_messages
@@ -210,10 +210,9 @@ def _leaves(array: pa.Array, name: str = "") -> Iterator[pa.Array]:
 
 def _stamp(path: str, media_root: str | None) -> str:
     try:
-        stat = os.stat(os.path.join(media_root or "", path))
+        return stamp_of(os.path.join(media_root or "", path))
     except (OSError, ValueError):  # the look at the row says what is wrong
         return "none"
-    return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 @cache

@@ -25,6 +25,7 @@ from embedrl_verl.data.files import (
     pair_files,
     publish,
     read_object,
+    stamp_of,
     temporary_name,
     write_json,
 )
@@ -110,7 +111,7 @@ class PairTable:
                 continue
             for part in parts:
                 try:
-                    cls([part])
+                    _mapped(part)
                     files.append(part)
                 except DataError as error:
                     problems.append(Problem(str(part), None, str(error)))
@@ -202,7 +203,7 @@ def _mapped(file: Path) -> tuple[Dataset, dict[str, Any]]:
     """The file's copy, made if it is not there or damaged, and what is noted of it."""
     from datasets import Dataset
 
-    key = f"{FORMAT}\0{file.resolve()}\0{_stamp(file)}"
+    key = f"{FORMAT}\0{file.resolve()}\0{stamp_of(file)}"
     copy = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     while True:
         made = not copy.is_file()
@@ -221,33 +222,29 @@ def _mapped(file: Path) -> tuple[Dataset, dict[str, Any]]:
         copy.unlink(missing_ok=True)
 
 
-def _stamp(file: Path) -> str:
-    stat = file.stat()
-    return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-
-
 def _make_copy(file: Path, copy: Path) -> None:
     """Rows in batches of a good size, however many row groups they come in; those that are no records are noted."""
-    stamp, temporary, bad, rows = _stamp(file), temporary_name(copy), list[tuple[int, str, str]](), 0
+    stamp, temporary, bad, rows = stamp_of(file), temporary_name(copy), list[tuple[int, str, str]](), 0
     with disk_errors(f"{copy.parent} (HF_DATASETS_CACHE names another place)"):
         try:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
                 waiting: list[pa.RecordBatch] = []
+                size = written = 0
                 for first, batch in read_batches(file):
                     waiting.append(batch)
-                    if sum(map(len, waiting)) >= ROWS_A_BATCH or sum(one.nbytes for one in waiting) >= BYTES_A_BATCH:
+                    size, rows = size + batch.nbytes, first + len(batch)
+                    if rows - written >= ROWS_A_BATCH or size >= BYTES_A_BATCH:
                         writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
-                        waiting = []
+                        waiting, size, written = [], 0, rows
                     for row, values in enumerate(batch.to_pylist(), first):
                         found = record_or_error(values, file, row)
                         if isinstance(found, DataError):
                             bad.append((row, str(found), values["data_source"] or ""))
-                    rows = first + len(batch)
                 if waiting:
                     writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
             with opened(file) as parquet:
                 unknown = [name for name in parquet.schema_arrow.names if name not in SCHEMA.names]
-            if _stamp(file) != stamp:
+            if stamp_of(file) != stamp:
                 raise DataError(f"{file} was changed while it was read; start again")
             note = {"copy": copy.name, "rows": rows, "problems": bad, "not_read": ", ".join(unknown)}
             write_json(copy.with_suffix(".json"), note)
