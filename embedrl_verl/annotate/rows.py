@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from embedrl_verl.data.build import rejection
-from embedrl_verl.data.parquet import Span, opened, read_batches, record_or_error, spans
+from embedrl_verl.data.parquet import Span, opened, read_batches, scan_rows, spans
 from embedrl_verl.data.schema import PairRecord
 from embedrl_verl.data.table import first_rows
 from embedrl_verl.errors import DataError
@@ -33,14 +33,12 @@ class Rows:
 
     def scan(self, span: Span) -> Iterator[tuple[int, PairRecord | Rejection]]:
         """Every row number (from 0 over the file), in order. A pair id that an earlier row has makes a row unusable."""
-        for first, batch in read_batches(span):
-            for row, values in enumerate(batch.to_pylist(), first):
-                found: PairRecord | DataError | None = self._repeated.get((span.file, row))
-                found = found or record_or_error(values, span.file, row)
-                if isinstance(found, DataError):
-                    yield row, rejection(span.file, row, found, values["pair_id"])
-                else:
-                    yield row, found
+        for row, values, record in scan_rows(span):
+            found = self._repeated.get((span.file, row), record)
+            if isinstance(found, DataError):
+                yield row, rejection(span.file, row, found, values["pair_id"])
+            else:
+                yield row, found
 
 
 def footer_digest(file: Path) -> str:

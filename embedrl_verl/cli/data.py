@@ -268,8 +268,9 @@ def _run_settings(
     """What a job of questions is told of its run."""
     from embedrl_verl.annotate.job import Prices
     from embedrl_verl.annotate.runner import RunnerSettings
+    from embedrl_verl.data.threads import default_threads
 
-    threads = threads or min(16, os.cpu_count() or 1)
+    threads = threads or default_threads()
     return {
         "runner": RunnerSettings(
             asking.limit, threads, media_mb << 20, max_failed_share, max_bad_share, retry_failed=asking.retry_failed

@@ -27,7 +27,7 @@ from embedrl_verl.data.build import Report, build_facts, building, finish, make_
 from embedrl_verl.data.files import pair_files, part_name, read_object, write_json
 from embedrl_verl.data.identity import media_digest, normalise_text, stated_content_id
 from embedrl_verl.data.media import load_image
-from embedrl_verl.data.parquet import Span, read_batches, record_or_error, spans
+from embedrl_verl.data.parquet import Span, scan_rows, spans
 from embedrl_verl.data.pool import worker_count
 from embedrl_verl.data.schema import SIDES, Item, Media, PairRecord, Side
 from embedrl_verl.data.writer import PairWriter
@@ -62,12 +62,6 @@ class IdTask:
     def fills(self, record: PairRecord, side: Side) -> bool:
         """Whether the id of this side is made of its content."""
         return self.overwrite or not getattr(record, f"{side}_id")
-
-    def records(self) -> Iterator[tuple[int, dict[str, Any], PairRecord | DataError]]:
-        """Row (from 0), values and record of every row."""
-        for first, batch in read_batches(self.span):
-            for row, values in enumerate(batch.to_pylist(), first):
-                yield row, values, record_or_error(values, self.span.file, row)
 
     def digest(self) -> Digest:
         """SHA-256 of media; a file that many rows name is read once."""
@@ -134,7 +128,7 @@ def write_part(task: IdTask, part: Path) -> Report:
     ids: defaultdict[str, Counter[str]] = defaultdict(Counter)
     report: Report = {"rows": 0, "rejected": [], "near": [], "ids": ids}
     with PairWriter(part) as writer:
-        for row, values, record in task.records():
+        for row, values, record in scan_rows(task.span):
             report["rows"] += 1
             if row in task.unreadable:
                 report["rejected"].append(task.unreadable[row])
@@ -161,7 +155,7 @@ def scan_looks(task: IdTask, part: Path) -> Report:
 def _target_images(task: IdTask, rejected: list[dict[str, Any]]) -> Iterator[tuple[bytes, Image.Image]]:
     """Each distinct image that a target's id is made of, with its SHA-256."""
     digest, seen = task.digest(), set[bytes]()
-    for row, values, record in task.records():
+    for row, values, record in scan_rows(task.span):
         if isinstance(record, DataError) or not task.fills(record, "target"):
             continue
         for name, medium in _media(record.target, "target"):

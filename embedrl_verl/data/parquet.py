@@ -143,10 +143,15 @@ def read_pairs(path: str | Path) -> Iterator[PairRecord]:
 
 def scan_pairs(source: Span | str | Path) -> Iterator[tuple[int, PairRecord | DataError]]:
     """Every row number (from 0) with its record, or with the error that says why it is none."""
+    return ((row, found) for row, _, found in scan_rows(source))
+
+
+def scan_rows(source: Span | str | Path) -> Iterator[tuple[int, dict[str, Any], PairRecord | DataError]]:
+    """`scan_pairs` with the plain values of each row between."""
     path = source.file if isinstance(source, Span) else source
-    for row, batch in read_batches(source):
-        for number, values in enumerate(batch.to_pylist(), row):
-            yield number, record_or_error(values, path, number)
+    for first, batch in read_batches(source):
+        for row, values in enumerate(batch.to_pylist(), first):
+            yield row, values, record_or_error(values, path, row)
 
 
 class opened:
