@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoProcessor
 
 from embedrl_verl.data.media import LoadedItem
-from embedrl_verl.embedder.loading import load_config
+from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.messages import IMAGE_PAD, VISION_END, VISION_START, EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.profiles import EMBED_RL
@@ -31,10 +31,11 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.card import render_card
 from embedrl_verl.export.checkpoint import Checkpoint, Kind, find_checkpoint
 from embedrl_verl.export.lora import Adapter, merge_adapter, split_adapter
-from embedrl_verl.export.record import public_model
+from embedrl_verl.export.record import prompt_settings, public_model, public_record, write_record
 from embedrl_verl.export.sentence_files import write_sentence_files
 from embedrl_verl.export.shards import read_shards
 from embedrl_verl.export.weights import complete, empty_model, main_dtype, read_files, read_megatron
+from embedrl_verl.families import token_side
 
 ADAPTER_FOLDER = "lora_adapter"
 MAX_SHARD_SIZE = "5GB"
@@ -100,7 +101,7 @@ def export_checkpoint(
             state = merge_adapter(state, adapter, model, str(found.folder))
         dtype, parameters = main_dtype(state), sum(tensor.numel() for tensor in state.values())
         _write_config(found, new, dtype, type(model).__name__)
-        facts = _add_embedder(found, new, profile) if found.kind == "embedder" else {}
+        facts = _add_embedder(found, new, profile) if found.kind == "embedder" else _prompt_facts(found)
         save_torch_state_dict(state, new, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
         if keep_adapter and adapter is not None:
             adapter.write(new / ADAPTER_FOLDER, None if base_model is None else public_model(base_model))
@@ -108,6 +109,8 @@ def export_checkpoint(
         facts["lora"] = None if adapter is None else (adapter.rank, adapter.alpha)
         card = render_card(found, name=target.name, base_model=base_model, **facts)
         (new / "README.md").write_text(card, encoding="utf-8")
+        if found.record.stage is not None:
+            write_record(new, public_record(found.record))
         for file in new.rglob("*.safetensors"):  # these are made readable by their owner alone
             shutil.copymode(new / "README.md", file)
         if target.exists():
@@ -215,6 +218,13 @@ def _add_embedder(found: Checkpoint, new: Path, profile: str) -> dict[str, Any]:
         "image_tokens": processor.limits.tokens(is_frame=False),
         "cut_to": sorted({*(found.record.settings.get("matryoshka_dims") or ())} - {dim}),
     }
+
+
+def _prompt_facts(found: Checkpoint) -> dict[str, Any]:
+    """How a Reasoner is asked: as in its run, or else by the defaults of its family."""
+    family = family_of_config(load_config(found.huggingface))
+    prompt = prompt_settings(found.record.settings, family)
+    return {"prompt": prompt, "token_side": token_side(prompt["family"])}
 
 
 def _dim(folder: Path) -> int:

@@ -10,13 +10,16 @@ Every key may be absent; absent means unknown. `public_text` keeps machine paths
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from embedrl_verl.config.schema import MediaConfig, yaml_of
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 
@@ -67,6 +70,33 @@ def write_record(folder: Path, record: TrainingRecord) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = [one if isinstance(one, str) else one._asdict() for one in record.data]
     write_atomically(folder / RECORD_FILE, json.dumps(record.model_dump() | {"data": data}, indent=1) + "\n")
+
+
+def public_record(record: TrainingRecord) -> TrainingRecord:
+    """The record as an exported folder has it: no machine paths in it."""
+    settings = {
+        name: public_text(value) if isinstance(value, str) else value for name, value in record.settings.items()
+    }
+    base = record.base_model
+    return record.model_copy(
+        update={
+            "base_model": None if base is None else public_model(base),
+            "data": tuple(public_text(one) if isinstance(one, str) else one for one in record.data),
+            "settings": settings,
+        }
+    )
+
+
+def prompt_settings(settings: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """How a Reasoner is asked: `data.embedrl` (see `MediaConfig`), and `max_response_length`, tokens of an answer.
+
+    Args:
+        settings: of a record; the defaults of a run stand for what it does not name.
+        family: of the model, where they name none.
+    """
+    length = yaml_of("egrl_trainer")["data"]["max_response_length"]
+    known = dataclasses.asdict(MediaConfig()) | {"family": family, "max_response_length": length}
+    return {name: settings.get(name, value) for name, value in known.items()}
 
 
 def public_text(value: object) -> str:

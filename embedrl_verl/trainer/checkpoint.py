@@ -2,7 +2,8 @@
 """What this package keeps beside verl's checkpoints, and which checkpoints stay.
 
     global_step_N/run.json         what gave the rewards: compared when the run is resumed
-    global_step_N/training.json    about the Reasoner, for the model card of `embedrl export`
+    global_step_N/training.json    about the Reasoner, for the model card of `embedrl export`; its scores come with the
+                                   validation of that very step
     global_step_N/embedder/...     a co-trained Embedder with a training.json of its own
     best/global_step_N, best/score.json    the checkpoint with the best validation
 
@@ -32,7 +33,7 @@ from embedrl_verl.config.schema import EmbedderConfig, MediaConfig, Requests
 from embedrl_verl.data.files import sha256_of, write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.checkpoint import complete_steps, last_complete_step
-from embedrl_verl.export.record import DataSource, TrainingRecord, write_record
+from embedrl_verl.export.record import RECORD_FILE, DataSource, TrainingRecord, read_record, write_record
 from embedrl_verl.rewards.load import source_of
 
 RECORD = "run.json"
@@ -172,19 +173,15 @@ def _package_code() -> str:
 # ---------------------------------------------------------------------- training.json: for the model cards
 
 
-def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -> None:
-    """Write all records of a checkpoint (see the module).
-
-    Args:
-        trainer: an EG-RL trainer.
-        scores: those of its last validation, by the names of the card.
-    """
+def write_records(trainer: Any, step_folder: str) -> None:
+    """Write all records of a checkpoint of an EG-RL trainer (see the module)."""
     folder, config, embedrl = Path(step_folder), trainer.config, trainer.embedrl
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RECORD, json.dumps(trainer.run_record, indent=2) + "\n")
     counts = sorted(Counter(trainer.train_dataset.pair_sources).items())
     common = {"step": trainer.global_steps, "data": tuple(DataSource(*one) for one in counts)}
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    media = dataclasses.asdict(MediaConfig.from_config(config.data)) | {"family": trainer.train_dataset.family}
     settings = {
         "embedder": embedrl.embedder.path,
         "embedder_trained": embedrl.embedder.train.enable,
@@ -198,9 +195,10 @@ def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -
         "max_prompt_length": config.data.max_prompt_length,
         "max_response_length": config.data.max_response_length,
         "seed": config.data.get("seed") or 0,
+        **{name: value for name, value in media.items() if name != "pairs_together"},
     }
     base = str(config.actor_rollout_ref.model.path)
-    record = TrainingRecord(stage="egrl", base_model=base, settings=settings, scores=dict(scores), **common)
+    record = TrainingRecord(stage="egrl", base_model=base, settings=settings, **common)
     write_record(folder, record)
     training = trainer.embedder_training
     if training is None:
@@ -213,6 +211,14 @@ def write_records(trainer: Any, step_folder: str, scores: Mapping[str, float]) -
     base, settings = str(embedrl.embedder.path), {"inside": "EG-RL", **kept}
     record = TrainingRecord(stage="embedder", base_model=base, settings=settings, scores=probe, **common)
     write_record(folder / "embedder", record)
+
+
+def record_scores(step_folder: str, scores: Mapping[str, float]) -> None:
+    """Put the scores of the validation of a step into its `training.json`, if the step has a checkpoint: verl saves
+    before it validates."""
+    folder = Path(step_folder)
+    if (folder / RECORD_FILE).is_file() and (record := read_record(folder)) is not None:
+        write_record(folder, record.model_copy(update={"scores": dict(scores)}))
 
 
 # ---------------------------------------------------------------------- which checkpoints stay

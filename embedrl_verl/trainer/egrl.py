@@ -32,7 +32,7 @@ from embedrl_verl.errors import EmbedRLError
 from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow, card_scores, left_out_metrics, roster
 from embedrl_verl.platforms import plugin
 from embedrl_verl.rewards.dump import dump_name
-from embedrl_verl.trainer.checkpoint import keep_if_best, prune_to, write_records
+from embedrl_verl.trainer.checkpoint import keep_if_best, prune_to, record_scores, write_records
 from embedrl_verl.trainer.reward_stage import (
     ScoredRows,
     check_scores,
@@ -61,7 +61,6 @@ class EGRLMixin(EGRLSetup):
         self._validation = RetrievalValidation(self.embedrl.validation.ndcg_k)
         self._watch = PolicyWatch(self.embedrl.rollout.min_probs_correlation, synchronous=self.parent_mode == "sync")
         self._dump_parts: dict[str, dict[str, Any]] = {}
-        self._last_scores: dict[str, float] = {}
 
     # ------------------------------------------------------------------ 3 to 7: the reward stage
 
@@ -187,14 +186,11 @@ class EGRLMixin(EGRLSetup):
                 failed,
                 len(expected),
             )
-        self._last_scores = card_scores(retrieval)
+        folder = self.config.trainer.default_local_dir
+        record_scores(f"{folder}/global_step_{self.global_steps}", card_scores(retrieval))
         hit1 = retrieval.get("val-core/all/hit@1")
-        if self.embedrl.validation.keep_best and hit1 is not None:
-            folder = self.config.trainer.default_local_dir
-            if keep_if_best(folder, self.global_steps, hit1):
-                logger.warning(
-                    "EG-RL: step %d has the best validation so far, kept in %s/best", self.global_steps, folder
-                )
+        if self.embedrl.validation.keep_best and hit1 is not None and keep_if_best(folder, self.global_steps, hit1):
+            logger.warning("EG-RL: step %d has the best validation so far, kept in %s/best", self.global_steps, folder)
         return metrics | retrieval | left_out_metrics(self.train_dataset, self.val_dataset, by_source=True)
 
     def _val_metrics_update(
@@ -216,7 +212,7 @@ class EGRLMixin(EGRLSetup):
         # Before verl's part, whose tracker file comes last: a checkpoint that the tracker names is complete.
         if training is not None:
             training.save(folder, self.global_steps, keep)
-        write_records(self, folder, self._last_scores)
+        write_records(self, folder)
         super()._save_checkpoint()  # type: ignore[misc]
         prune_to(keep, run.default_local_dir)
 

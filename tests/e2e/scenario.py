@@ -2,7 +2,8 @@
 """The long synchronous run: what it trains on, with which settings, and what happens in which step.
 
 Step 1: plain. Steps 2 to 4: the judge is killed, hangs, answers garbage (judge_faults.py). Steps 3 and 6: the Embedder
-is trained. Step 6: a checkpoint. Eight steps are one epoch: four batches of digits, and one of each converted source.
+is trained. Step 6: a checkpoint and a validation. Eight steps are one epoch: four batches of digits, and one of each
+converted source.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def settings(files: list[Path], root: Path, judge: str) -> list[str]:
         *(f"embedrl.judge.{name}={value}" for name, value in limits.items()),
         f"embedrl.judge.urls=[{judge}]",
         f"trainer.save_freq={SAVED}",
+        f"trainer.test_freq={SAVED}",
     ]
 
 

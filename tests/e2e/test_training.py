@@ -171,6 +171,12 @@ def test_a_checkpoint_can_be_read_by_processes_that_do_not_know_the_runs_attenti
         AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
 
 
+def test_a_checkpoints_card_has_the_scores_of_its_own_step(run):
+    record = json.loads((run.folder / "checkpoints" / f"global_step_{SAVED}" / "training.json").read_text())
+    assert record["scores"]["hit@1 (all)"] == pytest.approx(run.metrics[SAVED]["val-core/all/hit@1"])
+    assert record["settings"]["prompt_style"] == "compact" and record["settings"]["family"] == "qwen2_vl"
+
+
 def test_a_run_resumes_where_it_stopped_with_the_same_rollouts_and_rewards(long, inputs):
     """The steps after the checkpoint have the pairs, texts, rewards and losses of the unbroken run."""
     run, after = long.run, range(SAVED + 1, STEPS + 1)

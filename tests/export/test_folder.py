@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -147,7 +148,35 @@ def test_the_card_of_an_embedder_says_what_the_run_says_without_paths(model_copy
     ):
         assert part in text, part
     for path in ("/home", "/data", "/mnt", "~/", str(tmp_path)):
-        assert path not in card
+        assert path not in card + (tmp_path / "birds-embedder" / "training.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["reasoner", "embedder"])
+def test_the_python_of_a_card_runs_as_it_is_pasted(kind, saved_model, tmp_path, monkeypatch, capsys):
+    """But for vLLM's blocks, whose engine takes half a minute to start (tests/export/test_vectors.py)."""
+    settings = {
+        "prompt_style": "compact",
+        "few_shot": False,
+        "image_min_tokens": 1,
+        "image_max_tokens": 64,
+        "max_response_length": 12,
+    }
+    folder = shutil.copytree(saved_model(), tmp_path / "step" / kind)
+    (folder / "training.json").write_text(json.dumps({"stage": "egrl", "step": 3, "settings": settings}))
+    export_checkpoint(folder, tmp_path / "model", kind=kind)
+    monkeypatch.chdir(tmp_path)
+    card, names = Path("model/README.md").read_text(), {}
+    blocks = [block for block in re.findall("```python\n(.*?)```", card, re.DOTALL) if "vllm" not in block]
+    for block in blocks:
+        exec(block, names)
+    if kind == "embedder":
+        assert len(blocks) == 4 and names["vector"].shape == names["query"].shape == (1, 128)
+        assert capsys.readouterr().out.startswith("tensor")
+    else:
+        assert 'style="compact", few_shot=False' in card and "image_min_tokens=1, image_max_tokens=64" in card
+        assert names["inputs"]["input_ids"].shape[1] < names["tokens"].shape[1] and len(blocks) == 1
+        assert "TCoT(" in capsys.readouterr().out
+        assert read_record(Path("model")).settings == settings
 
 
 def test_the_card_of_an_unknown_run_invents_nothing(saved_model, tmp_path):

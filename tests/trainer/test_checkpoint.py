@@ -17,7 +17,14 @@ from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import read_record
-from embedrl_verl.trainer.checkpoint import RECORD, check_run_record, model_digest, run_record, write_records
+from embedrl_verl.trainer.checkpoint import (
+    RECORD,
+    check_run_record,
+    model_digest,
+    record_scores,
+    run_record,
+    write_records,
+)
 from recipes.tiny_digits.models import build_tiny_model
 
 
@@ -223,18 +230,24 @@ def test_each_models_export_finds_its_own_record(tmp_path):
         embedrl=load_embedrl_config(config),
         run_record={"a": 1},
         global_steps=20,
-        train_dataset=SimpleNamespace(pair_sources=["b", "a", "b"]),
+        train_dataset=SimpleNamespace(pair_sources=["b", "a", "b"], family="qwen2_vl"),
         embedder_training=SimpleNamespace(last_hit1=0.9, averaged=False),
     )
-    write_records(trainer, str(tmp_path), {"hit@1 (all)": 0.5})
+    record_scores(str(tmp_path / "of_another_step"), {"hit@1 (all)": 0.1})
+    write_records(trainer, str(tmp_path))
     (tmp_path / "actor").mkdir()
+    assert read_record(tmp_path / "actor").scores == {}, "verl saves before it validates: nothing is known yet"
+    record_scores(str(tmp_path), {"hit@1 (all)": 0.5})
+    assert not (tmp_path / "of_another_step").exists(), "a step without checkpoint has no card"
     reasoner, embedder = read_record(tmp_path / "actor"), read_record(tmp_path / "embedder")
     assert (reasoner.stage, reasoner.step, reasoner.base_model) == ("egrl", 20, "some/reasoner")
     assert reasoner.settings["pairs_per_step"] == 8 and reasoner.settings["reward_function"].endswith("no_judge")
+    prompt = [reasoner.settings[name] for name in ("family", "prompt_style", "few_shot", "image_max_tokens")]
+    assert prompt == ["qwen2_vl", "paper", True, 768]
     assert reasoner.scores == {"hit@1 (all)": 0.5} and json.loads((tmp_path / RECORD).read_text()) == {"a": 1}
     assert (embedder.stage, embedder.base_model) == ("embedder", "some/embedder")
     assert embedder.settings["lr"] == 1e-4 and embedder.data == (("a", 1), ("b", 2))
     assert embedder.scores == {"hit@1 (anchors)": 0.9}
     trainer.embedder_training.averaged = True  # the average's Hit@1 says nothing of the weights in the checkpoint
-    write_records(trainer, str(tmp_path), {})
+    write_records(trainer, str(tmp_path))
     assert read_record(tmp_path / "embedder").scores == {}
