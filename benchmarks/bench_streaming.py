@@ -45,7 +45,7 @@ from embedrl_verl.progress import read_metrics
 from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.serving import PoolSettings, ServerPool
 from recipes.tiny_digits.environment import CPU_ENV
-from recipes.tiny_digits.reasoner import tiny_limits
+from recipes.tiny_digits.settings import tiny_limits
 
 BAR = 0.30
 WARM_UP = 1

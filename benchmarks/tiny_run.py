@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from recipes.tiny_digits.reasoner import tiny_limits
+from recipes.tiny_digits.settings import tiny_limits
 
 
 def overrides(inputs: Path, steps: int, pairs: int, rollouts: int) -> list[str]:

@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from embedrl_verl import __version__
 from embedrl_verl.cli.data import data
-from embedrl_verl.cli.options import Out, command
+from embedrl_verl.cli.options import Files, MediaRoot, Out, Overwrite, command
 from embedrl_verl.errors import EmbedRLError
 
 app = typer.Typer(
@@ -183,6 +183,44 @@ def serve_embedder(
         return 0
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+@command(app, "eval")
+def evaluate(
+    file: Files,
+    embedder: Annotated[str, Option(metavar="DIR", help="The Embedder: folder or hub id.")],
+    out: Out,
+    reasoner: Annotated[
+        list[str] | None,
+        Option(metavar="[NAME=]DIR", help="A Reasoner whose T-CoTs are tried; repeat, as before=A and after=B."),
+    ] = None,
+    media_root: MediaRoot = None,
+    limit: Annotated[int | None, Option(min=1, help="Pairs of each data source, the first.")] = None,
+    device: Annotated[str, Option(help="auto: a GPU if there is one.")] = "auto",
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE...", help="Settings of the run, spelt as for hydra."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Retrieval on pair files: plain, and with the T-CoTs of Reasoners.
+
+    Hit@1 by data source with intervals; evaluation.json and every T-CoT (tcots.jsonl) in DIR.
+    """
+    from embedrl_verl.evaluation.command import run_eval
+
+    run_eval(
+        file,
+        embedder,
+        reasoner or [],
+        out,
+        media_root=media_root,
+        limit=limit,
+        device=device,
+        overrides=[word for word in set_ or () if word],
+        overwrite=overwrite,
+    )
+    return 0
 
 
 @reward.command("list")

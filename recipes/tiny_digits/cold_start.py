@@ -27,9 +27,10 @@ from torch.nn import functional
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.embedder.batching import pad_rows
 from embedrl_verl.embedder.processor import Encoded
+from embedrl_verl.evaluation.reasoner import Prompt, Reasoner
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
-from recipes.tiny_digits.reasoner import Prompt, Reasoner
+from recipes.tiny_digits.settings import tiny_reasoner
 from recipes.tiny_digits.world import Sample, Truth, cut_short, read_samples
 
 IGNORED = -100
@@ -150,7 +151,7 @@ def _sides(samples: Sequence[Sample]) -> list[tuple[Prompt, Truth]]:
 
 def main(model: Path, world: Path, out: Path, seed: int = 0) -> None:
     """Cold-start the tiny MODEL on the WORLD and write the Reasoner to OUT."""
-    reasoner = Reasoner(model)
+    reasoner = tiny_reasoner(model)
     samples, checks = read_samples(world / "sft.parquet"), read_samples(world / "train.parquet")
     train_cold_start(reasoner, samples, checks, seed=seed)
     reasoner.save(out)

@@ -34,7 +34,7 @@ from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.model import embed_packed
 from embedrl_verl.families import Family
 from recipes.tiny_digits.muon import MuonAdamW
-from recipes.tiny_digits.reasoner import tiny_limits
+from recipes.tiny_digits.settings import tiny_limits
 from recipes.tiny_digits.world import FAMILY_SIZE, Sample, read_samples
 
 TEMPERATURE = 0.05

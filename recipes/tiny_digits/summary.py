@@ -2,8 +2,8 @@
 """The end of a tiny run: a table in the terminal, `results.json` and `curves.png`; of several seeds, with intervals.
 
 Reads what the stages left in a run folder: `metrics.jsonl` (verl's logger `file`) and `evaluation.json`. A difference
-counts as one only if its 95% interval leaves out zero: over seeds Student's t on the differences of paired runs; with
-one run a bootstrap over its queries. What did not improve is said.
+counts as one only if its 95% interval leaves out zero (embedrl_verl/evaluation/comparison.py). What did not improve is
+said, for each data source too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.evaluation.stats import Interval, bootstrap_interval, mean_interval
+from embedrl_verl.evaluation.comparison import hit1_interval, source_table, verdict
+from embedrl_verl.evaluation.stats import Interval, mean_interval
 from embedrl_verl.progress import read_metrics
+from embedrl_verl.tables import table as columns
 
 REWARD, HIT1, VAL_HIT1 = "embedrl/reward/mean", "embedrl/hit@1/mean", "val-core/all/hit@1"
 STEP_SECONDS, REWARD_SECONDS = "timing_s/step", "timing_s/reward_stage"
@@ -62,7 +64,8 @@ class Run:
             result[f"hit@1/{view}"], result[f"ndcg@5/{view}"] = scores["hit1"]["all"], scores["ndcg5"]["all"]
             if scores["quality"] is not None:
                 result[f"well_formed/{view}"] = scores["quality"]["well_formed"]
-                result[f"answers_right/{view}"] = scores["quality"]["exact"]
+                if "exact" in scores["quality"]:
+                    result[f"answers_right/{view}"] = scores["quality"]["exact"]
         for name, key in (("reward", REWARD), ("hit@1_in_batch", HIT1)):
             if tenths := self.tenths(key):
                 result[f"{name}/first_tenth"], result[f"{name}/last_tenth"] = tenths
@@ -76,26 +79,10 @@ class Run:
         result["failed_rows"] = float(sum(view["failed_rows"] for view in self.views.values()))
         return result
 
-    def hits(self, view: str) -> list[float]:
-        """One number a query, weighted so that their mean is the plain mean over sources."""
-        by_source: Mapping[str, Sequence[int]] = self.views[view]["hits"]
-        total = sum(len(hits) for hits in by_source.values())
-        return [hit * total / (len(by_source) * len(hits)) for hits in by_source.values() for hit in hits]
-
-
-def interval_of(runs: Sequence[Run], view: str, minus: str | None = None) -> Interval:
-    """Hit@1 of a view, or its gain over another, with a 95% interval over runs; with one run over its queries."""
-    if len(runs) == 1:
-        hits = runs[0].hits(view)
-        other = runs[0].hits(minus) if minus else [0.0] * len(hits)
-        return bootstrap_interval([a - b for a, b in zip(hits, other, strict=True)])
-    numbers = [run.numbers() for run in runs]
-    return mean_interval([row[f"hit@1/{view}"] - (row[f"hit@1/{minus}"] if minus else 0.0) for row in numbers])
-
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that `results.json` holds."""
-    several = len(runs) > 1
+    several, views = len(runs) > 1, [run.views for run in runs]
     numbers = [run.numbers() for run in runs]
     shared = [key for key in numbers[0] if all(key in row for row in numbers)]
     result: dict[str, Any] = {
@@ -111,9 +98,17 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
         },
         "over_runs": {key: mean_interval([row[key] for row in numbers])._asdict() for key in shared if several},
         "interval": "95%, Student's t over runs" if several else "95%, bootstrap over the queries of the one run",
-        "hit@1_differences": {f"{a} - {b}": interval_of(runs, a, b)._asdict() for a, b in PAIRS},
+        "hit@1_differences": {f"{a} - {b}": hit1_interval(views, a, b)._asdict() for a, b in PAIRS},
+        "hit@1_differences_by_source": {
+            source: {f"{a} - {b}": hit1_interval(views, a, b, source)._asdict() for a, b in PAIRS}
+            for source in _sources(runs)
+        },
     }
     return result | {"findings": _findings(result)}
+
+
+def _sources(runs: Sequence[Run]) -> list[str]:
+    return [source for source in runs[0].views["raw"]["hit1"] if source != "all"]
 
 
 def _findings(result: Mapping[str, Any]) -> list[str]:
@@ -122,11 +117,16 @@ def _findings(result: Mapping[str, Any]) -> list[str]:
     lines = []
     for a, b in PAIRS:
         gain = Interval(**result["hit@1_differences"][f"{a} - {b}"])
-        clear = "better" if gain.low > 0 else "WORSE" if gain.high < 0 else None
+        said = verdict(gain).replace("unclear", "NO CLEAR DIFFERENCE, the interval holds 0")
         lines.append(
             f"Hit@1, {VIEWS[a]} against {VIEWS[b]}: {gain.mean:+.3f} (95% interval {gain.low:+.3f} to {gain.high:+.3f} "
-            f"{over}): {clear or 'NO CLEAR DIFFERENCE, the interval holds 0'}"
+            f"{over}): {said}"
         )
+    by_source: dict[str, list[str]] = {"better": [], "unclear": [], "WORSE": []}
+    for source, gains in result["hit@1_differences_by_source"].items():
+        by_source[verdict(Interval(**gains["after - raw"]))].append(source)
+    found = "; ".join(f"{word} in {', '.join(names)}" for word, names in by_source.items() if names)
+    lines.append(f"By data source, {VIEWS['after']} against {VIEWS['raw']}: {found}")
     rises = {name: run["reward/last_tenth"] - run["reward/first_tenth"] for name, run in runs.items()}
     still = [name for name, rise in rises.items() if rise <= 0]
     gains = ", ".join(f"{rise:+.3f}" for rise in rises.values())
@@ -150,41 +150,35 @@ COLUMNS = (
 FORMATS = {"reward_stage_share": "{:.1%}", "seconds_per_step": "{:.2f}"}
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(runs: Sequence[Run], result: Mapping[str, Any]) -> str:
     """The text for the terminal: runs, data sources, findings."""
-
-    def cells(values: Mapping[str, float]) -> list[str]:
-        return [FORMATS.get(key, "{:.3f}").format(values[key]) if key in values else "-" for _, key in COLUMNS]
-
-    runs, over = result["runs"], result["over_runs"]
-    rows = [[name, *cells(run)] for name, run in runs.items()]
+    over, rows = result["over_runs"], dict(result["runs"])
     if over:
-        rows.append(["mean", *cells({key: value["mean"] for key, value in over.items()})])
-        rows.append(["95% ±", *cells({key: (value["high"] - value["low"]) / 2 for key, value in over.items()})])
-    by_source = []
-    for source in next(iter(runs.values()))["hit@1_by_source"]["raw"]:
-        means = [statistics.fmean(run["hit@1_by_source"][view][source] for run in runs.values()) for view in VIEWS]
-        by_source.append([source, *(f"{mean:.3f}" for mean in means)])
-    heads = [("", "run"), *(head for head, _ in COLUMNS)]
+        rows["mean"] = {key: value["mean"] for key, value in over.items()}
+        rows["95% ±"] = {key: (value["high"] - value["low"]) / 2 for key, value in over.items()}
+    shown = [(head, key) for head, key in COLUMNS if any(key in row for row in rows.values())]
+    cells = [
+        [name, *(FORMATS.get(key, "{:.3f}").format(row[key]) if key in row else "-" for _, key in shown)]
+        for name, row in rows.items()
+    ]
+    lines = columns(["", *(head[0] for head, _ in shown)], ["run", *(head[1] for head, _ in shown)], *cells)
+    several = f", mean of {len(runs)} runs" if over else ""
     return "\n".join(
         [
             "Held-out pairs: every query against all targets of its data source. first, last = tenth of the RL steps",
-            *_aligned([[upper for upper, _ in heads], [lower for _, lower in heads]], rows),
+            *[*lines[:2], "-" * len(lines[1]), *lines[2:]],
             "",
-            "Hit@1 by data source" + (f", mean of {len(runs)} runs" if over else ""),
-            *_aligned([["source", *VIEWS.values()]], by_source),
+            f"Hit@1 by data source{several}, and what T-CoTs gain over the raw input",
+            *source_table([run.views for run in runs], _titles(runs), "raw"),
             "",
             *result["findings"],
         ]
     )
 
 
-def _aligned(heads: list[list[str]], rows: list[list[str]]) -> list[str]:
-    """Columns to the right, the first to the left, with a rule below the heads."""
-    widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
-    form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
-    text = [form.format(*line) for line in [*heads, *rows]]
-    return [*text[: len(heads)], "-" * len(text[0]), *text[len(heads) :]]
+def _titles(runs: Sequence[Run]) -> dict[str, str]:
+    short = {"raw": "raw", "before": "before", "after": "after", "truth": "true"}
+    return {view: title for view, title in short.items() if view in runs[0].views}
 
 
 def smoothed(curve: Mapping[int, float], window: int) -> dict[int, float]:
@@ -200,26 +194,27 @@ def mean_curve(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Reward and Hit@1 by step beside the held-out Hit@1, as a PNG."""
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
-    reward, hit, bars = figure.subplots(1, 3, width_ratios=(1.15, 1.15, 1))
+    """Reward and Hit@1 by step; held-out Hit@1, and by data source what T-CoTs gain over the raw input, as a PNG."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    (reward, hit), (bars, gains) = figure.subplots(2, 2)
     _draw_metric(reward, runs, REWARD)
     reward.set(title="Reward of the training batches", ylabel="mean reward of a step")
     _draw_metric(hit, runs, HIT1, "in the batch, ")
     for i, run in enumerate(runs):
         if points := run.curve(VAL_HIT1, first_step=0):
             label = "validation, held-out pairs" if i == 0 else None
-            style = {"markersize": 6, "markerfacecolor": "white", "markeredgewidth": 1.6, "zorder": 4}
-            hit.plot(list(points), list(points.values()), "o", color=_color(i), label=label, **style)
+            style = {"markersize": 7, "markerfacecolor": "white", "markeredgewidth": 1.6, "zorder": 4}
+            hit.plot(list(points), list(points.values()), "o--", color=_color(i), linewidth=1, label=label, **style)
     hit.set(title="Hit@1 during RL", ylabel="share of queries and targets")
     for axes in (reward, hit):
         axes.set_xlabel("RL step")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)
     _draw_bars(bars, runs)
-    for axes in (reward, hit, bars):
+    _draw_gains(gains, runs)
+    for axes in (reward, hit, bars, gains):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
 
 
 def _color(run: int) -> str:
@@ -243,7 +238,7 @@ def _draw_metric(axes: Axes, runs: Sequence[Run], key: str, what: str = "") -> N
 
 def _draw_bars(axes: Axes, runs: Sequence[Run]) -> None:
     views = ["raw", "before", "after"]
-    intervals = [interval_of(runs, view) for view in views]
+    intervals = [hit1_interval([run.views for run in runs], view) for view in views]
     means = [one.mean for one in intervals]
     errors = [[one.mean - one.low for one in intervals], [one.high - one.mean for one in intervals]]
     places = list(range(len(views)))
@@ -257,12 +252,31 @@ def _draw_bars(axes: Axes, runs: Sequence[Run]) -> None:
             axes.scatter(spread, values, s=16, color="white", edgecolor="#222222", zorder=3, linewidth=0.9)
         above = {"textcoords": "offset points", "ha": "center"}
         axes.annotate(f"{one.mean:.3f}", (i, max(one.high, one.mean)), (0, 5), **above)
-    ceiling = statistics.fmean(run.numbers()["hit@1/truth"] for run in runs)
-    axes.axhline(ceiling, color=COLORS["truth"], linestyle="--", linewidth=1.3, label=f"true T-CoT, {ceiling:.3f}")
+    if all("truth" in run.views for run in runs):
+        ceiling = statistics.fmean(run.numbers()["hit@1/truth"] for run in runs)
+        axes.axhline(ceiling, color=COLORS["truth"], linestyle="--", linewidth=1.3, label=f"true T-CoT, {ceiling:.3f}")
     axes.set_xticks(places, [VIEWS[view].replace("T-CoT ", "T-CoT\n") for view in views])
     axes.set(title="Hit@1 on held-out pairs", ylabel="share of queries", ylim=(0, 1.19))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.legend(frameon=False, fontsize=9, loc="upper left")
+
+
+def _draw_gains(axes: Axes, runs: Sequence[Run]) -> None:
+    """A line a data source: left of 0 the T-CoT is worse than no T-CoT."""
+    sources, views = [*_sources(runs), "all"], [run.views for run in runs]
+    for shift, view in ((-0.16, "before"), (0.16, "after")):
+        found = [hit1_interval(views, view, "raw", source) for source in sources]
+        errors = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
+        places = [place + shift for place in range(len(sources))]
+        means = [one.mean for one in found]
+        axes.errorbar(means, places, xerr=errors, fmt="o", color=COLORS[view], capsize=3, label=VIEWS[view])
+    axes.axvline(0, color="#222222", linewidth=1)
+    axes.set_yticks(range(len(sources)), sources)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.25)
+    over = f"{len(runs)} runs" if len(runs) > 1 else "queries"
+    axes.set(title="Hit@1 against the raw input, by data source", xlabel=f"gain (95% interval over {over})")
+    axes.legend(frameon=False, fontsize=9)
 
 
 def main(
@@ -279,7 +293,7 @@ def main(
     result = summarise(runs)
     (out / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     draw_curves(runs, out / "curves.png")
-    print(table(result))
+    print(table(runs, result))
     print(f"\nwrote {out / 'results.json'} and {out / 'curves.png'}")
 
 

@@ -223,17 +223,22 @@ def write_world(
             json.dumps({"pair_id": s.record.pair_id, "query": asdict(s.query), "target": asdict(s.target)}) + "\n"
             for s in samples
         ]
-        paths[name].with_suffix(".truths.jsonl").write_text("".join(lines), encoding="utf-8")
+        truths_of(paths[name]).write_text("".join(lines), encoding="utf-8")
         if name != "sft":
             paths[f"{name}_tcot"] = out / f"{name}_tcot.parquet"
             write_pairs([annotated(sample) for sample in samples], paths[f"{name}_tcot"])
     return paths
 
 
+def truths_of(path: Path) -> Path:
+    """The file that lies beside one of the world's."""
+    return path.with_suffix(".truths.jsonl")
+
+
 def read_samples(path: Path) -> list[Sample]:
     """The pairs of one of the world's files with their truths."""
     samples = []
-    with path.with_suffix(".truths.jsonl").open(encoding="utf-8") as lines:
+    with truths_of(path).open(encoding="utf-8") as lines:
         for record, line in zip(read_pairs(path), lines, strict=True):
             truth = json.loads(line)
             if truth["pair_id"] != record.pair_id:

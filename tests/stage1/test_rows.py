@@ -19,7 +19,7 @@ from embedrl_verl.families import facts_of
 from embedrl_verl.stage1 import rows as rows_module
 from embedrl_verl.stage1.rows import EncodedPair, PairRows, items_of, read_training_pairs, rows_of_pairs
 from recipes.tiny_digits.models import build_tiny_model
-from recipes.tiny_digits.reasoner import tiny_limits
+from recipes.tiny_digits.settings import tiny_limits
 from recipes.tiny_digits.world import SOURCES, annotated, make_samples
 
 EMPTY = Encoded(torch.tensor([1]), torch.zeros(4, 1, dtype=torch.int64))

@@ -6,42 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedrl_verl.data.lengths import PromptMeter
-from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
-from embedrl_verl.data.schema import SIDES
+from embedrl_verl.evaluation.reasoner import Prompt, Reasoner
 from embedrl_verl.families import FAMILIES
 from embedrl_verl.tcot import parse_tcot
 from recipes.tiny_digits.canvas import TRAIN_SCANS
 from recipes.tiny_digits.cold_start import IGNORED, digit_accuracy, make_lesson, train_cold_start
 from recipes.tiny_digits.models import END, build_tiny_model
-from recipes.tiny_digits.reasoner import Prompt, Reasoner
+from recipes.tiny_digits.settings import tiny_reasoner
 from recipes.tiny_digits.world import SOURCES, Sample, cut_short, make_samples
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reasoner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
-    return Reasoner(build_tiny_model(tmp_path_factory.mktemp("reasoner"), family=request.param))
+    return tiny_reasoner(build_tiny_model(tmp_path_factory.mktemp("reasoner"), family=request.param))
 
 
 @pytest.fixture(scope="module")
 def samples(reasoner: Reasoner) -> list[Sample]:
     family = reasoner.family
     return [one for source in SOURCES for one in make_samples(source, 4, scans=TRAIN_SCANS, seed=1, family=family)]
-
-
-def test_prompts_are_token_by_token_those_of_the_rollout(reasoner: Reasoner, samples: list[Sample]) -> None:
-    """verl's agent loop builds its prompts with this builder from the data set's messages and fitted media."""
-    processor = reasoner.processor
-    builder = PromptMeter(processor.tokenizer, processor, reasoner.family, {})._builder
-    for prompt in (Prompt(sample.record, side) for sample in samples for side in SIDES):
-        messages = prompt_messages(*prompt, family=reasoner.family, style="compact", few_shot=False, max_frames=8)
-        images, videos = load_prompt_media(messages, reasoner.limits, None)
-        features: dict[str, torch.Tensor] = {}
-        ids = builder.build_initial_tokens(messages, images=images, videos=videos, mm_inputs_out=features)
-        row = reasoner.encode(prompt)
-        assert row.input_ids.tolist() == ids
-        for name, values in row.multi_modal_inputs.items():
-            assert torch.equal(values, torch.as_tensor(features[name]))
 
 
 @pytest.mark.parametrize("terse", [False, True])
@@ -58,27 +41,21 @@ def test_labels_are_the_tcot_and_the_digits_of_visual_tokens(reasoner, samples, 
         assert torch.equal(labels[-len(written) - 1 : -1], ids[-len(written) :]), "labels name the next token"
 
 
-def test_generation_does_not_depend_on_the_batch(reasoner: Reasoner, samples: list[Sample]) -> None:
-    prompts = [Prompt(sample.record, side) for sample in samples[::5] for side in SIDES]
-    together = reasoner.generate(prompts, max_new_tokens=6)
-    assert together == [reasoner.generate([prompt], max_new_tokens=6)[0] for prompt in prompts]
-
-
 def a_text_and_a_picture() -> list[Sample]:
     return make_samples("digits_t2i", 4, scans=TRAIN_SCANS, seed=1)[:2]
 
 
 def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path, capsys):
-    reasoner = Reasoner(build_tiny_model(tmp_path / "model", seed=1))
+    reasoner = tiny_reasoner(build_tiny_model(tmp_path / "model", seed=1))
     lessons = a_text_and_a_picture()
     options = {"batch_size": 4, "warmup": 5, "check_every": 20, "habit_steps": 0}
     accuracy = train_cold_start(reasoner, lessons, lessons, max_steps=200, **options)
     assert accuracy >= 0.9 and "step 200" not in capsys.readouterr().out
     reasoner.save(tmp_path / "trained")
-    again = Reasoner(tmp_path / "trained")
+    again = tiny_reasoner(tmp_path / "trained")
     prompts = [Prompt(s.record, "target") for s in lessons]
     assert digit_accuracy(again, [(one, s.target) for one, s in zip(prompts, lessons, strict=True)]) == accuracy
-    answers = [parse_tcot(text).answer for text in again.generate(prompts)]
+    answers = [parse_tcot(text).answer for text in again.generate(prompts, max_new_tokens=64)]
     wanted = [parse_tcot(s.target.tcot).answer for s in lessons]
     assert sum(map(str.__eq__, "".join(answers), "".join(wanted))) >= 8, "of ten digits"
 
@@ -86,10 +63,10 @@ def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path, c
 @pytest.mark.nightly
 def test_a_terse_habit_is_learnt_and_does_not_hide_the_digits(tmp_path: Path) -> None:
     """Greedy answers are short, and still the reader is known to read the digits that it leaves out."""
-    reasoner = Reasoner(build_tiny_model(tmp_path, seed=1))
+    reasoner = tiny_reasoner(build_tiny_model(tmp_path, seed=1))
     lessons = a_text_and_a_picture()
     options = {"batch_size": 4, "warmup": 5, "check_every": 250, "habit_steps": 60, "terse_share": 0.8}
     assert train_cold_start(reasoner, lessons, lessons, max_steps=250, **options) >= 0.8
     for side, digits in (("target", 1), ("query", 5)):  # what is given as text is copied in full
-        texts = reasoner.generate([Prompt(s.record, side) for s in lessons])
+        texts = reasoner.generate([Prompt(s.record, side) for s in lessons], max_new_tokens=64)
         assert [len(parse_tcot(text).answer) for text in texts] == [digits, digits]

@@ -2,13 +2,15 @@
 """The summary says what the files say, pairs the runs, and does not call a loss or a doubt an improvement."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from embedrl_verl.errors import ConfigError, DataError
-from recipes.tiny_digits.summary import Run, interval_of, main, smoothed, summarise, table
+from embedrl_verl.evaluation.comparison import hit1_interval
+from recipes.tiny_digits.summary import Run, main, smoothed, summarise, table
 
 QUERIES = 40
 
@@ -40,7 +42,7 @@ def test_numbers_are_those_of_the_files_and_every_source_weighs_the_same(tmp_pat
     assert numbers["reward/last_tenth"] == pytest.approx(0.2 + 0.5 * 19.5 / 20)
     assert (numbers["steps"], numbers["seconds_per_step"], numbers["reward_stage_share"]) == (20, 4.0, 0.125)
     for view in ("raw", "before", "after"):
-        assert interval_of([run], view).mean == pytest.approx(numbers[f"hit@1/{view}"])
+        assert hit1_interval([run.views], view).mean == pytest.approx(numbers[f"hit@1/{view}"])
 
 
 def test_one_run_has_intervals_over_queries_and_several_over_paired_runs(tmp_path: Path) -> None:
@@ -59,11 +61,14 @@ def test_one_run_has_intervals_over_queries_and_several_over_paired_runs(tmp_pat
 def test_a_loss_or_a_doubt_is_not_called_an_improvement_and_failed_rows_are_told(tmp_path: Path) -> None:
     worse = [Run(write_run(tmp_path / f"w{i}", 8, 30 + i, 20, rise=-0.2)) for i in range(3)]
     findings = summarise(worse)["findings"]
-    assert findings[0].endswith("WORSE") and findings[1].endswith("better") and len(findings) == 4
-    assert "in 0 of 3 runs" in findings[3] and "did NOT rise in w0, w1, w2" in findings[3]
+    assert findings[0].endswith("WORSE") and findings[1].endswith("better") and len(findings) == 5
+    assert findings[3].endswith("T-CoT after RL against raw input: better in a; unclear in b")
+    assert "in 0 of 3 runs" in findings[4] and "did NOT rise in w0, w1, w2" in findings[4]
     doubtful = [Run(write_run(tmp_path / f"d{i}", 8, 20, 18 + 3 * i)) for i in range(3)]
     assert "NO CLEAR DIFFERENCE" in summarise(doubtful)["findings"][0]
-    text = table(summarise([Run(write_run(tmp_path / "bad", 8, 16, 24, failed=2))]))
+    lost = [Run(write_run(tmp_path / "bad", 24, 16, 8, failed=2))]
+    text = table(lost, summarise(lost))
+    assert re.search(r"^a +40 .* -0.400 .* WORSE +\+0.400 .* better$", text, re.MULTILINE)
     assert "ATTENTION: inputs without an embedding, counted as misses: {'bad': 8}" in text
 
 

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl eval`: retrieval on any pair file, plain and with the T-CoTs of one or more Reasoners.
+
+Reasoners are asked and evidence is cut as in training: the settings are those of the run's configuration, and what no
+override names is taken from a Reasoner's own `training.json` (checkpoints and exports have one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
+from embedrl_verl.config.compose import compose
+from embedrl_verl.config.schema import MediaConfig
+from embedrl_verl.data.files import write_atomically
+from embedrl_verl.embedder import Embedder
+from embedrl_verl.embedder.loading import load_generation_model
+from embedrl_verl.embedder.processor import DTYPES, processor_for
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.evaluation.comparison import hit1_interval, source_table, verdict
+from embedrl_verl.evaluation.reasoner import Reasoner
+from embedrl_verl.evaluation.retrieval import NDCG_K, Pairs, Tcots, score_view, tcot_lines, write_tcots
+from embedrl_verl.export.record import TrainingRecord, prompt_settings, read_record
+
+RAW = "raw"
+"""The view of the input alone."""
+BATCH_SIZE = 32
+
+
+def settings_of(
+    embedder: str, overrides: Sequence[str], *, on_cpu: bool
+) -> tuple[EmbedRLConfig, Mapping[str, Any], list[str]]:
+    """The section `embedrl`, the section `data` (as plain values), and the names that the overrides of `data` give."""
+    from omegaconf import OmegaConf
+
+    platform = ["platform=cpu"] if on_cpu and not any(one.startswith("platform=") for one in overrides) else []
+    config = compose([*platform, *overrides, f"embedrl.embedder.path={json.dumps(embedder)}"])
+    data = OmegaConf.to_container(config.data, resolve=True)
+    assert isinstance(data, dict)
+    keys = [one.lstrip("+").partition("=")[0] for one in overrides]
+    given = [key.rpartition(".")[2] for key in keys if key.startswith(("data.embedrl.", "data.max_response_length"))]
+    return load_embedrl_config(config), {str(key): value for key, value in data.items()}, given
+
+
+def asked(path: str, data: Mapping[str, Any], given: Sequence[str]) -> tuple[MediaConfig, int]:
+    """How the Reasoner of a folder is asked, and the longest answer in tokens: overrides, else its record, else the
+    defaults."""
+    record = (read_record(Path(path)) if Path(path).is_dir() else None) or TrainingRecord()
+    known = prompt_settings(record.settings, "auto")
+    whole = {**data["embedrl"], "max_response_length": data["max_response_length"]}
+    chosen = {name: whole[name] if name in given else value for name, value in known.items()}
+    return MediaConfig.from_config({"embedrl": chosen | {"max_response_length": None}}), chosen["max_response_length"]
+
+
+def named_reasoners(words: Iterable[str]) -> dict[str, str]:
+    """ "NAME=FOLDER" or "FOLDER" words as name -> folder; without a name the folder's own."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        name, path = (name, path) if equals and "/" not in name else (Path(word).resolve().name, word)
+        if name in (RAW, "all") or name in found or not path:
+            raise ConfigError(f"--reasoner must be NAME=FOLDER with names of their own, not {RAW}; got {word!r}")
+        found[name] = path
+    return found
+
+
+def run_eval(
+    files: Sequence[str],
+    embedder: str,
+    reasoners: Sequence[str],
+    out: str,
+    *,
+    media_root: str | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Evaluate and write `evaluation.json` and `tcots.jsonl` to `out`; prints the table. Arguments as the command's."""
+    folder, named = Path(out), named_reasoners(reasoners)
+    if (folder / "evaluation.json").exists() and not overwrite:
+        raise ConfigError(f"--out {out} has an evaluation.json; choose another folder, or replace it with --overwrite")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    section, data, given = settings_of(embedder, overrides, on_cpu=device == "cpu")
+    pairs = Pairs.read(files, media_root or data["media_root"], limit)
+    started = time.monotonic()
+    reader = load_embedder(section, device, data)
+    views, written = {RAW: score_view(reader, pairs, None, "qwen2_vl", section.evidence)}, {}
+    prompts: dict[str, Any] = {}
+    for name, path in named.items():
+        media, length = asked(path, data, given)
+        reasoner = Reasoner(path, media, dtype=DTYPES[section.embedder.dtype], device=device)
+        prompts[name] = dataclasses.asdict(reasoner.media) | {"family": reasoner.family, "max_response_length": length}
+        tcots = _write(name, reasoner, pairs, length)
+        views[name] = score_view(reader, pairs, tcots, reasoner.family, section.evidence)
+        written[name] = tcot_lines(pairs, name, tcots, views[name]["ranks"])
+        del reasoner
+    write_results(folder, pairs, views, written, prompts=prompts, files=list(files), limit=limit)
+    print("\n".join(report_lines(views)))
+    print(f"\n{time.monotonic() - started:.0f} s; wrote {folder}/evaluation.json and tcots.jsonl")
+
+
+def load_embedder(section: EmbedRLConfig, device: str, data: Mapping[str, Any]) -> Embedder:
+    """The Embedder that the section names, prompted and limited as in a run with it."""
+    config = section.embedder
+    processor = processor_for(config, max_frames=data["embedrl"]["max_frames"])
+    model = load_generation_model(config.path, dtype=DTYPES[config.dtype])
+    return Embedder(model.to(device).eval(), processor)
+
+
+def _write(name: str, reasoner: Reasoner, pairs: Pairs, length: int) -> Tcots:
+    with tqdm(total=2 * len(pairs.records), desc=f"T-CoTs of {name}", unit="row", disable=None) as bar:
+        return write_tcots(reasoner, pairs, max_new_tokens=length, batch_size=BATCH_SIZE, said=bar.update)
+
+
+def write_results(
+    folder: Path,
+    pairs: Pairs,
+    views: Mapping[str, Mapping[str, Any]],
+    tcots: Mapping[str, Sequence[Mapping[str, Any]]],
+    suffix: str = "",
+    **facts: Any,
+) -> None:
+    """Write `evaluation.json` and `tcots.jsonl`, with `suffix` in their names; `facts` are of the evaluation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for several in tcots.values() for line in several]
+    write_atomically(folder / f"tcots{suffix}.jsonl", "".join(lines))
+    counts = {source: len(numbers) for source, numbers in pairs.by_source.items()}
+    result = {"pairs": len(pairs.records), "queries": counts, "ndcg_k": NDCG_K, **facts, "views": views}
+    write_atomically(folder / f"evaluation{suffix}.json", json.dumps(result, indent=1) + "\n")
+
+
+def report_lines(views: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table by source, what T-CoTs are like, and what failed."""
+    lines = ["Hit@1: every query against all targets of its data source"]
+    lines += source_table([views], {name: name for name in views}, RAW)
+    for name, view in views.items():
+        if quality := view["quality"]:
+            gain = hit1_interval([views], name, RAW)
+            lines.append(
+                f"{name}: Hit@1 {gain.mean:+.3f} against {RAW} (95% interval {gain.low:+.3f} to {gain.high:+.3f} over "
+                f"queries): {verdict(gain)}; well-formed {quality['well_formed']:.1%}"
+            )
+    for name, view in views.items():
+        if view["failed_rows"]:
+            lines.append(f"ATTENTION: {name}: {view['failed_rows']} inputs without a vector, counted as misses:")
+            lines += [f"  {problem}" for problem in view["problems"]]
+    return lines

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much better one view is than another, by data source, with intervals: where T-CoTs help and where they do not.
+
+A difference counts as one only if its 95% interval leaves out zero: over several runs Student's t on the differences of
+paired runs; with one run a bootstrap over its queries.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from embedrl_verl.evaluation.stats import Interval, bootstrap_interval, mean_interval
+from embedrl_verl.tables import table
+
+Views = Mapping[str, Mapping[str, Any]]
+"""By name, as `score_view` returns them."""
+ALL = "all"
+
+
+def hit1_interval(runs: Sequence[Views], view: str, minus: str | None = None, source: str = ALL) -> Interval:
+    """Hit@1 of a view, or its gain over another, with its 95% interval; the ends are NaN where there is but one query.
+
+    Args:
+        runs: the views of each run.
+        source: of the queries; "all": the plain mean over sources.
+    """
+    if len(runs) > 1:
+        hit1 = [run[view]["hit1"][source] - (run[minus]["hit1"][source] if minus else 0.0) for run in runs]
+        return mean_interval(hit1)
+    hits = _weighted(runs[0][view]["hits"], source)
+    other = _weighted(runs[0][minus]["hits"], source) if minus else [0.0] * len(hits)
+    values = [a - b for a, b in zip(hits, other, strict=True)]
+    return bootstrap_interval(values) if len(values) > 1 else Interval(statistics.fmean(values), math.nan, math.nan)
+
+
+def _weighted(hits: Mapping[str, Sequence[int]], source: str) -> list[float]:
+    """One number a query, weighted so that their mean is the plain mean over sources."""
+    if source != ALL:
+        return [float(hit) for hit in hits[source]]
+    total = sum(map(len, hits.values()))
+    return [hit * total / (len(hits) * len(one)) for one in hits.values() for hit in one]
+
+
+def verdict(gain: Interval) -> str:
+    """better, WORSE, or unclear where the interval holds 0."""
+    return "better" if gain.low > 0 else "WORSE" if gain.high < 0 else "unclear"
+
+
+def source_table(runs: Sequence[Views], names: Mapping[str, str], base: str) -> list[str]:
+    """Lines of a table: Hit@1 of every view by data source, and what each other view gains over `base`.
+
+    Args:
+        names: of the views that are shown, with their titles.
+        base: a view.
+    """
+    compared = [view for view in names if view != base]
+    gains = [cell for view in compared for cell in (f"{names[view]} - {names[base]}", "95% interval", "")]
+    rows: list[list[object]] = [["source", "queries", *names.values(), *gains]]
+    sources = [source for source in runs[0][base]["hit1"] if source != ALL]
+    for source in [*sources, *([ALL] if len(sources) > 1 else [])]:
+        queries = sum(len(hits) for name, hits in runs[0][base]["hits"].items() if source in (ALL, name))
+        means = [statistics.fmean(run[view]["hit1"][source] for run in runs) for view in names]
+        row: list[object] = [source, queries, *(f"{mean:.3f}" for mean in means)]
+        for view in compared:
+            gain = hit1_interval(runs, view, base, source)
+            row += [f"{gain.mean:+.3f}", f"{gain.low:+.3f} to {gain.high:+.3f}", verdict(gain)]
+        rows.append(row)
+    lines = table(*rows)
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Reasoner outside verl: prompts exactly as the data set writes them, token rows, and greedy T-CoTs.
+
+Prompts go through `prompt_messages` and `load_prompt_media`, the two calls that the RL data set and its agent loop
+make, so that a Reasoner is asked here as it was in training (a test compares them id by id).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from embedrl_verl.config.schema import MediaConfig
+from embedrl_verl.data.media import MediaLimits
+from embedrl_verl.data.prompts import frames_of_file, load_prompt_media, prompt_messages
+from embedrl_verl.data.schema import PairRecord, Side
+from embedrl_verl.data.video import FrameTimes
+from embedrl_verl.embedder.batching import pad_rows
+from embedrl_verl.embedder.expand import PromptExpander
+from embedrl_verl.embedder.positions import time_steps_a_second
+from embedrl_verl.embedder.processor import Encoded
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.families import family_of, token_side
+
+BATCH_SIZE = 96
+
+
+class Prompt(NamedTuple):
+    """One side of a pair that gets a T-CoT, and the media root of its file."""
+
+    record: PairRecord
+    side: Side
+    media_root: str | None = None
+
+
+class Reasoner:
+    """A complete Qwen-VL folder of any family with its processor.
+
+    Args:
+        path: Hugging Face folder or hub id.
+        media: how it is asked (`data.embedrl`); its family must be auto or the model's own.
+        dtype, device: of the model.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        media: MediaConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        try:
+            model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            self.processor: Any = AutoProcessor.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} must be a Reasoner's folder or hub id; it cannot be loaded: {error}") from error
+        if missing := report["missing_keys"]:
+            raise ConfigError(f"{path} must hold a complete checkpoint; {len(missing)} weights are missing")
+        self.model: PreTrainedModel = model.to(device).eval()
+        self.family = family_of(self.model.config.model_type)
+        if media.family not in ("auto", self.family):
+            raise ConfigError(f"data.embedrl.family must be auto or {self.family}, of {path}; got {media.family}")
+        self.media = media
+        self.limits = MediaLimits.of(media, token_side(self.family), media.max_frames)
+        self._expander = PromptExpander(self.processor, self.family, time_steps_a_second(self.model.config))
+
+    def save(self, path: str | Path) -> None:
+        """Write model and processor as one folder."""
+        self.model.save_pretrained(path)
+        self.processor.save_pretrained(path)
+
+    def encode(self, prompt: Prompt, response: str = "") -> Encoded:
+        """Token row of a prompt, followed by `response`; MediaError for media that cannot be read."""
+        return self.ask(prompt, response)[0]
+
+    def ask(self, prompt: Prompt, response: str = "") -> tuple[Encoded, list[tuple[int, int]]]:
+        """The row, and (width, height) of the images as the Reasoner sees them."""
+        record, side, media_root = prompt
+        video = record.item(side).video
+        file_frames = frames_of_file(video.path, video.fps, self.limits, media_root) if video and video.path else 0
+        messages = prompt_messages(
+            record,
+            side,
+            family=self.family,
+            style=self.media.prompt_style,
+            few_shot=self.media.few_shot,
+            max_frames=self.media.max_frames,
+            file_frames=file_frames,
+        )
+        images, videos = load_prompt_media(messages, self.limits, media_root)
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + response
+        clips = [
+            (frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy(), FrameTimes.of(metadata))
+            for frames_TCHW, metadata in videos or ()
+        ]
+        tokens, positions = self._expander.tokens(text, images or (), clips)
+        row = Encoded(tokens, positions, self._expander.pixels(images or (), clips))
+        return row, [image.size for image in images or ()]
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
+        """Greedy T-CoTs of prompts, in their order."""
+        return [
+            text
+            for start in range(0, len(prompts), BATCH_SIZE)
+            for text in self.answer([self.encode(one) for one in prompts[start : start + BATCH_SIZE]], max_new_tokens)
+        ]
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        """Greedy T-CoTs of the rows of prompts, all in one batch."""
+        config, tokenizer, device = self.model.config, self.processor.tokenizer, self.model.device
+        ids = _pad_left([row.input_ids for row in rows], tokenizer.pad_token_id).to(device)
+        media = {name: value.to(device) for name, value in pad_rows(rows).media.items()}
+        tokens = self.model.generate(
+            input_ids=ids,
+            attention_mask=_pad_left([torch.ones_like(row.input_ids) for row in rows]).to(device),
+            # transformers' own positions of clips are others than the rollout's
+            position_ids=_pad_left([row.position_ids.T for row in rows]).permute(2, 0, 1).to(device),
+            mm_token_type_ids=(ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **media,
+        )
+        return list(tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _pad_left(rows: Sequence[torch.Tensor], value: int = 0) -> torch.Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")

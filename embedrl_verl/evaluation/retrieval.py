@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retrieval on a pair file, with and without T-CoTs, by one Embedder.
+
+Every query is ranked against all targets of its data source; ties count against the model; the targets of all pairs
+with an equal query or an equal target are relevant; an input without a T-CoT or a vector is not retrieved, and is
+counted. Only what the Embedder reads differs between views: the input alone, or with the T-CoTs of a Reasoner (greedy)
+and the evidence that they point at, cut from the originals.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from embedrl_verl.config.schema import EvidenceConfig
+from embedrl_verl.data.identity import ContentId, content_id, shares_content, target_content
+from embedrl_verl.data.media import load_item
+from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side, input_kind
+from embedrl_verl.data.table import LocatedPair, PairTable
+from embedrl_verl.embedder import Embedder, EmbedInput, Encoded
+from embedrl_verl.errors import DataError, EmbedderError, MediaError
+from embedrl_verl.evaluation.metrics import first_rank, hit_at_k, ndcg_at_k
+from embedrl_verl.evaluation.reasoner import Prompt, Reasoner
+from embedrl_verl.families import Family
+from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
+from embedrl_verl.tcot import format_reward, parse_tcot
+
+NDCG_K = 5
+AT_ONCE = 64
+"""Inputs whose decoded media are in memory at a time."""
+FAILURES = (MediaError, DataError, EmbedderError)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a Reasoner wrote for one side: the T-CoT, and (width, height) in pixels of each image as it saw it; or why
+    there is none."""
+
+    text: str | None
+    seen_sizes: tuple[tuple[int, int], ...] | None = None
+    problem: str = ""
+
+
+Tcots = Mapping[Side, Sequence[Written]]
+
+
+class Pairs:
+    """The pairs that are ranked: `records`, the media root of each, and `by_source`, their numbers by data source.
+
+    contents: (n, 2) int64, `ContentId` of each. A pair whose media cannot be read equals no other.
+    """
+
+    def __init__(self, records: Sequence[PairRecord], media_roots: Sequence[str | None]) -> None:
+        if not records:
+            raise DataError("an evaluation needs at least one pair; the files hold none")
+        self.records, self.media_roots = records, media_roots
+        self.by_source: dict[str, list[int]] = {}
+        for number, record in enumerate(records):
+            self.by_source.setdefault(record.data_source, []).append(number)
+        self.contents = torch.tensor([_content(*one) for one in zip(records, media_roots, strict=True)])
+
+    @classmethod
+    def read(cls, files: Sequence[str], media_root: str | None = None, limit: int | None = None) -> Pairs:
+        """The pairs of files and data set folders, the first `limit` of each data source.
+
+        Args:
+            media_root: of all files; None: as their data cards say.
+
+        Raises:
+            DataError: a row is no pair record. What is not ranked would be missing from the candidates.
+        """
+        table = PairTable(files, media_root)
+        if problems := table.problems():
+            first = next(iter(problems.values()))
+            raise DataError(f"{len(problems)} rows cannot be used; the first: {first.message}")
+        counts, chosen = Counter[str](), []
+        for number, source in enumerate(table.column("data_source").to_pylist()):
+            counts[source] += 1
+            if limit is None or counts[source] <= limit:
+                chosen.append(number)
+        found = [located.record for located in table.rows(chosen) if isinstance(located, LocatedPair)]
+        return cls(found, [table.media_root(number) for number in chosen])
+
+
+def _content(record: PairRecord, media_root: str | None) -> ContentId:
+    try:
+        return content_id(record, media_root)
+    except MediaError:
+        own = target_content(Item(text=f"{record.data_source} {record.pair_id}"), None)
+        return ContentId(own, own)
+
+
+def write_tcots(
+    reasoner: Reasoner,
+    pairs: Pairs,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    said: Callable[[int], object] = lambda _: None,
+) -> Tcots:
+    """Greedy T-CoTs of both sides of each pair; `said` is told how many more are there."""
+    written: dict[Side, list[Written]] = {}
+    for side in SIDES:
+        done: list[Written] = []
+        for start in range(0, len(pairs.records), batch_size):
+            asked: dict[int, tuple[Encoded, list[tuple[int, int]]]] = {}
+            chunk = range(start, min(start + batch_size, len(pairs.records)))
+            problems: dict[int, str] = {}
+            for i in chunk:
+                try:
+                    asked[i] = reasoner.ask(Prompt(pairs.records[i], side, pairs.media_roots[i]))
+                except FAILURES as error:
+                    problems[i] = str(error)
+            texts = reasoner.answer([row for row, _ in asked.values()], max_new_tokens) if asked else []
+            answers = dict(zip(asked, texts, strict=True))
+            done += [
+                Written(answers[i], tuple(asked[i][1])) if i in asked else Written(None, problem=problems[i])
+                for i in chunk
+            ]
+            said(len(chunk))
+        written[side] = done
+    return written
+
+
+def score_view(
+    embedder: Embedder, pairs: Pairs, tcots: Tcots | None, family: Family, evidence: EvidenceConfig
+) -> dict[str, Any]:
+    """Embed both sides with these T-CoTs (None = the input alone) and rank.
+
+    Args:
+        family: of the Reasoner, for the units of its boxes.
+
+    Returns:
+        "hit1", "ndcg5": by data source, and under "all" the plain mean over sources. "hits" (1 or 0) and "ranks" (from
+        1; 0: not retrieved): by data source, of each query in the order of the file. "failed_rows": inputs of either
+        side without a vector; "problems": why, the first five. "quality": None without T-CoTs, else shares in [0, 1]
+        over both sides: "well_formed" keeps the form, "format" also has the evidence that its input calls for (the
+        reward's F); "evidence": pieces cut for a T-CoT, mean.
+    """
+    sides = {
+        side: _embed_side(embedder, pairs, side, tcots[side] if tcots else None, family, evidence) for side in SIDES
+    }
+    problems = [f"{side} of {pairs.records[i].pair_id}: {why}" for side in SIDES for i, why in sides[side].problems]
+    scores: dict[str, Any] = {"hit1": {}, "ndcg5": {}, "hits": {}, "ranks": {}}
+    for source, rows in pairs.by_source.items():
+        similarity = sides["query"].vectors[rows] @ sides["target"].vectors[rows].T
+        relevant = shares_content(pairs.contents[rows], pairs.contents[rows])
+        scores["hit1"][source] = hit_at_k(similarity, relevant, 1)
+        scores["ndcg5"][source] = ndcg_at_k(similarity, relevant, NDCG_K)
+        scores["ranks"][source] = first_rank(similarity, relevant).tolist()
+        scores["hits"][source] = [int(rank == 1) for rank in scores["ranks"][source]]
+    for name in ("hit1", "ndcg5"):
+        scores[name]["all"] = statistics.fmean(scores[name].values())
+    quality = None
+    if tcots is not None:
+        forms = [form for side in SIDES for form in sides[side].forms]
+        kept, complete, cut = (statistics.fmean(values) for values in zip(*forms, strict=True)) if forms else (0, 0, 0)
+        quality = {"well_formed": kept, "format": complete, "evidence": cut}
+    return scores | {"failed_rows": len(problems), "problems": problems[:5], "quality": quality}
+
+
+@dataclass(frozen=True)
+class _Side:
+    vectors: torch.Tensor  # (n, D) float32, NaN where there is none
+    problems: list[tuple[int, str]]
+    forms: list[tuple[float, float, int]]  # of each T-CoT: well-formed, the reward's F, pieces of evidence
+
+
+def _embed_side(
+    embedder: Embedder,
+    pairs: Pairs,
+    side: Side,
+    tcots: Sequence[Written] | None,
+    family: Family,
+    evidence: EvidenceConfig,
+) -> _Side:
+    found = _Side(torch.full((len(pairs.records), embedder.dim), torch.nan), [], [])
+    max_frames = embedder.processor.limits.max_frames
+    for start in range(0, len(pairs.records), AT_ONCE):
+        rows: dict[int, Encoded] = {}
+        for i in range(start, min(start + AT_ONCE, len(pairs.records))):
+            record, written = pairs.records[i], None if tcots is None else tcots[i]
+            if written is not None and written.text is None:
+                found.problems.append((i, written.problem))
+                continue
+            try:
+                item = load_item(record.item(side), pairs.media_roots[i], max_frames=max_frames)
+                one = EmbedInput(item)
+                if written is not None and written.text is not None:
+                    one = EmbedInput.with_tcot(item, written.text, family, evidence, written.seen_sizes)
+                    assert one.tcot is not None
+                    needed = EVIDENCE_KEY_OF_KIND[input_kind(record, side)]
+                    found.forms.append(
+                        (float(one.tcot.is_well_formed), format_reward(one.tcot, needed), len(one.evidence))
+                    )
+                rows[i] = embedder.processor.encode(one)
+            except FAILURES as error:
+                found.problems.append((i, str(error)))
+        found.vectors[list(rows)] = embedder.embed_encoded(list(rows.values()))
+        found.problems.extend((i, "the vector is not finite") for i in rows if not found.vectors[i].isfinite().all())
+    return found
+
+
+def tcot_lines(pairs: Pairs, name: str, tcots: Tcots, ranks: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """What a view's T-CoTs were, for `tcots.jsonl`: a line for each side of each pair, queries with their rank."""
+    rank_of = {
+        number: rank
+        for source, numbers in pairs.by_source.items()
+        for number, rank in zip(numbers, ranks[source], strict=True)
+    }
+    lines = []
+    for number, record in enumerate(pairs.records):
+        for side in SIDES:
+            written = tcots[side][number]
+            parsed = parse_tcot(written.text or "")
+            line: dict[str, Any] = {"view": name, "data_source": record.data_source, "pair_id": record.pair_id}
+            line |= {"side": side, "tcot": written.text, "well_formed": parsed.is_well_formed}
+            if written.problem:
+                line["failure"] = written.problem
+            lines.append(line | ({"rank": rank_of[number]} if side == "query" else {}))
+    return lines

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the tiny models are asked and what they see: here, and in recipes/run_egrl_tiny_cpu.sh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from embedrl_verl.config.schema import MediaConfig
+from embedrl_verl.data.media import MediaLimits
+from embedrl_verl.evaluation.reasoner import Reasoner
+from embedrl_verl.families import Family, token_side
+
+MEDIA = MediaConfig(
+    prompt_style="compact",
+    few_shot=False,
+    image_min_tokens=4,
+    image_max_tokens=64,
+    frame_min_tokens=4,
+    frame_max_tokens=16,
+)
+"""A cell of the digits world is one visual token. Reasoner and Embedder have the same limits."""
+
+
+def tiny_limits(family: Family) -> MediaLimits:
+    """The limits of `MEDIA` for a family."""
+    return MediaLimits.of(MEDIA, token_side(family), MEDIA.max_frames)
+
+
+def tiny_reasoner(path: str | Path) -> Reasoner:
+    """A tiny Reasoner in float32 on the CPU."""
+    return Reasoner(path, MEDIA)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The held-out evaluation: who is ranked against whom, what counts as found, and that nothing fails in silence."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from embedrl_verl.config.schema import EvidenceConfig
+from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
+from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.errors import DataError, EmbedderError
+from embedrl_verl.evaluation.metrics import first_rank
+from embedrl_verl.evaluation.retrieval import Pairs, Written, score_view, tcot_lines
+
+TCOT = '<thinking>{"text_keywords": ["x"]}</thinking><rethink>ok</rethink><answer>x</answer>'
+
+
+class Vectors:
+    """Stands in for an Embedder: the vector of a text."""
+
+    def __init__(self, query: torch.Tensor, target: torch.Tensor) -> None:
+        self.dim = query.shape[1]
+        self.vectors = {f"q{i}": one for i, one in enumerate(query)} | {f"t{i}": one for i, one in enumerate(target)}
+        self.processor: Any = SimpleNamespace(encode=self.encode, limits=SimpleNamespace(max_frames=8))
+
+    def encode(self, one: EmbedInput) -> torch.Tensor:
+        if one.item.text not in self.vectors:
+            raise EmbedderError("too long")
+        return self.vectors[one.item.text]
+
+    def embed_encoded(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(rows) if rows else torch.empty(0, self.dim)
+
+
+def records(*sources: str) -> list[PairRecord]:
+    return [
+        PairRecord(f"p{i}", source, "Find it.", Item(f"q{i}"), Item(f"t{i}"), f"target {i}")
+        for i, source in enumerate(source for source in sources for _ in range(4))
+    ]
+
+
+def view(query: torch.Tensor, target: torch.Tensor, pairs: list[PairRecord], tcots: Any = None) -> dict[str, Any]:
+    embedder: Any = Vectors(query, target)
+    return score_view(embedder, Pairs(pairs, [None] * len(pairs)), tcots, "qwen2_vl", EvidenceConfig())
+
+
+def test_a_query_meets_the_targets_of_its_own_source_only():
+    own, other = torch.eye(4), torch.eye(4)[[1, 2, 3, 0]]
+    # Every query of the second source points at a target of the first one, too, and as much as at its own.
+    found = view(torch.cat([own, 2 * other + 0.1]), torch.cat([own, other]), records("a", "b"))
+    assert found["hit1"] == {"a": 1.0, "b": 1.0, "all": 1.0}
+
+
+def test_all_is_the_plain_mean_over_sources_and_ties_are_misses():
+    vectors = torch.cat([torch.eye(8)[:4], torch.ones(8, 8)])
+    found = view(vectors, vectors, records("a", "b", "b"))
+    assert found["hit1"] == {"a": 1.0, "b": 0.0, "all": 0.5}
+    assert found["hits"] == {"a": [1] * 4, "b": [0] * 8} and found["ranks"] == {"a": [1] * 4, "b": [8] * 8}
+    assert 0 < found["ndcg5"]["all"] < 1
+
+
+@pytest.mark.parametrize("name", ["target_id", "query_id"])
+def test_targets_of_an_equal_target_or_query_are_all_relevant(name):
+    pairs = [replace(one, **{name: "same"}) if i < 2 else one for i, one in enumerate(records("a"))]
+    assert view(torch.eye(4), torch.eye(4)[[1, 0, 3, 2]], pairs)["hits"] == {"a": [1, 1, 0, 0]}
+
+
+def test_an_input_without_tcot_or_vector_is_a_counted_miss():
+    pairs = records("a")
+    pairs[0] = replace(pairs[0], query=Item("unknown"))
+    query = torch.eye(4)
+    query[1, 0] = torch.inf
+    found = view(query, torch.eye(4), pairs)
+    assert found["problems"] == ["query of p0: too long", "query of p1: the vector is not finite"]
+    assert found["failed_rows"] == 2 and found["ranks"] == {"a": [0, 0, 1, 1]}
+    texts = [Written(TCOT), Written(None, problem="no picture"), Written("nonsense"), Written(TCOT)]
+    found = view(torch.eye(4), torch.eye(4), records("a"), {"query": texts, "target": [Written(TCOT)] * 4})
+    assert found["problems"] == ["query of p1: no picture"] and found["hits"] == {"a": [1, 0, 1, 1]}
+    assert found["quality"] == {"well_formed": 6 / 7, "format": 6 / 7, "evidence": 0}
+    lines = tcot_lines(Pairs(records("a"), [None] * 4), "before", {"query": texts, "target": texts}, found["ranks"])
+    assert lines[2] == {
+        **{"view": "before", "data_source": "a", "pair_id": "p1", "side": "query", "tcot": None},
+        **{"well_formed": False, "failure": "no picture", "rank": 0},
+    }
+    assert lines[1]["side"] == "target" and "rank" not in lines[1] and len(lines) == 8
+
+
+def test_pairs_that_cannot_all_be_ranked_are_refused(tmp_path):
+    with pytest.raises(DataError, match="at least one pair"):
+        Pairs([], [])
+    write_pairs([*records("a", "b"), records("a")[0]], tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"1 rows cannot be used; the first: .*row 8.*pair_id must be unique"):
+        Pairs.read([str(tmp_path / "twice.parquet")])
+    write_pairs(records("a", "b"), tmp_path / "pairs.parquet")
+    assert [one.pair_id for one in Pairs.read([str(tmp_path / "pairs.parquet")], limit=1).records] == ["p0", "p4"]
+
+
+def test_a_pair_whose_media_are_missing_equals_no_other(tmp_path):
+    lost = [PairRecord(f"p{i}", "a", "", Item("", ("lost.png",)), Item("t"), "") for i in range(2)]
+    (tmp_path / "here.png").write_bytes(b"only hashed")
+    here = PairRecord("p2", "a", "", Item("", ("here.png",)), Item("u"), "")
+    pairs = Pairs([*lost, here], [str(tmp_path)] * 3)
+    assert len({tuple(one) for one in pairs.contents.tolist()}) == 3
+
+
+def test_the_first_rank_is_that_of_the_best_relevant_candidate_behind_its_ties():
+    nan = torch.nan
+    scores = torch.tensor([[3, 2, 2, 1], [1, 1, 1, 1], [nan, 2, 1, 0], [nan, nan, 1, nan], [-torch.inf] * 4])
+    relevant = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    assert first_rank(scores, relevant).tolist() == [3, 3, 3, 0, 0]
