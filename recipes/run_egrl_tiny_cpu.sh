@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # EG-RL end to end on a machine without a GPU: real engines (verl, Ray, vLLM on the CPU), tiny models made on the spot,
-# and scikit-learn's scans of handwritten digits as data. Sets up .venv first.
+# and scikit-learn's scans of handwritten digits as data, or your own pairs. Sets up .venv first.
 #
 #   bash recipes/run_egrl_tiny_cpu.sh [hydra overrides of the RL stage]
 #
@@ -13,13 +13,17 @@
 # its last checkpoint, and so does a longer one (STEPS). With other settings of the RL stage, or fewer steps than are done,
 # what the earlier run left is moved to OUT/old-<n>; another SEED or FAMILY needs another OUT.
 #
-# SEED=0, STEPS=40 (of RL), OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl, REWARD=reward/no_judge.py,
+# TRAIN_FILES and VAL_FILES (parquet files or data set folders, separated by commas; docs/own_data.md), MEDIA_ROOT of their
+# paths: train on your own pairs. The models learn the form of a T-CoT from the digits, and from T-CoTs of your pairs.
+# SEED=0, STEPS=40 (of RL), PRETRAIN_STEPS=400, OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl, REWARD=reward/no_judge.py,
 # JUDGE=1 with reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it. DRY_RUN=1 prints the plan
 # of the RL stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-SEED=${SEED:-0} STEPS=${STEPS:-40} FAMILY=${FAMILY:-qwen2_vl}
-OUT=$(realpath -m "${OUT:-$ROOT/runs/tiny_cpu/seed$SEED}")
+SEED=${SEED:-0} STEPS=${STEPS:-40} PRETRAIN_STEPS=${PRETRAIN_STEPS:-400} FAMILY=${FAMILY:-qwen2_vl}
+OWN=seed # OUT's default name
+[[ -z "${TRAIN_FILES:-}" ]] || OWN=own
+OUT=$(realpath -m "${OUT:-$ROOT/runs/tiny_cpu/$OWN$SEED}")
 REWARD=${REWARD:-$ROOT/reward/no_judge.py}
 case "$(basename "$REWARD")" in
     paper.py | public_code.py) JUDGE=${JUDGE:-1} ;;
@@ -30,26 +34,51 @@ FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl " STAGES=" world pretrain judge rl expor
 [[ "$FAMILIES" == *" $FAMILY "* ]] || fail 2 "FAMILY must be one of$FAMILIES; got $FAMILY"
 [[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
 [[ "$STEPS" =~ ^[1-9][0-9]*$ ]] || fail 2 "STEPS must be a whole number from 1; got $STEPS"
+[[ "$PRETRAIN_STEPS" =~ ^[1-9][0-9]*$ ]] || fail 2 "PRETRAIN_STEPS must be a whole number from 1; got $PRETRAIN_STEPS"
 [[ "$SEED" =~ ^[0-9]+$ ]] || fail 2 "SEED must be a whole number from 0; got $SEED"
 [[ "$REWARD" == pkg://* || -f "$REWARD" ]] || fail 2 "REWARD must name a file of a reward function; there is no $REWARD"
+[[ -n "${TRAIN_FILES:-}" || -z "${VAL_FILES:-}${MEDIA_ROOT:-}" ]] ||
+    fail 2 "VAL_FILES and MEDIA_ROOT are of your own pairs; set TRAIN_FILES too"
+[[ -z "${TRAIN_FILES:-}" || -n "${VAL_FILES:-}" ]] ||
+    fail 2 "TRAIN_FILES needs VAL_FILES, pairs that share no content with it: embedrl data split FILE --holdout 0.2 --out DIR"
+# What programs of recipes/tiny_digits are told of this run's pairs, and what the RL stage is.
+OWN_PAIRS=() HELD_OUT=() FILES=()
+if [[ -n "${TRAIN_FILES:-}" ]]; then
+    IFS=, read -ra OWN_FILES <<<"$TRAIN_FILES"
+    IFS=, read -ra HELD_OUT <<<"$VAL_FILES"
+    for file in "${OWN_FILES[@]}" "${HELD_OUT[@]}"; do
+        [[ -e "$file" ]] || fail 2 "TRAIN_FILES and VAL_FILES must name files that are there; there is no $file"
+    done
+    for file in "${OWN_FILES[@]}"; do OWN_PAIRS+=(--pairs "$(realpath "$file")"); done
+    for i in "${!HELD_OUT[@]}"; do HELD_OUT[i]=$(realpath "${HELD_OUT[i]}"); done
+    FILES=("data.train_files=$(hydra_list "$TRAIN_FILES")" "data.val_files=$(hydra_list "$VAL_FILES")")
+else
+    HELD_OUT=("$OUT/world/heldout.parquet")
+    FILES=("data.train_files='$OUT/world/train.parquet'" "data.val_files='${HELD_OUT[0]}'")
+fi
+ROOT_OPTION=()
+if [[ -n "${MEDIA_ROOT:-}" ]]; then
+    [[ -d "$MEDIA_ROOT" ]] || fail 2 "MEDIA_ROOT must be a folder; there is none at $MEDIA_ROOT"
+    ROOT_OPTION=(--media-root "$(realpath "$MEDIA_ROOT")")
+    FILES+=("data.media_root='${ROOT_OPTION[1]}'")
+fi
 
 set_up_cpu
 
 OVERRIDES=(
     platform=cpu
-    "data.train_files='$OUT/world/train.parquet'"
-    "data.val_files='$OUT/world/heldout.parquet'"
+    "${FILES[@]}"
     data.train_batch_size=16
-    data.max_prompt_length=256
+    data.max_prompt_length=416
     data.max_response_length=96
     "data.seed=$SEED"
     "data.embedrl.family=$FAMILY"
     data.embedrl.prompt_style=compact
     data.embedrl.pairs_together=4
     data.embedrl.image_min_tokens=4
-    data.embedrl.image_max_tokens=768
+    data.embedrl.image_max_tokens=64
     data.embedrl.frame_min_tokens=4
-    data.embedrl.frame_max_tokens=300
+    data.embedrl.frame_max_tokens=16
     "actor_rollout_ref.model.path='$OUT/sft'"
     actor_rollout_ref.actor.ppo_mini_batch_size=8
     actor_rollout_ref.actor.optim.lr=5e-5
@@ -57,9 +86,9 @@ OVERRIDES=(
     actor_rollout_ref.rollout.max_model_len=512
     "embedrl.embedder.path='$OUT/embedder'"
     embedrl.embedder.image_min_tokens=4
-    embedrl.embedder.image_max_tokens=768
+    embedrl.embedder.image_max_tokens=64
     embedrl.embedder.frame_min_tokens=4
-    embedrl.embedder.frame_max_tokens=300
+    embedrl.embedder.frame_max_tokens=16
     "reward.custom_reward_function.path='$REWARD'"
     "trainer.total_training_steps=$STEPS"
     trainer.total_epochs=1000
@@ -86,7 +115,10 @@ if is_dry_run; then
     exit
 fi
 
-RESULTS=(results.json curves.png evaluation.json evaluation_cotrained.json reasoner embedder_cotrained)
+RESULTS=(
+    results.json curves.png evaluation.json tcots.jsonl evaluation_cotrained.json tcots_cotrained.jsonl reasoner
+    embedder_cotrained
+)
 
 # run_stage NAME COMMAND...: once for each command. What later stages made of an older result is void.
 run_stage() {
@@ -124,9 +156,10 @@ make_world() {
 
 # Both at once, on one core each. They end with this script, whatever ends it.
 pretrain() {
-    "$PYTHON" -m recipes.tiny_digits.cold_start "$OUT/models/reasoner" "$OUT/world" "$OUT/sft" --seed "$1" &
+    local options=(--seed "$1" --steps "$2" "${@:3}")
+    "$PYTHON" -m recipes.tiny_digits.cold_start "$OUT/models/reasoner" "$OUT/world" "$OUT/sft" "${options[@]}" &
     REASONER_PID=$!
-    "$PYTHON" -m recipes.tiny_digits.contrastive "$OUT/models/embedder" "$OUT/world" "$OUT/embedder" --seed "$1" &
+    "$PYTHON" -m recipes.tiny_digits.contrastive "$OUT/models/embedder" "$OUT/world" "$OUT/embedder" "${options[@]}" &
     EMBEDDER_PID=$!
     trap 'kill "$REASONER_PID" "$EMBEDDER_PID" 2>/dev/null || true; wait' EXIT
     wait "$REASONER_PID"
@@ -178,23 +211,25 @@ export_models() {
 
 # By the Embedder that RL began with; a co-trained one beside it.
 evaluate() {
-    evaluate_by embedder evaluation.json
-    [[ ! -d "$OUT/embedder_cotrained" ]] || evaluate_by embedder_cotrained evaluation_cotrained.json
+    evaluate_by embedder ""
+    [[ ! -d "$OUT/embedder_cotrained" ]] || evaluate_by embedder_cotrained _cotrained
 }
 
 evaluate_by() {
-    tiny evaluate "$OUT/$1" "$OUT/world" "$OUT/sft" "$OUT/reasoner" "$OUT/$2" --seed "$SEED"
+    tiny evaluate "$OUT/$1" "$OUT" "$OUT/sft" "$OUT/reasoner" "${HELD_OUT[@]}" --seed "$SEED" --suffix "$2" "${ROOT_OPTION[@]}"
 }
 
 mkdir -p "$OUT/.stages"
 lock_out
 same_stage world make_world "$FAMILY" "$SEED"
-same_stage pretrain pretrain "$SEED"
+PRETRAIN=(pretrain "$SEED" "$PRETRAIN_STEPS" "${OWN_PAIRS[@]}")
+((${#OWN_PAIRS[@]} == 0)) || PRETRAIN+=("${ROOT_OPTION[@]}")
+same_stage pretrain "${PRETRAIN[@]}"
 ((JUDGE == 0)) || same_stage judge make_judge "$SEED"
 start_fork_server
 run_stage world make_world "$FAMILY" "$SEED"
 until_stage world
-run_stage pretrain pretrain "$SEED"
+run_stage pretrain "${PRETRAIN[@]}"
 until_stage pretrain
 ((JUDGE == 0)) || run_stage judge make_judge "$SEED"
 until_stage judge

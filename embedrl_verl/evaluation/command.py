@@ -141,7 +141,9 @@ def write_results(
 def report_lines(views: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table by source, what T-CoTs are like, and what failed."""
     lines = ["Hit@1: every query against all targets of its data source"]
-    lines += source_table([views], {name: name for name in views}, RAW)
+    lines += source_table(
+        [views], {name: name for name in views}, RAW, [name for name in views if name not in (RAW, "truth")]
+    )
     for name, view in views.items():
         if quality := view["quality"]:
             gain = hit1_interval([views], name, RAW)

@@ -49,24 +49,22 @@ def verdict(gain: Interval) -> str:
     return "better" if gain.low > 0 else "WORSE" if gain.high < 0 else "unclear"
 
 
-def source_table(runs: Sequence[Views], names: Mapping[str, str], base: str) -> list[str]:
-    """Lines of a table: Hit@1 of every view by data source, and what each other view gains over `base`.
+def source_table(runs: Sequence[Views], names: Mapping[str, str], base: str, compared: Sequence[str]) -> list[str]:
+    """Lines of a table: Hit@1 of every view by data source, and what some gain over `base`, with 95% intervals.
 
     Args:
         names: of the views that are shown, with their titles.
-        base: a view.
+        base, compared: views.
     """
-    compared = [view for view in names if view != base]
-    gains = [cell for view in compared for cell in (f"{names[view]} - {names[base]}", "95% interval", "")]
-    rows: list[list[object]] = [["source", "queries", *names.values(), *gains]]
+    rows: list[list[object]] = [
+        ["source", "queries", *names.values(), *(f"{names[view]} against {names[base]}" for view in compared)]
+    ]
     sources = [source for source in runs[0][base]["hit1"] if source != ALL]
     for source in [*sources, *([ALL] if len(sources) > 1 else [])]:
         queries = sum(len(hits) for name, hits in runs[0][base]["hits"].items() if source in (ALL, name))
         means = [statistics.fmean(run[view]["hit1"][source] for run in runs) for view in names]
-        row: list[object] = [source, queries, *(f"{mean:.3f}" for mean in means)]
-        for view in compared:
-            gain = hit1_interval(runs, view, base, source)
-            row += [f"{gain.mean:+.3f}", f"{gain.low:+.3f} to {gain.high:+.3f}", verdict(gain)]
-        rows.append(row)
-    lines = table(*rows)
+        gains = [hit1_interval(runs, view, base, source) for view in compared]
+        shown = [f"{one.mean:+.3f} [{one.low:+.2f}, {one.high:+.2f}] {verdict(one):7}" for one in gains]
+        rows.append([source, queries, *(f"{mean:.3f}" for mean in means), *shown])
+    lines = table(*rows, left=(0, *range(2 + len(names), len(rows[0]))))
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -11,6 +11,8 @@ The teacher of the last `habit_steps` sees well and points at the right place, b
 `terse_share` of the T-CoTs of pictures and clips the answer names only the first digit. Nothing is wrong in such a
 T-CoT; it just finds the wrong candidate among near numbers. The Reasoner learns both habits, and has to find out in RL
 which one retrieves.
+
+Of a user's own pairs it learns those sides that have a T-CoT, as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 import typer
@@ -30,11 +32,12 @@ from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.evaluation.reasoner import Prompt, Reasoner
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
-from recipes.tiny_digits.settings import tiny_reasoner
-from recipes.tiny_digits.world import Sample, Truth, cut_short, read_samples
+from recipes.tiny_digits.settings import run_program, tiny_reasoner
+from recipes.tiny_digits.world import Sample, Truth, cut_short, own_samples, read_samples
 
 IGNORED = -100
 CHECKED_PROMPTS = 120
+TEXT_SHARE, OWN_SHARE = 0.15, 0.5
 Lesson: TypeAlias = tuple[Encoded, torch.Tensor]
 """A row, and int64 (L,): the token that each position has to predict, or IGNORED."""
 
@@ -100,7 +103,7 @@ def train_cold_start(
     warmup: int = 30,
     habit_steps: int = 100,
     terse_share: float = 0.7,
-    text_share: float = 0.15,
+    text_share: float = TEXT_SHARE,
     stop_accuracy: float = 0.9,
     check_every: int = 50,
 ) -> float:
@@ -112,7 +115,7 @@ def train_cold_start(
             right (`digit_accuracy`), the habit steps begin.
         max_steps: of the whole cold start.
         habit_steps: the last steps, with the teacher who is terse in `terse_share` of the T-CoTs of pictures and clips.
-        text_share: of a batch, prompts of text alone; they are learnt by copying and need few.
+        text_share: of a batch, prompts without known cells. Those of text alone are learnt by copying and need few.
     """
     generator = torch.Generator().manual_seed(seed)
     tests = [side for side in _sides(checks) if side[1].cells]
@@ -146,17 +149,28 @@ def train_cold_start(
 
 
 def _sides(samples: Sequence[Sample]) -> list[tuple[Prompt, Truth]]:
-    return [(Prompt(s.record, side), s.truth(side)) for s in samples for side in SIDES]
+    sides = [(Prompt(s.record, side, s.media_root), s.truth(side)) for s in samples for side in SIDES]
+    return [(prompt, truth) for prompt, truth in sides if truth.tcot]
 
 
-def main(model: Path, world: Path, out: Path, seed: int = 0) -> None:
-    """Cold-start the tiny MODEL on the WORLD and write the Reasoner to OUT."""
+def main(
+    model: Path,
+    world: Path,
+    out: Path,
+    seed: int = 0,
+    steps: int = 400,
+    pairs: Annotated[list[str] | None, typer.Option(help="files of the user's own pairs; repeat")] = None,
+    media_root: Annotated[str | None, typer.Option(help="of their media paths")] = None,
+) -> None:
+    """Cold-start the tiny MODEL on the WORLD, and on own T-CoTs, and write the Reasoner to OUT."""
     reasoner = tiny_reasoner(model)
     samples, checks = read_samples(world / "sft.parquet"), read_samples(world / "train.parquet")
-    train_cold_start(reasoner, samples, checks, seed=seed)
+    own = own_samples(pairs, media_root) if pairs else []
+    share = OWN_SHARE if any(one.truth(side).tcot for one in own for side in SIDES) else TEXT_SHARE
+    train_cold_start(reasoner, [*samples, *own], checks, seed=seed, max_steps=steps, text_share=share)
     reasoner.save(out)
     print(f"wrote the cold-started Reasoner to {out}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

@@ -9,15 +9,18 @@ has hard negatives. Two kinds of batches:
 
 No T-CoT has a short or a wrong answer: an Embedder that saw short answers read the pictures itself, and could not tell
 poor T-CoTs from good ones in RL.
+
+On a user's own pairs it trains in half of the batches: raw, or with their T-CoTs where all of a batch have some.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -32,18 +35,20 @@ from embedrl_verl.embedder import Embedder, EmbedInput, info_nce
 from embedrl_verl.embedder.batching import pack_rows
 from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.model import embed_packed
+from embedrl_verl.errors import DataError
 from embedrl_verl.families import Family
 from recipes.tiny_digits.muon import MuonAdamW
-from recipes.tiny_digits.settings import tiny_limits
-from recipes.tiny_digits.world import FAMILY_SIZE, Sample, read_samples
+from recipes.tiny_digits.settings import run_program, tiny_limits
+from recipes.tiny_digits.world import FAMILY_SIZE, Sample, own_samples, read_samples
 
 TEMPERATURE = 0.05
 RAW_SHARE = 0.4  # of the batches
+OWN_SHARE = 0.5  # of the batches, if there are pairs of the user
 
 
 @cache
-def _loaded(item: Item) -> LoadedItem:
-    return load_item(item, None)
+def _loaded(item: Item, media_root: str | None) -> LoadedItem:
+    return load_item(item, media_root)
 
 
 def load_embedder(path: Path) -> Embedder:
@@ -53,7 +58,7 @@ def load_embedder(path: Path) -> Embedder:
 
 def embed_input(sample: Sample, side: Side, tcot: str | None, family: Family) -> EmbedInput:
     """What the Embedder reads of one side: the input alone, or with a T-CoT and the evidence that it points at."""
-    item = _loaded(sample.record.item(side))
+    item = _loaded(sample.record.item(side), sample.media_root)
     return EmbedInput(item) if tcot is None else EmbedInput.with_tcot(item, tcot, family, EvidenceConfig())
 
 
@@ -65,6 +70,7 @@ def train_contrastive(
     steps: int = 400,
     families: int = 8,
     raw_share: float = RAW_SHARE,
+    own: Sequence[Sample] = (),
 ) -> None:
     """Train in place.
 
@@ -72,29 +78,47 @@ def train_contrastive(
         samples: pairs grouped by source, families adjacent, as `read_samples` gives them.
         families: families of near numbers in a batch; pairs = families * FAMILY_SIZE.
         raw_share: share of the batches without T-CoT.
+        own: the user's pairs.
     """
     rng = np.random.default_rng(seed)
-    by_source: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_source[sample.record.data_source].append(sample)
-    sources = list(by_source)
+    digits, owned = _by_source(samples), _by_source(own)
+    owned = {source: pairs for source, pairs in owned.items() if len(pairs) > 1}
+    if own and not owned:
+        raise DataError("TRAIN_FILES must have a data source of two pairs or more: other pairs are a pair's negatives")
     optimizer = MuonAdamW(embedder.model, total=steps)
     losses: dict[str, list[float]] = {"raw": [], "tcot": []}
     started = time.monotonic()
     for step in range(1, steps + 1):
-        pairs = by_source[sources[int(rng.integers(len(sources)))]]
-        count = min(families, len(pairs) // FAMILY_SIZE)
-        starts = FAMILY_SIZE * rng.choice(len(pairs) // FAMILY_SIZE, size=count, replace=False)
-        batch = [pairs[start + i] for start in starts for i in range(FAMILY_SIZE)]
-        view = "raw" if rng.random() < raw_share else "tcot"
-        if view == "tcot":
-            rng.random(2 * len(SIDES) * len(batch))  # drawn for faults in T-CoTs once; the published runs have them
+        is_own = bool(owned) and rng.random() < OWN_SHARE
+        batch = _own_batch(rng, owned, families * FAMILY_SIZE) if is_own else _digits_batch(rng, digits, families)
+        written = all(one.truth(side).tcot for one in batch for side in SIDES)
+        view = "tcot" if rng.random() >= raw_share and written else "raw"
         loss = batch_loss(embedder, batch, with_tcot=view == "tcot")
         optimizer.step(loss)
         losses[view].append(loss.item())
         if step % 50 == 0 or step == steps:
             shown = ", ".join(f"loss {name} {np.mean(values[-20:]):.3f}" for name, values in losses.items() if values)
             print(f"contrastive: step {step}, {shown}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _by_source(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.record.data_source].append(sample)
+    return found
+
+
+def _digits_batch(rng: np.random.Generator, by_source: Mapping[str, list[Sample]], families: int) -> list[Sample]:
+    """Whole families of near numbers of one source."""
+    pairs = list(by_source.values())[int(rng.integers(len(by_source)))]
+    count = min(families, len(pairs) // FAMILY_SIZE)
+    starts = FAMILY_SIZE * rng.choice(len(pairs) // FAMILY_SIZE, size=count, replace=False)
+    return [pairs[start + i] for start in starts for i in range(FAMILY_SIZE)]
+
+
+def _own_batch(rng: np.random.Generator, by_source: Mapping[str, list[Sample]], size: int) -> list[Sample]:
+    pairs = list(by_source.values())[int(rng.integers(len(by_source)))]
+    return [pairs[i] for i in rng.choice(len(pairs), size=min(size, len(pairs)), replace=False)]
 
 
 def batch_loss(embedder: Embedder, batch: Sequence[Sample], *, with_tcot: bool) -> torch.Tensor:
@@ -106,18 +130,26 @@ def batch_loss(embedder: Embedder, batch: Sequence[Sample], *, with_tcot: bool) 
         for s in batch
     ]
     query, target = embed_packed(embedder.model.model, pack_rows(rows)).split(len(batch))
-    same_query, same_target = torch.tensor([content_id(s.record, None) for s in batch]).T
+    same_query, same_target = torch.tensor([content_id(s.record, s.media_root) for s in batch]).T
     return info_nce(query, target, temperature=TEMPERATURE, query_content=same_query, target_content=same_target)
 
 
-def main(model: Path, world: Path, out: Path, seed: int = 0) -> None:
-    """Train the tiny MODEL on the WORLD and write the Embedder to OUT."""
-    embedder = load_embedder(model)
-    train_contrastive(embedder, read_samples(world / "train.parquet"), seed=seed)
+def main(
+    model: Path,
+    world: Path,
+    out: Path,
+    seed: int = 0,
+    steps: int = 400,
+    pairs: Annotated[list[str] | None, typer.Option(help="files of the user's own pairs; repeat")] = None,
+    media_root: Annotated[str | None, typer.Option(help="of their media paths")] = None,
+) -> None:
+    """Train the tiny MODEL on the WORLD, and on own pairs, and write the Embedder to OUT."""
+    embedder, own = load_embedder(model), own_samples(pairs, media_root) if pairs else []
+    train_contrastive(embedder, read_samples(world / "train.parquet"), seed=seed, steps=steps, own=own)
     embedder.model.save_pretrained(out)
     AutoProcessor.from_pretrained(model).save_pretrained(out)
     print(f"wrote the Embedder to {out}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

@@ -22,7 +22,7 @@ from embedrl_verl.evaluation.command import RAW, report_lines, write_results
 from embedrl_verl.evaluation.retrieval import Pairs, Tcots, Written, score_view, tcot_lines, write_tcots
 from embedrl_verl.tcot import parse_tcot
 from recipes.tiny_digits.contrastive import load_embedder
-from recipes.tiny_digits.settings import tiny_reasoner
+from recipes.tiny_digits.settings import run_program, tiny_reasoner
 from recipes.tiny_digits.world import Sample, read_samples, truths_of
 
 MAX_NEW_TOKENS = 96
@@ -95,4 +95,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

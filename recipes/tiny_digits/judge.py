@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import typer
-
 from embedrl_verl.data.schema import SIDES, Side
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge import judge_prompt, judge_style, parse_choice
@@ -29,6 +27,7 @@ from embedrl_verl.tcot import TCoT, parse_tcot
 from recipes.tiny_digits.judge_model import IGNORED, Lesson, TinyJudge
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
+from recipes.tiny_digits.settings import run_program
 from recipes.tiny_digits.world import FAMILY_SIZE, Sample, cut_short, read_samples
 
 STYLE = "compact"
@@ -240,4 +239,4 @@ def main(world: Path, out: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

@@ -16,13 +16,12 @@ import random
 import time
 from pathlib import Path
 
-import typer
-
 from embedrl_verl.annotate.relevance import STYLES, read_verdict
 from embedrl_verl.errors import ConfigError
 from recipes.tiny_digits.judge_model import IGNORED, Lesson, TinyJudge
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
+from recipes.tiny_digits.settings import run_program
 from recipes.tiny_digits.world import WORDS, render_tcot
 
 STYLE = STYLES["compact"]
@@ -119,4 +118,4 @@ def main(out: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

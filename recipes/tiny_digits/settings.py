@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the tiny models are asked and what they see: here, and in recipes/run_egrl_tiny_cpu.sh."""
+"""What the programs of this folder share: how the tiny models are asked and what they see (recipes/run_egrl_tiny_cpu.sh
+says the same), and how a program is run."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import typer
 
 from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.media import MediaLimits
+from embedrl_verl.errors import EmbedRLError
 from embedrl_verl.evaluation.reasoner import Reasoner
 from embedrl_verl.families import Family, token_side
 
@@ -29,3 +35,12 @@ def tiny_limits(family: Family) -> MediaLimits:
 def tiny_reasoner(path: str | Path) -> Reasoner:
     """A tiny Reasoner in float32 on the CPU."""
     return Reasoner(path, MEDIA)
+
+
+def run_program(main: Callable[..., None]) -> None:
+    """Run `main` by the words of the command line; a refusal becomes one line and its exit code."""
+    try:
+        typer.run(main)
+    except EmbedRLError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error

@@ -24,6 +24,7 @@ from embedrl_verl.evaluation.comparison import hit1_interval, source_table, verd
 from embedrl_verl.evaluation.stats import Interval, mean_interval
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.tables import table as columns
+from recipes.tiny_digits.settings import run_program
 
 REWARD, HIT1, VAL_HIT1 = "embedrl/reward/mean", "embedrl/hit@1/mean", "val-core/all/hit@1"
 STEP_SECONDS, REWARD_SECONDS = "timing_s/step", "timing_s/reward_stage"
@@ -168,8 +169,8 @@ def table(runs: Sequence[Run], result: Mapping[str, Any]) -> str:
             "Held-out pairs: every query against all targets of its data source. first, last = tenth of the RL steps",
             *[*lines[:2], "-" * len(lines[1]), *lines[2:]],
             "",
-            f"Hit@1 by data source{several}, and what T-CoTs gain over the raw input",
-            *source_table([run.views for run in runs], _titles(runs), "raw"),
+            f"Hit@1 by data source{several}, and what T-CoTs gain, with 95% intervals",
+            *source_table([run.views for run in runs], _titles(runs), "raw", ["before", "after"]),
             "",
             *result["findings"],
         ]
@@ -298,4 +299,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

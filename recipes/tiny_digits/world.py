@@ -37,6 +37,7 @@ from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side, Video
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.evaluation.retrieval import Pairs
 from embedrl_verl.families import Family, box_convention, token_side
 from recipes.tiny_digits.canvas import (
     HELD_OUT_SCANS,
@@ -68,11 +69,12 @@ class Truth:
 
 @dataclass(frozen=True)
 class Sample:
-    """One pair and the truth of each side."""
+    """One pair, the truth of each side, and the media root of its paths."""
 
     record: PairRecord
     query: Truth
     target: Truth
+    media_root: str | None = None
 
     def truth(self, side: Side) -> Truth:
         """What is known of one side."""
@@ -246,8 +248,18 @@ def read_samples(path: Path) -> list[Sample]:
                     f"{path}: truths must be in the order of the pairs; got {truth['pair_id']} beside "
                     f"{record.pair_id}: write the world again"
                 )
-            samples.append(Sample(record, *(Truth(truth[side]["tcot"], tuple(truth[side]["cells"])) for side in SIDES)))
+            query, target = (Truth(truth[side]["tcot"], tuple(truth[side]["cells"])) for side in SIDES)
+            samples.append(Sample(record, query, target))
     return samples
+
+
+def own_samples(files: Sequence[str], media_root: str | None) -> list[Sample]:
+    """Pairs that are not of this world. What is known of a side is the T-CoT in its row, "" if it has none."""
+    pairs = Pairs.read(files, media_root)
+    return [
+        Sample(record, Truth(record.query.tcot or ""), Truth(record.target.tcot or ""), root)
+        for record, root in zip(pairs.records, pairs.media_roots, strict=True)
+    ]
 
 
 def main(out: Path, family: Family = "qwen2_vl", seed: int = 0) -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.config.compose import compose
+from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.plan import make_plan
+from recipes.tiny_digits.evaluate import MAX_NEW_TOKENS
+from recipes.tiny_digits.settings import tiny_limits
 from tests.recipes.calls import Recipe, modules_of
 
 WORLD, PRETRAIN = ["models", "models", "world"], ["cold_start", "contrastive"]
@@ -125,12 +128,51 @@ def test_a_training_that_fails_ends_the_other_and_is_done_again(recipe: Recipe, 
         ([], {"STEPS": "0", "DRY_RUN": "1"}, 2, "STEPS must be a whole number from 1; got 0"),
         ([], {"SEED": "x"}, 2, "SEED must be a whole number from 0; got x"),
         ([], {"REWARD": "reward/papr.py"}, 2, "must name a file of a reward function; there is no reward/papr.py"),
+        ([], {"PRETRAIN_STEPS": "1e2"}, 2, "PRETRAIN_STEPS must be a whole number from 1; got 1e2"),
+        ([], {"VAL_FILES": "reward"}, 2, "VAL_FILES and MEDIA_ROOT are of your own pairs; set TRAIN_FILES too"),
+        ([], {"TRAIN_FILES": "reward"}, 2, "embedrl data split FILE --holdout 0.2 --out DIR"),
+        ([], {"TRAIN_FILES": "reward", "VAL_FILES": "none.parquet"}, 2, "there is no none.parquet"),
+        (
+            [],
+            {"TRAIN_FILES": "reward", "VAL_FILES": "docs", "MEDIA_ROOT": "no"},
+            2,
+            "must be a folder; there is none at no",
+        ),
         ([], {"FAMILY": "qwen4_vl"}, 2, "FAMILY must be one of qwen2_vl qwen2_5_vl qwen3_vl ; got qwen4_vl"),
     ],
 )
 def test_help_and_wrong_values_touch_nothing(recipe, arguments, variables, code, message):
     assert recipe.run(*arguments, **variables) == (code, [])
     assert message in recipe.said and not recipe.out.exists()
+
+
+def test_own_pairs_are_what_every_stage_is_about(recipe: Recipe, tmp_path: Path) -> None:
+    for name in ("train a.parquet", "more.parquet", "val.parquet"):
+        (tmp_path / name).write_text("")
+    own = {"TRAIN_FILES": f"{tmp_path}/train a.parquet,{tmp_path}/more.parquet", "VAL_FILES": f"{tmp_path}/val.parquet"}
+    _, calls = recipe.run(**own, MEDIA_ROOT=str(tmp_path), PRETRAIN_STEPS="7")
+    called = dict(zip(modules_of(calls), calls, strict=True))
+    root = ["--media-root", str(tmp_path)]
+    trained = ["--pairs", f"{tmp_path}/train a.parquet", "--pairs", f"{tmp_path}/more.parquet", *root]
+    for name in PRETRAIN:
+        assert called[name][5:] == ["--seed", "0", "--steps", "7", *trained]
+    assert called["evaluate"][6:] == [f"{tmp_path}/val.parquet", "--seed", "0", "--suffix", "", *root]
+    data = compose(called["train"][2:]).data
+    assert data.train_files == own["TRAIN_FILES"].split(",") and data.val_files == [own["VAL_FILES"]]
+    assert data.media_root == str(tmp_path)
+    assert recipe.modules(**own, MEDIA_ROOT=str(tmp_path), PRETRAIN_STEPS="7") == ["summary"]
+    assert recipe.run(**own, PRETRAIN_STEPS="7") == (2, []) and "stage pretrain is" in recipe.said
+
+
+def test_the_recipe_and_the_programs_beside_it_have_the_same_media_limits(recipe: Recipe) -> None:
+    _, [[_, _, *overrides]] = recipe.run(DRY_RUN="1")
+    config = compose(overrides)
+    for section in (config.data.embedrl, config.embedrl.embedder):
+        limits = MediaLimits(
+            28, *(section[f"{kind}_{end}_tokens"] for kind in ("image", "frame") for end in ("min", "max"))
+        )
+        assert limits == tiny_limits("qwen2_vl")
+    assert config.data.max_response_length == MAX_NEW_TOKENS
 
 
 @pytest.mark.parametrize("stage", LATER)

@@ -68,7 +68,7 @@ def test_a_loss_or_a_doubt_is_not_called_an_improvement_and_failed_rows_are_told
     assert "NO CLEAR DIFFERENCE" in summarise(doubtful)["findings"][0]
     lost = [Run(write_run(tmp_path / "bad", 24, 16, 8, failed=2))]
     text = table(lost, summarise(lost))
-    assert re.search(r"^a +40 .* -0.400 .* WORSE +\+0.400 .* better$", text, re.MULTILINE)
+    assert re.search(r"^a +40 .* -0.200 .* WORSE +-0.400 .* WORSE$", text, re.MULTILINE)
     assert "ATTENTION: inputs without an embedding, counted as misses: {'bad': 8}" in text
 
 
