@@ -57,7 +57,8 @@ def asked(path: str, data: Mapping[str, Any], given: Sequence[str]) -> tuple[Med
     known = prompt_settings(record.settings, "auto")
     whole = {**data["embedrl"], "max_response_length": data["max_response_length"]}
     chosen = {name: whole[name] if name in given else value for name, value in known.items()}
-    return MediaConfig.from_config({"embedrl": chosen | {"max_response_length": None}}), chosen["max_response_length"]
+    length = chosen.pop("max_response_length")
+    return MediaConfig.from_config({"embedrl": chosen}), length
 
 
 def named_reasoners(words: Iterable[str]) -> dict[str, str]:
@@ -66,7 +67,7 @@ def named_reasoners(words: Iterable[str]) -> dict[str, str]:
     for word in words:
         name, equals, path = word.partition("=")
         name, path = (name, path) if equals and "/" not in name else (Path(word).resolve().name, word)
-        if name in (RAW, "all") or name in found or not path:
+        if name in (RAW, "truth") or name in found or not path:
             raise ConfigError(f"--reasoner must be NAME=FOLDER with names of their own, not {RAW}; got {word!r}")
         found[name] = path
     return found

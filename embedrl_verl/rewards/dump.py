@@ -28,6 +28,8 @@ from embedrl_verl.tcot import TCoT, parse_tcot
 FORMAT = "embedrl-reward-dump"
 VERSION = "2"
 READABLE = ("1", VERSION)  # in version 1 `content` is (N,), the target's alone
+PAIRS = "pairs.json"
+"""In the folder of the dumps: which pairs the rollouts are of (`note_pairs`)."""
 _SUFFIX = ".rewards.safetensors"
 _STEP = re.compile(r"(\d+)(?:\.(\d+))?" + re.escape(_SUFFIX))
 _ALWAYS = ("side", "pair", "rollout", "valid", "content", "similarity", "query_rows", "target_rows")
@@ -151,6 +153,13 @@ def _parsed(row: Mapping[str, Any]) -> TCoT:
     if missing := [key for key in ("pair_id", "data_source", "text", "num_images", "num_frames") if key not in row]:
         raise ValueError(f"a row must have pair_id, data_source, text, num_images, num_frames; {missing} is missing")
     return parse_tcot(row["text"], num_frames=row["num_frames"] or None, num_images=row["num_images"] or None)
+
+
+def note_pairs(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write `pairs.json`: "train_files", "val_files" (lists), "media_root" (or null) and "embedrl" (`data.embedrl`, its
+    family resolved), for who reads the dumps later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / PAIRS, json.dumps(dict(data), indent=1) + "\n")
 
 
 def find_dumps(run: str | Path) -> list[tuple[str, Path]]:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +37,7 @@ from embedrl_verl.families import resolve_family
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
 from embedrl_verl.rewards import RewardBatch
+from embedrl_verl.rewards.dump import note_pairs
 from embedrl_verl.rewards.score import call_reward_function
 from embedrl_verl.stage1.rows import PairRows, read_training_pairs
 from embedrl_verl.trainer.checkpoint import check_run_record, run_record
@@ -217,6 +218,17 @@ class EGRLSetup(WorkerClassesMixin):
 
     def fit(self, agent_loop_manager: Any) -> None:
         """verl's training loop, when the Embedder holds its weights."""
+        if folder := self.config.trainer.get("rollout_data_dir"):
+            data, media = self.config.data, MediaConfig.from_config(self.config.data)
+            note_pairs(
+                Path(folder),
+                {
+                    "train_files": rules.files_of(self.config, "data.train_files"),
+                    "val_files": rules.files_of(self.config, "data.val_files"),
+                    "media_root": media_root_of(data),
+                    "embedrl": asdict(media) | {"family": self.train_dataset.family},
+                },
+            )
         ray.get(self._embedder_loads)
         super().fit(agent_loop_manager)  # type: ignore[misc]
 

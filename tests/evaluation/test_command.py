@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl eval`: plain, before and after on any pair file, asked as in training, with every T-CoT kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embedrl_verl import cli
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
+from embedrl_verl.evaluation.command import asked, settings_of
+from embedrl_verl.evaluation.comparison import hit1_interval, source_table
+from embedrl_verl.export.record import TrainingRecord, write_record
+from recipes.tiny_digits.models import build_tiny_model
+from recipes.tiny_digits.world import write_world
+
+LIMITS = ("image_min_tokens=4", "image_max_tokens=64", "frame_min_tokens=4", "frame_max_tokens=16")
+SETTINGS = ["--set", *(f"embedrl.embedder.{one}" for one in LIMITS)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, sft=4, train=4, heldout=4)
+    build_tiny_model(folder / "embedder", seed=1)
+    build_tiny_model(folder / "sft")
+    media = dict(one.split("=") for one in LIMITS)
+    settings = {name: int(value) for name, value in media.items()} | {"prompt_style": "compact", "few_shot": False}
+    write_record(folder / "sft", TrainingRecord(stage="egrl", settings={**settings, "max_response_length": 6}))
+    return folder
+
+
+def evaluate(world: Path, out: Path, *words: str, file: str = "heldout.parquet") -> int:
+    return cli.main(
+        ["eval", str(world / file), "--embedder", str(world / "embedder"), "--out", str(out), "--device", "cpu", *words]
+    )
+
+
+def test_plain_before_and_after_stand_in_a_table_and_every_tcot_is_kept(world, tmp_path, capsys):
+    reasoners = ["--reasoner", f"before={world / 'sft'}", "--reasoner", f"after={world / 'sft'}"]
+    assert evaluate(world, tmp_path / "out", *reasoners, "--limit", "2", *SETTINGS) == 0
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(result["views"]) == ["raw", "before", "after"] and result["pairs"] == 12
+    assert result["views"]["before"] == result["views"]["after"], "the same Reasoner twice must score the same"
+    prompt = result["prompts"]["after"]
+    assert (prompt["prompt_style"], prompt["max_response_length"], prompt["family"]) == ("compact", 6, "qwen2_vl")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "tcots.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 12 * 2 and all(line["tcot"] for line in lines)
+    printed = capsys.readouterr().out
+    assert "before against raw" in printed and "digits_video" in printed and "well-formed 0.0%" in printed
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert evaluate(world, tmp_path / "out", *SETTINGS) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert evaluate(world, tmp_path / "out", "--overwrite", "--limit", "2", *SETTINGS) == 0
+    assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["views"]) == ["raw"]
+
+
+def test_settings_come_from_overrides_then_from_the_reasoners_record_then_from_the_defaults(world):
+    overrides = ["data.embedrl.prompt_style=paper", "data.max_response_length=9", "embedrl.evidence.min_side=9"]
+    section, data, given = settings_of("some/embedder", overrides, on_cpu=True)
+    assert (section.embedder.path, section.embedder.dtype, section.evidence.min_side) == (
+        "some/embedder",
+        "float32",
+        9,
+    )
+    media, length = asked(str(world / "sft"), data, given)
+    assert (media.prompt_style, media.few_shot, media.image_max_tokens, length) == ("paper", False, 64, 9)
+    media, length = asked("some/reasoner", data, given)
+    assert (media.prompt_style, media.few_shot, media.image_max_tokens, length) == ("paper", True, 768, 9)
+    assert asked(str(world / "sft"), data, [])[1] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--reasoner", "raw=x"], 2, "names of their own, not raw; got 'raw=x'"),
+        (["--reasoner", "a=x", "--reasoner", "a=y"], 2, "names of their own"),
+        (["--reasoner", "nowhere/at/all"], 2, "nowhere/at/all must be a Reasoner's folder or hub id"),
+        (["--set", "embedrl.embedder.lr=1"], 2, "lr"),
+        (["--set", "embedrl.embedder.profile=qwen3_vl_embedding"], 4, "qwen3_vl_embedding"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(words, code, message, world, tmp_path, capsys):
+    assert evaluate(world, tmp_path / "out", *words, *([] if words[0] == "--set" else SETTINGS), "--limit", "2") == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_no_pairs_and_media_that_are_not_there_are_told(world, tmp_path, capsys):
+    pairs = list(read_pairs(world / "heldout.parquet"))[:4]
+    write_pairs([*pairs, pairs[0]], tmp_path / "twice.parquet")
+    assert evaluate(world, tmp_path / "out", file=str(tmp_path / "twice.parquet")) == 3
+    assert "row 4" in capsys.readouterr().err
+    item = pairs[0].query
+    lost = PairRecord("lost", "digits_i2t", "Read it.", Item(images=("no.png",)), item, "")
+    write_pairs([pairs[1], lost], tmp_path / "lost.parquet")
+    words = ["--reasoner", str(world / "sft"), *SETTINGS]
+    assert evaluate(world, tmp_path / "out", *words, file=str(tmp_path / "lost.parquet")) == 0
+    printed = capsys.readouterr().out
+    assert "ATTENTION: raw: 1 inputs without a vector, counted as misses:" in printed and "no.png" in printed
+    assert "ATTENTION: sft: 1 inputs" in printed
+
+
+def test_gains_are_paired_by_query_or_by_run_and_one_query_has_no_interval():
+    def views(**hits: list[int]) -> dict:
+        scored = {name: {"hit1": {"a": sum(one) / len(one)}, "hits": {"a": one}} for name, one in hits.items()}
+        return {name: one | {"hit1": one["hit1"] | {"all": one["hit1"]["a"]}} for name, one in scored.items()}
+
+    runs = [views(raw=[1, 0, 0, 0], after=[1, 1, 1, 0]), views(raw=[0, 0, 0, 0], after=[1, 1, 0, 0])]
+    assert hit1_interval(runs, "after", "raw", "a") == (0.5, 0.5, 0.5), "each run gains the same"
+    one = hit1_interval(runs[:1], "after", "raw")
+    assert one.mean == 0.5 and one.low < 0.5 < one.high
+    single = source_table([views(raw=[0], after=[1])], {"raw": "raw", "after": "after"}, "raw", ["after"])
+    assert single[-1].split() == ["a", "1", "0.000", "1.000", "+1.000", "[+nan,", "+nan]", "unclear"]
