@@ -30,7 +30,7 @@ MODEL = (
 JOB = " media-root workers rows-per-part max-bad-share out"
 SPLIT = (
     " rl-from rl-preset rl-rows allow-short rl-sampling split-seed unknown keep-rl-matches contrastive-without"
-    " disjoint-targets"
+    " disjoint-targets holdout"
 )
 OPTIONS = {
     "doctor": "",
@@ -249,8 +249,8 @@ def test_the_options_of_split_reach_the_split(called: Run, capsys: pytest.Captur
         return found
 
     words = ["--rl-rows", "5", "--rl-rows", "a=7", "--contrastive-without", "b", "--rl-from", "all", "--split-seed"]
-    assert settings(*words, "4") == SplitSettings(
-        rl_from="all", rl_rows={"a": 7}, rl_rows_each=5, contrastive_without=("b",), seed=4
+    assert settings(*words, "4", "--holdout", "0.5") == SplitSettings(
+        rl_from="all", rl_rows={"a": 7}, rl_rows_each=5, contrastive_without=("b",), seed=4, holdout=0.5
     )
     assert settings() == SplitSettings()
     assert cli.main(["data", "split", "f", "--out", "o", "--rl-rows", "a=x"]) == 2

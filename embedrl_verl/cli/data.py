@@ -116,7 +116,7 @@ def filter_pairs(
     if verdicts_only:
         return code
     report = split_pairs(files, judging.verdicts, out, split_settings, **vars(job), command=_command_line())
-    return max(code, _printed(report, f"wrote {out}/contrastive and {out}/rl"))
+    return max(code, _printed(report, *_written(out, split_settings)))
 
 
 @command(data, "split")
@@ -125,7 +125,7 @@ def split_by_verdicts(
     files: opt.Files,
     verdicts: Annotated[
         str | None,
-        Option(metavar="FILE", help="verdicts.parquet of embedrl data filter; without it give --rl-from all."),
+        Option(metavar="FILE", help="Of embedrl data filter; without it give --rl-from all or --holdout."),
     ] = None,
     out: opt.Out,
     split: opt.Split,
@@ -138,8 +138,9 @@ def split_by_verdicts(
     """
     from embedrl_verl.curate.split_job import split_pairs
 
-    report = split_pairs(files, verdicts, out, _split_settings(split), **vars(job), command=_command_line())
-    return _printed(report, f"wrote {shlex.quote(out)}/contrastive and {shlex.quote(out)}/rl")
+    settings = _split_settings(split)
+    report = split_pairs(files, verdicts, out, settings, **vars(job), command=_command_line())
+    return _printed(report, *_written(out, settings))
 
 
 @command(data)
@@ -197,7 +198,7 @@ def show(
     It has media, boxes, key frames, evidence and T-CoTs, and is written even if every record is broken; `embedrl data
     check` is the gate.
     """
-    from embedrl_verl.report.recipe import recipe_limits
+    from embedrl_verl.report.lengths import recipe_limits
     from embedrl_verl.report.show import show_records
 
     if page.pair_id and page.seed is not None:
@@ -226,8 +227,7 @@ def stats(
     Prompts are counted as the rollout reads them, media included. A row that cannot be read is named and left out; the
     exit code is then 3.
     """
-    from embedrl_verl.report.recipe import recipe_limits
-    from embedrl_verl.report.stats import print_lengths
+    from embedrl_verl.report.lengths import print_lengths, recipe_limits
 
     limits = recipe_limits(recipe.set, _named(recipe, reading, sizes))
     return print_lengths(files, tokenizer, limits, limit, seed, as_json=json)
@@ -250,6 +250,10 @@ def _printed(report: Any, *more: str) -> int:
         print(line)
     code: int = report.exit_code
     return code
+
+
+def _written(out: str, settings: Any) -> list[str]:
+    return [f"wrote {shlex.quote(out)}/{name}" for name in settings.sets]
 
 
 def _until_stopped(job: Any) -> int:

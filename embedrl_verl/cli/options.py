@@ -252,7 +252,7 @@ class Split:
     rl_sampling: Annotated[
         Literal["even", "random"], Option(help="At floor(i n / k) of a source's n candidates, or by --split-seed.")
     ] = "even"
-    split_seed: Annotated[int, Option(help="Of --rl-sampling random.")] = 0
+    split_seed: Annotated[int, Option(help="Of --rl-sampling random and --holdout.")] = 0
     unknown: Annotated[Literal["left_out", "match"], Option(help="Pairs without a verdict.")] = "left_out"
     keep_rl_matches: Annotated[
         bool, Option("--keep-rl-matches", help="RL pairs that match are in the contrastive set as well.")
@@ -266,3 +266,6 @@ class Split:
     disjoint_targets: Annotated[
         Literal["off", "media", "all"], Option(help="Leave out contrastive pairs whose target content RL has.")
     ] = "off"
+    holdout: Annotated[
+        float | None, Option(metavar="N|SHARE", help="Hold out so many matches, whose contents no other set has.")
+    ] = None

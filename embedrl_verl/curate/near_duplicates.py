@@ -12,8 +12,7 @@ an edit few pixels a lot, so pairs that the hash finds are compared pixel by pix
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,7 @@ PAIRS_AT_ONCE = 512
 LOOKS = pa.schema([("digest", pa.binary(32)), ("hash", pa.binary(32)), ("shape", pa.float32())])
 Index = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ class Likeness:
     max_difference: float = 9.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bits <= 64:
-            raise ConfigError(f"max_bits must lie in 0..64 of 256; got {self.max_bits}")
-        if not 0 <= self.max_difference <= 255:
-            raise ConfigError(f"max_difference must lie in 0..255 grey values; got {self.max_difference}")
+        for name, most in (("max_bits", 64), ("max_difference", 255)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} must lie in 0..{most}; got {getattr(self, name)}")
 
 
 def write_looks(path: Path, images: Iterable[tuple[bytes, Image.Image]]) -> None:
@@ -63,15 +62,10 @@ def write_looks(path: Path, images: Iterable[tuple[bytes, Image.Image]]) -> None
         for digest, image in images:
             small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
             if np.asarray(small, np.float32).std() >= MIN_DEVIATION:
-                shape = float(np.log2(image.width / image.height))
-                looks.append({"digest": digest, "hash": hash_of(small), "shape": shape})
+                bits = np.packbits(imagehash.phash(small, KEPT, SIDE // KEPT).hash).tobytes()
+                looks.append({"digest": digest, "hash": bits, "shape": float(np.log2(image.width / image.height))})
                 pictures.write(small.tobytes())
     pq.write_table(pa.Table.from_pylist(looks, LOOKS), path)
-
-
-def hash_of(small: Image.Image) -> bytes:
-    """256 bits: which of the lowest DCT coefficients are above their median."""
-    return np.packbits(imagehash.phash(small, KEPT, SIDE // KEPT).hash).tobytes()
 
 
 def representatives(paths: Sequence[Path], likeness: Likeness) -> dict[bytes, bytes]:
@@ -79,42 +73,28 @@ def representatives(paths: Sequence[Path], likeness: Likeness) -> dict[bytes, by
 
     Depends neither on the order of the images nor on how they lie in the files of `write_looks`.
     """
-    tables = [pq.read_table(path) for path in paths]
-    looks = pa.concat_tables([LOOKS.empty_table(), *tables])
+    looks = pa.concat_tables([LOOKS.empty_table(), *map(pq.read_table, paths)])
     digests, first = np.unique(np.array(looks["digest"].to_pylist(), "V32"), return_index=True)  # ascending
     hashes = np.array(looks["hash"].to_pylist(), "V32")[first].view(np.uint8).reshape(-1, 32)
-    small = [picture for path, table in zip(paths, tables, strict=True) if len(table) for picture in _mapped(path)]
-
-    def pictures(indices: Index) -> Bytes:
-        return np.stack([small[number] for number in first[indices]])
-
-    groups = near_groups(hashes, looks["shape"].to_numpy()[first], pictures, likeness)
-    _, leader, group, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
-    members = np.flatnonzero(sizes[group] > 1)
-    return dict(zip(digests[members].tolist(), digests[leader[group[members]]].tolist(), strict=True))
-
-
-def _mapped(path: Path) -> Bytes:
-    """The small pictures of a file, left on the disk."""
-    return np.asarray(np.memmap(path.with_suffix(".pictures"), np.uint8, "r")).reshape(-1, SIDE, SIDE)
-
-
-def near_groups(
-    hashes: Bytes, shapes: npt.NDArray[np.float32], pictures: Callable[[Index], Bytes], likeness: Likeness
-) -> Index:
-    """The number of each image's group, of hashes (n, 32) and shapes (n,); `pictures` reads small pictures by index."""
-    groups = np.arange(len(hashes))
+    shapes, groups = looks["shape"].to_numpy()[first], np.arange(len(first))
+    small: list[Bytes] = []
+    for file in (path.with_suffix(".pictures") for path in paths):
+        if file.stat().st_size:  # an empty file cannot be mapped
+            small += [*np.asarray(np.memmap(file, np.uint8, "r")).reshape(-1, SIDE, SIDE)]
     for left, right in close_hashes(hashes, likeness.max_bits):
         apart = (groups[left] != groups[right]) & (np.abs(shapes[left] - shapes[right]) <= MAX_SHAPE)
         pairs = np.stack([left, right])[:, apart]
         for start in range(0, pairs.shape[1], PAIRS_AT_ONCE):
             one, other = pairs[:, start : start + PAIRS_AT_ONCE]
-            alike = largest_difference(pictures(one), pictures(other)) <= likeness.max_difference
+            pictures = (np.stack([small[number] for number in first[some]]) for some in (one, other))
+            alike = largest_difference(*pictures) <= likeness.max_difference
             if alike.any():
                 ends = groups[one[alike]], groups[other[alike]]
                 links = coo_array((np.ones(len(ends[0])), ends), (len(groups), len(groups)))
                 groups = connected_components(links, directed=False)[1][groups]
-    return groups
+    _, leader, group, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    members = np.flatnonzero(sizes[group] > 1)
+    return dict(zip(digests[members].tolist(), digests[leader[group[members]]].tolist(), strict=True))
 
 
 def close_hashes(hashes: Bytes, max_bits: int) -> Iterator[tuple[Index, Index]]:
@@ -138,18 +118,18 @@ def close_hashes(hashes: Bytes, max_bits: int) -> Iterator[tuple[Index, Index]]:
             yield left[near], right[near]
 
 
-def largest_difference(a: Bytes, b: Bytes) -> npt.NDArray[np.float32]:
+def largest_difference(a: Bytes, b: Bytes) -> Floats:
     """The largest difference of grey values at any place, after light smoothing and with brightness and contrast of the
     second picture fitted to the first; (n, SIDE, SIDE) and (n, SIDE, SIDE) -> (n,)."""
-    deviation = functools.partial(np.std, axis=(1, 2), keepdims=True)
-    first, second = (one - one.mean(axis=(1, 2), keepdims=True) for one in map(_smooth, (a, b)))
-    largest: npt.NDArray[np.float32] = np.abs(first - second * deviation(first) / deviation(second)).max(axis=(1, 2))
+    (first, spread), (second, other_spread) = map(_centred, (a, b))
+    largest: Floats = np.abs(first - second * (spread / other_spread)).max(axis=(1, 2))
     return largest
 
 
-def _smooth(pictures: Bytes) -> npt.NDArray[np.float32]:
-    """Weights 1, 2, 1 in both directions."""
-    smooth: npt.NDArray[np.float32] = pictures.astype(np.float32)
+def _centred(pictures: Bytes) -> tuple[Floats, Floats]:
+    """Pictures after smoothing (weights 1, 2, 1 in both directions) around a mean of 0, and their deviations."""
+    smooth = pictures.astype(np.float32)
     for axis in (1, 2):
         smooth = convolve1d(smooth, [0.25, 0.5, 0.25], axis, mode="nearest")
-    return smooth
+    smooth -= smooth.mean(axis=(1, 2), keepdims=True)
+    return smooth, smooth.std(axis=(1, 2), keepdims=True)

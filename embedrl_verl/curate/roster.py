@@ -110,14 +110,14 @@ def read_verdicts(roster: Roster, path: Path) -> None:
         "verdicts have no pair in the data": ids.filter(pa.array(rows < 0)),
         "verdicts come twice": ids.filter(pa.array(repeats)),
     }
-    listed = [_fault(fault, names) for fault, names in faults.items() if len(names)]
+    listed = [
+        f"{len(names)} {fault}: {', '.join(map(str, names[:NAMED].to_pylist()))}"
+        + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        for fault, names in faults.items()
+        if len(names)
+    ]
     if listed:
         raise DataError(
             f"{path} must have exactly one verdict for each pair of the data. {'; '.join(listed)}. "
             "Make the verdicts from these files, with embedrl data filter"
         )
-
-
-def _fault(fault: str, ids: pa.ChunkedArray) -> str:
-    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    return f"{len(ids)} {fault}: {', '.join(map(str, ids[:NAMED].to_pylist()))}{more}"

@@ -5,21 +5,24 @@ the paper's two readings of which pairs feed RL.)"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pandas import factorize
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from embedrl_verl.annotate.verdict_file import VERDICTS
 from embedrl_verl.convert.sampling import Sampling, preset
+from embedrl_verl.curate.job import JobReport
 from embedrl_verl.curate.roster import Index, Mask, Roster
 from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.tables import table
 
-RlFrom = Literal["mismatch", "match", "all"]
-Unknown = Literal["left_out", "match"]
-Disjoint = Literal["off", "media", "all"]
 FATES = (
     "contrastive",
     "rl",
@@ -28,64 +31,68 @@ FATES = (
     "left out: verdict unknown",
     "left out: source not in the contrastive set",
     "left out: target content is in the RL set",
+    "left out: content is held out",
+    "held out",
     "rejected",
 )
 """What becomes of a pair; the first three are trained on."""
-CONTRASTIVE, RL, BOTH, UNDRAWN, UNKNOWN, SOURCE_OUT, TARGET_IN_RL, REJECTED = range(len(FATES))
+CONTRASTIVE, RL, BOTH, UNDRAWN, UNKNOWN, SOURCE_OUT, TARGET_IN_RL, CONTENT_HELD, HELD, REJECTED = range(len(FATES))
+SETS: dict[str, tuple[int, ...]] = {"contrastive": (CONTRASTIVE, BOTH), "rl": (RL, BOTH), "holdout": (HELD,)}
+"""Folders that are written, with the fates of their pairs."""
 Fates = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
 class SplitSettings:
     """See the options of `embedrl data split`. `rl_rows` and `rl_preset` have exact numbers of sources, `rl_rows_each`
-    is the most of each other one (None: all, or none where some are named)."""
+    is the most of each other one (None: all, or none where some are named). `holdout`: below 1 a share of the matches,
+    from 1 on their number."""
 
-    rl_from: RlFrom = "mismatch"
+    rl_from: Literal["mismatch", "match", "all"] = "mismatch"
     rl_rows: Mapping[str, int] = field(default_factory=dict)
     rl_rows_each: int | None = None
     rl_preset: str = ""
     allow_short: bool = False
     sampling: Literal["even", "random"] = "even"
     seed: int = 0
-    unknown: Unknown = "left_out"
+    unknown: Literal["left_out", "match"] = "left_out"
     keep_rl_matches: bool = False
     contrastive_without: tuple[str, ...] = ()
-    disjoint_targets: Disjoint = "off"
+    disjoint_targets: Literal["off", "media", "all"] = "off"
+    holdout: float | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("rl_from", RlFrom), ("unknown", Unknown), ("disjoint_targets", Disjoint)):
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
-        for source, rows in (("a source", self.rl_rows_each or 0), *self.rl_rows.items()):
-            if rows < 0:
-                raise ConfigError(f"the RL pairs of {source} must be at least 0; got {rows}")
         if self.keep_rl_matches and self.disjoint_targets != "off":
             raise ConfigError("keep_rl_matches puts pairs in both sets; disjoint_targets must be off then")
-        self.draw()
+        if self.holdout is not None and not (self.holdout > 0 and (self.holdout < 1 or self.holdout % 1 == 0)):
+            raise ConfigError(f"holdout must be a share between 0 and 1 or a whole number of pairs; got {self.holdout}")
+        self.named_rows()
+
+    @property
+    def sets(self) -> list[str]:
+        """Those of `SETS` that are written."""
+        return [name for name in SETS if name != "holdout" or self.holdout is not None]
 
     def named_rows(self) -> dict[str, int]:
         return {**(preset(self.rl_preset).caps if self.rl_preset else {}), **self.rl_rows}
 
-    def draw(self) -> Sampling:
-        named = {source: rows for source, rows in self.named_rows().items() if rows}
-        return Sampling(named, self.rl_rows_each or None, self.sampling, self.seed, self.rl_preset)
-
-    def gives_rl(self, source: str) -> bool:
+    def wanted(self, source: str) -> int | None:
+        """RL pairs of a source; None: all that RL may draw."""
         named = self.named_rows()
-        others = not named if self.rl_rows_each is None else self.rl_rows_each > 0
-        return bool(named.get(source, others))
+        others = 0 if named and self.rl_rows_each is None else self.rl_rows_each
+        return named.get(source, others)
 
 
 def decide(roster: Roster, settings: SplitSettings) -> Fates:
-    """The fate of every row. Raises DataError: a named source is missing or has too few candidates; target ids are
-    needed and missing."""
+    """The fate of every row. Raises DataError: a named source is missing or has too few candidates; so few pairs can be
+    held out; ids are needed and missing."""
     match, mismatch = _matches(roster, settings), roster.verdict == VERDICTS.index("mismatch")
-    candidates, drawn = candidates_by_source(roster, settings), np.zeros(len(roster), np.bool_)
+    held, drawn = _held_out(roster, settings, match & roster.good), np.zeros(len(roster), np.bool_)
+    candidates = candidates_by_source(roster, settings, held)
     _check_named(candidates, roster, settings)
-    draw = settings.draw()
     for name, rows in candidates.items():
-        if settings.gives_rl(name):
-            chosen = draw.choose(name, len(rows))
+        if (wanted := settings.wanted(name)) != 0:
+            chosen = Sampling({}, wanted, settings.sampling, settings.seed).choose(name, len(rows))
             drawn[rows if chosen is None else rows[chosen]] = True
     out = np.isin(roster.source, [at for at, name in enumerate(roster.names) if name in settings.contrastive_without])
     fates = np.full(len(roster), UNKNOWN, np.int8)
@@ -95,23 +102,57 @@ def decide(roster: Roster, settings: SplitSettings) -> Fates:
     fates[drawn] = RL
     if settings.keep_rl_matches:
         fates[drawn & match & ~out] = BOTH
+    fates[held] = CONTENT_HELD
+    fates[held & match] = HELD
     fates[~roster.good] = REJECTED
     if settings.disjoint_targets != "off":
-        if without := int((((fates == RL) | (fates == CONTRASTIVE)) & (roster.content == 0)).sum()):
-            raise DataError(
-                f"disjoint_targets compares target_ids, and {without} pairs have none; "
-                "fill them first with embedrl data content-ids"
-            )
+        _need_ids(
+            "disjoint_targets compares target_ids", ((fates == RL) | (fates == CONTRASTIVE)) & (roster.content == 0)
+        )
         apart = ~roster.is_text if settings.disjoint_targets == "media" else roster.good
         fates[also_in_rl(roster.content, fates) & apart] = TARGET_IN_RL
     return fates
 
 
-def candidates_by_source(roster: Roster, settings: SplitSettings) -> dict[str, Index]:
+def _held_out(roster: Roster, settings: SplitSettings, match: Mask) -> Mask:
+    """Rows whose contents are held out. Pairs that share a query or a target, directly or over others, stay together;
+    such groups are drawn by the seed, and those of more matches than are still wanted passed over."""
+    held = np.zeros(len(roster), np.bool_)
+    if settings.holdout is None:
+        return held
+    _need_ids("holdout compares query_ids and target_ids", roster.good & ((roster.content == 0) | (roster.query == 0)))
+    rows = np.flatnonzero(roster.good)
+    query, target = (factorize(ids[rows])[0] for ids in (roster.query, roster.content))  # in the order of the pairs
+    ends = query, target + len(rows)
+    links = coo_array((np.ones(len(rows), np.int8), ends), (2 * len(rows), 2 * len(rows)))
+    group = connected_components(links, directed=False)[1][query]
+    matches = np.bincount(group[match[rows]], minlength=group.max(initial=-1) + 1)
+    share = 1 if settings.holdout >= 1 else match.sum()
+    wanted = left = max(1, int(settings.holdout * share))
+    taken = np.zeros(len(matches), np.bool_)
+    for one in np.random.default_rng(settings.seed).permutation(len(matches)):
+        if 0 < matches[one] <= left:
+            taken[one] = True
+            left -= matches[one]
+    if left and not settings.allow_short:
+        raise DataError(
+            f"--holdout: {wanted} pairs wanted, {wanted - left} can be held out; the others share their contents with "
+            "more pairs than that. Take these (--allow-short), or name another number"
+        )
+    held[rows] = taken[group]
+    return held
+
+
+def _need_ids(what: str, without: Mask) -> None:
+    if without.any():
+        raise DataError(f"{what}, and {without.sum()} pairs have none; fill them first with embedrl data content-ids")
+
+
+def candidates_by_source(roster: Roster, settings: SplitSettings, held: Mask) -> dict[str, Index]:
     """The rows that RL may draw, ascending, by data source."""
     mismatch = roster.verdict == VERDICTS.index("mismatch")
     chosen = {"mismatch": mismatch, "match": _matches(roster, settings), "all": roster.good}[settings.rl_from]
-    rows = np.flatnonzero(roster.good & chosen)
+    rows = np.flatnonzero(roster.good & chosen & ~held)
     return {name: rows[roster.source[rows] == code] for code, name in enumerate(roster.names)}
 
 
@@ -145,3 +186,60 @@ def _check_named(candidates: dict[str, Index], roster: Roster, settings: SplitSe
         + f"\nThe data have: {present}.\nName other sources or numbers (--rl-rows SOURCE=N), or take what there is "
         "(--allow-short)"
     )
+
+
+def split_report(roster: Roster, fates: Fates, settings: SplitSettings) -> JobReport:
+    """Count what became of the rows; with a table for people.
+
+    Of each data source: pairs (without rejected ones), verdicts and fates (pairs by each), candidates (pairs that RL
+    may draw), wanted (pairs that RL is to get; null = not limited). shared: contrastive pairs whose target content is
+    that of an RL pair too, media and text, by whether the content has media (or an id of the source) or is a text
+    alone; contents, distinct ones of them; queries, contrastive pairs whose query_id an RL pair has; without_id, pairs
+    of both sets that have no target_id, and are not counted here.
+    """
+    candidates = candidates_by_source(roster, settings, np.isin(fates, (HELD, CONTENT_HELD)))
+    sources, total = dict[str, Any](), Counter[str]()
+    rows: list[list[object]] = [["data source", "pairs", *VERDICTS, "contrastive", "RL", "of", "left out"]]
+    for code, name in sorted(enumerate(roster.names), key=lambda item: item[1]):
+        of, wanted = roster.good & (roster.source == code), settings.wanted(name)
+        counts = np.bincount(fates[of], minlength=len(FATES)).tolist()
+        found = Counter({fate: count for fate, count in zip(FATES, counts, strict=True) if count})
+        judged = [int((roster.verdict[of] == verdict).sum()) for verdict in range(len(VERDICTS))]
+        sources[name] = {
+            "pairs": int(of.sum()),
+            "verdicts": dict(zip(VERDICTS, judged, strict=True)) if roster.judged else {},
+            "candidates": 0 if wanted == 0 else len(candidates[name]),
+            "wanted": wanted,
+            "fates": dict(found),
+        }
+        total += found
+        sets = [sum(counts[fate] for fate in SETS[members]) for members in ("contrastive", "rl")]
+        left_out = sum(counts[UNDRAWN:HELD])
+        shown = judged if roster.judged else ["-"] * len(VERDICTS)
+        rows.append([name, sources[name]["pairs"], *shown, *sets, sources[name]["candidates"], left_out])
+    again = also_in_rl(roster.content, fates)
+    shared = {
+        "media": int((again & ~roster.is_text).sum()),
+        "text": int((again & roster.is_text).sum()),
+        "contents": len(np.unique(roster.content[again])),
+        "queries": int(also_in_rl(roster.query, fates).sum()),
+        "without_id": int(((fates <= BOTH) & (roster.content == 0)).sum()),
+    }
+    lines = table(*rows) + [f"{fate}: {total[fate]}" for fate in FATES if total[fate]]
+    notes = (
+        (not total[FATES[RL]] + total[FATES[BOTH]], "NOTE no pair is left for RL: rl/ is empty; see --rl-from"),
+        (
+            again.any(),
+            f"{shared['media'] + shared['text']} contrastive pairs have a target content that RL has too "
+            f"({shared['media']} with media, {shared['text']} of text alone; {shared['contents']} contents); see "
+            "--disjoint-targets",
+        ),
+        (shared["queries"], f"{shared['queries']} contrastive pairs have a query that RL has too"),
+        (
+            shared["without_id"],
+            f"{shared['without_id']} pairs without target_id were not compared; see embedrl data content-ids",
+        ),
+        (len(roster.rejected), f"{len(roster.rejected)} rows rejected"),
+    )
+    values = {"sources": sources, "shared": shared, "rejected": len(roster.rejected)}
+    return JobReport(values, lines + [note for told, note in notes if told])

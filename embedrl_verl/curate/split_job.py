@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`embedrl data split` as a job: two data set folders, who went where, and a report.
+"""`embedrl data split` as a job: data set folders, who went where, and a report.
 
     OUT/contrastive/   pairs for the Embedder
     OUT/rl/            pairs for the Reasoner
+    OUT/holdout/       pairs that share no content with these, if some are held out
     OUT/split.parquet  pair_id, data_source, verdict, fate; rows as in the input
     OUT/split.json     the report
 
@@ -23,11 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedrl_verl.annotate.verdict_file import VERDICTS
-from embedrl_verl.curate.media_paths import merged_root, with_prefix
-from embedrl_verl.curate.report import JobReport
+from embedrl_verl.curate.job import JobReport, merged_root, with_prefix
 from embedrl_verl.curate.roster import Index, Roster, read_verdicts
-from embedrl_verl.curate.split import BOTH, CONTRASTIVE, FATES, REJECTED, RL, Fates, SplitSettings, decide
-from embedrl_verl.curate.split_report import split_report
+from embedrl_verl.curate.split import FATES, REJECTED, SETS, Fates, SplitSettings, decide, split_report
 from embedrl_verl.data import build
 from embedrl_verl.data.files import (
     REJECTED_FILE,
@@ -44,7 +43,6 @@ from embedrl_verl.data.writer import PairWriter
 from embedrl_verl.errors import ConfigError, DataError
 
 ROWS_PER_PART = 50_000
-SETS = {"contrastive": (CONTRASTIVE, BOTH), "rl": (RL, BOTH)}
 PartTask: TypeAlias = list[tuple[Path, Index, str | None]]
 """One part: of each file the rows that it holds, and what their media paths get in front."""
 
@@ -66,11 +64,11 @@ def split_pairs(
     Without `verdicts` (parquet: pair_id, verdict; one row a pair) every pair is a match.
     """
     settings, out = settings or SplitSettings(), Path(out)
-    if verdicts is None and settings.rl_from != "all":
+    if verdicts is None and settings.rl_from != "all" and settings.holdout is None:
         raise ConfigError(
             f"rl_from {settings.rl_from} needs verdicts; name their file (--verdicts), or draw from all (--rl-from all)"
         )
-    processes, files = worker_count(workers), pair_files(paths)
+    files = pair_files(paths)
     root, prefixes = merged_root(files, media_root)
     roster = Roster(files)
     if verdicts is not None:
@@ -78,20 +76,20 @@ def split_pairs(
     fates = decide(roster, settings)
     judged_by = {"verdicts": verdicts and sha256_of(Path(verdicts))}
     options = {**asdict(settings), **judged_by, "media_root": root, "rows_per_part": rows_per_part}
+    limits: Any = {"workers": worker_count(workers), "max_bad_share": max_bad_share}
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         build.stop_if_bad([{"rejected": [*roster.rejected.values()]}], len(roster), max_bad_share, out)
-    for name, members in SETS.items():
+    for name in settings.sets:
         facts = {**build.build_facts("embedrl data split", options, files), "set": name}
-        rows = np.flatnonzero(np.isin(fates, members))
+        rows = np.flatnonzero(np.isin(fates, SETS[name]))
         tasks = [
             [(file, numbers, prefixes[file]) for file, _, numbers in roster.pieces(rows[start:][:rows_per_part])]
             for start in range(0, max(len(rows), 1), rows_per_part)
         ]
         with build.building(out / name, facts, command, stamps=[file.stat().st_mtime_ns for file in files]) as work:
             if work is not None:
-                limits: Any = {"rows": len(rows), "workers": processes, "max_bad_share": max_bad_share}
-                reports = build.make_parts(write_part, tasks, work, label=name, **limits)
+                reports = build.make_parts(write_part, tasks, work, rows=len(rows), label=name, **limits)
                 build.finish(out / name, f"{name} set", facts, reports, media_root=root)
         with open(out / name / REJECTED_FILE, encoding="utf-8") as lines:
             for line in map(json.loads, lines):
@@ -113,8 +111,7 @@ def write_part(task: PartTask, part: Path) -> build.Report:
         for file, numbers, prefix in task:
             for rows, batch in read_rows(file, numbers):
                 good = np.ones(len(rows), np.bool_)
-                for place, values in enumerate(batch.to_pylist()):
-                    row = int(rows[place])
+                for place, (row, values) in enumerate(zip(rows.tolist(), batch.to_pylist(), strict=True)):
                     record = record_or_error(values, file, row)
                     try:
                         if isinstance(record, DataError):
@@ -124,10 +121,10 @@ def write_part(task: PartTask, part: Path) -> build.Report:
                         good[place] = False
                         report["rejected"].append(build.rejection(file, row, error, values["pair_id"]))
                         continue
-                    report["by_source"][moved.data_source] += 1
+                    report["by_source"][record.data_source] += 1
                     if prefix != "":
                         writer.add(moved)
-                if prefix == "":
+                if prefix == "":  # as it is, which is faster
                     writer.write(batch.filter(pa.array(good)))
     return {**report, "records": writer.rows}
 

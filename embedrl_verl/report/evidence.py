@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from embedrl_verl.config.schema import EvidenceConfig
@@ -59,11 +60,11 @@ class TcotReader:
             flags.append(Flag("keyword", f"{len(missing)} not in the text: {quoted}."))
         try:
             seen = [self._read_at(image.size) for image in item.images]
-            boxes = self._boxes(tcot, item, seen, prefix)
+            boxes, box_flags = self._boxes(tcot, item, seen, prefix)
             places, pieces = self._pieces(tcot, item, seen, boxes, prefix)
         except MediaError as error:  # sides that no model reads
             return replace(bare, flags=(*flags, Flag("media", f"{error}.")), missing_keywords=missing)
-        flags += self._box_flags(boxes, item, seen)
+        flags += box_flags
         if places > len(pieces):
             flags.append(Flag("too_much", f"It points at {places} places; {len(pieces)} are cut."))
         return TcotView(title, tcot, boxes, pieces, missing, facts, tuple(flags), prefix)
@@ -72,18 +73,36 @@ class TcotReader:
         low, high = self.limits.tokens(is_frame=False)
         return smart_resize(*size[::-1], token_side=self.limits.token_side, min_tokens=low, max_tokens=high)[::-1]
 
-    def _boxes(self, tcot: TCoT, item: LoadedItem, seen: Sequence[Size], prefix: str) -> tuple[BoxView, ...]:
-        views = []
+    def _boxes(
+        self, tcot: TCoT, item: LoadedItem, seen: Sequence[Size], prefix: str
+    ) -> tuple[tuple[BoxView, ...], list[Flag]]:
+        """The boxes, and what is wrong with some of them."""
+        views, units = list[BoxView](), BOX_UNITS[self.convention]
+        found: dict[str, list[str]] = defaultdict(list)
+        said = {
+            "units": f"outside the image; boxes are read as {units.words} (--boxes)",
+            "whole_image": f"{WHOLE:.0%} of the image or more",
+        }
         for number, box in enumerate(tcot.boxes, 1):
+            name, written, pixels = f"{prefix}{number}", (box.x1, box.y1, box.x2, box.y2), None
             status = "; ".join(self._cut(replace(tcot, evidence={"bbox_2d": (box,)}), item, seen).problems)
-            pixels = None
             if box.image <= len(item.images):
-                (w, h), (to_w, to_h) = item.images[box.image - 1].size, seen[box.image - 1]
-                sizes = {"width": w, "height": h, "resized_width": to_w, "resized_height": to_h}
+                (width, height), read_at = item.images[box.image - 1].size, seen[box.image - 1]
+                sizes = {"width": width, "height": height, "resized_width": read_at[0], "resized_height": read_at[1]}
                 pixels = next(iter(boxes_to_pixels([box], convention=self.convention, **sizes)), None)
-            written = (box.x1, box.y1, box.x2, box.y2)
-            views.append(BoxView(f"{prefix}{number}", number - 1, written, box.image, pixels, status))
-        return tuple(views)
+                if min(written) < 0 or any(map(operator.gt, written, units.of(read_at) * 2)):
+                    found["units"].append(name)
+                if pixels and (pixels[2] - pixels[0]) * (pixels[3] - pixels[1]) >= WHOLE * width * height:
+                    found["whole_image"].append(name)
+            if status:
+                code = "tiny_box" if pixels else "lost_box"
+                found[code].append(name)
+                said.setdefault(code, status)
+            views.append(BoxView(name, number - 1, written, box.image, pixels, status))
+        listed = {
+            code: ", ".join(names[:8]) + (" and others" if len(names) > 8 else "") for code, names in found.items()
+        }
+        return tuple(views), [Flag(code, f"Box {names}: {said[code]}.") for code, names in listed.items()]
 
     def _cut(self, tcot: TCoT, item: LoadedItem, seen: Sequence[Size]) -> Evidence:
         return cut_evidence(
@@ -113,25 +132,3 @@ class TcotReader:
         cut = zip([*names.values(), *more], images, strict=False)
         pieces = tuple(PieceView(*name, image, self._read_at(image.size)) for name, image in cut)
         return max(len(names), len(pieces)), pieces
-
-    def _box_flags(self, boxes: Sequence[BoxView], item: LoadedItem, seen: Sequence[Size]) -> Iterator[Flag]:
-        found: dict[str, list[BoxView]] = defaultdict(list)
-        for box in boxes:
-            if box.status:
-                found["lost_box" if box.pixels is None else "tiny_box"].append(box)
-            if box.image > len(item.images):
-                continue
-            size = BOX_UNITS[self.convention].of(seen[box.image - 1])
-            if min(box.written) < 0 or any(value > side for value, side in zip(box.written, size * 2, strict=True)):
-                found["units"].append(box)
-            if box.pixels is not None:
-                (width, height), (x1, y1, x2, y2) = item.images[box.image - 1].size, box.pixels
-                if (x2 - x1) * (y2 - y1) >= WHOLE * width * height:
-                    found["whole_image"].append(box)
-        said = {
-            "units": f"outside the image; boxes are read as {BOX_UNITS[self.convention].words} (--boxes)",
-            "whole_image": f"{WHOLE:.0%} of the image or more",
-        }
-        for code, some in found.items():
-            names = ", ".join(box.name for box in some[:8]) + (" and others" if len(some) > 8 else "")
-            yield Flag(code, f"Box {names}: {said.get(code, some[0].status)}.")

@@ -4,7 +4,8 @@ if every record is broken."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,20 +13,21 @@ from tqdm import tqdm
 
 from embedrl_verl.annotate.verdict_file import verdict_files_of, verdicts_of
 from embedrl_verl.data.files import write_atomically
-from embedrl_verl.data.media import MediaLimits
-from embedrl_verl.data.table import PairTable
+from embedrl_verl.data.media import LoadedItem, MediaLimits, load_item, resolve_media_path
+from embedrl_verl.data.schema import SIDES, Item, Side, input_kind
+from embedrl_verl.data.table import LocatedPair, PairTable, Problem
 from embedrl_verl.data.threads import default_threads, in_threads
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.errors import ConfigError, MediaError
 from embedrl_verl.families import BOX_UNITS, BoxConvention, box_convention, family_of, token_side
+from embedrl_verl.kinds import InputKind
 from embedrl_verl.report.evidence import TcotReader
-from embedrl_verl.report.examine import Examiner
-from embedrl_verl.report.lengths import LengthMeter
+from embedrl_verl.report.lengths import LengthMeter, RecipeLimits
 from embedrl_verl.report.page import GENERATOR, PageHead, render_page
-from embedrl_verl.report.recipe import RecipeLimits
-from embedrl_verl.report.rows import choose, rows_by_source, rows_with_ids
-from embedrl_verl.report.views import CardView
+from embedrl_verl.report.rows import NO_SOURCE, choose, rows_by_source, rows_with_ids
+from embedrl_verl.report.views import CardView, Flag, SideView
 
 NAMED = 5
+MAX_NEGATIVES = 16
 
 
 def show_records(
@@ -51,19 +53,17 @@ def show_records(
         raise ConfigError(f"{page} exists and is not a page of `embedrl data show`; name another file with --out")
     table = PairTable(files, limits.media_root)
     chosen = rows_with_ids(table, pair_id) if pair_id else choose(table, scan if only else limit, seed)
-    how = "evenly spaced in each source" if seed is None else f"random in each source, seed {seed}"
-    how = "by pair id" if pair_id else "all" if len(chosen) == len(table) else how
+    drawn = "evenly spaced in each source" if seed is None else f"random in each source, seed {seed}"
+    how = "by pair id" if pair_id else "all" if len(chosen) == len(table) else drawn
     meter = None if tokenizer is None else LengthMeter.from_pretrained(tokenizer, limits)
     named = default_family if limits.data.family == "auto" else limits.data.family
     family = family_of(named) if meter is None else meter.prompts.family
-    convention = boxes or box_convention(family)
-    reader = TcotReader(
-        convention, MediaLimits.of(limits.data, token_side(family), limits.data.max_frames), limits.evidence
-    )
+    convention, frames = boxes or box_convention(family), limits.data.max_frames
+    reader = TcotReader(convention, MediaLimits.of(limits.data, token_side(family), frames), limits.evidence)
     verdict_files = [Path(verdicts)] if verdicts else verdict_files_of(table.files)
     ids = set(table.column("pair_id").take(chosen).to_pylist()) - {None}
     found = verdicts_of(verdict_files, ids) if verdict_files else None
-    examiner = Examiner(reader, limits.data.max_frames, meter, found)
+    examiner = Examiner(reader, frames, meter, found)
 
     def cards(numbers: Sequence[int], told: str) -> Iterator[CardView]:
         made = in_threads(lambda row: examiner.card(table[row], table.media_root(row)), numbers, default_threads())
@@ -101,10 +101,80 @@ def show_records(
         raise ConfigError(f"--out {page}: cannot be written ({error})") from error
     size = page.stat().st_size / 1e6
     print(f"{page}: {rendered.cards} of {len(table)} records, {rendered.faults} with a fault, {size:.1f} MB")
-    if rendered.left_out or rendered.pictures_left_out:
-        print(f"left out for --max-mib: {rendered.left_out} records, {rendered.pictures_left_out} pictures")
+    for note in rendered.notes:
+        print(note)
 
 
 def _listed(names: Iterable[str]) -> str:
     several = list(names)
     return ", ".join(several[:NAMED]) + (f" and {len(several) - NAMED} more" if len(several) > NAMED else "")
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Makes cards; nothing is said about lengths without a meter, and about verdicts (by pair id) without any."""
+
+    reader: TcotReader
+    max_frames: int
+    meter: LengthMeter | None = None
+    verdicts: Mapping[str, str] | None = None
+
+    def card(self, found: LocatedPair | Problem, media_root: str | None) -> CardView:
+        """The card of a row; whatever is wrong with the row stands on it."""
+        where = f"{Path(found.file).name}, row {found.row}"
+        if isinstance(found, Problem):
+            flag = Flag("unreadable", found.message)
+            return CardView(where, found.data_source or NO_SOURCE, found.file, flags=(flag,))
+        record, flags = found.record, list[Flag]()
+        lengths: dict[tuple[str, Side], tuple[int, int]] = {}
+        try:
+            if self.meter:
+                for key, tokens in self.meter.measure(found, media_root).items():
+                    lengths[key] = tokens, self.meter.limit(key[0])
+        except MediaError as error:
+            flags.append(Flag("media", f"{error}."))
+        sides = []
+        for side in SIDES:
+            told = {name: length for (name, whose), length in lengths.items() if whose == side}
+            sides.append(self._side(record.item(side), side.capitalize(), input_kind(record, side), media_root, told))
+        more = [
+            self._side(item, f"Negative {number}", input_kind(replace(record, target=item), "target"), media_root, {})
+            for number, item in enumerate(record.negatives[:MAX_NEGATIVES], 1)
+        ]
+        verdict = "" if self.verdicts is None else self.verdicts.get(record.pair_id, "not judged")
+        facts = (("query id", record.query_id), ("target id", record.target_id), ("relevance", verdict))
+        annotated = [side for side in SIDES if record.item(side).tcot.strip()]
+        if len(annotated) == 1:
+            flags.append(Flag("no_tcot", f"Only the {annotated[0]} has one; contrastive training needs both."))
+        shown = tuple((name, value) for name, value in facts if value)
+        return CardView(record.pair_id, record.data_source, where, tuple(sides), tuple(more), shown, tuple(flags))
+
+    def _side(
+        self, item: Item, title: str, kind: InputKind, media_root: str | None, lengths: Mapping[str, tuple[int, int]]
+    ) -> SideView:
+        loaded, facts, flags = None, list[tuple[str, str]](), list[Flag]()
+        try:
+            for frame in item.video.frames if item.video else ():  # not all are drawn, but all must be there
+                if isinstance(frame, str):
+                    resolve_media_path(frame, media_root)
+            loaded = load_item(item, media_root, max_frames=self.max_frames)
+        except MediaError as error:
+            flags.append(Flag("media", f"{error}."))
+        for measure, (tokens, limit) in lengths.items():
+            name = "T-CoT" if measure == "tcot" else measure
+            facts.append((f"{name} tokens", f"{tokens:,} of {limit:,}"))
+            if tokens > limit:
+                flags.append(Flag("too_long", f"The {name} has {tokens:,} tokens; the recipe's limit is {limit:,}."))
+        tcots = (self.reader.view(item.tcot, loaded, kind),) if item.tcot.strip() else ()
+        note = _media_note(item, loaded)
+        return SideView(title, kind, item.text, item.instruction, loaded, tcots, note, tuple(facts), tuple(flags))
+
+
+def _media_note(item: Item, loaded: LoadedItem | None) -> str:
+    """What the stored media are, in a few words."""
+    notes = [f"{len(item.images)} images"] if len(item.images) > 1 else []
+    if item.video is not None:
+        notes.append(item.video.path or f"{len(item.video.frames)} frames")
+        if loaded is not None and loaded.times is not None:
+            notes.append(f"{len(loaded.frames)} drawn, {loaded.times.fps:g} a second")
+    return ", ".join(notes)

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`embedrl data show` and `embedrl data stats`, from the choice of rows to what they print."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from array import array
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,10 +16,8 @@ from embedrl_verl.cli import main
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.table import PairTable
 from embedrl_verl.data.writer import write_pairs
-from embedrl_verl.report.lengths import LengthMeter
-from embedrl_verl.report.recipe import RecipeLimits, recipe_limits
+from embedrl_verl.report.lengths import LengthMeter, RecipeLimits, recipe_limits, summaries
 from embedrl_verl.report.rows import choose
-from embedrl_verl.report.stats import summaries
 from recipes.tiny_digits.models import build_tiny_model
 from tests.report.conftest import Seen
 
@@ -31,23 +26,23 @@ FILE = "pairs.parquet"
 COUNTED = ("--prompt-style", "compact", "--image-min-tokens", 4)
 
 
-def embedrl(*words: object) -> int:
+def embedrl(*words):
     return main(["data", *map(str, words)])
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(build_tiny_model(tmp_path_factory.mktemp("model")))
+def model(tmp_path_factory):
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def shown(*options: object) -> tuple[list[str], str]:
+def shown(*options):
     """Data sources and text of the page that `embedrl data show` writes."""
     assert embedrl("show", FILE, "--out", "deep/p.html", *options) == 0
     seen = Seen(Path("deep/p.html").read_text())
     return [one["data-source"] for one in seen.all("article")], seen.characters
 
 
-def test_show_needs_nothing_but_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_needs_nothing_but_the_file(capsys):
     heavy = "any(name in sys.modules for name in ('torch', 'verl', 'ray', 'transformers'))"
     code = f"import sys; from embedrl_verl.cli import main; sys.exit(main(['data', 'show', {FILE!r}]) or {heavy})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -57,7 +52,7 @@ def test_show_needs_nothing_but_the_file(capsys: pytest.CaptureFixture[str]) -> 
     assert "name another file with --out" in capsys.readouterr().err
 
 
-def test_records_can_be_chosen(model: Path) -> None:
+def test_records_can_be_chosen(model):
     assert shown("--pair-id", "bare", "clip")[0] == ["videos", "text"]
     sources, text = shown("--only", "problems")
     assert sources == ["odd", "vqa"] and "6 records were looked through" in text
@@ -69,7 +64,7 @@ def test_records_can_be_chosen(model: Path) -> None:
     assert "tokens; the recipe's limit is 20" in counted
 
 
-def test_cards_have_the_verdicts_of_the_judge() -> None:
+def test_cards_have_the_verdicts_of_the_judge():
     assert "relevance" not in shown()[1]
     verdicts = pa.table({"pair_id": ["clip", "image", "elsewhere"], "verdict": ["mismatch", "match", "match"]})
     pq.write_table(verdicts, "other.parquet")
@@ -79,7 +74,7 @@ def test_cards_have_the_verdicts_of_the_judge() -> None:
     assert [text.count(f"relevance {verdict}") for verdict in ("match", "mismatch", "not judged")] == [1, 1, 4]
 
 
-def test_what_cannot_work_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_work_is_told(capsys):
     write_pairs([], "empty.parquet")
     assert embedrl("show", FILE, "--seed", 1, "--pair-id", "clip") == embedrl("show", FILE, "--limit", 0) == 2
     assert embedrl("show", FILE, "--pair-id", "nobody") == embedrl("show", "empty.parquet") == 3
@@ -89,7 +84,7 @@ def test_what_cannot_work_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pairs.parquet, row 0: pair_id must not be empty" in shown()[1]
 
 
-def test_stats_counts_tokens(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_counts_tokens(model, capsys):
     assert embedrl("stats", FILE, "--tokenizer", model, *COUNTED, "--limit", 4) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "data source length side rows mean p50 p90 p99 max limit over share over"
@@ -105,7 +100,7 @@ def test_stats_counts_tokens(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert ("text", "tcot", "query") not in found  # a side without one has no length
 
 
-def test_every_source_is_shown_and_shares_follow_sizes() -> None:
+def test_every_source_is_shown_and_shares_follow_sizes():
     names = ["large"] * 300 + ["small"] * 30 + ["tiny"]
     write_pairs([PairRecord(str(row), name, "", Item("q"), Item("t")) for row, name in enumerate(names)], FILE)
     table = PairTable([FILE])
@@ -115,16 +110,14 @@ def test_every_source_is_shown_and_shares_follow_sizes() -> None:
     assert choose(table, 20, seed=1) == choose(table, 20, seed=1) != choose(table, 20, seed=2)
 
 
-def test_percentiles_are_lengths_that_rows_have() -> None:
-    meter: Any = LengthMeter(RecipeLimits(max_prompt_length=95), None)  # type: ignore[arg-type]
-    tokens: Any = {("b", "text", "query"): array("i", [3, 1, 2])}
-    tokens["a", "prompt", "target"] = array("i", range(100, 0, -1))
-    many, few = summaries(tokens, meter)
+def test_percentiles_are_lengths_that_rows_have():
+    tokens = {("b", "text", "query"): array("i", [3, 1, 2]), ("a", "prompt", "target"): array("i", range(100, 0, -1))}
+    many, few = summaries(tokens, LengthMeter(RecipeLimits(max_prompt_length=95), None))
     assert list(many.values()) == ["a", "prompt", "target", 100, 50.5, 50, 90, 99, 100, 95, 5, 0.05]
     assert list(few.values()) == ["b", "text", "query", 3, 2.0, 2, 3, 3, 3, 480, 0, 0.0]
 
 
-def test_limits_are_those_of_the_recipe_its_overrides_and_named_options() -> None:
+def test_limits_are_those_of_the_recipe_its_overrides_and_named_options():
     assert recipe_limits(["trainer.nnodes=1"], {}) == RecipeLimits()
     overrides = ["data.max_prompt_length=99", "data.embedrl.max_frames=3", "embedrl.evidence.max_items=2"]
     limits = recipe_limits(overrides, {"max_frames": 5, "media_root": "m"})

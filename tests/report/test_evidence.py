@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a T-CoT points at, and what is wrong with it."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.media import LoadedItem, MediaLimits, fit_image
 from embedrl_verl.embedder.messages import EmbedInput
-from embedrl_verl.families import BoxConvention, Family
 from embedrl_verl.report.evidence import TcotReader
-from embedrl_verl.report.views import TcotView
+from embedrl_verl.report.views import Flag
 from tests.report.conftest import noise, tcot
 
 LIMITS = MediaLimits(28, image_min_tokens=16, image_max_tokens=64)
@@ -22,11 +17,11 @@ FRAMES = tuple(noise(90 + number, 56, 56) for number in range(5))
 IMAGE, WORDS = LoadedItem("a bus", "", (PICTURE,), ()), LoadedItem("there is  a bus", "", (), ())
 
 
-def view(evidence: Any, units: BoxConvention = "relative_1000", item: LoadedItem = IMAGE) -> TcotView:
+def view(evidence, units="relative_1000", item=IMAGE):
     return TcotReader(units, LIMITS).view(tcot(evidence), item, "query_image" if item.images else "query_text")
 
 
-def test_boxes_are_read_in_the_units_of_the_family() -> None:
+def test_boxes_are_read_in_the_units_of_the_family():
     relative, absolute = view({"bbox_2d": [100, 200, 500, 800]}), view({"bbox_2d": [77, 35, 154, 70]}, "absolute")
     assert fit_image(PICTURE, LIMITS).size == (308, 140)
     assert (relative.boxes[0].pixels, absolute.boxes[0].pixels) == ((40, 40, 200, 160), (100, 50, 200, 100))
@@ -34,7 +29,7 @@ def test_boxes_are_read_in_the_units_of_the_family() -> None:
 
 
 @pytest.mark.parametrize(("units", "family"), [("relative_1000", "qwen2_vl"), ("absolute", "qwen2_5_vl")])
-def test_pieces_are_those_that_the_embedder_gets(units: BoxConvention, family: Family) -> None:
+def test_pieces_are_those_that_the_embedder_gets(units, family):
     random = np.random.default_rng(1)
     item = LoadedItem("", "", (PICTURE, noise(1, 90, 300)), FRAMES)
     for _ in range(50):
@@ -50,12 +45,14 @@ def test_pieces_are_those_that_the_embedder_gets(units: BoxConvention, family: F
             assert piece.image == image == places[piece.name] and piece.read_at == fit_image(image, LIMITS).size
 
 
-def test_what_is_wrong_is_flagged() -> None:
-    def codes(*given: Any, item: LoadedItem = IMAGE) -> list[str]:
+def test_what_is_wrong_is_flagged():
+    def codes(*given, item=IMAGE):
         return [flag.code for flag in view(*given, item=item).flags]
 
     assert codes({"bbox_2d": [100, 100, 110, 900]}) == ["tiny_box"]
-    assert codes({"bbox_2d": [500, 500, 400, 400]}) == ["lost_box"]
+    lost = view({"bbox_2d": [500, 500, 400, 400]})
+    assert lost.flags == (Flag("lost_box", f"Box 1: {lost.boxes[0].status}."),) and lost.boxes[0].status
+    assert codes({"bbox_2d": [-9, 300, 400, 900]}) == ["units"]
     assert codes({"bbox_2d": [0, 0, 1000, 990]}) == ["whole_image"]
     assert codes({"bbox_2d": [200, 300, 1400, 900]}) == codes({"bbox_2d": [9, 9, 250, 150]}, "absolute") == ["units"]
     assert codes({"bbox_2d": [{"image": 2, "box": [1, 1, 900, 900]}]}) == ["form", "no_evidence"]
