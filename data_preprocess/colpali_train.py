@@ -45,8 +45,7 @@ from embedrl_verl.data.schema import Item, PairRecord
 SOURCES = {"answer": "vidore_colpali", "page": "vidore_colpali_pages"}
 """Reading -> data source."""
 ASKED_BRIEFLY = ("docvqa", "Infographic-VQA")
-LETTER = re.compile(r"\(?(?P<letter>[A-Z])\)?[.):]*")
-OPTION = re.compile(r"\(?(?P<letter>[A-Z])[.):]+\s*(?P<text>.*)", re.DOTALL)
+OPTION = re.compile(r"\(?(?P<letter>[A-Z])(?:[.):]+\s*(?P<text>.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -81,32 +80,23 @@ def page_id(row: RawRow) -> str:
 
 
 def clean_answer(row: RawRow) -> str:
-    parts = listed(row.value("answer"))
-    if parts is not None:
-        return ", ".join(part for part in parts if part)
+    """An answer in parts joined; the text of the option that a letter names (options without letters are counted: "A"
+    is the first), without the letter before it; any other answer as it is."""
+    if (parts := listed(row.value("answer"))) is not None:
+        return ", ".join(filter(None, parts))
     answer, cell = row.text("answer", "").strip(), row.value("options", None)
+    letter, text = split_option(answer)
     options = listed(cell)
-    if options is not None:
-        return chosen(answer, options)
-    absent = cell is None or (isinstance(cell, str) and not cell.strip())
-    if not absent and option_letter(answer) is not None:
-        rule = f"must be a list of texts when the answer is a letter ({show(answer)})"
-        raise RowError("options", f"{rule}; got {show(cell)}")
-    return answer
-
-
-def chosen(answer: str, options: list[str]) -> str:
-    """Text of the option that an answer names by its letter (options without letters are counted: "A" is the first);
-    another answer without the letter before it."""
-    letter = option_letter(answer)
-    if letter is None:
-        return without_letter(answer)[1]
-    lettered = [without_letter(option) for option in options]
-    if any(known for known, _ in lettered):
-        found = [text for known, text in lettered if known == letter and text]
-    else:
-        place = ord(letter) - ord("A")
-        found = options[place : place + 1]
+    if options is None:
+        if letter and not text and cell is not None and str(cell).strip():
+            rule = f"must be a list of texts when the answer is a letter ({show(answer)})"
+            raise RowError("options", f"{rule}; got {show(cell)}")
+        return answer
+    if letter is None or text:
+        return text
+    lettered = [(known, words) for known, words in map(split_option, options) if known and words]
+    place = ord(letter) - ord("A")
+    found = [words for known, words in lettered if known == letter] if lettered else options[place : place + 1]
     if len(found) != 1:
         raise RowError("answer", f"must name one of the options; got {show(answer)} and options {show(options)}")
     return found[0]
@@ -128,15 +118,10 @@ def listed(value: Any) -> list[str] | None:
     return [str(part).strip() for part in value]
 
 
-def option_letter(answer: str) -> str | None:
-    """The letter if the answer is nothing but the letter of an option, as "D", "D." or "(D)"."""
-    return found["letter"] if (found := LETTER.fullmatch(answer.strip())) else None
-
-
-def without_letter(text: str) -> tuple[str | None, str]:
-    """(letter, text) of an option as "B. two bars"; (None, the option) without a letter."""
+def split_option(text: str) -> tuple[str | None, str]:
+    """("B", "two bars") of "B. two bars"; ("B", "") of a lone letter, as "B", "B." or "(B)"; else (None, the text)."""
     found = OPTION.fullmatch(text.strip())
-    return (found["letter"], found["text"].strip()) if found else (None, text.strip())
+    return (found["letter"], (found["text"] or "").strip()) if found else (None, text.strip())
 
 
 if __name__ == "__main__":

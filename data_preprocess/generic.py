@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
-from embedrl_verl.convert.column_map import ITEM_KEYS, RECORD_KEYS, ColumnMap, Fields, load_column_map
+from embedrl_verl.convert.column_map import ITEM_KEYS, RECORD_KEYS, apply_map, columns_of, load_column_map
 from embedrl_verl.convert.command import convert_main
 from embedrl_verl.convert.converter import Converter, RawRow, RowError, Shard, as_images, as_text, option, show
 from embedrl_verl.convert.inputs import InputRoot, natural_key
@@ -27,6 +27,7 @@ from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.errors import ConfigError, DataError
 
 PATTERNS = ("**/*.parquet", "**/*.jsonl", "**/*.jsonl.gz", "**/data-*.arrow")
+TEXTS = ("text", "instruction", "kind", "tcot")
 FASTEST = 1e6
 
 
@@ -42,19 +43,21 @@ class Generic(Converter):
 
     name = "generic"
 
-    mapping: ClassVar[ColumnMap | None] = None  # of the instance: read once, and sent to the workers
+    # Of the instance: read once, and sent to the workers.
+    mapping: ClassVar[dict[str, Any] | None] = None
+    names: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         mapping = load_column_map(self.columns, self.column, self.value)
-        if mapping is not None and "data_source" in mapping.record and self.source:
+        if mapping is not None and "data_source" in mapping and self.source:
             raise ConfigError("the column map says data_source, and --source too; leave one out")
         object.__setattr__(self, "mapping", mapping)
+        object.__setattr__(self, "names", columns_of(mapping) if mapping else {})
 
     @property
     def settings(self) -> dict[str, Any]:
-        plain = {} if self.mapping is None else self.mapping.as_plain()
-        return {"source": self.source, "pattern": self.pattern, **{f"columns.{key}": plain[key] for key in plain}}
+        return {"source": self.source, "pattern": self.pattern, **({"columns": self.mapping} if self.mapping else {})}
 
     def shards(self, root: InputRoot) -> list[Shard]:
         patterns = (self.pattern,) if self.pattern else PATTERNS
@@ -63,116 +66,78 @@ class Generic(Converter):
             raise DataError(f"no file fits {', '.join(patterns)}; the input must be a file or folder of such files")
         default, source = name_of(root.location), self.source
         if not source and self.mapping is not None:
-            said = self.mapping.record.get("data_source")
-            source = default if said is None else str(said.content) if said.kind == "value" else ""
+            said = self.mapping.get("data_source", {"value": default})
+            source = str(said.get("value", "")) if isinstance(said, dict) else ""
         return [Shard(name, source, note=default) for name in sorted(names, key=natural_key)]
 
     def convert(self, row: RawRow) -> PairRecord:
-        values, mapping = row.values, self.mapping
-        if mapping is not None:
-            texts = {key: id_text(one.look_up(values), one.name) for key, one in mapping.record.items()}
-            query = mapped_item(look_up(mapping.query, row), mapping.query, "query")
-            target = mapped_item(look_up(mapping.target, row), mapping.target, "target")
-            spreads = [spread(one, row, f"negatives[{index}]") for index, one in enumerate(mapping.negatives)]
-            negatives = [item for items in spreads for item in items]
-        elif "query" not in values and "target" not in values:
+        names = self.names
+        if self.mapping is not None:
+            values, names = apply_map(self.mapping, row.values, names)
+            row = RawRow(row.shard, row.row, values)
+        elif not {"query", "target"} & set(row.values):
             raise RowError(
                 "",
                 "has neither query nor target; say which columns they are with --column query.text=..., --column "
-                f"target.text=..., or a map (--columns). The row has {', '.join(values) or 'none'}",
+                f"target.text=..., or a map (--columns). The row has {', '.join(row.values) or 'none'}",
             )
-        else:
-            texts = {key: row.text(key, "") for key in RECORD_KEYS if key != "pair_id"}
-            texts["pair_id"] = id_text(values.get("pair_id"), "pair_id")
-            query, target = own_item(row.value("query"), "query"), own_item(row.value("target"), "target")
-            given = values.get("negatives") or []
-            if not isinstance(given, list):
-                raise RowError("negatives", f"must be a list; got {show(given)}")
-            negatives = [own_item(item, f"negatives[{index}]") for index, item in enumerate(given)]
-        source = self.source or texts.get("data_source") or row.shard.note
-        texts |= {"data_source": source, "pair_id": texts.get("pair_id") or row.pair_id(source)}
-        return PairRecord(**{"instruction": "", **texts}, query=query, target=target, negatives=tuple(negatives))
+        texts = {key: id_text(row.value(key, None), names.get(key, key)) for key in RECORD_KEYS}
+        query, target = item_of(row.value("query"), "query", names), item_of(row.value("target"), "target", names)
+        given = row.value("negatives", None) or []
+        if not isinstance(given, list):
+            raise RowError("negatives", f"must be a list; got {show(given)}")
+        negatives = tuple(item_of(one, f"negatives[{index}]", names) for index, one in enumerate(given))
+        if self.mapping is not None:
+            negatives = tuple(one for one in negatives if not one.is_empty)
+        source = self.source or texts["data_source"] or row.shard.note
+        texts |= {"data_source": source, "pair_id": texts["pair_id"] or row.pair_id(source)}
+        return PairRecord(**texts, query=query, target=target, negatives=negatives)
 
 
-def own_item(value: Any, side: str) -> Item:
-    if isinstance(value, str):
-        return Item(text=value)
-    if not isinstance(value, Mapping):
-        raise RowError(side, f"must be a text or an object; got {show(value)}")
-    for key in value:
+def item_of(values: Any, side: str, names: Mapping[str, str]) -> Item:
+    """A side from a text or from raw values by field; `names` has the columns that a map took them from."""
+    if isinstance(values, str):
+        return Item(text=values)
+    if not isinstance(values, Mapping):
+        raise RowError(side, f"must be a text or an object; got {show(values)}")
+
+    def name(key: str) -> str:
+        return names.get(f"{side}.{key}", f"{side}.{key}")
+
+    for key in values:
         if key not in ITEM_KEYS:
-            raise RowError(f"{side}.{key}", f"unknown field; known are {', '.join(ITEM_KEYS)}")
-    return item_of(value, lambda key: f"{side}.{key}", side)
-
-
-def mapped_item(values: Mapping[str, Any], fields: Fields, side: str) -> Item:
-    return item_of(values, lambda key: fields[key].name, side)
-
-
-def look_up(fields: Fields, row: RawRow) -> dict[str, Any]:
-    return {key: reference.look_up(row.values) for key, reference in fields.items()}
-
-
-def spread(fields: Fields, row: RawRow, side: str) -> Iterable[Item]:
-    """The negatives of one map: where its columns hold lists of equal length, one negative an entry; empty ones go."""
-    values = look_up(fields, row)
-    lists = {key: value for key, value in values.items() if isinstance(value, list)}
-    lengths = {len(value) for value in lists.values()}
-    if len(lengths) > 1:
-        found = ", ".join(f"{fields[key].name} {len(value)}" for key, value in lists.items())
-        raise RowError(side, f"the lists of a negative's fields must be equally long; got {found}")
-    for index in range(lengths.pop() if lengths else 1):
-        one = {key: value[index] if key in lists else value for key, value in values.items()}
-        item = mapped_item(one, fields, f"{side}, entry {index}")
-        if not item.is_empty:
-            yield item
-
-
-def item_of(values: Mapping[str, Any], name: Callable[[str], str], side: str) -> Item:
-    """A side from raw values by field; `name` gives the column of a field."""
-
-    def text(key: str) -> str:
-        value = values.get(key)
-        return "" if value is None else value if isinstance(value, str) else as_text(value, name(key))
-
+            raise RowError(name(key), f"unknown field; known are {', '.join(ITEM_KEYS)}")
+    texts = {key: "" if values.get(key) is None else values[key] for key in TEXTS}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            as_text(value, name(key))
     images, video = values.get("images"), values.get("video")
+    images = () if images is None else as_images(images, name("images"))
+    video = None if video is None else video_of(video, values.get("fps"), name)
     try:
-        return Item(
-            text=text("text"),
-            images=as_images(images, name("images")) if images is not None else (),
-            video=video_of(video, values.get("fps"), name) if video is not None else None,
-            instruction=text("instruction"),
-            kind=text("kind") or None,
-            tcot=text("tcot"),
-        )
+        return Item(texts["text"], images, video, texts["instruction"], texts["kind"] or None, texts["tcot"])
     except DataError as error:
-        raise of_field(error, side) from error
-
-
-def of_field(error: DataError, field: str) -> RowError:
-    return error if isinstance(error, RowError) else RowError(field, str(error))
+        raise RowError(side, str(error)) from error
 
 
 def video_of(value: Any, fps: Any, name: Callable[[str], str]) -> Video | None:
-    of_struct = fps is None and isinstance(value, Mapping)
+    rate_name = name("fps")
     if isinstance(value, Mapping):  # {frames, path, fps}, as in our own files; or one struct of a path
         if value.get("bytes"):
             raise RowError(name("video"), "holds the bytes of a video file; write them to a file, and give its path")
-        fps = value.get("fps") if fps is None else fps
+        if fps is None:
+            fps, rate_name = value.get("fps"), f"{name('video')}.fps"
         value = value.get("frames") or value.get("path")
     if value is None or value == "":
         return None
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or abs(fps) > FASTEST):
-        raise RowError(f"{name('video')}.fps" if of_struct else name("fps"), f"must be a number; got {show(fps)}")
-    if value == []:
-        raise RowError(name("video"), "has no frames")
-    rate = None if fps is None else float(fps)
+        raise RowError(rate_name, f"must be a number; got {show(fps)}")
+    frames = as_images(value, name("video")) if isinstance(value, list) else ()
+    path = None if isinstance(value, list) else as_text(value, name("video"))
     try:
-        if isinstance(value, list):
-            return Video(frames=as_images(value, name("video")), fps=rate)
-        return Video(path=as_text(value, name("video")), fps=rate)
+        return Video(frames, path, None if fps is None else float(fps))
     except DataError as error:
-        raise of_field(error, name("video")) from error
+        raise RowError(name("video"), str(error)) from error
 
 
 def id_text(value: Any, name: str) -> str:

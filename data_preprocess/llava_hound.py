@@ -67,23 +67,20 @@ class LlavaHound(Converter):
     def shards(self, root: InputRoot) -> list[Shard]:
         if root.media_root is None:
             raise ConfigError("the videos must be in a local folder; name it with --media-root")
-        if self.embed_rl:
-            files = root.files("**/*.jsonl", "**/*.jsonl.gz")
-            if not files:
-                raise DataError("no .jsonl; write Embed-RL's lists as one JSON object a line")
-            named = {file: named_mode(file) for file in files}
-            pairs = [(mode, file) for mode in self.modes for file in files if named[file] in (mode, None)]
-            return [Shard(file, SOURCES[mode], note=mode) for mode, file in pairs]
-        return [self._shard(root, mode) for mode in self.modes]
+        if not self.embed_rl:
+            return [self._shard(root, mode) for mode in self.modes]
+        files = root.files("**/*.jsonl", "**/*.jsonl.gz")
+        if not files:
+            raise DataError("no .jsonl; write Embed-RL's lists as one JSON object a line")
+        pairs = [(mode, file) for mode in self.modes for file in files if named_mode(file) in (mode, None)]
+        return [Shard(file, SOURCES[mode], note=mode) for mode, file in pairs]
 
     def _shard(self, root: InputRoot, mode: str) -> Shard:
-        if mode == "qa" and (alone := root.files(f"**/{QUESTIONS_ALONE}", f"**/{QUESTIONS_ALONE}.gz")):
-            return Shard(alone[0], SOURCES[mode], note=mode)
-        name, stop = (QUESTIONS, self.question_lines) if mode == "qa" else (CAPTIONS, None)
-        files = root.files(f"**/{name}", f"**/{name}.gz")
-        if not files:
-            raise DataError(f"no {name} in the input; it comes with ShareGPTVideo/train_video_and_instruction")
-        return Shard(files[0], SOURCES[mode], stop, note=mode)
+        choices = [(QUESTIONS_ALONE, None), (QUESTIONS, self.question_lines)] if mode == "qa" else [(CAPTIONS, None)]
+        for name, stop in choices:
+            if files := root.files(f"**/{name}", f"**/{name}.gz"):
+                return Shard(files[0], SOURCES[mode], stop, note=mode)
+        raise DataError(f"no {name} in the input; it comes with ShareGPTVideo/train_video_and_instruction")
 
     def convert(self, row: RawRow) -> PairRecord | None:
         if self.embed_rl:
@@ -109,8 +106,9 @@ class LlavaHound(Converter):
         if folder.is_dir():
             frames = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES)]
             if not frames:
-                suffixes = ", ".join(IMAGE_SUFFIXES)
-                raise RowError("video", f"the folder {self.frames_dir}/{name} has no frames ({suffixes})")
+                raise RowError(
+                    "video", f"the folder {self.frames_dir}/{name} has no frames ({', '.join(IMAGE_SUFFIXES)})"
+                )
             frames.sort(key=natural_key)
             kept = frame_indices(len(frames), self.frames or len(frames))
             return Video(frames=tuple((folder / frames[index]).relative_to(root).as_posix() for index in kept))
@@ -132,13 +130,13 @@ def from_embed_rl(row: RawRow) -> PairRecord | None:
         raise RowError("dataset_name", f"must be one of {', '.join(SOURCES.values())}; got {show(dataset)}")
     if dataset != SOURCES[mode]:
         return None
-    swapped = mode == "video_retrieval"
     for side in ("qry", "pos"):
         if not isinstance(row.value(side), Mapping):
             raise RowError(side, f"must be an object {{conversations, video}}; got {show(row.value(side))}")
-    says, asks = ("qry", "pos") if swapped else ("pos", "qry")  # the side of gpt, the side of the human and the video
-    gpt = turns(row.value(says).get("conversations"), f"{says}.conversations", need="gpt")[1]
-    human = turns(row.value(asks).get("conversations"), f"{asks}.conversations", need="human")[0]
+    # The side of gpt, and the side of the human and the video.
+    says, asks = ("qry", "pos") if mode == "video_retrieval" else ("pos", "qry")
+    gpt = turns(row.value(says).get("conversations"), f"{says}.conversations", ("gpt",))[1]
+    human = turns(row.value(asks).get("conversations"), f"{asks}.conversations", ("human",))[0]
     video = row.value(asks).get("video")
     frames = frame_paths(video, f"{asks}.video")
     if not frames:
@@ -151,25 +149,27 @@ def from_embed_rl(row: RawRow) -> PairRecord | None:
 
 
 def pair(row: RawRow, human: str, gpt: str, video: Video, name: str, tcots: tuple[str, str] = ("", "")) -> PairRecord:
-    mode = row.shard.note
+    mode, target_id = row.shard.note, f"video:{name}"
     if mode == "video_retrieval":
-        caption = split_instruction(gpt, FIND_VIDEO)[1]
-        is_prompt = human.startswith(UNDERSTAND_VIDEO.rstrip(":"))
-        instruction = FIND_VIDEO
-        query = Item(text=caption, tcot=tcots[0])
-        target = Item(video=video, instruction=human if is_prompt else UNDERSTAND_VIDEO, tcot=tcots[1])
+        asks = human if human.startswith(UNDERSTAND_VIDEO.rstrip(":")) else UNDERSTAND_VIDEO
+        instruction, query = FIND_VIDEO, Item(text=split_instruction(gpt, FIND_VIDEO)[1], tcot=tcots[0])
+        target = Item(video=video, instruction=asks, tcot=tcots[1])
     else:
-        question = split_instruction(human, VIDEO_QUESTION)[1] if mode == "qa" else ""
-        instruction = VIDEO_QUESTION if mode == "qa" else human
+        instruction, question = human, ""
+        if mode == "qa":
+            instruction, question, target_id = (
+                VIDEO_QUESTION,
+                split_instruction(human, VIDEO_QUESTION)[1],
+                answer_id(gpt),
+            )
         query, target = Item(text=question, video=video, tcot=tcots[0]), Item(text=gpt, tcot=tcots[1])
-    target_id = answer_id(gpt) if mode == "qa" else f"video:{name}"
     return PairRecord(row.pair_id(), row.shard.source, instruction, query, target, target_id)
 
 
-def turns(value: Any, field: str, need: str = "both") -> tuple[str, str]:
+def turns(value: Any, field: str, needed: tuple[str, ...] = ("human", "gpt")) -> tuple[str, str]:
     """(what the human says, what gpt says), of each the first turn, without the mark of the video; what is needed must
     be there and not empty."""
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise RowError(field, f"must be a list of turns {{from, value}}; got {show(value)}")
     said: dict[str, str] = {}
     for index, turn in enumerate(value):
@@ -178,10 +178,11 @@ def turns(value: Any, field: str, need: str = "both") -> tuple[str, str]:
         speaker = as_text(turn.get("from"), f"{field}[{index}].from")
         if speaker not in said:
             said[speaker] = as_text(turn.get("value"), f"{field}[{index}].value").replace(VIDEO_MARK, "").strip()
-    for speaker in ("human", "gpt") if need == "both" else (need,):
+    for speaker in needed:
         if not said.get(speaker):
-            got = ", ".join(said) or "none"
-            raise RowError(field, f"must have a turn of {speaker} with a text; got turns of {got}")
+            raise RowError(
+                field, f"must have a turn of {speaker} with a text; got turns of {', '.join(said) or 'none'}"
+            )
     return said.get("human", ""), said.get("gpt", "")
 
 

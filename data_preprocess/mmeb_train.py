@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from embedrl_verl.convert.command import convert_main
@@ -34,7 +34,7 @@ from embedrl_verl.convert.converter import Converter, RawRow, RowError, Shard, o
 from embedrl_verl.convert.inputs import InputRoot
 from embedrl_verl.convert.media_store import map_media
 from embedrl_verl.data.schema import Item, PairRecord
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,6 @@ class Task:
     pages: bool = False
 
 
-def labels(query: str, *, text: bool = False) -> Task:
-    return Task(query, query_text=text, answers=True)
-
-
 def questions(*, pages: bool = False) -> Task:
     return Task(QUESTION, query_text=True, answers=True, pages=pages)
 
@@ -66,15 +62,18 @@ def images(query: str, *, image: bool, text: bool = True, target: str = "Represe
 
 # Names are those of the training repository's folders. MSCOCO is visual grounding.
 TASKS = {
-    "ImageNet_1K": labels("Represent the given image for classification"),
-    "N24News": labels(
-        "Represent the given news image with the following caption for domain classification:", text=True
+    "ImageNet_1K": Task("Represent the given image for classification", answers=True),
+    "N24News": Task(
+        "Represent the given news image with the following caption for domain classification:",
+        query_text=True,
+        answers=True,
     ),
-    "HatefulMemes": labels(
-        "Represent the given image for binary classification to determine whether it constitutes hateful speech or not"
+    "HatefulMemes": Task(
+        "Represent the given image for binary classification to determine whether it constitutes hateful speech or not",
+        answers=True,
     ),
-    "VOC2007": labels("Identify the object shown in the image"),
-    "SUN397": labels("Identify the scene shown in the image"),
+    "VOC2007": Task("Identify the object shown in the image", answers=True),
+    "SUN397": Task("Identify the scene shown in the image", answers=True),
     "OK-VQA": questions(),
     "A-OKVQA": questions(),
     "DocVQA": questions(pages=True),
@@ -107,11 +106,7 @@ TASKS = {
 }
 
 
-def plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9_]", "", name.lower())
-
-
-SOURCES = {name: f"mmeb_{plain(name)}" for name in TASKS}
+SOURCES = {name: f"mmeb_{name.lower().replace('-', '')}" for name in TASKS}
 """Set -> data source, as `mmeb_okvqa`."""
 SPLITS = ("original", "diverse_instruction", "train")
 LEGACY_PLACEHOLDER = "WebQA"
@@ -120,7 +115,7 @@ PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
 
 @dataclass(frozen=True)
 class MmebTrain(Converter):
-    sets: tuple[str, ...] = option((), f"all by default: {', '.join(TASKS)}")
+    sets: tuple[str, ...] = option((), "all by default", tuple(TASKS))
     split: str = option("original", "wording of the instructions; train is its name in the first upload", SPLITS)
     images_dir: str = option("", "folder of images/, relative to the media root (the root)")
     # Off: the reference training has none, and for training with T-CoTs each would have to be annotated too.
@@ -129,63 +124,45 @@ class MmebTrain(Converter):
     name = "mmeb_train"
     licence = "apache-2.0 (tag of the hub repository; the image sets in it keep their own terms)"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.sets:
-            if name not in TASKS:
-                near = [known for known in TASKS if plain(known).replace("_", "") == plain(name).replace("_", "")]
-                meant = f" (here it is {near[0]})" if near else ""
-                raise ConfigError(f"unknown set {name!r}{meant}; known are {', '.join(TASKS)}")
-
     def shards(self, root: InputRoot) -> list[Shard]:
-        found: dict[str, list[str]] = {}
+        shards = []
         for name in self.sets or TASKS:
             files = root.files(f"{name}/{self.split}-*.parquet") or root.files(f"{name}.jsonl", f"{name}.jsonl.gz")
             if not files and len(self.sets) == 1:  # the root is the folder of the set
                 files = root.files(f"{self.split}-*.parquet")
-            if files and not self.sets and not files[0].startswith((f"{name}/", f"{name}.")):
-                raise DataError(f"{files[0]}: the path does not tell which set this is; name it with --sets")
             if not files and self.sets:
                 raise DataError(f"no {name}/{self.split}-*.parquet; MMEB-train has one folder for each set")
-            if files:
-                found[name] = files
-        if not found:
+            if files and not self.sets and not files[0].startswith((f"{name}/", f"{name}.")):
+                raise DataError(f"{files[0]}: the path does not tell which set this is; name it with --sets")
+            shards += [Shard(file, SOURCES[name], note=name) for file in files]
+        if not shards:
             raise DataError(
                 f"no <set>/{self.split}-*.parquet; if the input is the folder of one set, name it with --sets. "
                 f"The sets of MMEB-train are {', '.join(TASKS)}"
             )
-        return [Shard(file, SOURCES[name], note=name) for name, files in found.items() for file in files]
+        return shards
 
     def convert(self, row: RawRow) -> PairRecord:
-        name = row.shard.note
-        task = TASKS[name]
-        instruction, query = query_of(row, name, task)
+        task = TASKS[row.shard.note]
+        instruction, query = query_of(row, task)
         target = target_of(row, "pos", task)
-        record = PairRecord(
-            pair_id=row.pair_id(),
-            data_source=row.shard.source,
-            instruction=instruction,
-            query=query,
-            target=target,
-            target_id=answer_id(target.text) if task.answers else "",
-            negatives=tuple(negatives_of(row, task, target)) if self.negatives else (),
-        )
+        target_id = answer_id(target.text) if task.answers else ""
+        negatives = tuple(negatives_of(row, task, target)) if self.negatives else ()
+        record = PairRecord(row.pair_id(), row.shard.source, instruction, query, target, target_id, negatives)
         if not self.images_dir:
             return record
         return map_media(record, lambda _, path: PurePosixPath(self.images_dir, str(path)).as_posix())
 
 
-def query_of(row: RawRow, name: str, task: Task) -> tuple[str, Item]:
-    images = paths(row, "qry_image_path")
+def query_of(row: RawRow, task: Task) -> tuple[str, Item]:
+    name, images = row.shard.note, paths(row, "qry_image_path")
     text = without_placeholder(row.text("qry"), "qry", has_image=bool(images) or name == LEGACY_PLACEHOLDER)
     if not text:
         raise RowError("qry", f"must have at least the instruction; got {show(row.value('qry'))}")
     if task.query_image and not images:
         got = show(row.value("qry_image_path"))
         raise RowError("qry_image_path", f"the queries of {name} have an image; got {got}")
-    instruction, own = split_instruction(text, task.query)
-    if not task.query_text and not instruction:
-        instruction, own = text, ""
+    instruction, own = instruction_and_text(text, task.query, task.query_text)
     if task.query_text and not own:
         raise RowError("qry", f"the queries of {name} have text of their own; got {show(row.value('qry'))}")
     kind = "page" if task.pages else None
@@ -206,10 +183,14 @@ def target_of(row: RawRow, prefix: str, task: Task) -> Item:
         return Item(text=text, images=images, tcot=tcot)
     if not images:
         raise RowError(f"{prefix}_image_path", f"an image target needs an image; got {show(row.value(field))}")
-    instruction, own = split_instruction(text, task.target)
-    if not task.target_text and not instruction:
-        instruction, own = text, ""
+    instruction, own = instruction_and_text(text, task.target, task.target_text)
     return Item(text=own, images=images, instruction=instruction, tcot=tcot)
+
+
+def instruction_and_text(text: str, known: str, has_text: bool) -> tuple[str, str]:
+    """An unknown wording is the instruction where a side has no text of its own, else the text."""
+    instruction, own = split_instruction(text, known)
+    return (instruction, own) if instruction or has_text else (text, "")
 
 
 def negatives_of(row: RawRow, task: Task, target: Item) -> Iterator[Item]:
@@ -219,7 +200,7 @@ def negatives_of(row: RawRow, task: Task, target: Item) -> Iterator[Item]:
         return
     negative = target_of(row, "neg", task)
     if task.target_image and not negative.instruction:  # negatives of VisDial have no text at all
-        negative = Item(negative.text, negative.images, instruction=target.instruction)
+        negative = replace(negative, instruction=target.instruction)
     if task.answers and answer_id(negative.text) == answer_id(target.text):
         return
     if (negative.text, negative.images) != (target.text, target.images):

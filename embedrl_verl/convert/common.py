@@ -17,11 +17,6 @@ FIND_PAGE = "Find a document image that matches the given query:"
 UNDERSTAND_PAGE = "Understand the content of the provided document image."
 
 LONGEST_PLAIN_ID = 120
-TRAIN_FILES = (
-    ("data/train-*.parquet", "train-*.parquet", "**/train-*.parquet"),
-    ("**/train/*.parquet",),
-    ("train/*.arrow", "*.arrow"),
-)
 _ARTICLE = re.compile(r"(?:a|an|the) (?=\S)")
 _QUOTED = re.compile(r"(?P<quote>['\"])(?P<inside>[^'\"]+)(?P=quote)|“(?P<typeset>[^”]+)”")
 
@@ -50,8 +45,8 @@ def split_instruction(text: str, instruction: str) -> tuple[str, str]:
 
 def train_files(root: InputRoot, repository: str) -> list[str]:
     """Parquet or Arrow files of the split train."""
-    for patterns in TRAIN_FILES:
-        if files := root.files(*patterns):
+    for pattern in ("**/train-*.parquet", "**/train/*.parquet", "train/*.arrow", "*.arrow"):
+        if files := root.files(pattern):
             return files
     raise DataError(f"no train-*.parquet and no train/*.arrow; the input must be {repository} or a copy of it")
 

@@ -27,9 +27,6 @@ class RowError(DataError):
         super().__init__(f"field {field}: {reason}" if field else reason)
         self.field, self.reason = field, reason
 
-    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
-        return RowError, (self.field, self.reason)
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -68,8 +65,8 @@ class RawRow:
             raise RowError(name, f"the column is missing; the row has {', '.join(self.values) or 'none'}")
         return self.values.get(name, default)
 
-    def text(self, name: str, default: str = _MISSING) -> str:
-        """A string. Null (and a missing column, with a default) is the default, else an error; "" is a string."""
+    def text(self, name: str, default: Any = _MISSING) -> str:
+        """A string. Null and a missing column are the default, without one an error."""
         value = self.value(name, default)
         return as_text(default if value is None and default is not _MISSING else value, name)
 

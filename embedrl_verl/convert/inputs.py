@@ -7,11 +7,13 @@ downloaded whole, to the hub's own cache.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
+
+from fsspec.utils import glob_translate
 
 from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
@@ -34,24 +36,25 @@ class InputRoot:
         if media_root and not Path(media_root).expanduser().is_dir():
             raise ConfigError(f"the media root {media_root} is no folder; --media-root names the one of all paths")
         if not full.exists():
-            self._open_repository(self.location)
+            self._open_repository()
         local = None if self.commit else self._folder
         self.media_root = Path(media_root).expanduser() if media_root else local
 
     def files(self, *patterns: str) -> list[str]:
         """Paths relative to the root, with "/", of the files that match any glob pattern ("**" = any depth), without
         doubles, in natural order (part-2 before part-10) pattern by pattern."""
-        found: dict[str, None] = {}
-        for pattern in patterns:
-            if self.commit:
-                names = [name for name in self._names if _matches(name.split("/"), pattern.split("/"))]
-            elif self._only is not None:
-                names = [self._only] if fnmatchcase(self._only, pattern.rsplit("/", 1)[-1]) else []
-            else:
-                paths = [path for path in self._folder.glob(pattern) if path.is_file() and not self._is_output(path)]
-                names = [path.relative_to(self._folder).as_posix() for path in paths]
-            found.update(dict.fromkeys(sorted(names, key=natural_key)))
-        return list(found)
+        found = [name for pattern in patterns for name in sorted(self._matching(pattern), key=natural_key)]
+        return list(dict.fromkeys(found))
+
+    def _matching(self, pattern: str) -> Iterator[str]:
+        if self.commit:
+            yield from filter(re.compile(glob_translate(pattern)).match, self._names)
+        elif self._only is not None:
+            yield from fnmatch.filter([self._only], pattern.rsplit("/", 1)[-1])
+        else:
+            for path in self._folder.glob(pattern):
+                if path.is_file() and not (self._without and path.resolve().is_relative_to(self._without)):
+                    yield path.relative_to(self._folder).as_posix()
 
     def path(self, name: str) -> Path:
         """The file on this machine. Raises ResourceError if the hub does not give it."""
@@ -62,23 +65,21 @@ class InputRoot:
         with _asking(f"{self.location}: {name} cannot be read; run the command again to go on"):
             return Path(hf_hub_download(self._repo, name, repo_type="dataset", revision=self.commit))
 
-    def _is_output(self, path: Path) -> bool:
-        return bool(self._without and path.resolve().is_relative_to(self._without))
-
-    def _open_repository(self, location: str) -> None:
-        named = HUB_ID.fullmatch(location)
-        if named is None or location.startswith((".", "/")):
-            raise DataError(f"{location}: no such file or folder, and not a hub id (owner/name or owner/name@revision)")
+    def _open_repository(self) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HFValidationError
 
+        given = self.location
+        named = HUB_ID.fullmatch(given)
+        if named is None or given.startswith((".", "/")):
+            raise DataError(f"{given}: no such file or folder, and not a hub id (owner/name or owner/name@revision)")
         self._repo = named["repo"]
         try:
-            with _asking(f"{location}: no such file or folder here, and the hub does not give a data set of this name"):
+            with _asking(f"{given}: no such file or folder here, and the hub does not give a data set of this name"):
                 self.commit = str(HfApi().dataset_info(self._repo, revision=named["revision"]).sha)
                 self._names = HfApi().list_repo_files(self._repo, repo_type="dataset", revision=self.commit)
         except HFValidationError as error:
-            raise DataError(f"{location}: no such file or folder, and not a hub id ({error})") from error
+            raise DataError(f"{given}: no such file or folder, and not a hub id ({error})") from error
         self.location = f"hf://datasets/{self._repo}@{self.commit}"
 
 
@@ -90,15 +91,6 @@ def _asking(what: str) -> Iterator[None]:
         yield
     except (OSError, HTTPError, StreamError) as error:
         raise ResourceError(f"{what} ({type(error).__name__}: {(str(error) or '-').splitlines()[0]})") from error
-
-
-def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """`Path.glob`'s rule for a path that is not on this machine."""
-    if not pattern or not parts:
-        return not pattern and not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[depth:], pattern[1:]) for depth in range(len(parts)))
-    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,13 @@ from embedrl_verl.convert.converter import Converter, Options, Shard, option
 from embedrl_verl.convert.inputs import InputRoot
 from embedrl_verl.convert.media_store import PLACES, VERIFY, MediaStore
 from embedrl_verl.convert.part import PartMaker, Task
-from embedrl_verl.convert.restart import check_media_folder, remove_earlier
+from embedrl_verl.convert.restart import remove_earlier
 from embedrl_verl.convert.rows import as_arrow, count_rows
 from embedrl_verl.convert.sampling import METHODS, Sampling, preset, presets, sampling_from_options
 from embedrl_verl.data.build import Report, building, finish, list_causes, make_parts
-from embedrl_verl.data.files import CARD_FILE, MEDIA_FOLDER, STALE, part_name, read_object, sha256_of
+from embedrl_verl.data.files import CARD_FILE, MEDIA_FOLDER, part_name, read_object, sha256_of
 from embedrl_verl.data.parquet import read_batches
 from embedrl_verl.errors import ConfigError, DataError
-
-ARROW_FOLDER = "arrow"
 
 
 @dataclass(frozen=True)
@@ -64,22 +62,25 @@ class JobOptions(Options):
 def run_conversion(converter: Converter, options: JobOptions, command: Sequence[str] = ()) -> dict[str, Any]:
     """Make a data set folder, or go on with one; `command` does so after a crash. Returns its data card."""
     out = Path(options.out)
-    sampling = sampling_from_options(options.cap, options.preset, method=options.sample, seed=options.seed)
+    sampling = sampling_from_options(options.cap, options.preset, options.sample, options.seed)
     root = InputRoot(options.input, without=out, media_root=options.media_root)
     shards = converter.shards(root)
-    _check_caps(sampling, {shard.source for shard in shards})
-    names = list(dict.fromkeys(shard.file for shard in shards))
-    facts = _build_facts(root, converter, options, sampling, names)
+    sources = {shard.source for shard in shards}
+    if unknown := sorted(
+        set(sampling.caps) - sources - set(preset(sampling.preset).sources if sampling.preset else ())
+    ):
+        raise ConfigError(f"--cap names the source {unknown[0]!r}; the input has {', '.join(sorted(sources))}")
+    files = {shard.file: root.path(shard.file) for shard in shards}
+    facts = _build_facts(root, converter, options, sampling, files)
     if options.restart:
-        remove_earlier(out, [*map(root.path, names), *([root.media_root] if root.media_root else [])], command)
-    check_media_folder(out, options.media)
+        remove_earlier(out, [*files.values(), *([root.media_root] if root.media_root else [])], command)
     store = MediaStore(options.media, options.verify, root.media_root, out)
+    store.check_folder()
     with building(out, facts, command, anew="begin anew with --restart") as work:
         if work is None:
             return read_object(out / CARD_FILE)
-        for stale in (out / MEDIA_FOLDER).glob(f"??/{STALE}") if options.media == "files" else ():
-            stale.unlink()  # of killed writers; no other is at work
-        arrow = {name: as_arrow(name, root.path(name), work / ARROW_FOLDER) for name in names}
+        store.remove_stale()
+        arrow = {name: as_arrow(name, path, work / "arrow") for name, path in files.items()}
         rows = {name: count_rows(name, file) for name, file in arrow.items()}
         tasks, available = _plan(shards, arrow, rows, sampling, options.shard_rows)
         reports = _make_all(PartMaker(converter, store), tasks, work, options)
@@ -92,14 +93,13 @@ def run_conversion(converter: Converter, options: JobOptions, command: Sequence[
 
 
 def _build_facts(
-    root: InputRoot, converter: Converter, options: JobOptions, sampling: Sampling, names: Sequence[str]
+    root: InputRoot, converter: Converter, options: JobOptions, sampling: Sampling, files: Mapping[str, Path]
 ) -> dict[str, Any]:
     """All that decides the output. Files of the hub are pinned by the commit; local ones by their content."""
     said = {name: value for name, value in converter.settings.items() if value not in ("", ())}
     said |= {"media": options.media, "verify": options.verify, "shard_rows": options.shard_rows}
-    paths = {name: root.path(name) for name in names}
     real: dict[Path, str] = {}
-    for name, path in paths.items() if not root.commit else ():
+    for name, path in files.items() if not root.commit else ():
         if (other := real.setdefault(path.resolve(), name)) != name:
             raise DataError(f"{name} is {other} under another name (a link); take one of them away, or name the files")
     return {
@@ -107,28 +107,21 @@ def _build_facts(
         "command": converter.name,
         "licence": options.licence or converter.licence,
         "settings": said,
-        "sampling": {**vars(sampling), "caps": dict(sorted(sampling.caps.items()))},
+        "sampling": asdict(sampling),
         "location": root.location,
         "media_root": root.media_root and os.path.abspath(root.media_root),
         "input": [
             {"file": name, "bytes": path.stat().st_size, "sha256": None if root.commit else sha256_of(path)}
-            for name, path in paths.items()
+            for name, path in files.items()
         ],
     }
-
-
-def _check_caps(sampling: Sampling, sources: set[str]) -> None:
-    of_preset = preset(sampling.preset).sources if sampling.preset else {}
-    unknown = sorted(set(sampling.caps) - sources - set(of_preset))
-    if unknown:
-        raise ConfigError(f"--cap names the source {unknown[0]!r}; the input has {', '.join(sorted(sources))}")
 
 
 def _plan(
     shards: Sequence[Shard], arrow: dict[str, Path], rows: dict[str, int], sampling: Sampling, shard_rows: int
 ) -> tuple[list[Task], dict[str, int]]:
     """The tasks in order, and the rows of each source before sampling. Positions count over all files of a source."""
-    lengths = [rows[shard.file] if shard.stop is None else min(shard.stop, rows[shard.file]) for shard in shards]
+    lengths = [min(rows[shard.file], shard.stop or rows[shard.file]) for shard in shards]
     available: Counter[str] = Counter()
     for shard, length in zip(shards, lengths, strict=True):
         available[shard.source] += length
@@ -144,26 +137,25 @@ def _plan(
             wanted = (chosen[low:high] - start).tolist()
         for begin in range(0, len(wanted), shard_rows):
             tasks.append(Task(shard, arrow[shard.file], wanted[begin : begin + shard_rows]))
-    return tasks, dict(available)
+    return tasks, available
 
 
 def _make_all(make: PartMaker, tasks: Sequence[Task], work: Path, options: JobOptions) -> list[Report]:
     """The reports of all parts, with every `pair_id` once."""
     total = sum(len(task.rows) for task in tasks)
+    out, share, label = work.parent, options.max_bad_share, make.converter.name
 
     def parts(tasks: Sequence[Task]) -> list[Report]:
-        share, label = options.max_bad_share, make.converter.name
         return make_parts(make, tasks, work, rows=total, workers=options.workers, max_bad_share=share, label=label)
 
     reports = parts(tasks)
-    repeated = _repeated_rows(tasks, reports, work.parent)
-    if repeated:
+    if repeated := _repeated_rows(tasks, reports, out):
         # Without its report a part is made again, in full if the job is killed here: the ids are then found again.
         for number in repeated:
             (work / f"{part_name(number)}.json").unlink()
         reports = parts([replace(task, repeated=repeated.get(number, {})) for number, task in enumerate(tasks)])
     if not any(report["records"] for report in reports):
-        causes = list_causes(reports, work.parent)
+        causes = list_causes(reports, out)
         why = f". Causes:\n{causes}" if causes else ": the converter uses none of them"
         raise DataError(
             f"no pair could be made of {total} rows{why}\nMend the input or the options, and start again with --restart"
@@ -173,25 +165,19 @@ def _make_all(make: PartMaker, tasks: Sequence[Task], work: Path, options: JobOp
 
 def _repeated_rows(tasks: Sequence[Task], reports: Sequence[Report], out: Path) -> dict[int, dict[int, str]]:
     """Part -> row of its file -> why it is rejected: the first record of an id, in order of the parts, stays."""
-    parts = (out / part_name(number) for number in range(len(tasks)))
-    columns = (batch.column(0) for part in parts for _, batch in read_batches(part, ["pair_id"]))
-    of_parts = [pa.array([], pa.large_string()), *(column.cast(pa.large_string()) for column in columns)]
-    ids = pa.concat_arrays(of_parts)  # in one piece: each chunk would hold all values
+    files = (out / part_name(number) for number in range(len(tasks)))
+    columns = (
+        batch.column(0).cast(pa.large_string()) for file in files for _, batch in read_batches(file, ["pair_id"])
+    )
+    ids = pa.concat_arrays([pa.array([], pa.large_string()), *columns])  # in one piece: a chunk would hold all values
     codes = ids.dictionary_encode().indices.to_numpy()
     _, first, place = np.unique(codes, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[place] != np.arange(len(codes)))
-    starts = np.cumsum([0, *(report["records"] for report in reports)])
-    made: dict[int, list[int]] = {}
-
-    def find(record: int) -> tuple[int, int]:
-        part = int(np.searchsorted(starts, record, side="right")) - 1
-        if part not in made:
-            skipped = set(reports[part]["skipped"])
-            made[part] = [row for row in tasks[part].rows if row not in skipped]
-        return part, made[part][record - int(starts[part])]
-
+    rows = [np.setdiff1d(task.rows, report["skipped"]) for task, report in zip(tasks, reports, strict=True)]
+    parts = np.repeat(np.arange(len(tasks)), [len(of_part) for of_part in rows]).tolist()
+    numbers = [number for of_part in rows for number in of_part.tolist()]
     found: dict[int, dict[int, str]] = defaultdict(dict)
-    for record in again.tolist():
-        (part, row), (first_part, first_row) = find(record), find(int(first[place[record]]))
-        found[part][row] = f"must be unique; {tasks[first_part].where(first_row)} has it too"
+    for again in np.flatnonzero(first[place] != np.arange(len(codes))).tolist():
+        earlier = int(first[place[again]])
+        why = f"must be unique; {tasks[parts[earlier]].where(numbers[earlier])} has it too"
+        found[parts[again]][numbers[again]] = why
     return dict(found)

@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from embedrl_verl.convert.converter import RowError
-from embedrl_verl.data.files import MEDIA_FOLDER, publish, sha256_of, temporary_name
+from embedrl_verl.data.files import MEDIA_FOLDER, STALE, publish, sha256_of, temporary_name
 from embedrl_verl.data.media import (
     IMAGE_FORMATS,
     MAX_ASPECT,
@@ -31,7 +32,7 @@ from embedrl_verl.data.media import (
     resolve_media_path,
 )
 from embedrl_verl.data.schema import Item, Media, PairRecord, Video
-from embedrl_verl.errors import EmbedRLError, MediaError
+from embedrl_verl.errors import ConfigError, EmbedRLError, MediaError
 
 PLACES = ("keep", "embed", "files")
 VERIFY = ("none", "exists", "decode")
@@ -57,6 +58,20 @@ class MediaStore:
     def __post_init__(self) -> None:
         _remembered.cache_clear()
 
+    def check_folder(self) -> None:
+        """Raise ConfigError if files would be stored among those of a person."""
+        found = (self.folder / MEDIA_FOLDER).glob("*") if self.place == "files" else ()
+        if foreign := next((path for path in found if not re.fullmatch("[0-9a-f]{2}", path.name)), None):
+            raise ConfigError(
+                f"{foreign} was not written by a conversion, and --media files would mix its own files with it; move "
+                "it away, or name another folder with --out"
+            )
+
+    def remove_stale(self) -> None:
+        """Remove what killed writers left; no other may be at work."""
+        for stale in (self.folder / MEDIA_FOLDER).glob(f"??/{STALE}") if self.place == "files" else ():
+            stale.unlink()
+
     def put(self, record: PairRecord, counts: Counter[str]) -> PairRecord:
         """The record with its media where they belong. All are checked before the first is written; `counts` grows.
         Raises RowError, naming the field, for a medium that cannot be used."""
@@ -72,7 +87,8 @@ class MediaStore:
             found[kind] += 1
             found["animated"] += is_animated
             found["paths"] += self.place == "files" or (self.place == "keep" and isinstance(media, str))
-        found["videos"] = sum(item.video is not None for _, item in _items(record))
+        items = (record.query, record.target, *record.negatives)
+        found["videos"] = sum(item.video is not None for item in items)
         counts.update(found)
         if self.place == "keep" or not extensions:
             return record
@@ -104,9 +120,9 @@ class MediaStore:
 
 def media_fields(record: PairRecord) -> Iterator[tuple[str, Media, str]]:
     """(field, medium, "images" | "frames" | "videos") of every medium of a record, in order."""
-    for name, item in _items(record):
-        for index, media in enumerate(item.images):
-            yield f"{name}.images[{index}]", media, "images"
+    negatives = [(f"negatives[{index}]", item) for index, item in enumerate(record.negatives)]
+    for name, item in [("query", record.query), ("target", record.target), *negatives]:
+        yield from ((f"{name}.images[{index}]", media, "images") for index, media in enumerate(item.images))
         if item.video is not None:
             for index, media in enumerate(item.video.frames):
                 yield f"{name}.video.frames[{index}]", media, "frames"
@@ -116,24 +132,17 @@ def media_fields(record: PairRecord) -> Iterator[tuple[str, Media, str]]:
 
 def map_media(record: PairRecord, change: Callable[[str, Media], Media]) -> PairRecord:
     """The record with every medium replaced by `change(field, medium)`."""
+    new = iter([change(name, media) for name, media, _ in media_fields(record)])
 
-    def changed(name: str, item: Item) -> Item:
-        images = tuple(change(f"{name}.images[{index}]", media) for index, media in enumerate(item.images))
-        video = item.video
-        if video is not None and video.path is not None:
-            video = replace(video, path=str(change(f"{name}.video.path", video.path)))
-        elif video is not None:
-            frames = (change(f"{name}.video.frames[{index}]", media) for index, media in enumerate(video.frames))
-            video = replace(video, frames=tuple(frames))
+    def changed(item: Item) -> Item:
+        images, video = tuple(islice(new, len(item.images))), item.video
+        if video is not None:
+            frames = tuple(islice(new, len(video.frames)))
+            video = replace(video, frames=frames, path=video.path and str(next(new)))
         return replace(item, images=images, video=video)
 
-    query, target, *negatives = (changed(name, item) for name, item in _items(record))
+    query, target, *negatives = map(changed, (record.query, record.target, *record.negatives))
     return replace(record, query=query, target=target, negatives=tuple(negatives))
-
-
-def _items(record: PairRecord) -> list[tuple[str, Item]]:
-    negatives = [(f"negatives[{index}]", item) for index, item in enumerate(record.negatives)]
-    return [("query", record.query), ("target", record.target), *negatives]
 
 
 def _look(place: str, verify: str, root: Path | None, media: Media, kind: str) -> tuple[str, bool]:
@@ -157,20 +166,19 @@ _remembered = lru_cache(maxsize=REMEMBERED)(_look)
 
 
 def _look_at_image(media: Media, verify: str, root: Path | None) -> tuple[str, bool]:
-    name = describe(media)
     source = io.BytesIO(media) if isinstance(media, bytes) else resolve_media_path(media, root)
     size = len(media) if isinstance(source, io.BytesIO) else source.stat().st_size
-    if size > MAX_IMAGE_BYTES:
-        raise MediaError(f"{name}: {size} bytes are over the limit of {MAX_IMAGE_BYTES} for an image")
-    with image_errors(name, source), warnings.catch_warnings():
+    with image_errors(describe(media), source), warnings.catch_warnings():
+        if size > MAX_IMAGE_BYTES:
+            raise MediaError(f"{size} bytes are over the limit of {MAX_IMAGE_BYTES} for an image")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(source, formats=IMAGE_FORMATS) as image:
             width, height, form = image.width, image.height, str(image.format)
             animated = form in ANIMATED_FORMATS and bool(getattr(image, "is_animated", False))
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"{name}: {width}x{height} is over the limit of {MAX_PIXELS} pixels")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise MediaError(f"{name}: sides may differ by a factor of {MAX_ASPECT:.0f} at most; got {width}x{height}")
+        if width * height > MAX_PIXELS:
+            raise MediaError(f"{width}x{height} is over the limit of {MAX_PIXELS} pixels")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise MediaError(f"sides may differ by a factor of {MAX_ASPECT:.0f} at most; got {width}x{height}")
     if verify == "decode":
         load_image(media, root)
     return EXTENSIONS.get(form, form.lower()), animated

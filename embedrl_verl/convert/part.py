@@ -74,10 +74,10 @@ class PartMaker:
         try:
             if isinstance(values, RowError):
                 raise values
-            record = (
-                self._convert(RawRow(task.shard, row, values, self.store.media_root)) if values is not None else None
-            )
-            if record is None:
+            if (
+                values is None
+                or (record := self._convert(RawRow(task.shard, row, values, self.store.media_root))) is None
+            ):
                 return None
             pair_id = {"pair_id": str(record.pair_id)}
             check_unicode(record)
@@ -105,9 +105,9 @@ class PartMaker:
 
 def check_unicode(value: Any, name: str = "") -> None:
     """Raise RowError, naming the field, for a text of a record that holds a lone surrogate: json reads such."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not value.isascii():
         try:
-            value.isascii() or value.encode()
+            value.encode()
         except UnicodeEncodeError as error:
             raise RowError(name, f"holds a lone surrogate, which is no Unicode text ({error})") from error
     elif isinstance(value, tuple):
@@ -115,5 +115,4 @@ def check_unicode(value: Any, name: str = "") -> None:
             check_unicode(part, f"{name}[{index}]")
     elif isinstance(value, PairRecord | Item | Video):
         for key, part in vars(value).items():
-            if part:
-                check_unicode(part, f"{name}.{key}".lstrip("."))
+            check_unicode(part, f"{name}.{key}".lstrip("."))

@@ -13,7 +13,6 @@ from embedrl_verl.data.build import BUILD_FILE
 from embedrl_verl.data.files import (
     CARD_FILE,
     CARD_TEXT_FILE,
-    MEDIA_FOLDER,
     PART_PATTERN,
     REJECTED_FILE,
     WORK_FOLDER,
@@ -34,8 +33,8 @@ def remove_earlier(out: Path, needed: Iterable[Path], command: Sequence[str]) ->
         return  # `building` refuses what is there
     if not isinstance(read_object(state).get("sampling"), dict):  # no other command draws a sample
         raise ConfigError(f"{state} is not of a conversion; name another folder with --out")
-    parts = sorted(out.glob(PART_PATTERN))
     named = {part["file"] for part in read_object(card)["parts"]} if state == card else None
+    parts = sorted(out.glob(PART_PATTERN))
     for part in parts:
         if not (re.fullmatch(r"part-\d{5,}\.parquet", part.name) if named is None else part.name in named):
             raise ConfigError(f"{part} was written by no conversion; move it away, or name another folder")
@@ -55,14 +54,3 @@ def remove_earlier(out: Path, needed: Iterable[Path], command: Sequence[str]) ->
         for path in files:
             path.unlink(missing_ok=True)
         shutil.rmtree(work)
-
-
-def check_media_folder(out: Path, place: str) -> None:
-    """Keep `--media files` out of a `media/` with files of a person."""
-    media = out / MEDIA_FOLDER
-    found = media.iterdir() if place == "files" and media.exists() else ()
-    if foreign := next((path for path in found if not re.fullmatch("[0-9a-f]{2}", path.name)), None):
-        raise ConfigError(
-            f"{foreign} was not written by a conversion, and --media files would mix its own files with it; move it "
-            "away, or name another folder with --out"
-        )

@@ -11,6 +11,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,9 +37,7 @@ def is_jsonl(name: str) -> bool:
 
 def as_arrow(name: str, path: Path, cache: Path) -> Path:
     """The Arrow file with the rows of a file: its copy in `cache`, made if it is not there, or itself."""
-    if name.endswith(".arrow"):
-        return path
-    copy = cache / f"{name}.arrow"
+    copy = path if name.endswith(".arrow") else cache / f"{name}.arrow"
     if copy.is_file():
         return copy
     batches = _batches(name, path)
@@ -57,10 +56,8 @@ def as_arrow(name: str, path: Path, cache: Path) -> Path:
 
 def count_rows(name: str, arrow: Path) -> int:
     """Rows of the Arrow file that `as_arrow` made of a file. Raises DataError if it ends early."""
-    try:
+    with _reading(name):
         return sum(batch.num_rows for batch in _mapped(arrow))
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(name, error) from error
 
 
 def read_rows(arrow: Path, wanted: Sequence[int], lines: bool) -> Iterator[tuple[int, Raw]]:
@@ -76,8 +73,19 @@ def read_rows(arrow: Path, wanted: Sequence[int], lines: bool) -> Iterator[tuple
             return
 
 
-def _batches(name: str, path: Path) -> Iterator[pa.RecordBatch]:
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
     try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{name}: cannot be read ({why}); mend it, or take it away, and begin anew with --restart"
+        ) from error
+
+
+def _batches(name: str, path: Path) -> Iterator[pa.RecordBatch]:
+    with _reading(name):
         if is_jsonl(name):
             with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
                 while lines := file.readlines(BYTES_AT_ONCE):
@@ -90,13 +98,6 @@ def _batches(name: str, path: Path) -> Iterator[pa.RecordBatch]:
                 yield from bounded(file, range(file.num_row_groups))
         else:
             raise DataError(f"{name}: unknown kind of file; known are .parquet, .jsonl, .jsonl.gz and .arrow")
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> DataError:
-    why = " ".join(str(error).split())[:200]
-    return DataError(f"{name}: cannot be read ({why}); mend it, or take it away, and begin anew with --restart")
 
 
 def _mapped(arrow: Path) -> Iterator[pa.RecordBatch]:

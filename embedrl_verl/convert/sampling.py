@@ -24,36 +24,23 @@ Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 @dataclass(frozen=True)
-class SourceEntry:
-    """One line of a preset; the comments of `sampling.yaml` say what the fields mean. None: not stated."""
-
-    rows: int | None = None
-    weight: float | None = None
-    initial: int | None = None
-    kept: int | None = None
-    left_out: bool = False
-
-
-@dataclass(frozen=True)
 class Preset:
-    """A published table. `origin` says where it is from, `note` what to know before using it. With `by_draw` its
-    weights are shares of the draws, whatever a source's size; ours are multiplied by it."""
+    """A published table; the comments of `sampling.yaml` say what the fields and the entries of `sources` mean."""
 
-    name: str
     origin: str
     note: str
-    sources: Mapping[str, SourceEntry]
+    sources: Mapping[str, Mapping[str, Any]]
     by_draw: bool = False
 
     @property
     def caps(self) -> dict[str, int]:
-        return {name: entry.rows for name, entry in self.sources.items() if entry.rows is not None}
+        return {name: entry["rows"] for name, entry in self.sources.items() if "rows" in entry}
 
     @property
     def weights(self) -> dict[str, float]:
         """As published, without the sources that are left out of contrastive training."""
         of = self.sources.items()
-        return {name: entry.weight for name, entry in of if entry.weight is not None and not entry.left_out}
+        return {name: entry["weight"] for name, entry in of if "weight" in entry and not entry.get("left_out")}
 
     def source_weights(self, pairs: Mapping[str, int]) -> dict[str, float]:
         """Weights as `contrastive.source_weights` means them (drawn weight x pairs times an epoch), of the sources that
@@ -69,7 +56,7 @@ class Preset:
 @dataclass(frozen=True)
 class Sampling:
     """How rows are drawn: `caps` by data source, `default_cap` of those that are not named (None: all rows),
-    equidistant or at random by `seed` and the source's name."""
+    evenly spaced (position i is floor(i x total / cap)) or at random by `seed` and the source's name."""
 
     caps: Mapping[str, int] = field(default_factory=dict)
     default_cap: int | None = None
@@ -78,8 +65,6 @@ class Sampling:
     preset: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"the sampling method must be one of {', '.join(METHODS)}; got {self.method!r}")
         for name, cap in [*self.caps.items(), ("", self.default_cap)]:
             if cap is not None and cap < 1:
                 raise ConfigError(f"a cap must be at least 1 row; got {cap}{f' for {name}' if name else ''}")
@@ -94,28 +79,17 @@ class Sampling:
         if cap is None or cap >= total:
             return None
         if self.method == "even":
-            return evenly_spaced(total, cap)
+            return np.arange(cap, dtype=np.int64) * total // cap
         digest = hashlib.sha256(f"{self.seed}\0{source}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
         return np.sort(rng.choice(total, size=cap, replace=False, shuffle=False)).astype(np.int64)
-
-
-def evenly_spaced(total: int, count: int) -> Rows:
-    """`count` different positions of 0..total-1 at equal distances: floor(i x total / count). All if count >= total."""
-    count = min(count, total)
-    return np.arange(count, dtype=np.int64) * total // max(count, 1)
 
 
 @cache
 def presets() -> dict[str, Preset]:
     """All published tables by name."""
     text = (resources.files("embedrl_verl.convert") / "sampling.yaml").read_text(encoding="utf-8")
-    tables: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    found = {}
-    for name, table in tables.items():
-        sources = {source: SourceEntry(**entry) for source, entry in table["sources"].items()}
-        found[name] = Preset(name, table["from"], table["note"], sources, table.get("by_draw", False))
-    return found
+    return {name: Preset(**table) for name, table in yaml.safe_load(text).items()}
 
 
 def preset(name: str) -> Preset:
@@ -124,16 +98,13 @@ def preset(name: str) -> Preset:
     return presets()[name]
 
 
-def sampling_from_options(caps: Iterable[str], preset_name: str, *, method: str = "even", seed: int = 0) -> Sampling:
+def sampling_from_options(caps: Iterable[str], preset_name: str, method: str = "even", seed: int = 0) -> Sampling:
     """From `--cap 50000`, `--cap SOURCE=1000`, `--preset NAME`; a cap wins over the preset's."""
-    by_source = preset(preset_name).caps if preset_name else {}
-    default: int | None = None
+    by_source: dict[str, int] = {}
     for text in caps:
         source, _, number = text.rpartition("=")
         if not number.isdecimal():
             raise ConfigError(f"--cap takes ROWS or SOURCE=ROWS; got {text!r}")
-        if source:
-            by_source[source] = int(number)
-        else:
-            default = int(number)
-    return Sampling(by_source, default, method, seed, preset_name)
+        by_source[source] = int(number)
+    default = by_source.pop("", None)
+    return Sampling((preset(preset_name).caps if preset_name else {}) | by_source, default, method, seed, preset_name)

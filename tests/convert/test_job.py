@@ -15,18 +15,14 @@ import pytest
 from embedrl_verl.convert.converter import Converter, RawRow, Shard
 from embedrl_verl.convert.inputs import InputRoot
 from embedrl_verl.convert.job import JobOptions, run_conversion
-from embedrl_verl.data.files import begin_work, media_root_of, pair_files
+from embedrl_verl.data.files import begin_work, media_root_of
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.errors import ConfigError, DataError, EmbedRLError
-from tests.convert.conftest import Convert, draw, files_below, question, records, rejected, write_lines
+from tests.convert.conftest import Convert, draw, files_below, question, questions, records, rejected, write_lines
 
 
 def texts(folder: Path) -> list[str]:
     return [record.query.text for record in records(folder)]
-
-
-def questions(numbers: range, **more: object) -> list[dict[str, object]]:
-    return [question(number, **more) for number in numbers]
 
 
 def test_rows_become_pairs_in_order_in_parts_of_the_wanted_size(tmp_path: Path, convert: Convert) -> None:
@@ -41,48 +37,32 @@ def test_rows_become_pairs_in_order_in_parts_of_the_wanted_size(tmp_path: Path, 
 
 
 def test_worker_processes_give_the_same_folder_as_none(tmp_path: Path, convert: Convert) -> None:
-    rows = [question(index, image=f"{index % 4}.png") for index in range(60)]  # 3.png does not exist
-    write_lines(tmp_path / "in" / "f.jsonl", [*rows, b"{broken", question(7)])
+    rows = [question(index, image=f"{index % 4}.png") for index in range(40)]  # 3.png does not exist
+    source = write_lines(tmp_path / "in" / "f.jsonl", [*rows, b"{broken"])
     for index in range(3):
         (tmp_path / "in" / f"{index}.png").write_bytes(draw(index))
-    convert(tmp_path / "in", "alone", workers=1, media="files")
-    convert(tmp_path / "in", "together", workers=2, media="files")
-    alone = files_below(tmp_path / "alone")
-    assert alone == files_below(tmp_path / "together")
-    assert len([name for name in alone if name.startswith("media/")]) == 3
-    assert len(rejected(tmp_path / "alone")) == 16
-
-
-def test_too_many_bad_rows_stop_the_job_and_a_higher_limit_goes_on(tmp_path: Path, convert: Convert) -> None:
-    rows = [question(index) if index % 5 else question(index, answer=index) for index in range(40)]
-    source = write_lines(tmp_path / "f.jsonl", rows)
-    with pytest.raises(DataError, match=r"8 of 40 rows cannot be used, over the limit of 10\.00%") as raised:
-        convert(source, max_bad_share=0.1, shard_rows=40)
-    first = "(first: f.jsonl, line 1, field answer: must be a string; got 0 (int))"
-    assert f"8 x answer: must be a string; got … (int) {first}" in str(raised.value)
-    assert len(rejected(tmp_path / "out")) == 8
-    with pytest.raises(DataError, match="is unfinished"):
-        pair_files([tmp_path / "out"])
-    part = tmp_path / "out" / "part-00000.parquet"
-    made = part.stat().st_mtime_ns
-    convert(source, max_bad_share=0.2, shard_rows=40)  # a share at the limit is allowed
-    assert part.stat().st_mtime_ns == made  # not made again
-    assert len(texts(tmp_path / "out")) == 32
+    for workers in (1, 2):
+        convert(source, f"out {workers}", workers=workers, media="files")
+    assert files_below(tmp_path / "out 1") == files_below(tmp_path / "out 2")
+    assert len(list((tmp_path / "out 1/media").rglob("*.png"))) == 3
+    assert len(rejected(tmp_path / "out 1")) == 11
 
 
 def test_the_first_record_of_an_id_stays(tmp_path: Path, convert: Convert) -> None:
     ids = ["a", "b", "a", *[f"x{i}" for i in range(20)], "b", "c", "a"]
-    write_lines(tmp_path / "in" / "f.jsonl", [question(i, id=name) for i, name in enumerate(ids)])
+    rows = [question(i, id=name) for i, name in enumerate(ids)]
+    write_lines(tmp_path / "in" / "f.jsonl", [rows[0], b"{broken", b"", *rows[1:]])
     write_lines(tmp_path / "in" / "g.jsonl", [question(100, id="c"), question(101, id=7)])
     card = convert(tmp_path / "in", "out", "pair_id=id")
     assert [record.pair_id for record in records(tmp_path / "out")] == [*dict.fromkeys(ids), "7"]
-    assert [(entry["file"], entry["line"], entry["reason"]) for entry in rejected(tmp_path / "out")] == [
-        ("f.jsonl", 3, "must be unique; f.jsonl, line 1 has it too"),
-        ("f.jsonl", 24, "must be unique; f.jsonl, line 2 has it too"),
-        ("f.jsonl", 26, "must be unique; f.jsonl, line 1 has it too"),
-        ("g.jsonl", 1, "must be unique; f.jsonl, line 25 has it too"),
+    repeated = [entry for entry in rejected(tmp_path / "out") if entry["field"] == "pair_id"]
+    assert [(entry["file"], entry["line"], entry["reason"]) for entry in repeated] == [
+        ("f.jsonl", 5, "must be unique; f.jsonl, line 1 has it too"),
+        ("f.jsonl", 26, "must be unique; f.jsonl, line 4 has it too"),
+        ("f.jsonl", 28, "must be unique; f.jsonl, line 1 has it too"),
+        ("g.jsonl", 1, "must be unique; f.jsonl, line 27 has it too"),
     ]
-    assert [part["records"] for part in card["parts"]] == [9, 10, 4, 1]
+    assert [part["records"] for part in card["parts"]] == [7, 10, 6, 1]
     write_lines(tmp_path / "same.jsonl", questions(range(30), id="same"))
     with pytest.raises(DataError, match=r"of 30 rows cannot be used.*\n.*pair_id: must be unique.*jsonl, line 2,"):
         convert(tmp_path / "same.jsonl", "same", "pair_id=id", max_bad_share=0.1)
@@ -106,12 +86,11 @@ def test_a_preset_caps_its_sources_and_the_card_says_what_it_does_not_name(tmp_p
     assert (card["records"], card["sampling"]["weights"], card["sampling"]["not_in_preset"]) == (3, {"visrag": 6}, [])
     text = (tmp_path / "out" / "data_card.md").read_text()
     assert "contrastive.source_weights={visrag: 6.0}" in text and "Embed-RL" in text
-    pages = {"name": "vidore_colpali_pages", "preset": "vlm2vec_v2"}
-    convert(source, "pages", **pages)
-    said = "The preset vlm2vec_v2 does not name vidore_colpali_pages: all rows are used."
-    assert said in (tmp_path / "pages" / "data_card.md").read_text()
-    card = convert(source, "capped", cap=("3",), **pages)
-    assert (card["records"], card["sampling"]["not_in_preset"]) == (3, [])
+    for out, caps, count in (("all", (), 5), ("capped", ("3",), 3)):
+        card = convert(source, out, name="vidore_colpali_pages", preset="vlm2vec_v2", cap=caps)
+        assert card["records"] == count
+        said = "The preset vlm2vec_v2 does not name vidore_colpali_pages: all rows are used."
+        assert (said in (tmp_path / out / "data_card.md").read_text()) == (count == 5)
 
 
 def test_a_finished_folder_is_left_alone_and_other_options_or_input_are_refused(
@@ -121,37 +100,34 @@ def test_a_finished_folder_is_left_alone_and_other_options_or_input_are_refused(
     card = convert(source, licence="CC0")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert convert(source, licence="CC0") == card
+    write_lines(source, reversed(questions(range(12))))  # of the same size
     for options, message in (
         ({"shard_rows": 5, "licence": "CC0"}, r"settings\.shard_rows was 10, is 5; name another folder"),
         ({"licence": "MIT"}, "licence was 'CC0', is 'MIT'"),
+        ({"licence": "CC0"}, r"input\[0\]\.sha256 was '\w{64}', is '"),
     ):
         with pytest.raises(ConfigError, match=f"was made with other options or input: {message}"):
             convert(source, **options)
-    write_lines(source, reversed(questions(range(12))))  # of the same size
-    with pytest.raises(ConfigError, match=r"other options or input: input\[0\]\.sha256 was '\w{64}', is '"):
-        convert(source, licence="CC0")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written
-    convert(source, restart=True, shard_rows=5)
-    assert texts(tmp_path / "out") == [f"question {index}" for index in reversed(range(12))]
 
 
 def test_nothing_usable_is_an_error_with_its_causes_and_no_folder_that_looks_finished(
     tmp_path: Path, convert: Convert
 ) -> None:
-    source = write_lines(tmp_path / "f.jsonl", [question(0, answer=None)] * 3)
-    with pytest.raises(DataError, match=r"no pair could be made of 3 rows. Causes:\n  3 x target must have text"):
-        convert(source)
-    assert len(rejected(tmp_path / "out")) == 3
-    with pytest.raises(DataError, match="is unfinished"):
-        pair_files([tmp_path / "out"])
-    for name in ("empty.jsonl", "zero.parquet"):
-        (tmp_path / "empty.jsonl").touch()
-        pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "zero.parquet")
-        with pytest.raises(DataError, match="no pair could be made of 0 rows: the converter uses none"):
-            convert(tmp_path / name, name.split(".")[0] + "_out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no file fits \*\*/\*\.parquet"):
-        convert(tmp_path / "empty")
+    write_lines(tmp_path / "bad.jsonl", [question(0, answer=None)] * 3)
+    write_lines(tmp_path / "empty.jsonl", [])
+    pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "zero.parquet")
+    (tmp_path / "folder").mkdir()
+    none = "no pair could be made of 0 rows: the converter uses none"
+    for name, message in (
+        ("bad.jsonl", r"no pair could be made of 3 rows. Causes:\n  3 x target must have text"),
+        *(("empty.jsonl", none), ("zero.parquet", none)),
+        ("folder", r"no file fits \*\*/\*\.parquet"),
+    ):
+        with pytest.raises(DataError, match=message):
+            convert(tmp_path / name, f"{name} out")
+        assert not (tmp_path / f"{name} out/data_card.json").exists()
+    assert len(rejected(tmp_path / "bad.jsonl out")) == 3
 
 
 def test_a_file_is_read_under_one_name_and_an_unfinished_folder_not_at_all(tmp_path: Path, convert: Convert) -> None:
@@ -179,7 +155,8 @@ class Failing(Converter):
     def convert(self, row: RawRow) -> PairRecord:
         if row.values["n"] == 3:
             raise ZeroDivisionError("oops")
-        return PairRecord(row.pair_id(), "own", "", Item(text="q"), Item(text="\ud800" if row.row == 1 else "t"))
+        target, negative = (Item(text="\ud800" if row.row == bad else "t") for bad in (1, 2))
+        return PairRecord(row.pair_id(), "own", "", Item(text="q"), target, negatives=(negative,))
 
 
 def test_a_fault_of_the_converter_stops_with_the_row_and_text_that_is_no_unicode_is_a_bad_row(tmp_path: Path) -> None:
@@ -188,24 +165,25 @@ def test_a_fault_of_the_converter_stops_with_the_row_and_text_that_is_no_unicode
     with pytest.raises(EmbedRLError, match=r"failed on f\.jsonl, row 3: ZeroDivisionError: oops"):
         run_conversion(Failing(), options)
     write_lines(tmp_path / "in" / "f.jsonl", [{"n": index} for index in range(3)])
-    assert run_conversion(Failing(), replace(options, out=str(tmp_path / "other")))["records"] == 2
-    assert rejected(tmp_path / "other")[0]["field"] == "target.text"
+    assert run_conversion(Failing(), replace(options, out=str(tmp_path / "other")))["records"] == 1
+    assert [entry["field"] for entry in rejected(tmp_path / "other")] == ["target.text", "negatives[0].text"]
 
 
 def test_the_card_names_input_output_and_media_root(tmp_path: Path, convert: Convert) -> None:
     source = write_lines(tmp_path / "in" / "f.jsonl", [question(0, image="a.png"), question(1), b"{"])
-    (tmp_path / "in" / "a.png").write_bytes(draw(1))
-    card, part = convert(source, "kept", licence="CC0"), tmp_path / "kept" / "part-00000.parquet"
+    (tmp_path / "in" / "a.png").write_bytes(draw(1, "GIF", frames=2))
+    stale = write_lines(tmp_path / "files/media/ab/.a.gif.7-0.tmp", [])  # of a killed writer
+    card, part = convert(source, "keep", licence="CC0"), tmp_path / "keep" / "part-00000.parquet"
     assert card["build"]["input"][0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert card["parts"][0]["sha256"] == hashlib.sha256(part.read_bytes()).hexdigest()
     assert (card["licence"], card["input_rows"]) == ("CC0", {"f.jsonl": 3})
-    assert json.loads((tmp_path / "kept" / "data_card.json").read_text()) == card
-    assert media_root_of(tmp_path / "kept") == str(tmp_path / "in")
-    assert convert(source, "files", media="files")["media_root"] == "media"
-    assert media_root_of(tmp_path / "files" / "part-00000.parquet") == str(tmp_path / "files" / "media")
-    assert convert(source, "inside", media="embed")["media_root"] is None
-    text = (tmp_path / "kept" / "data_card.md").read_text()
-    assert "Licence: CC0." in text
+    assert json.loads((tmp_path / "keep" / "data_card.json").read_text()) == card
+    for place, root in (("keep", tmp_path / "in"), ("files", tmp_path / "files" / "media"), ("embed", None)):
+        convert(source, place, media=place, licence="CC0")
+        assert media_root_of(tmp_path / place) == (root and str(root))
+    text = (tmp_path / "keep" / "data_card.md").read_text()
+    assert not stale.exists()
+    assert "Licence: CC0." in text and "1 images are animated" in text
     assert "| own | 3 | 3 | 2 | 0 | 1 | query_image > target_text (1), query_text > target_text (1) |" in text
 
 

@@ -84,14 +84,6 @@ def test_nothing_is_written_of_a_record_that_is_refused(
     assert not (root / "out").exists()
 
 
-def test_a_file_too_large_for_an_image_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media_store, "MAX_IMAGE_BYTES", 100)
-    for reader in (Path, "read_bytes"), (media_store.Image, "open"):
-        monkeypatch.setattr(*reader, lambda *_: pytest.fail("was read"))
-    with pytest.raises(RowError, match="bytes are over the limit of 100 for an image"):
-        store(root).put(pair("a.png"), Counter())
-
-
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_animated_images_are_kept_and_counted(root: Path, format: str) -> None:
     counts, moving = Counter[str](), draw(0, format, frames=3)
@@ -99,7 +91,7 @@ def test_animated_images_are_kept_and_counted(root: Path, format: str) -> None:
     assert (counts["images"], counts["animated"]) == (2, 1)
 
 
-def test_no_more_is_opened_than_is_to_be_verified(root: Path) -> None:
+def test_no_more_is_opened_than_is_to_be_verified(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(root, verify="none").put(pair("missing.png", "text.png", b"no image"), Counter())
     store(root, verify="exists").put(pair("torn.png", video=Video(path="noise.mp4")), Counter())
     for path in ("../outside.png", "/etc/hostname", "a/../../b"):
@@ -107,3 +99,13 @@ def test_no_more_is_opened_than_is_to_be_verified(root: Path) -> None:
             store(root, verify="none").put(pair(path), Counter())
     with pytest.raises(RowError, match="not a readable image"):
         store(root, verify="exists").put(pair("text.png"), Counter())
+    monkeypatch.setattr(media_store, "MAX_IMAGE_BYTES", 100)
+    monkeypatch.setattr(media_store.Image, "open", lambda *_: pytest.fail("was read"))
+    with pytest.raises(RowError, match="bytes are over the limit of 100 for an image"):
+        store(root).put(pair("a.png"), Counter())
+
+
+def test_a_decoder_that_fails_in_any_way_costs_the_row(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_store, "load_image", lambda *_: {}["no such tag"])
+    with pytest.raises(RowError, match="'a.png': cannot be decoded \\(KeyError"):
+        store(root).put(pair("a.png"), Counter())
