@@ -22,11 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.annotate.annotated import AnnotateJob
 from embedrl_verl.annotate.backends import ServerBackend, encode
+from embedrl_verl.annotate.job import RunSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
-from embedrl_verl.annotate.runner import RunnerSettings
-from embedrl_verl.annotate.tcots import TcotQuestions, TcotSettings
+from embedrl_verl.annotate.tcots import AnnotateJob, TcotSettings
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import SIDES
@@ -77,9 +76,10 @@ def annotate(url: str, file: Path, prompts: TcotPrompts, arguments: argparse.Nam
         job = AnnotateJob(
             files=[file],
             out=Path(folder) / "out",
-            questions=TcotQuestions(settings, prompts),
+            settings=settings,
+            prompts=prompts,
             backend=ServerBackend(pool, arguments.family),
-            runner=RunnerSettings(arguments.limit, arguments.threads, max_failed_share=1.0),
+            how=RunSettings(arguments.limit, arguments.threads, max_failed_share=1.0),
             keep_failed=True,
         )
         start = time.monotonic()

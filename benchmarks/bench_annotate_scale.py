@@ -27,11 +27,10 @@ import numpy as np
 from aiohttp import web
 from PIL import Image
 
-from embedrl_verl.annotate.annotated import AnnotateJob
 from embedrl_verl.annotate.backends import ServerBackend
+from embedrl_verl.annotate.job import Run, RunSettings
 from embedrl_verl.annotate.prompts import TcotPrompts
-from embedrl_verl.annotate.runner import Runner, RunnerSettings
-from embedrl_verl.annotate.tcots import TcotQuestions, TcotSettings
+from embedrl_verl.annotate.tcots import AnnotateJob, TcotSettings
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
@@ -92,9 +91,9 @@ def main() -> None:
     pool = ServerPool([f"http://127.0.0.1:{here.recv()}"], PoolSettings(limit=arguments.limit, timeout_s=120))
     limits = MediaLimits(28, image_min_tokens=4, image_max_tokens=768)
     blocked = [0.0]
-    ask = Runner.run
+    ask = Run.run
 
-    async def watched(runner: Runner) -> None:
+    async def watched(runner: Run) -> None:
         async def beat() -> None:
             while True:
                 start = time.monotonic()
@@ -105,7 +104,7 @@ def main() -> None:
         await ask(runner)
         task.cancel()
 
-    Runner.run = watched  # type: ignore[method-assign]
+    Run.run = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "in.parquet"
         write_pairs(pairs(arguments.pairs, arguments.image), file)
@@ -113,9 +112,10 @@ def main() -> None:
         job = AnnotateJob(
             files=[file],
             out=Path(folder) / "out",
-            questions=TcotQuestions(TcotSettings(), TcotPrompts("qwen2_vl", "compact", False, limits)),
+            settings=TcotSettings(),
+            prompts=TcotPrompts("qwen2_vl", "compact", False, limits),
             backend=ServerBackend(pool, "qwen2_vl"),
-            runner=RunnerSettings(arguments.limit, arguments.threads),
+            how=RunSettings(arguments.limit, arguments.threads),
         )
         start = time.monotonic()
         job.run(say=lambda line: None)

@@ -33,6 +33,7 @@ serve() {
     URL="http://127.0.0.1:$port"
     say "serving $1"
     "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$1" --served-model-name "$2" --dtype float32 \
+        --worker-extension-cls embedrl_verl.platforms.vllm_seeds.SeedsOnCpus \
         --enforce-eager --max-model-len 512 --host 127.0.0.1 --port "$port" --disable-uvicorn-access-log \
         >"$OUT/$2.log" 2>&1 &
     SERVER=$!

@@ -9,40 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from embedrl_verl.annotate.prompts import Messages, Prompt
+from embedrl_verl.annotate.prompts import Messages, Prompt, Sampling
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.families import Family
 from embedrl_verl.serving import ServerError, ServerPool
 from embedrl_verl.serving.vllm import NEUTRAL_SAMPLING, clip_part, image_part, request_arguments
 
+_LOG = logging.getLogger(__name__)
 CHAT = "/v1/chat/completions"
 OURS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed")
-_LOOK_S, _PAUSE_S = 0.5, 1.0
+_PAUSE_S, _FIRST_LOOK_S = 1.0, 10.0
 _SETTINGS_WRONG = (401, 402, 403, 404, 405)
-_TRIES_BESIDE_OTHERS, _TRIES_ALONE, _TRIES_BUSY = 3, 5, 30
-"""Rounds of the pool's tries after which a request is refused (busy: as often as it is told to wait while others are
-answered), and rounds in which nobody is answered, after which the servers are lost."""
-_FOREVER_S = 1e9
+_TRIES, _TRIES_OTHERS = 3, 30
+"""Rounds of the pool's tries after which a request that servers break at (others: that has to wait, or loses its
+connection) is refused if another one is answered."""
 
 
 class ServersLost(EmbedRLError):
     """No server answers; the job can be resumed."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one reply is drawn: as one of `choices`, where the backend can see to it."""
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,8 +56,8 @@ class Refused:
 class Backend(Protocol):
     """Who answers. `connect` comes before `prepare`, in the event loop that then calls `complete`."""
 
-    def wanted(self) -> Mapping[str, Any]:
-        """The facts of `connect` that the user has named, known before anybody is reached."""
+    def named(self) -> Mapping[str, Any]:
+        """What the user has said of the model, known before anybody is reached."""
 
     async def connect(self) -> Mapping[str, Any]:
         """What is served, as facts that belong to the settings: "model", and whatever changes the questions."""
@@ -83,7 +73,7 @@ class Backend(Protocol):
 @dataclass
 class ServerBackend:
     """Servers of one model (None: the one that they list). `videos`: auto, "video_url" (vLLM's list of frames) or
-    "images"; `extra`: more fields of every request; `patience_s`: without a server that is up, then the job stops."""
+    "images"; `extra`: more fields of every request; `patience_s`: without any answer, then the job stops."""
 
     pool: ServerPool
     family: Family
@@ -92,32 +82,18 @@ class ServerBackend:
     extra: Mapping[str, Any] = field(default_factory=dict)
     patience_s: float = 300.0
     is_vllm: bool = False
-    _answered: int = 0
-    _lost: str = ""
-    _watch: asyncio.Task[None] | None = None
+    _failing_since: float | None = None
 
     def __post_init__(self) -> None:
-        if self.videos not in ("auto", "video_url", "images"):
-            raise ConfigError(f"videos must be sent as auto, video_url or images; got {self.videos!r}")
         if taken := sorted(set(self.extra) & set(OURS)):
             raise ConfigError(f"extra fields of a request must not be {', '.join(OURS)}; got {taken}")
 
-    def wanted(self) -> Mapping[str, Any]:
-        named = {"extra": dict(self.extra)} | ({"model": self.model} if self.model is not None else {})
-        return named | ({"videos": self.videos} if self.videos != "auto" else {})
+    def named(self) -> Mapping[str, Any]:
+        return {"model": self.model, "videos": self.videos, "extra": dict(self.extra)}
 
     async def connect(self) -> Mapping[str, Any]:
-        try:
-            listed = await self.pool.models(deadline=time.monotonic() + self.patience_s)
-        except ServerError as error:
-            if error.status in (401, 403):
-                raise ConfigError(f"{error}. Check the key") from error
-            if error.transient:
-                raise ServersLost(
-                    f"{error}. Is a server running there? Start it, then run the command again"
-                ) from error
-            listed = []  # the server has no such page
-        names, urls = [str(entry["id"]) for entry in listed], ", ".join(self.pool.urls)
+        listed, urls = await self._models(), ", ".join(self.pool.urls)
+        names = [str(entry["id"]) for entry in listed]
         if self.model is None and len(names) != 1:
             raise ConfigError(f"name the model (--model): {urls} list {names or 'none'}")
         if self.model is not None and names and self.model not in names:
@@ -126,8 +102,23 @@ class ServerBackend:
         self.is_vllm = any(entry.get("owned_by") == "vllm" for entry in listed)
         if self.videos == "auto":
             self.videos = "video_url" if self.is_vllm else "images"
-        self._watch = asyncio.create_task(self._look())
-        return {"model": self.model, "videos": self.videos, "vllm": self.is_vllm, "extra": dict(self.extra)}
+        return {"model": self.model, "videos": self.videos, "vllm": self.is_vllm}
+
+    async def _models(self) -> list[dict[str, Any]]:
+        """What the servers list; [] from servers without such a page. Waits for one that is not up yet."""
+        start, urls, failure = time.monotonic(), ", ".join(self.pool.urls), None
+        for patience in (min(_FIRST_LOOK_S, self.patience_s), self.patience_s):
+            if failure is not None:
+                _LOG.warning("%s: no answer yet (%s); waiting %g s in all (--patience)", urls, failure, self.patience_s)
+            try:
+                return await self.pool.models(deadline=start + patience)
+            except ServerError as error:
+                if error.status in (401, 403):
+                    raise ConfigError(f"{error}. Check the key") from error
+                if not error.transient:
+                    return []
+                failure = error
+        raise ServersLost(f"{urls}: {failure}. Is a server running there? Start it, then run the command again")
 
     def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[bytes, int]:
         payload = {name: getattr(sampling, name) for name in OURS[2:]} | (NEUTRAL_SAMPLING if self.is_vllm else {})
@@ -136,60 +127,50 @@ class ServerBackend:
             payload.setdefault("structured_outputs", {"choice": list(sampling.choices)})
         clips = [part for part in parts_of(prompt.messages) if part["type"] == "video"]
         if clips and self.videos == "video_url":
-            if len(clips) > 1:
-                raise ConfigError(f"a request can hold one video; got {len(clips)}")
             payload |= request_arguments(self.family, clips[0]["times"])
         body = json.dumps(payload).encode()  # here, in a thread: with images it is large
         return body, len(body) + 4096
 
     async def complete(self, request: bytes) -> Reply | Refused:
-        tries = alone = 0
-        while not self._lost:
-            before = self._answered
+        tries = 0
+        while True:
+            was_up = any(server.up for server in self.pool.servers)  # else nobody sees this round's request
             try:
-                answer = await self.pool.post(CHAT, request, deadline=time.monotonic() + _FOREVER_S)
-                self._answered += 1
+                answer = await self.pool.post(CHAT, request)
+                self._failing_since = None
                 return read_reply(answer)
             except ServerError as error:
-                if self._lost:
-                    break
                 if error.status in _SETTINGS_WRONG:
                     raise ConfigError(f"{error}. Check --url, --model, the key and the account") from error
-                tries, is_busy = tries + 1, error.status == 429
-                others = self._answered > before if is_busy else tries >= _TRIES_BESIDE_OTHERS and await self._is_well()
-                alone = 0 if others else alone + 1
-                is_its_own = not error.transient and error.status is not None
-                if is_its_own or (others and tries >= (_TRIES_BUSY if is_busy else _TRIES_BESIDE_OTHERS)):
+                if error.status is not None and not error.transient:
                     return Refused(error.cause, str(error))
-                if alone >= _TRIES_ALONE:
-                    why = "no request is answered any more. Mend the servers, then run the command again"
-                    raise ServersLost(f"{error}; {why}") from error
-            await asyncio.sleep(_PAUSE_S * min(tries, _TRIES_ALONE))
-        raise ServersLost(self._lost)
+                self._failing_since = self._failing_since or time.monotonic()
+                tries += was_up
+                is_broken = error.cause == "timeout" or (error.status or 0) >= 500
+                is_tried = tries >= (_TRIES if is_broken else _TRIES_OTHERS)
+                is_late = time.monotonic() - self._failing_since > self.patience_s
+                if is_tried or is_late:
+                    is_well = await self._is_well()
+                    if is_well and is_tried:
+                        return Refused(error.cause, str(error))
+                    if is_late and not is_well:
+                        why = f"nothing is answered any more, for {self.patience_s:g} s (--patience)"
+                        raise ServersLost(f"{error}; {why}. Mend the servers, then run the command again") from error
+            await asyncio.sleep(_PAUSE_S * min(tries + 1, 5))
 
     async def _is_well(self) -> bool:
         """Whether a request that nothing is wrong with is answered: then what fails is another one's own fault."""
         hello = {"model": self.model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
         try:
-            await self.pool.post(CHAT, hello, deadline=time.monotonic() + self.patience_s)
+            if not any(server.up for server in self.pool.servers):
+                return False
+            await self.pool.post(CHAT, hello)
         except ServerError:
             return False
+        self._failing_since = None
         return True
 
     async def aclose(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        await self.pool.aclose()
-
-    async def _look(self) -> None:
-        """Close the pool, so that waiting requests end, when no server was up for `patience_s`."""
-        since = time.monotonic()
-        while time.monotonic() - since <= self.patience_s:
-            if any(server.up for server in self.pool.servers):
-                since = time.monotonic()
-            await asyncio.sleep(_LOOK_S)
-        errors = "; ".join(f"{server.url}: {server.last_error}" for server in self.pool.servers)
-        self._lost = f"no server was up for {self.patience_s:g} s ({errors}). Start them, then run the command again"
         await self.pool.aclose()
 
 

@@ -5,6 +5,7 @@ server takes new ones while old ones run, so it keeps a device busier."""
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from embedrl_verl.annotate.backends import Refused, Reply, Sampling, ServersLost, parts_of
-from embedrl_verl.annotate.prompts import Messages, Prompt
+from embedrl_verl.annotate.backends import Refused, Reply, ServersLost, parts_of
+from embedrl_verl.annotate.prompts import Messages, Prompt, Sampling
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import Family
 from embedrl_verl.serving.vllm import processor_arguments
 
+FITTING = -1  # vLLM: as long as the memory has room for
+WORKER = "embedrl_verl.platforms.vllm_seeds.SeedsOnCpus"
 _GATHER_S = 0.05
 
 
@@ -34,12 +37,12 @@ class EngineBackend:
     _engine: Any = None
     _lost: str = ""
 
-    def wanted(self) -> Mapping[str, Any]:
+    def named(self) -> Mapping[str, Any]:
         return {"model": self.path, "engine": "vllm.LLM", "options": dict(self.options)}
 
     async def connect(self) -> Mapping[str, Any]:
         self._engine = await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
-        return self.wanted()
+        return self.named()
 
     def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[Any, int]:
         media: dict[str, list[Any]] = {}
@@ -81,15 +84,22 @@ class EngineBackend:
         self._engine = None
 
     def _start(self) -> Any:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # another process would keep the cause of its end
+        options = {
+            "max_model_len": -1,
+            "worker_extension_cls": WORKER,
+            **self.options,
+        }  # -1: as long as fits the memory
         try:
             from vllm import LLM
-
-            return LLM(model=self.path, **dict(self.options))
         except ImportError as error:
             raise ConfigError(f"--engine needs vLLM in this environment ({error}); or name a --url") from error
-        except (OSError, TypeError, ValueError, RuntimeError) as error:
+        try:
+            return LLM(model=self.path, **options)
+        except Exception as error:  # of any kind, from any library
+            said = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
-                f"vLLM must be able to load --engine {self.path} (--engine-args {dict(self.options)}); it says: {error}"
+                f"vLLM must be able to load --engine {self.path} (--engine-args {dict(self.options)}); it says: {said}"
             ) from error
 
     def _run(self, requests: list[Any]) -> list[Reply | Refused]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is asked: chat messages with decoded media. Words and pixels are those of the rollout, so that a T-CoT
-is of the language, the box units and the frame numbers that RL will see."""
+"""What a model is asked: chat messages with decoded media, and how a reply is drawn. Words and pixels are those of the
+rollout, so that a T-CoT is of the language, the box units and the frame numbers that RL will see. Draws depend on a
+pair's id alone, so an answer does not depend on what was asked before or beside it."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from typing import Any, TypeAlias
 
 import jinja2
 
+from embedrl_verl.annotate.answers import Entry
 from embedrl_verl.data.media import MediaLimits, fit_clip, fit_image, load_item
 from embedrl_verl.data.schema import PairRecord, Side, input_kind
-from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import Family, token_side
+from embedrl_verl.families import Family
 from embedrl_verl.tcot import build_prompt
 from embedrl_verl.tcot.harmless import break_control
 
@@ -25,6 +26,10 @@ TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 _SHOWN_REPLY = 4000  # characters of a bad reply that are shown again
+ALMOST_GREEDY = 0.01
+"""Temperature at which vLLM samples with a seed and comes to what greedy decoding gives (it raises lower ones to this).
+Its CPU sampler heeds seeds only while every request of a batch is sampled with one, so a greedy request would make the
+draws of those beside it depend on chance."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,47 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How one reply is drawn: as one of `choices`, where the backend can see to it."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to find out about a record, the entries of earlier tries, and where the record is."""
+
+    record: PairRecord
+    name: str
+    tries: tuple[Entry, ...] = ()
+    file: str = ""
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """How replies are drawn; `retry_temperature` is of those that are drawn again, at least."""
+
+    tries: int = 3
+    temperature: float = 0.0
+    retry_temperature: float = 0.7
+    max_tokens: int = 1024
+    seed: int = 0
+
+    def sampling(self, question: Question, *, redraw: bool, **more: Any) -> Sampling:
+        """Of a question's next try. `redraw`: a refused reply is drawn again, so no try is quite greedy."""
+        number, temperature = len(question.tries), self.temperature
+        if redraw and self.tries > 1:
+            temperature = max(ALMOST_GREEDY, temperature, self.retry_temperature if number else 0.0)
+        seed = seed_of(self.seed, question.record.pair_id, question.name, number)
+        return Sampling(self.max_tokens, temperature, seed=seed, **more)
+
+
+@dataclass(frozen=True)
 class TcotPrompts:
     """How T-CoTs are asked for: the model's family (units of boxes), templates, sizes and root of media."""
 
@@ -49,13 +95,6 @@ class TcotPrompts:
     few_shot: bool
     limits: MediaLimits
     media_root: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.limits.token_side != token_side(self.family):
-            raise ConfigError(
-                f"limits must be of {self.family}'s visual tokens, {token_side(self.family)} px; "
-                f"got {self.limits.token_side}"
-            )
 
     def prompt(self, record: PairRecord, side: Side, gold_answer: str | None = None) -> Prompt:
         """The first question about a side. Decodes media (call it in a thread); raises MediaError."""
@@ -98,3 +137,18 @@ def _fitted(content: Sequence[dict[str, Any]], limits: MediaLimits) -> list[dict
         return part
 
     return [fit(part) for part in content]
+
+
+def seed_of(seed: int, *key: object) -> int:
+    """A seed in [0, 2^31) for one request."""
+    return _number(seed, *key) >> 33
+
+
+def is_in_share(share: float, seed: int, *key: object) -> bool:
+    """Whether a key belongs to a random share of all keys. Raising the share only adds keys."""
+    return _number(seed, *key) < share * 2.0**64
+
+
+def _number(*key: object) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode(errors="surrogatepass")).digest()[:8], "big")

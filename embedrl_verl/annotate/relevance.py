@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedrl_verl.annotate.answers import Answers, Entry
-from embedrl_verl.annotate.backends import Reply, Sampling
+from embedrl_verl.annotate.backends import Reply
 from embedrl_verl.annotate.job import Job, tokens_of
-from embedrl_verl.annotate.prompts import TEMPLATES, Prompt, digest
-from embedrl_verl.annotate.questions import DrawSettings, Question
+from embedrl_verl.annotate.prompts import TEMPLATES, DrawSettings, Prompt, Question, Sampling, digest
 from embedrl_verl.annotate.rows import Rejection, Rows
-from embedrl_verl.annotate.verdict_file import VERDICT_SCHEMA, VERDICTS, VERDICTS_FILE, Verdict
+from embedrl_verl.annotate.verdict_file import VERDICT_SCHEMA, VERDICTS, Verdict
 from embedrl_verl.data.build import finish
-from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, WORK_FOLDER, part_facts, publish, temporary_name
+from embedrl_verl.data.files import REJECTED_FILE, VERDICTS_FILE, part_facts, publish, temporary_name
 from embedrl_verl.data.schema import PairRecord
-from embedrl_verl.errors import ConfigError
 from embedrl_verl.tables import table
 from embedrl_verl.tcot import parse_tcot
 from embedrl_verl.tcot.harmless import break_control, break_tags
@@ -83,22 +81,24 @@ class RelevanceSettings(DrawSettings):
     style: str = "paper"
     constrained: bool = True
 
-    def rules(self) -> Iterator[tuple[str, bool, str]]:
-        yield "style", self.style in STYLES, f"one of {', '.join(STYLES)}"
-        yield from super().rules()
-
 
 @dataclass(frozen=True)
-class RelevanceQuestions:
-    """See `embedrl_verl.annotate.questions.Questions`: one question a pair with both T-CoTs."""
+class VerdictJob(Job):
+    """See `Job`: one question a pair with both T-CoTs. Of `max_failed_share`, unknown verdicts are the failures."""
 
     settings: RelevanceSettings
+    name = "filter"
 
     @property
     def style(self) -> RelevanceStyle:
         return STYLES[self.settings.style]
 
-    def described(self) -> Mapping[str, object]:
+    @property
+    def verdicts(self) -> Path:
+        """The file that the job writes."""
+        return self.out / VERDICTS_FILE
+
+    def described(self) -> dict[str, Any]:
         return {**asdict(self.settings), "template": digest(self.style.template)}
 
     def names(self, record: PairRecord) -> Sequence[str]:
@@ -115,30 +115,11 @@ class RelevanceQuestions:
         verdict = read_verdict(reply.text, self.style)
         return {"verdict": verdict, "problems": [NO_WORD] if verdict == "unknown" else []}
 
-
-@dataclass(frozen=True)
-class VerdictJob(Job):
-    """See `Job`; of the runner's `max_failed_share`, unknown verdicts are the failures."""
-
-    questions: RelevanceQuestions
-    name = "filter"
-
-    @property
-    def verdicts(self) -> Path:
-        """The file that the job writes."""
-        return self.out / VERDICTS_FILE
-
-    def run(self, say: Callable[[str], None] = print) -> int:
-        if self.verdicts.exists() and not any((self.out / name).exists() for name in (CARD_FILE, WORK_FOLDER)):
-            raise ConfigError(f"{self.verdicts} was not written by this command; name another folder")
-        return super().run(say)
-
     def write(
         self, work: Path, rows: Rows, answers: Answers, facts: Mapping[str, Any], served: Mapping[str, Any]
     ) -> dict[str, Any]:
-        by_source: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        unknown, totals, rejected = Counter[str](), Counter[str](), list[Rejection]()
-        temporary = temporary_name(self.verdicts)
+        by_source, unknown, tokens = defaultdict[str, Counter[str]](Counter), Counter[str](), Counter[str]()
+        rejected, temporary = list[Rejection](), temporary_name(self.verdicts)
         with pq.ParquetWriter(temporary, VERDICT_SCHEMA) as writer:
             for span in rows.spans:
                 written = []
@@ -147,12 +128,12 @@ class VerdictJob(Job):
                         rejected.append(record)
                         continue
                     tries = answers.tries(record.pair_id, QUESTION)
-                    verdict = tries[-1].get("verdict", "unknown") if tries else "unknown"
+                    last: Entry = tries[-1] if tries else {"cause": NO_TCOT}
+                    verdict = last.get("verdict", "unknown")
                     written.append({"pair_id": record.pair_id, "verdict": verdict})
                     by_source[record.data_source][verdict] += 1
-                    totals.update(tokens_of(tries))
-                    if verdict == "unknown":
-                        unknown[tries[-1]["cause"] if tries else NO_TCOT] += 1
+                    tokens.update(tokens_of(tries))
+                    unknown.update([last["cause"]] if verdict == "unknown" else [])
                 writer.write_table(pa.Table.from_pylist(written, schema=VERDICT_SCHEMA))
         publish(temporary, self.verdicts)
         pairs = sum(counts.total() for counts in by_source.values())
@@ -161,8 +142,8 @@ class VerdictJob(Job):
         summary = {
             "pairs": pairs,
             "rejected_rows": len(rejected),
-            **{name: totals[name] for name in ("replies", "prompt_tokens", "completion_tokens")},
-            **self.prices.cost(totals),
+            **{name: tokens[name] for name in ("replies", "prompt_tokens", "completion_tokens")},
+            **self.how.cost(tokens),
             "unknown_causes": dict(sorted(unknown.items())),
             "by_source": counted,
         }
@@ -170,14 +151,12 @@ class VerdictJob(Job):
         return finish(self.out, "relevance verdicts", facts, [report], media_root=None, more=more)
 
     def report(self, card: Mapping[str, Any]) -> list[str]:
-        summary, total = card["verdicts"], Counter[str]()
-        for found in summary["by_source"].values():
-            total.update(found)
-        rows = []
+        summary, rows = card["verdicts"], []
+        total = {name: sum(found[name] for found in summary["by_source"].values()) for name in VERDICTS}
         for source, found in {**summary["by_source"], "all": total}.items():
             known = found["match"] + found["mismatch"]
             kept = f"{found['match'] / known:.1%}" if known else "-"
-            rows.append([source, *(found[verdict] for verdict in VERDICTS), kept])
+            rows.append([source, *found.values(), kept])
         lines = table(["data source", *VERDICTS, "kept"], *rows)
         lines += [f"unknown: {count:,} x {cause}" for cause, count in summary["unknown_causes"].items()]
         lines += [f"cost: {summary['cost']:,.4f}"] if "cost" in summary else []

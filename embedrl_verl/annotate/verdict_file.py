@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedrl_verl.data.files import VERDICTS_FILE
 from embedrl_verl.errors import DataError
 
 Verdict: TypeAlias = Literal["match", "mismatch", "unknown"]
 VERDICTS: tuple[Verdict, ...] = ("match", "mismatch", "unknown")
-VERDICTS_FILE, VERDICTS_FOLDER = "verdicts.parquet", "verdicts"
+VERDICTS_FOLDER = "verdicts"
 VERDICT_SCHEMA = pa.schema([("pair_id", pa.string()), ("verdict", pa.string())])
 ROWS_AT_ONCE = 2048
 

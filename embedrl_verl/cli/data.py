@@ -42,9 +42,8 @@ def annotate(
     """
     from pathlib import Path
 
-    from embedrl_verl.annotate.annotated import AnnotateJob
     from embedrl_verl.annotate.prompts import TcotPrompts
-    from embedrl_verl.annotate.tcots import TcotQuestions, TcotSettings
+    from embedrl_verl.annotate.tcots import AnnotateJob, TcotSettings
     from embedrl_verl.config.schema import MediaConfig
     from embedrl_verl.data.files import common_media_root, pair_files
     from embedrl_verl.data.media import MediaLimits
@@ -68,7 +67,8 @@ def annotate(
     job = AnnotateJob(
         files=pair_files(files),
         out=Path(out),
-        questions=TcotQuestions(settings, prompts),
+        settings=settings,
+        prompts=prompts,
         backend=_backend(model, asking, media.family, media.videos),
         keep_failed=keep_failed,
         **_run_settings(asking, media.threads, media.media_mb, max_failed_share, max_bad_share),
@@ -97,7 +97,7 @@ def filter_pairs(
     """
     from pathlib import Path
 
-    from embedrl_verl.annotate.relevance import RelevanceQuestions, RelevanceSettings, VerdictJob
+    from embedrl_verl.annotate.relevance import RelevanceSettings, VerdictJob
     from embedrl_verl.annotate.verdict_file import VERDICTS_FOLDER
     from embedrl_verl.curate.split_job import split_pairs
     from embedrl_verl.data.files import pair_files
@@ -108,7 +108,7 @@ def filter_pairs(
     judging = VerdictJob(
         files=pair_files(files),
         out=Path(out) / VERDICTS_FOLDER,
-        questions=RelevanceQuestions(settings),
+        settings=settings,
         backend=_backend(model, asking, "qwen3_vl", "auto"),  # the judge sees no media
         **_run_settings(asking, None, 64, max_failed_share, job.max_bad_share),
     )
@@ -270,17 +270,21 @@ def _run_settings(
     asking: opt.Asking, threads: int | None, media_mb: int, max_failed_share: float, max_bad_share: float
 ) -> dict[str, Any]:
     """What a job of questions is told of its run."""
-    from embedrl_verl.annotate.job import Prices
-    from embedrl_verl.annotate.runner import RunnerSettings
+    from embedrl_verl.annotate.job import RunSettings
     from embedrl_verl.data.threads import default_threads
 
-    threads = threads or default_threads()
     return {
-        "runner": RunnerSettings(
-            asking.limit, threads, media_mb << 20, max_failed_share, max_bad_share, retry_failed=asking.retry_failed
+        "how": RunSettings(
+            limit=asking.limit,
+            threads=threads or default_threads(),
+            media_bytes=media_mb << 20,
+            max_failed_share=max_failed_share,
+            max_rejected_share=max_bad_share,
+            retry_failed=asking.retry_failed,
+            price_prompt=asking.price_prompt,
+            price_completion=asking.price_completion,
         ),
         "rows_per_part": asking.shard_rows,
-        "prices": Prices(asking.price_prompt, asking.price_completion),
         "command": _command_line(),
     }
 

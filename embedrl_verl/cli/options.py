@@ -94,8 +94,8 @@ MaxBad = Annotated[float, Option(min=0, max=1, help="Stop above this fraction of
 MaxFailed = Annotated[float, Option(min=0, max=1, help="Stop above this fraction of questions without an answer.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Also replace what is there.")]
 Seed = Annotated[int, Option(help="Of what is drawn.")]
-Style = Annotated[str, Option(help="Templates: paper, or compact for tiny models.")]
-Temperature = Annotated[float, Option(help="0: greedy.")]
+Style = Annotated[Literal["paper", "compact"], Option(help="Templates: paper, or compact for tiny models.")]
+Temperature = Annotated[float, Option(min=0, max=2, help="0: greedy.")]
 Tokenizer = Annotated[str | None, Option(metavar="DIR", help="The Reasoner's folder; counts the tokens of prompts.")]
 
 
@@ -184,15 +184,15 @@ class Questions:
     overwrite: Overwrite = False
     style: Style = "paper"
     no_few_shot: Annotated[bool, Option("--no-few-shot", help="Leave the worked examples out.")] = False
-    gold_share: Annotated[float, Option(help="Fraction of the queries asked with their text target given.")] = 0.0
-    tries: Annotated[int, Option(help="Times one side is asked about, at most.")] = 3
+    gold_share: Annotated[float, Option(min=0, max=1, help="Fraction of the queries told their text target.")] = 0.0
+    tries: Annotated[int, Option(min=1, help="Times one side is asked about, at most.")] = 3
     reask: Annotated[
         Literal["explain", "resample"] | None, Option(help="After a bad reply (explain; --style compact: resample).")
     ] = None
     temperature: Temperature = 0.0
-    top_p: Annotated[float, Option(help="Of sampling.")] = 1.0
-    retry_temperature: Annotated[float, Option(help="Of resampled replies, at least.")] = 0.7
-    max_tokens: Annotated[int, Option(help="Of a reply.")] = 1024
+    top_p: Annotated[float, Option(min=0.001, max=1, help="Of sampling.")] = 1.0
+    retry_temperature: Annotated[float, Option(min=0, max=2, help="Of resampled replies, at least.")] = 0.7
+    max_tokens: Annotated[int, Option(min=1, help="Of a reply.")] = 1024
     evidence: Annotated[
         Literal["off", "usable", "strict"], Option(help="Boxes, frames, keywords that must hold: none, one, all.")
     ] = "usable"
@@ -204,10 +204,10 @@ class Judge:
     """judge"""
 
     style: Style = "paper"
-    tries: Annotated[int, Option(help="Times one pair is asked about, at most.")] = 2
+    tries: Annotated[int, Option(min=1, help="Times one pair is asked about, at most.")] = 2
     temperature: Temperature = 0.0
-    retry_temperature: Annotated[float, Option(help="Of later tries, at least.")] = 0.7
-    max_tokens: Annotated[int, Option(help="Of a reply; raise it for judges that reason.")] = 16
+    retry_temperature: Annotated[float, Option(min=0, max=2, help="Of later tries, at least.")] = 0.7
+    max_tokens: Annotated[int, Option(min=1, help="Of a reply; raise it for judges that reason.")] = 16
     free: Annotated[bool, Option("--free", help="Do not constrain vLLM to the two words.")] = False
     seed: Seed = 0
 
@@ -223,8 +223,8 @@ class Asking:
     retry_failed: Annotated[
         bool, Option("--retry-failed", help="Ask again what earlier runs of an unfinished job had no result for.")
     ] = False
-    price_prompt: Annotated[float | None, Option(help="Money for a million prompt tokens.")] = None
-    price_completion: Annotated[float | None, Option(help="Money for a million reply tokens.")] = None
+    price_prompt: Annotated[float | None, Option(min=0, help="Money for a million prompt tokens.")] = None
+    price_completion: Annotated[float | None, Option(min=0, help="Money for a million reply tokens.")] = None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from embedrl_verl.data.files import (
     PART_PATTERN,
     REJECTED_FILE,
     STALE,
+    VERDICTS_FILE,
     WORK_FOLDER,
     begin_work,
     disk_errors,
@@ -102,7 +103,9 @@ def building(
     ours = (work / BUILD_FILE).is_file()
     own = {BUILD_FILE, COMMAND_FILE, LOCK_FILE}
     foreign = [path for path in work.glob("*") if path.name not in own and path.suffix != ".tmp"]
-    foreign += [path for name in (PART_PATTERN, REJECTED_FILE, CARD_TEXT_FILE) for path in sorted(out.glob(name))]
+    foreign += [
+        path for name in (PART_PATTERN, REJECTED_FILE, CARD_TEXT_FILE, VERDICTS_FILE) for path in sorted(out.glob(name))
+    ]
     if foreign and not ours:
         name = foreign[0].relative_to(out)
         raise ConfigError(f"{out} holds {name}, which this command did not write; name another folder")

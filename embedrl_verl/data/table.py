@@ -177,8 +177,8 @@ class PairTable:
         return found
 
 
-def first_rows(ids: Any) -> dict[int, int]:
-    """Numbers (the index) of a pandas Series whose id comes before, each with the number of the first that has it."""
+def first_rows(ids: Any) -> dict[Any, Any]:
+    """Places (the index) of a pandas Series whose id comes before, each with the place of the first that has it."""
     again = ids[ids.duplicated()]
     first = {name: number for number, name in reversed([*ids[ids.isin(again)].items()])}
     return {number: first[name] for number, name in again.items()}

@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from embedrl_verl.annotate.backends import Refused, Reply, Sampling, ServerBackend, ServersLost, encode, read_reply
-from embedrl_verl.annotate.prompts import Prompt
+from embedrl_verl.annotate.backends import Refused, Reply, ServerBackend, ServersLost, encode, read_reply
+from embedrl_verl.annotate.prompts import Prompt, Sampling
 from embedrl_verl.errors import ConfigError
 from tests.annotate.fakes import PROMPTS, pairs
 from tests.serving.fakes import FakeServer, free_url, quick_pool
@@ -32,24 +32,40 @@ def completion(text="hi", reason="stop", usage=(3, 2)):
     return {"choices": [{"message": {"content": text}, "finish_reason": reason}], "usage": counts}
 
 
-def served(chat, vllm=False):
-    """An answer function: one model, and `chat(body)`."""
+def status(code, **fields):
+    return lambda body: web.json_response(fields, status=code)
+
+
+async def ask(backend, server, prompt=HELLO):
+    """What is served, a reply, and the body of its request."""
+    facts = await backend.connect()
+    request, _ = backend.prepare(prompt, SAMPLING)
+    return facts, await backend.complete(request), next(filter(None, server.bodies))
+
+
+def ask_many(count, before=lambda server: asyncio.sleep(0)):
+    """Replies, or what was raised instead."""
+
+    async def do(backend, server):
+        await backend.connect()
+        request, _ = backend.prepare(HELLO, SAMPLING)
+        await before(server)
+        return await asyncio.gather(*(backend.complete(request) for _ in range(count)), return_exceptions=True)
+
+    return do
+
+
+def talk(chat=lambda body: completion(), do=ask, vllm=False, urls=(), models=None, **fields):
+    """Run `do(backend, server)` against a server of one model, of which `chat(body)` is the answer."""
+    listed = {"data": [{"id": "m", "owned_by": "vllm" if vllm else "somebody"}]}
 
     def answer(path, body):
-        if path == "/v1/models":
-            return {"data": [{"id": "m", "owned_by": "vllm" if vllm else "somebody"}]}
-        return chat(body)
-
-    return answer
-
-
-def talk(answer, do, urls=(), patience_s=5.0, **fields):
-    """Run `do(backend, server)` against a server."""
+        return chat(body) if path != "/v1/models" else models(body) if models else listed
 
     async def run():
         async with FakeServer(answer) as server:
             pool = quick_pool(*(urls or [server.url]), retries=1)
-            backend = ServerBackend(pool, **{"family": "qwen2_vl", "patience_s": patience_s, **fields})
+            backend = ServerBackend(pool, **{"family": "qwen2_vl", "patience_s": 1.0, **fields})
             try:
                 return await do(backend, server)
             finally:
@@ -58,17 +74,10 @@ def talk(answer, do, urls=(), patience_s=5.0, **fields):
     return asyncio.run(run())
 
 
-async def ask(backend, server, prompt=HELLO):
-    facts = await backend.connect()
-    request, _ = backend.prepare(prompt, SAMPLING)
-    return facts, await backend.complete(request), [body for body in server.bodies if body]
-
-
 @pytest.mark.parametrize("vllm", [False, True])
 def test_a_reply_comes_with_its_tokens_and_the_request_with_its_seed_and_for_vllm_its_choices(vllm):
-    facts, reply, (body,) = talk(served(lambda body: completion(), vllm), ask, extra={"top_k": 5})
-    videos = "video_url" if vllm else "images"
-    assert facts == {"model": "m", "videos": videos, "vllm": vllm, "extra": {"top_k": 5}}
+    facts, reply, body = talk(vllm=vllm, extra={"top_k": 5})
+    assert facts == {"model": "m", "videos": "video_url" if vllm else "images", "vllm": vllm}
     assert reply == Reply("hi", False, 3, 2)
     drawn = {"max_tokens": 16, "temperature": 0.5, "top_p": 0.9, "seed": 7, "top_k": 5}
     assert body.items() >= {"model": "m", "messages": HELLO.messages, **drawn}.items()
@@ -79,24 +88,22 @@ def test_a_served_model_samples_as_one_in_process_whatever_its_generation_config
     """vLLM takes what a request leaves out from the checkpoint's file; these numbers are a released model's."""
     vllm = pytest.importorskip("vllm")
     protocol = pytest.importorskip("vllm.entrypoints.openai.chat_completion.protocol")
-    _, _, (body,) = talk(served(lambda body: completion(), vllm=True), ask)
     file = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature": 0.1, "min_p": 0.2}
-    got = protocol.ChatCompletionRequest(**body).to_sampling_params(16, file)
+    got = protocol.ChatCompletionRequest(**talk(vllm=True)[2]).to_sampling_params(16, file)
     here = vllm.SamplingParams(max_tokens=16, temperature=0.5, top_p=0.9, seed=7)
     names = ("repetition_penalty", "top_k", "top_p", "min_p", "temperature", "presence_penalty", "frequency_penalty")
     sampled = [{name: getattr(one, name) for name in names} for one in (got, here)]
     for one in sampled:
         one["top_k"] = max(one["top_k"], 0)  # -1 is 0 by its older name
     assert sampled[0] == sampled[1]
-    _, _, (body,) = talk(served(lambda body: completion(), vllm=True), ask, extra={"repetition_penalty": 1.2})
+    body = talk(vllm=True, extra={"repetition_penalty": 1.2})[2]
     assert body["repetition_penalty"] == 1.2  # what a person asks for is sent
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_clips_travel_as_vllms_list_of_frames_without_loss(family):
     prompt = PROMPTS.prompt(pairs(3)[2], "target")
-    chat = served(lambda body: completion(), vllm=True)
-    *_, (body,) = talk(chat, lambda backend, server: ask(backend, server, prompt), family=family)
+    *_, body = talk(do=lambda backend, server: ask(backend, server, prompt), vllm=True, family=family)
     (part, _) = body["messages"][0]["content"]
     frames = part["video_url"]["url"].removeprefix("data:video/jpeg;base64,").split(",")
     sent = [np.asarray(Image.open(io.BytesIO(base64.b64decode(frame)))) for frame in frames]
@@ -114,36 +121,38 @@ def test_clips_travel_as_images_where_the_server_is_not_vllm():
     assert [part["type"] for part in messages[0]["content"]] == ["image_url"] * 4 + ["text"]
 
 
-@pytest.mark.parametrize("status", [400, 413])
-def test_a_refused_request_is_an_outcome(status):
-    body = {"error": {"message": "the prompt is too long"}}
-    _, reply, _ = talk(served(lambda _: web.json_response(body, status=status)), ask)
-    assert isinstance(reply, Refused) and reply.cause == f"HTTP {status}" and "too long" in reply.detail
+@pytest.mark.parametrize("code", [400, 413])
+def test_a_refused_request_is_an_outcome(code):
+    _, reply, _ = talk(status(code, error={"message": "the prompt is too long"}))
+    assert isinstance(reply, Refused) and reply.cause == f"HTTP {code}" and "too long" in reply.detail
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 404])
-def test_wrong_settings_stop_the_job(status):
-    with pytest.raises(ConfigError, match=f"HTTP {status}.*--url, --model, the key and the account"):
-        talk(served(lambda _: web.Response(status=status)), ask)
+@pytest.mark.parametrize("code", [401, 402, 403, 404])
+def test_wrong_settings_stop_the_job(code):
+    with pytest.raises(ConfigError, match=f"HTTP {code}.*--url, --model, the key and the account"):
+        talk(status(code))
 
 
-def test_a_request_that_breaks_servers_that_are_well_is_an_outcome_of_its_row_also_as_the_last_one():
+@pytest.mark.parametrize("code", [500, 429])
+def test_a_request_that_only_fails_where_others_are_answered_is_an_outcome_of_its_row(code, monkeypatch):
+    """Also as the last one, and without patience: another is asked."""
+    monkeypatch.setattr("embedrl_verl.annotate.backends._PAUSE_S", 0.001)
+
+    async def impatient(backend, server):
+        await backend.connect()
+        backend.patience_s = 0.0
+        return await backend.complete(backend.prepare(HELLO, SAMPLING)[0])
+
     def chat(body):
-        return web.Response(status=500) if body["messages"][0]["content"] == "hello" else completion()
+        return status(code)(body) if body["messages"][0]["content"] == "hello" else completion()
 
-    assert talk(served(chat), ask)[1].cause == "HTTP 500"
+    assert talk(chat, impatient).cause == f"HTTP {code}"
 
 
 def test_servers_that_break_after_many_answers_are_lost_and_no_row_is_refused_for_it():
     left = iter(range(20))
-
-    async def many(backend, server):
-        await backend.connect()
-        request, _ = backend.prepare(HELLO, SAMPLING)
-        return await asyncio.gather(*(backend.complete(request) for _ in range(30)), return_exceptions=True)
-
-    found = talk(served(lambda _: web.Response(status=500) if next(left, None) is None else completion()), many)
-    assert [type(one) for one in found].count(Reply) == 20 and [type(one) for one in found].count(ServersLost) == 10
+    found = talk(lambda body: status(500)(body) if next(left, None) is None else completion(), ask_many(30))
+    assert Counter(map(type, found)) == {Reply: 20, ServersLost: 10}
 
 
 def test_who_is_told_to_wait_while_others_are_answered_is_answered_in_the_end():
@@ -152,53 +161,46 @@ def test_who_is_told_to_wait_while_others_are_answered_is_answered_in_the_end():
 
     def chat(body):
         answered[window := time.monotonic() // 0.05] += 1
-        return web.Response(status=429) if answered[window] > 2 else completion()
+        return status(429)(body) if answered[window] > 2 else completion()
 
-    async def many(backend, server):
-        await backend.connect()
-        request, _ = backend.prepare(HELLO, SAMPLING)
-        return await asyncio.gather(*(backend.complete(request) for _ in range(40)))
-
-    assert talk(served(chat), many) == [Reply("hi", False, 3, 2)] * 40
+    assert talk(chat, ask_many(40)) == [Reply("hi", False, 3, 2)] * 40
 
 
 def test_a_server_that_dies_stops_the_job_after_its_patience():
-    async def lose(backend, server):
-        await backend.connect()
-        request, _ = backend.prepare(HELLO, SAMPLING)
-        await backend.complete(request)
-        await server._runner.cleanup()
-        start = asyncio.get_running_loop().time()
-        with pytest.raises(ServersLost, match="no server was up for 2 s .*connection refused.*run the command again"):
-            await asyncio.gather(*(backend.complete(request) for _ in range(50)))
-        return asyncio.get_running_loop().time() - start
-
-    assert 1.9 < talk(served(lambda _: completion()), lose, patience_s=2.0) < 60
+    start = time.monotonic()
+    found = talk(do=ask_many(50, lambda server: server._runner.cleanup()))
+    assert {type(one) for one in found} == {ServersLost} and 1.0 <= time.monotonic() - start < 60
+    assert "connection refused" in str(found[0]) and "run the command again" in str(found[0])
 
 
-def test_a_server_that_is_not_ready_is_waited_for_and_is_none_without_a_list_of_models():
+def test_a_server_that_is_not_there_is_named_at_once_and_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr("embedrl_verl.annotate.backends._FIRST_LOOK_S", 0.2)
+    url = free_url()
+    with pytest.raises(ServersLost, match=f"{url}: .*connection refused.*Is a server running there"):
+        talk(urls=[url])
+    (said,) = [one.message for one in caplog.records if one.name.endswith("annotate.backends")]
+    assert said.startswith(f"{url}: no answer yet") and said.endswith("waiting 1 s in all (--patience)")
+
+
+def test_a_server_that_is_not_ready_is_none_without_a_list_of_models():
     """Else it would be taken for one that is no vLLM."""
     with pytest.raises(ServersLost, match="HTTP 503.*Is a server running"):
-        talk(lambda path, body: web.Response(status=503), ask, model="m")
+        talk(models=status(503), model="m")
 
 
 def test_the_model_must_be_one_that_is_served():
     with pytest.raises(ConfigError, match=r"--model must be one that .* serve, \['m'\]; got 'other'"):
-        talk(served(lambda _: completion()), ask, model="other")
-    assert talk(served(lambda _: completion()), ask, model="m")[0]["model"] == "m"
+        talk(model="other")
+    assert talk(model="m")[0]["model"] == "m"
 
 
 def test_strange_answers_are_outcomes_and_usage_may_lack():
     assert read_reply({"choices": []}).cause == "malformed response" == read_reply(None).cause
     assert read_reply(completion(text=None, usage=None)) == Reply("", False, None, None)
     assert read_reply({**completion(), "usage": "none"}) == Reply("hi")
-    assert read_reply(completion(text="a\ud800b", reason="length")).text == "a?b"
-    assert read_reply(completion(reason="length")).cut_off
+    assert read_reply(completion(text="a\ud800b", reason="length")) == Reply("a?b", True, 3, 2)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"), [({"extra": {"seed": 1}}, "got \\['seed'\\]"), ({"videos": "x"}, "'x'")]
-)
-def test_fields_that_cannot_work_are_refused(fields, message):
-    with pytest.raises(ConfigError, match=message):
-        ServerBackend(quick_pool(free_url()), "qwen2_vl", **fields)
+def test_extra_fields_are_none_of_our_own():
+    with pytest.raises(ConfigError, match=r"got \['seed'\]"):
+        ServerBackend(quick_pool(free_url()), "qwen2_vl", extra={"seed": 1})

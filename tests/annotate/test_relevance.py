@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.annotate.backends import Refused, Reply
-from embedrl_verl.annotate.relevance import STYLES, RelevanceQuestions, RelevanceSettings, VerdictJob, read_verdict
-from embedrl_verl.annotate.runner import RunnerSettings, TooManyFailed
+from embedrl_verl.annotate.job import RunSettings, TooManyFailed
+from embedrl_verl.annotate.relevance import STYLES, RelevanceSettings, VerdictJob, read_verdict
 from embedrl_verl.annotate.verdict_file import VERDICT_SCHEMA, verdict_files_of, verdicts_of
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
@@ -19,10 +19,9 @@ from tests.annotate.fakes import FakeBackend, tcot
 PAPER, COMPACT = STYLES["paper"], STYLES["compact"]
 
 
-def pair(number, query="red", target="red", source="s", **changes):
-    tcots = {"query": tcot(answer=query) if query else "", "target": tcot(answer=target) if target else ""}
-    sides = {side: Item(text=side, tcot=text) for side, text in tcots.items()}
-    return PairRecord(f"p{number}", source, "Find it.", sides["query"], sides["target"], "", **changes)
+def pair(number, target="red", source="s"):
+    sides = [Item(text="t", tcot=tcot(answer=answer) if answer else "") for answer in ("red", target)]
+    return PairRecord(f"p{number}", source, "Find it.", *sides, "")
 
 
 @pytest.mark.parametrize(
@@ -58,68 +57,65 @@ def test_a_tcot_can_neither_leave_its_place_nor_forge_a_turn():
 
 
 class Judge(FakeBackend):
-    """Says what `words` has for the text after the last "|", by the number of the try."""
-
-    def __init__(self, words):
-        super().__init__()
-        self.words, self.samplings = words, []
+    """Says what `words` has for the text after the last "|" of the question, by whether it is asked again."""
 
     def prepare(self, prompt, sampling):
-        self.samplings.append(sampling)
-        return (prompt.messages[0]["content"], sampling), 10
+        return (prompt.messages[0]["content"].rsplit("|", 1)[1].rstrip("="), sampling), 10
 
     async def complete(self, request):
-        text, sampling = request
-        self.asked.append(text)
-        word = self.words(text.rsplit("|", 1)[1].rstrip("="), sampling.temperature > 0.1)
+        target, sampling = request
+        self.asked.append(sampling.choices)
+        word = self.spoil(target, sampling.temperature > 0.1)
         return word if isinstance(word, Refused) else Reply(word, False, 5, 1)
 
 
-def judge(tmp_path, records, words, name="out", **settings):
-    file = tmp_path / "in.parquet"
-    if not file.exists():
-        write_pairs(records, file)
-    runner = RunnerSettings(8, 2, max_failed_share=settings.pop("max_failed_share", 1.0), max_rejected_share=1.0)
-    questions = RelevanceQuestions(RelevanceSettings(style="compact", **settings))
-    backend = Judge(words)
-    job = VerdictJob([file], tmp_path / name, questions, backend, runner)
-    said = []
-    code = job.run(said.append)
-    return code, pq.read_table(job.verdicts).to_pylist(), backend, said
+@pytest.fixture
+def judge(tmp_path):
+    """Exit code, verdicts, lines and what the judge was asked."""
+
+    def go(records, words, name="out", **how):
+        if not (tmp_path / "in.parquet").exists():
+            write_pairs(records, tmp_path / "in.parquet")
+        how = RunSettings(8, 2, **{"max_failed_share": 1.0, "max_rejected_share": 1.0, **how})
+        backend, said = Judge(words), []
+        settings = RelevanceSettings(style="compact")
+        job = VerdictJob([tmp_path / "in.parquet"], tmp_path / name, settings, backend, how)
+        return job.run(said.append), pq.read_table(job.verdicts).to_pylist(), said, backend.asked
+
+    return go
 
 
-def test_verdicts_come_in_the_order_of_the_input_with_counts_by_source_and_are_told_again(tmp_path):
+def test_verdicts_come_in_the_order_of_the_input_with_counts_by_source_and_are_told_again(judge, tmp_path):
     records = [pair(n, target="blue" if n % 3 == 0 else "red", source=f"s{n % 2}") for n in range(12)]
-    code, rows, _, said = judge(tmp_path, [*records, pair(11)], lambda target, _: "yes" if target == "blue" else "no")
+    code, rows, said, _ = judge([*records, pair(11)], lambda target, _: "yes" if target == "blue" else "no")
     assert code == 3  # an id comes twice
     assert rows == [{"pair_id": f"p{n}", "verdict": "match" if n % 3 else "mismatch"} for n in range(12)]
     found = json.loads((tmp_path / "out" / "data_card.json").read_text())["verdicts"]
     assert found["by_source"] == {s: {"match": 4, "mismatch": 2, "unknown": 0} for s in ("s0", "s1")}
     assert [found[name] for name in ("prompt_tokens", "completion_tokens", "rejected_rows")] == [60, 12, 1]
     assert said[-2].split() == ["all", "8", "4", "0", "66.7%"]
-    _, again, backend, said_again = judge(tmp_path, records, lambda target, again: "yes")
-    assert again == rows and said_again[1:] == said and not backend.asked
+    _, again, said_again, asked = judge(records, lambda target, again: "yes")
+    assert again == rows and said_again[1:] == said and not asked
 
 
-def test_a_reply_without_a_word_is_asked_for_again_and_then_unknown(tmp_path):
+def test_a_reply_without_a_word_is_asked_for_again_and_then_unknown(judge):
     def words(target, again):
-        return {"second": "no" if again else "hm", "never": "hm", "refused": Refused("HTTP 400", "long")}.get(target)
+        return {"second": "no" if again else "hm", "never": "hm", "refused": Refused("HTTP 400", "long")}[target]
 
     records = [pair(0, target="second"), pair(1, target="never"), pair(2, target="refused"), pair(3, target="")]
-    _, rows, backend, said = judge(tmp_path, records, words)
+    _, rows, said, asked = judge(records, words)
     assert [row["verdict"] for row in rows] == ["match", "unknown", "unknown", "unknown"]
-    assert len(backend.asked) == 5  # a pair without a T-CoT is not asked about
+    assert asked == [("yes", "no")] * 5  # a pair without a T-CoT is not asked about
     assert {"unknown: 1 x names neither word, or both", "unknown: 1 x HTTP 400", "unknown: 1 x no T-CoT"} <= set(said)
-    assert [sampling.choices for sampling in backend.samplings] == [("yes", "no")] * 5
     with pytest.raises(TooManyFailed):
-        judge(tmp_path, records, words, name="strict", max_failed_share=0.5)
+        judge(records, words, name="strict", max_failed_share=0.5)
 
 
-def test_a_file_of_verdicts_that_somebody_else_made_is_left_alone(tmp_path):
+def test_a_file_of_verdicts_that_somebody_else_made_is_left_alone(judge, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "verdicts.parquet").write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="was not written by this command; name another folder"):
-        judge(tmp_path, [pair(0)], lambda target, again: "no")
+    with pytest.raises(ConfigError, match="verdicts.parquet, which this command did not write; name another folder"):
+        judge([pair(0)], lambda target, again: "no")
     assert (tmp_path / "out" / "verdicts.parquet").read_bytes() == b"mine"
 
 
