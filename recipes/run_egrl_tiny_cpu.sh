@@ -40,7 +40,7 @@ FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl " STAGES=" world pretrain judge rl expor
 [[ -n "${TRAIN_FILES:-}" || -z "${VAL_FILES:-}${MEDIA_ROOT:-}" ]] ||
     fail 2 "VAL_FILES and MEDIA_ROOT are of your own pairs; set TRAIN_FILES too"
 [[ -z "${TRAIN_FILES:-}" || -n "${VAL_FILES:-}" ]] ||
-    fail 2 "TRAIN_FILES needs VAL_FILES, pairs that share no content with it: embedrl data split FILE --holdout 0.2 --out DIR"
+    fail 2 "TRAIN_FILES needs VAL_FILES, pairs that share no content with it: embedrl data split FILE --rl-from all --holdout 0.2 --out DIR"
 # What programs of recipes/tiny_digits are told of this run's pairs, and what the RL stage is.
 OWN_PAIRS=() HELD_OUT=() FILES=()
 if [[ -n "${TRAIN_FILES:-}" ]]; then

@@ -25,9 +25,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+rollouts = typer.Typer(help="What a run's Reasoner wrote.")
 reward = typer.Typer(help="Reward functions: list them, try one on a run.")
 app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
+app.add_typer(rollouts, name="rollouts")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,6 +221,40 @@ def evaluate(
         device=device,
         overrides=[word for word in set_ or () if word],
         overwrite=overwrite,
+    )
+    return 0
+
+
+@command(rollouts, "show")
+def show_rollouts(
+    run: Annotated[str, Argument(help="Folder of a run, or of embedrl eval.")],
+    steps: Annotated[
+        str | None, Option(metavar="1,40", help="Rollouts of these steps; none: the evaluation's.")
+    ] = None,
+    out: Annotated[str | None, Option(metavar="HTML", help="Page to write; none: RUN/rollouts.html.")] = None,
+    limit: Annotated[int, Option(min=1, help="Pairs, of each step.")] = 40,
+    data: Annotated[
+        list[str] | None, Option(metavar="FILE", help="Pair files; none: those of the run; may be given again.")
+    ] = None,
+    media_root: Annotated[str | None, Option(metavar="DIR", help="Of media paths; none: as in the run.")] = None,
+    max_mib: Annotated[float, Option(min=0.25, help="Limit of the page's size.")] = 20.0,
+    picture_side: Annotated[int, Option(min=32, help="Longest side of a picture, pixels.")] = 640,
+) -> int:
+    """An HTML page of T-CoTs with boxes, key frames, ranks and reward parts.
+
+    Before and after RL side by side, or the best and the worst rollouts of training steps.
+    """
+    from embedrl_verl.report.rollouts import show_rollouts as show
+
+    show(
+        run,
+        out,
+        steps=steps,
+        limit=limit,
+        data=data,
+        media_root=media_root,
+        max_mib=max_mib,
+        picture_side=picture_side,
     )
     return 0
 

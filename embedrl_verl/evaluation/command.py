@@ -91,7 +91,9 @@ def run_eval(
         raise ConfigError(f"--out {out} has an evaluation.json; choose another folder, or replace it with --overwrite")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     section, data, given = settings_of(embedder, overrides, on_cpu=device == "cpu")
-    pairs = Pairs.read(files, media_root or data["media_root"], limit)
+    root = media_root or data["media_root"]
+    files = [str(Path(file).resolve()) for file in files]
+    pairs = Pairs.read(files, root, limit)
     started = time.monotonic()
     reader = load_embedder(section, device, data)
     views, written = {RAW: score_view(reader, pairs, None, "qwen2_vl", section.evidence)}, {}
@@ -104,7 +106,7 @@ def run_eval(
         views[name] = score_view(reader, pairs, tcots, reasoner.family, section.evidence)
         written[name] = tcot_lines(pairs, name, tcots, views[name]["ranks"])
         del reasoner
-    write_results(folder, pairs, views, written, prompts=prompts, files=list(files), limit=limit)
+    write_results(folder, pairs, views, written, prompts=prompts, files=files, media_root=root, limit=limit)
     print("\n".join(report_lines(views)))
     print(f"\n{time.monotonic() - started:.0f} s; wrote {folder}/evaluation.json and tcots.jsonl")
 

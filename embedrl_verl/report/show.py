@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from embedrl_verl.report.evidence import TcotReader
 from embedrl_verl.report.lengths import LengthMeter, RecipeLimits
 from embedrl_verl.report.page import GENERATOR, PageHead, render_page
 from embedrl_verl.report.rows import NO_SOURCE, choose, rows_by_source, rows_with_ids
-from embedrl_verl.report.views import CardView, Flag, SideView
+from embedrl_verl.report.views import CardView, Facts, Flag, SideView
 
 NAMED = 5
 MAX_NEGATIVES = 16
@@ -48,9 +49,7 @@ def show_records(
     picture_side: int = 640,
 ) -> None:
     """Write the page and print what is on it. `default_family`: where neither the limits nor a tokenizer say."""
-    page = Path(out or f"{Path(files[0]).resolve().stem}.html")
-    if page.exists() and not (page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]):
-        raise ConfigError(f"{page} exists and is not a page of `embedrl data show`; name another file with --out")
+    page = page_to_write(out or f"{Path(files[0]).resolve().stem}.html")
     table = PairTable(files, limits.media_root)
     chosen = rows_with_ids(table, pair_id) if pair_id else choose(table, scan if only else limit, seed)
     drawn = "evenly spaced in each source" if seed is None else f"random in each source, seed {seed}"
@@ -93,14 +92,29 @@ def show_records(
         tuple((name, len(rows)) for name, rows in rows_by_source(table).items()),
         notes,
     )
-    rendered = render_page(head, cards(chosen, "reading records"), max_mib=max_mib, max_side=picture_side)
+    write_page(page, head, cards(chosen, "reading records"), len(table), max_mib=max_mib, max_side=picture_side)
+
+
+def page_to_write(out: str) -> Path:
+    """The path; ConfigError if something is there that is no page of ours."""
+    page = Path(out)
+    if page.exists() and not (page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]):
+        raise ConfigError(f"{page} exists and is not a page of `embedrl`; name another file with --out")
+    return page
+
+
+def write_page(
+    page: Path, head: PageHead, cards: Iterable[CardView], total: int, *, max_mib: float, max_side: int
+) -> None:
+    """Write a page and print what is on it, of `total` records."""
+    rendered = render_page(head, cards, max_mib=max_mib, max_side=max_side)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(page, rendered.html)
     except OSError as error:
         raise ConfigError(f"--out {page}: cannot be written ({error})") from error
     size = page.stat().st_size / 1e6
-    print(f"{page}: {rendered.cards} of {len(table)} records, {rendered.faults} with a fault, {size:.1f} MB")
+    print(f"{page}: {rendered.cards} of {total} records, {rendered.faults} with a fault, {size:.1f} MB")
     for note in rendered.notes:
         print(note)
 
@@ -108,6 +122,16 @@ def show_records(
 def _listed(names: Iterable[str]) -> str:
     several = list(names)
     return ", ".join(several[:NAMED]) + (f" and {len(several) - NAMED} more" if len(several) > NAMED else "")
+
+
+class Written(NamedTuple):
+    """A T-CoT that was written about a side: its text, a title, a prefix that tells its boxes from those of others, and
+    what else is known of it."""
+
+    text: str
+    title: str = "T-CoT"
+    prefix: str = ""
+    facts: Facts = ()
 
 
 @dataclass(frozen=True)
@@ -136,9 +160,9 @@ class Examiner:
         sides = []
         for side in SIDES:
             told = {name: length for (name, whose), length in lengths.items() if whose == side}
-            sides.append(self._side(record.item(side), side.capitalize(), input_kind(record, side), media_root, told))
+            sides.append(self.side(record.item(side), side.capitalize(), input_kind(record, side), media_root, told))
         more = [
-            self._side(item, f"Negative {number}", input_kind(replace(record, target=item), "target"), media_root, {})
+            self.side(item, f"Negative {number}", input_kind(replace(record, target=item), "target"), media_root)
             for number, item in enumerate(record.negatives[:MAX_NEGATIVES], 1)
         ]
         verdict = "" if self.verdicts is None else self.verdicts.get(record.pair_id, "not judged")
@@ -149,9 +173,16 @@ class Examiner:
         shown = tuple((name, value) for name, value in facts if value)
         return CardView(record.pair_id, record.data_source, where, tuple(sides), tuple(more), shown, tuple(flags))
 
-    def _side(
-        self, item: Item, title: str, kind: InputKind, media_root: str | None, lengths: Mapping[str, tuple[int, int]]
+    def side(
+        self,
+        item: Item,
+        title: str,
+        kind: InputKind,
+        media_root: str | None,
+        lengths: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+        written: Sequence[Written] | None = None,
     ) -> SideView:
+        """A side with what was `written` about it (None: its row's T-CoT); `lengths`: tokens and limit by measure."""
         loaded, facts, flags = None, list[tuple[str, str]](), list[Flag]()
         try:
             for frame in item.video.frames if item.video else ():  # not all are drawn, but all must be there
@@ -165,9 +196,16 @@ class Examiner:
             facts.append((f"{name} tokens", f"{tokens:,} of {limit:,}"))
             if tokens > limit:
                 flags.append(Flag("too_long", f"The {name} has {tokens:,} tokens; the recipe's limit is {limit:,}."))
-        tcots = (self.reader.view(item.tcot, loaded, kind),) if item.tcot.strip() else ()
+        if written is None:
+            written = [Written(item.tcot)] if item.tcot.strip() else []
+        tcots = [
+            self.reader.view(one.text, loaded, kind, title=one.title, prefix=one.prefix, facts=one.facts)
+            for one in written
+        ]
         note = _media_note(item, loaded)
-        return SideView(title, kind, item.text, item.instruction, loaded, tcots, note, tuple(facts), tuple(flags))
+        return SideView(
+            title, kind, item.text, item.instruction, loaded, tuple(tcots), note, tuple(facts), tuple(flags)
+        )
 
 
 def _media_note(item: Item, loaded: LoadedItem | None) -> str:

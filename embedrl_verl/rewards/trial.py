@@ -169,7 +169,7 @@ def try_on_run(
     wanted = [] if steps is None else parse_steps(steps)
     given = parse_kwargs([word for word in kwargs or () if word])
     function, where = load_reward_function(spec)
-    dumps = [(step, path) for step, path in find_dumps(run) if steps is None or _is_in(step, wanted)]
+    dumps = [(step, path) for step, path in find_dumps(run) if steps is None or is_in(step, wanted)]
     if not dumps:
         raise ConfigError(f"--steps {steps} names no dumped step of {run}")
     scored, tried, ran, of_run = [], set(), set(), False
@@ -201,7 +201,7 @@ def parse_steps(text: str) -> list[range]:
     return [range(int(one[1]), int(one[2] or one[1]) + 1) for one in found if one]
 
 
-def _is_in(step: str, wanted: Sequence[range]) -> bool:
+def is_in(step: str, wanted: Sequence[range]) -> bool:
     number = step.split(".")[0]  # "9.1" is a part of step 9
     return number.isdecimal() and any(int(number) in some for some in wanted)
 

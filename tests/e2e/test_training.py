@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from embedrl_verl.cli import main
 from embedrl_verl.rewards import total_reward
 from tests.e2e import scenario
 from tests.e2e.rescore import rescore
@@ -169,6 +170,14 @@ def test_a_checkpoint_can_be_read_by_processes_that_do_not_know_the_runs_attenti
         folder = run.folder / "checkpoints" / f"global_step_{SAVED}" / role / "huggingface"
         assert "attn_implementation" not in json.loads((folder / "config.json").read_text())
         AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+
+
+def test_rollouts_of_a_run_are_a_page_without_being_told_where_its_pairs_are(run, capsys):
+    assert (
+        main(["rollouts", "show", str(run.folder), "--steps", f"1,{STEPS}", "--out", str(run.folder / "page.html")])
+        == 0
+    )
+    assert "page.html: 8 of 8 records" in capsys.readouterr().out
 
 
 def test_a_checkpoints_card_has_the_scores_of_its_own_step(run):

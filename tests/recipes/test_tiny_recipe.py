@@ -130,7 +130,7 @@ def test_a_training_that_fails_ends_the_other_and_is_done_again(recipe: Recipe, 
         ([], {"REWARD": "reward/papr.py"}, 2, "must name a file of a reward function; there is no reward/papr.py"),
         ([], {"PRETRAIN_STEPS": "1e2"}, 2, "PRETRAIN_STEPS must be a whole number from 1; got 1e2"),
         ([], {"VAL_FILES": "reward"}, 2, "VAL_FILES and MEDIA_ROOT are of your own pairs; set TRAIN_FILES too"),
-        ([], {"TRAIN_FILES": "reward"}, 2, "embedrl data split FILE --holdout 0.2 --out DIR"),
+        ([], {"TRAIN_FILES": "reward"}, 2, "embedrl data split FILE --rl-from all --holdout 0.2 --out DIR"),
         ([], {"TRAIN_FILES": "reward", "VAL_FILES": "none.parquet"}, 2, "there is no none.parquet"),
         (
             [],
