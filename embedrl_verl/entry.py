@@ -7,7 +7,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
+import hydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,8 +21,18 @@ def is_dry_run() -> bool:
     return os.environ.get("DRY_RUN", "") not in ("", "0")
 
 
-def run_entry(entry: Callable[[], None]) -> None:
-    """Run a hydra main; a refusal of this package or of hydra becomes one message and its exit code."""
+def run_entry(job: Callable[[Any], None], config_name: str) -> None:
+    """Run a job on the configuration that hydra makes of a file in embedrl_verl/config and the command line; a refusal
+    of this package or of hydra becomes one message and its exit code."""
+    failed: list[Exception] = []
+
+    @hydra.main(config_path="config", config_name=config_name, version_base=None)
+    def entry(config: Any) -> None:
+        try:
+            job(config)
+        except Exception as error:  # if it got to hydra, hydra would print all overrides
+            failed.append(error)
+
     # hydra must neither change the working directory nor write a log folder, and must let errors through to us.
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     sys.argv[1:1] = quiet
@@ -29,6 +41,8 @@ def run_entry(entry: Callable[[], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         entry()
+        if failed:
+            raise failed[0]
     except Exception as error:
         hydras = isinstance(error, (HydraException, OmegaConfBaseException))
         own = ConfigError(str(error)) if hydras else _own_error(error)

@@ -11,11 +11,14 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+PRINTED = ".printed"
+"""Ending of the file beside the metrics with what a reward function prints."""
 
 
 def metrics_path(config: Any) -> Path | None:
@@ -34,12 +37,26 @@ def metrics_file(config: Any) -> Path | None:
     verl truncates the file at every start. An earlier part is kept as `<name>.<n>` so that resuming loses nothing.
     """
     path = metrics_path(config)
+    if path is not None:
+        path.with_suffix(PRINTED).unlink(missing_ok=True)
     if path is not None and path.is_file() and path.stat().st_size > 0:
         number = 1
         while path.with_name(f"{path.name}.{number}").exists():
             number += 1
         path.rename(path.with_name(f"{path.name}.{number}"))
     return path
+
+
+@contextmanager
+def prints_shown(config: Any) -> Iterator[None]:
+    """Let what is printed here, in the trainer's process, reach the terminal: through Ray, or where Ray keeps it in its
+    logs (`ray_kwargs.ray_init.log_to_driver=False`), through the progress line."""
+    path = metrics_path(config)
+    if path is None or config.ray_kwargs.ray_init.get("log_to_driver", True):
+        yield
+        return
+    with path.with_suffix(PRINTED).open("a") as file, redirect_stdout(file):
+        yield
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
@@ -107,9 +124,14 @@ def _follow(path: Path, stop: threading.Event, interval: float) -> None:
     bar: tqdm[Any] | None = None
     offset = 0
     latest: dict[str, float] = {}
-    reported = False
+    reported, printed = False, 0
     while True:
         is_last = stop.is_set()  # before the look: what is there at the end is read all the same
+        if path.with_suffix(PRINTED).is_file():
+            new = path.with_suffix(PRINTED).read_bytes()[printed:].rpartition(b"\n")[0]
+            if new:
+                printed += len(new) + 1
+                tqdm.write(new.decode(errors="replace"))
         if path.is_file():
             with path.open("rb") as handle:
                 handle.seek(offset)

@@ -17,8 +17,6 @@ import os
 import sys
 from typing import Any
 
-import hydra
-
 from embedrl_verl.entry import is_dry_run, run_entry
 from embedrl_verl.errors import PluginError
 from embedrl_verl.platforms.forkserver import fork_ray_workers, fork_server
@@ -64,7 +62,6 @@ def _is_registered(mode: str) -> bool:
     return mode in TRAINER_REGISTRY
 
 
-@hydra.main(config_path="config", config_name="egrl_trainer", version_base=None)
 def _main(config: Any) -> None:
     if is_dry_run():
         from embedrl_verl.plan import print_plan
@@ -77,7 +74,7 @@ def _main(config: Any) -> None:
 def main() -> None:
     """Entry point: runs, and turns every refusal into one message and its exit code."""
     with contextlib.nullcontext() if is_dry_run() else fork_server():
-        run_entry(_main)
+        run_entry(_main, "egrl_trainer")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,20 @@ fail() {
     echo "[recipe] ${*:2}" >&2
     exit "$1"
 }
+# whole_numbers NAME..., numbers NAME...: refuse knobs with another value (whole: from 1).
+whole_numbers() {
+    local name
+    for name in "$@"; do
+        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail 2 "$name must be a whole number from 1; got ${!name}"
+    done
+}
+numbers() {
+    local name
+    for name in "$@"; do
+        [[ "${!name}" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || fail 2 "$name must be a number; got ${!name}"
+    done
+}
+
 # -h and --help print the recipe's own header, and nothing is started.
 for argument in "$@"; do
     if [[ "$argument" == -h || "$argument" == --help ]]; then
@@ -75,6 +89,7 @@ choose_python() {
     if ! has_verl "$ROOT/.venv/bin/python"; then
         is_dry_run || fail 4 "this Python has no verl and embedrl_verl. Install them (README.md, On GPUs), or name an" \
             "environment that has them: PYTHON=/path/to/python bash ${0##*/}"
+        say "a plan needs verl, which this Python lacks: .venv is set up first (PYTHON names another environment)"
         bash "$ROOT/scripts/setup_env.sh"
     fi
     PYTHON="$ROOT/.venv/bin/python"

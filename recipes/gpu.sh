@@ -5,12 +5,13 @@
 # recipe that has set FAMILY and MODEL_PATH; it adds its engine's settings and ends with run_egrl "$@".
 
 NNODES=${NNODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-# A checkpoint without <emb> does not tell how it is prompted, so its profile is named.
-[[ -n "${EMBEDDER_PATH:-}" ]] || EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-qwen3_vl_embedding}
-EMBEDDER_PATH=${EMBEDDER_PATH:-Qwen/Qwen3-VL-Embedding-2B} EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-auto}
+EMBEDDER_PATH=${EMBEDDER_PATH:-Qwen/Qwen3-VL-Embedding-2B}
+# A checkpoint without <emb> does not tell how it is prompted, so the profile of the known ones is named.
+[[ "$EMBEDDER_PATH" != Qwen/Qwen3-VL-Embedding-* ]] || EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-qwen3_vl_embedding}
+EMBEDDER_PROFILE=${EMBEDDER_PROFILE:-auto}
 TRAIN_FILES=${TRAIN_FILES:-data/train.parquet} VAL_FILES=${VAL_FILES:-data/val.parquet} MEDIA_ROOT=${MEDIA_ROOT:-}
 # A judge for the process reward: a model that verl serves, or servers that run already.
-JUDGE_PATH=${JUDGE_PATH:-} JUDGE_URLS=${JUDGE_URLS:-} JUDGE_GPUS_PER_NODE=${JUDGE_GPUS_PER_NODE:-0}
+JUDGE_PATH=${JUDGE_PATH:-} JUDGE_URLS=${JUDGE_URLS:-} JUDGE_GPUS_PER_NODE=${JUDGE_GPUS_PER_NODE:-0} JUDGE_TP=${JUDGE_TP:-1}
 if [[ -z "$JUDGE_PATH$JUDGE_URLS" ]]; then
     REWARD=${REWARD:-$ROOT/reward/no_judge.py}
 else
@@ -18,15 +19,12 @@ else
 fi
 OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)}
 PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
-ROLLOUT_TP=${ROLLOUT_TP:-1} ATTENTION=${ATTENTION:-torch_varlen}
+ROLLOUT_TP=${ROLLOUT_TP:-1} ATTENTION=${ATTENTION:-torch_varlen} STEPS=${STEPS:-}
 MODE=${MODE:-sync} ROLLOUT_NNODES=${ROLLOUT_NNODES:-1} ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$GPUS_PER_NODE}
 
-for name in NNODES GPUS_PER_NODE PAIRS G ROLLOUT_TP ROLLOUT_NNODES ROLLOUT_GPUS_PER_NODE; do
-    [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail 2 "$name must be a whole number from 1; got ${!name}"
-done
-for name in LR KL CLIP TEMPERATURE; do
-    [[ "${!name}" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || fail 2 "$name must be a number; got ${!name}"
-done
+whole_numbers NNODES GPUS_PER_NODE PAIRS G ROLLOUT_TP ROLLOUT_NNODES ROLLOUT_GPUS_PER_NODE JUDGE_TP ${STEPS:+STEPS}
+[[ "$JUDGE_GPUS_PER_NODE" == 0 ]] || whole_numbers JUDGE_GPUS_PER_NODE
+numbers LR KL CLIP TEMPERATURE
 case "$ATTENTION" in
     torch_varlen | flash_attention_2 | sdpa) ;;
     *) fail 2 "ATTENTION must be torch_varlen, flash_attention_2 or sdpa; got $ATTENTION" ;;
@@ -154,12 +152,13 @@ OVERRIDES=(
     trainer.test_freq=25
 )
 [[ -z "$MEDIA_ROOT" ]] || OVERRIDES+=("data.media_root='$MEDIA_ROOT'")
+[[ -z "$STEPS" ]] || OVERRIDES+=("trainer.total_training_steps=$STEPS")
 [[ -z "$JUDGE_URLS" ]] || OVERRIDES+=("embedrl.judge.urls=$(hydra_list "$JUDGE_URLS")")
 # verl's own servers for the judge: by turns with the actor on its devices, or on JUDGE_GPUS_PER_NODE more a node.
 [[ -z "$JUDGE_PATH" ]] || OVERRIDES+=(
     reward.reward_model.enable=True
     "reward.reward_model.model_path='$JUDGE_PATH'"
-    "reward.reward_model.rollout.tensor_model_parallel_size=${JUDGE_TP:-1}"
+    "reward.reward_model.rollout.tensor_model_parallel_size=$JUDGE_TP"
 )
 [[ -z "$JUDGE_PATH" ]] || ((JUDGE_GPUS_PER_NODE == 0)) || OVERRIDES+=(
     reward.reward_model.enable_resource_pool=True
@@ -185,7 +184,8 @@ keep_earlier_run() {
     mapfile -t left < <(cd "$OUT" && find . -maxdepth 1 \( -name checkpoints -o -name rollouts -o -name validation \
         -o -name 'metrics.jsonl*' \) -printf '%P\n')
     ((${#left[@]})) || return 0
-    mapfile -t run < <("$PYTHON" - "$@" <<'PY'
+    # What is wrong with the arguments is said below.
+    mapfile -t run < <("$PYTHON" - "$@" 2>/dev/null <<'PY'
 import sys
 from embedrl_verl.config.compose import compose
 trainer = compose(sys.argv[1:]).trainer

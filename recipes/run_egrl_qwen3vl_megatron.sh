@@ -18,6 +18,7 @@ source "$RECIPES/gpu.sh"
 # Over four GPUs TP 2 x PP 2, over fewer 1 x 1.
 SPLIT=$((NNODES * GPUS_PER_NODE < 4 ? 1 : 2))
 ACTOR_TP=${ACTOR_TP:-$SPLIT} ACTOR_PP=${ACTOR_PP:-$SPLIT}
+whole_numbers ACTOR_TP ACTOR_PP
 OVERRIDES+=(
     model_engine=megatron # of verl; the Embedder stays on FSDP2, it is another process
     # The FSDP keys of egrl_trainer.yaml, in Megatron's terms.

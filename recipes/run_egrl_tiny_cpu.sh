@@ -33,8 +33,7 @@ esac
 FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl " STAGES=" world pretrain judge rl export evaluate "
 [[ "$FAMILIES" == *" $FAMILY "* ]] || fail 2 "FAMILY must be one of$FAMILIES; got $FAMILY"
 [[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
-[[ "$STEPS" =~ ^[1-9][0-9]*$ ]] || fail 2 "STEPS must be a whole number from 1; got $STEPS"
-[[ "$PRETRAIN_STEPS" =~ ^[1-9][0-9]*$ ]] || fail 2 "PRETRAIN_STEPS must be a whole number from 1; got $PRETRAIN_STEPS"
+whole_numbers STEPS PRETRAIN_STEPS
 [[ "$SEED" =~ ^[0-9]+$ ]] || fail 2 "SEED must be a whole number from 0; got $SEED"
 [[ "$REWARD" == pkg://* || -f "$REWARD" ]] || fail 2 "REWARD must name a file of a reward function; there is no $REWARD"
 [[ -n "${TRAIN_FILES:-}" || -z "${VAL_FILES:-}${MEDIA_ROOT:-}" ]] ||

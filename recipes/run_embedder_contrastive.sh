@@ -19,6 +19,9 @@ TRAIN_FILES=${TRAIN_FILES:-data/train.parquet} VAL_FILES=${VAL_FILES:-} MEDIA_RO
 OUT=${OUT:-$PWD/runs/embedder_contrastive}
 PAIRS=${PAIRS:-512} SUB_PAIRS=${SUB_PAIRS:-256} LORA_RANK=${LORA_RANK:-64} LR=${LR:-1e-4} EPOCHS=${EPOCHS:-2}
 TCOT=${TCOT:-True}
+whole_numbers NNODES GPUS_PER_NODE PAIRS SUB_PAIRS EPOCHS
+[[ "$LORA_RANK" == 0 ]] || whole_numbers LORA_RANK
+numbers LR
 
 require_gpus
 choose_python
@@ -47,6 +50,8 @@ if is_dry_run; then
     exit
 fi
 
+[[ "$MODEL_PATH" != [/.]* || -d "$MODEL_PATH" ]] ||
+    fail 2 "MODEL_PATH must be a folder, or a hub id OWNER/NAME; there is no folder $MODEL_PATH"
 ((${NODE_RANK:-0})) || lock_out
 # A copy with <emb> if the tokenizer has none, made by the first node; it appears as a whole.
 if "$PYTHON" - "$MODEL_PATH" <<'PY'

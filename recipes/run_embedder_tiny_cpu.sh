@@ -12,6 +12,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-200} FAMILY=${FAMILY:-qwen2_vl}
+whole_numbers STEPS
 OUT=${OUT:-$ROOT/runs/embedder_tiny_cpu/seed$SEED}
 
 set_up_cpu

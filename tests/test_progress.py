@@ -6,7 +6,7 @@ import time
 
 from omegaconf import OmegaConf
 
-from embedrl_verl.progress import describe, metrics_file, progress_line, read_metrics
+from embedrl_verl.progress import describe, metrics_file, prints_shown, progress_line, read_metrics
 
 
 def _line(step, **data):
@@ -85,3 +85,20 @@ def test_the_line_shows_every_step_that_was_written(tmp_path, capfd):
 def test_unknown_numbers_are_left_out():
     assert describe({"timing_s/step": 3.25, "embedrl/reward/mean": None}) == "s/step 3.2"
     assert describe({"timing_s/step": 3.25}) == "s/step 3.2"
+
+
+def test_what_a_reward_function_prints_is_shown_where_ray_would_keep_it(tmp_path, monkeypatch, capfd):
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(path))
+    trainer = {"logger": ["file"], "project_name": "p", "experiment_name": "e"}
+    (tmp_path / "metrics.printed").write_text("of an earlier run\n")
+    for through_ray in (True, False):
+        config = OmegaConf.create({"trainer": trainer, "ray_kwargs": {"ray_init": {"log_to_driver": through_ray}}})
+        with progress_line(metrics_file(config), interval=0.01):
+            with prints_shown(config):
+                print("straight" if through_ray else "by the file")
+            with prints_shown(config):
+                print("again")
+        shown = capfd.readouterr().out
+        assert shown.splitlines() == ["straight" if through_ray else "by the file", "again"]
+        assert (tmp_path / "metrics.printed").exists() is not through_ray

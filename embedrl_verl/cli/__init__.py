@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 usage or configuration, 3 data, 4 anything else that this 
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ from typer import Argument, Option
 from embedrl_verl import __version__
 from embedrl_verl.cli.data import data
 from embedrl_verl.cli.options import Files, MediaRoot, Out, Overwrite, command
-from embedrl_verl.errors import EmbedRLError
+from embedrl_verl.errors import ConfigError, EmbedRLError
 
 app = typer.Typer(
     help="Embedder-guided RL for multimodal embeddings, on stock verl.",
@@ -271,9 +272,16 @@ def list_functions() -> int:
 @command(reward, "try")
 def try_function(
     file: Annotated[
-        str, Argument(metavar="FILE[:FUNCTION]", help="File or pkg://module; default function: compute_score.")
+        str,
+        Argument(
+            metavar="FILE[:FUNCTION]",
+            help="File, pkg://module, or a name of `embedrl reward list`; default function: compute_score.",
+        ),
     ],
-    dump: Annotated[str, Option(metavar="RUN", help="Folder of a run, of its rollouts, or one dump file.")],
+    run: Annotated[
+        str | None, Argument(metavar="RUN", help="Folder of a run, of its rollouts, or one dump file.")
+    ] = None,
+    dump: Annotated[str | None, Option(metavar="RUN", help="The same, as an option.")] = None,
     kwargs: Annotated[
         list[str] | None,
         Option(
@@ -288,6 +296,9 @@ def try_function(
     """Score a run's rollouts with another function. Needs no GPU."""
     from embedrl_verl.rewards.trial import print_json, print_tables, try_on_run
 
-    report = try_on_run(file, dump, kwargs, steps, limit)
+    if (run is None) == (dump is None):
+        raise ConfigError(f"name one RUN, after FILE or with --dump; got {f'{run} and {dump}' if run else 'none'}")
+    with redirect_stdout(sys.stderr) if json else nullcontext():  # what a reward function prints is no JSON
+        report = try_on_run(file, str(run or dump), kwargs, steps, limit)
     print_json(report) if json else print_tables(report)
     return 0

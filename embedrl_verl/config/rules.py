@@ -31,11 +31,23 @@ NO_MEGATRON = (
 )
 VISION_MODULES = ("model.visual.blocks.0.attn.qkv", "model.visual.merger.mlp.0", "model.visual.patch_embed.proj")
 
+NUMBERS = {
+    "data": "train_batch_size max_prompt_length max_response_length",
+    "actor_rollout_ref.rollout": "n temperature tensor_model_parallel_size nnodes n_gpus_per_node",
+    "actor_rollout_ref.actor": "ppo_mini_batch_size clip_ratio kl_loss_coef ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.actor.optim": "lr",
+    "trainer": "nnodes n_gpus_per_node total_epochs save_freq test_freq",
+    "reward.reward_model": "nnodes n_gpus_per_node",
+}
+"""Keys without which nothing can be counted, and whose types verl does not check."""
+FRACTIONS = ("temperature", "clip_ratio", "kl_loss_coef", "lr")
+
 Rules = Iterator[Rule]
 
 
 def check_run_config(config: Any) -> EmbedRLConfig:
     """Check a whole run configuration (DictConfig) and return its section `embedrl`."""
+    _check(config, _number_rules(config))
     embedrl, media, batch = load_embedrl_config(config), MediaConfig.from_config(config.data), BatchPlan.of(config)
     for rules in (
         _mode_rules(config, batch, media.pairs_together),
@@ -44,11 +56,26 @@ def check_run_config(config: Any) -> EmbedRLConfig:
         _embedder_rules(config, batch, embedrl.embedder),
         _reward_rules(config, embedrl),
     ):
-        for key, holds, rule in rules:
-            if not holds:
-                found = OmegaConf.select(config, key)
-                raise ConfigError(f"{key} must be {rule}; got {'null' if found is None else found}")
+        _check(config, rules)
     return embedrl
+
+
+def _check(config: Any, rules: Rules) -> None:
+    for key, holds, rule in rules:
+        if not holds:
+            found = OmegaConf.select(config, key)
+            raise ConfigError(f"{key} must be {rule}; got {'null' if found is None else found}")
+
+
+def _number_rules(config: Any) -> Rules:
+    for section, names in NUMBERS.items():
+        for name in names.split():
+            key, is_fraction = f"{section}.{name}", name in FRACTIONS
+            value = OmegaConf.select(config, key)
+            holds = isinstance(value, (int, float) if is_fraction else int) and not isinstance(value, bool)
+            yield key, holds, "a number" if is_fraction else "a whole number"
+    steps = config.trainer.total_training_steps
+    yield "trainer.total_training_steps", steps is None or isinstance(steps, int), "a whole number, or null"
 
 
 def _mode_rules(config: Any, batch: BatchPlan, together: int) -> Rules:
@@ -259,8 +286,8 @@ def missing_files(named: Mapping[str, Sequence[str]], media_root: str | None) ->
     return missing
 
 
-def check_files(config: Any) -> None:
-    """Check that every local file and folder a run names is there. Hub ids (no such local path, one slash) pass."""
+def missing_inputs(config: Any) -> list[str]:
+    """What is not there of the files and folders that a run names. Hub ids (no such local path, one slash) pass."""
     needed = ("data.train_files", "data.val_files")
     named = {key: files_of(config, key) for key in (*needed, "embedrl.embedder.train.anchor_files")}
     problems = [f"{key} must name at least one parquet file of pair records" for key in needed if not named[key]]
@@ -272,9 +299,14 @@ def check_files(config: Any) -> None:
         if set("[]*?") & set(value):
             problems.append(f"{key}: vLLM reads [, ], * and ? in a model's path as a pattern; rename it: {value}")
         elif not is_hub_id and "://" not in value and not Path(value).expanduser().is_dir():
-            problems.append(f"{key}: no such folder: {value}")
-    if problems:
-        raise ConfigError("; ".join(problems))
+            problems.append(f"{key}: no such folder: {value} (name a folder, or a hub id OWNER/NAME)")
+    return problems
+
+
+def check_files(config: Any) -> None:
+    """Refuse a run with `missing_inputs`."""
+    if missing := missing_inputs(config):
+        raise ConfigError("; ".join(missing))
 
 
 def check_family(config: Any, found: str | None) -> None:
@@ -302,6 +334,11 @@ def refuse_videos_that_megatron_misplaces(config: Any, dataset: Any) -> None:
 def last_step(run: Any, steps_per_epoch: int) -> int:
     """The last step of a run (section `trainer`), for which verl makes a checkpoint and a validation."""
     possible, wanted = steps_per_epoch * int(run.total_epochs), run.total_training_steps
+    if possible < 1:  # prompts that are too long have been left out by now
+        raise ConfigError(
+            f"the training data must make a step; {steps_per_epoch} an epoch, trainer.total_epochs={run.total_epochs}. "
+            "Lower data.train_batch_size, or raise data.max_prompt_length"
+        )
     if wanted is not None and wanted > possible:
         logger.warning(
             "EG-RL: step %d is the last one: trainer.total_epochs=%d has no more (trainer.total_training_steps=%d)",

@@ -99,17 +99,22 @@ def _card_of(path: str | Path) -> Path:
 
 def common_media_root(paths: Iterable[str | Path]) -> str | None:
     """The media root that the data cards of these files and folders agree on; None if they name none. A card without a
-    root says that its rows have no paths; a file without a card says nothing, and could mean another root."""
+    root says that its rows have no paths; a file without a card says nothing, and could mean another root. The
+    root is absolute."""
     paths = list(paths)
     found = {path: media_root_of(path) for path in paths}
-    roots = {root for root in found.values() if root is not None}
+    roots = {os.path.abspath(root) for root in found.values() if root is not None}
     silent = [path for path in paths if found[path] is None and not _card_of(path).is_file()]
     if roots and silent:
         raise ConfigError(
-            f"{silent[0]} has no data card, and others have the media root {min(roots)}; name --media-root"
+            f"{silent[0]} has no data card, and others have the media root {min(roots)}; set data.media_root "
+            "(commands: --media-root)"
         )
     if len(roots) > 1:
-        raise ConfigError(f"the inputs have different media roots ({', '.join(sorted(roots))}); do one at a time")
+        raise ConfigError(
+            f"the inputs must have one media root; got {', '.join(sorted(roots))}. `embedrl data content-ids` with all "
+            "of them writes one folder with one root"
+        )
     return roots.pop() if roots else None
 
 

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from embedrl_verl.embedder.loading import family_of_config, load_config, load_generation_model
-from embedrl_verl.errors import EmbedderError
+from embedrl_verl.errors import ConfigError, EmbedderError
 
 EMB_TOKEN = "<emb>"
 
@@ -85,7 +85,7 @@ def resolve_profile(path: str | Path, name: str = "auto") -> EmbedderProfile:
     checkpoint tells how it was prompted, so it is not guessed."""
     if name != "auto":
         if name not in PROFILES:
-            raise EmbedderError(f"embedder profile must be auto or one of {', '.join(PROFILES)}; got {name!r}")
+            raise ConfigError(f"embedrl.embedder.profile must be auto or one of {', '.join(PROFILES)}; got {name}")
         return PROFILES[name]
     if token_id(load_tokenizer(path), EMB_TOKEN) is not None:
         return EMBED_RL

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.batch import SEPARATE, SIDES, BatchPlan, is_megatron, mini_batches, replica_size
-from embedrl_verl.config.rules import COLOCATE, files_of
-from embedrl_verl.data.files import pair_files
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.config.rules import COLOCATE, files_of, missing_inputs
+from embedrl_verl.data.run_files import local, pairs_by_source, steps_an_epoch
 from embedrl_verl.platforms.needs import problems
 
 Lines = list[tuple[str, str]]
@@ -28,9 +28,10 @@ def device_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig) -> Lines
         devices = f"{_count(batch.devices, 'process')} on the CPU (gloo)"
     else:
         here = torch.cuda.device_count()
-        known = "as here" if nodes == 1 and here == per_node else f"simulated: this machine has {here}"
-        devices = f"{nodes} x {per_node} = {batch.devices} GPUs ({known})"
         others = _other_gpus(config, section)
+        as_here = nodes == 1 and here == per_node + sum(others.values())
+        known = "as here" if as_here else f"simulated: this machine has {here}"
+        devices = f"{nodes} x {per_node} = {batch.devices} GPUs ({known})"
         if others:
             named = ", ".join(f"{count} for {what}" for what, count in others.items())
             devices += f" for training, {named}: {batch.devices + sum(others.values())} in all"
@@ -154,7 +155,7 @@ def training_lines(config: Any) -> Lines:
             "optimiser",
             f"lr {actor.optim.lr}, clip {actor.clip_ratio}, KL loss {kl}, temperature {rollout.temperature}, {length}",
         ),
-        ("reward function", f"{function.path}:{function.name}({kwargs})"),
+        ("reward function", f"{function.path}:{function.name}({kwargs}), tried on a made-up batch"),
         ("judge", _judge(config)),
     ]
 
@@ -177,34 +178,43 @@ def file_lines(config: Any, batch: BatchPlan, section: EmbedRLConfig, family: st
         ("reasoner", f"{_folder(config.actor_rollout_ref.model.path)}, family {family or 'known when it is loaded'}"),
         ("embedder model", f"{_folder(section.embedder.path)}, profile {_profile(section)}"),
     ]
+    some_here = False
     for topic, key in (("training pairs", "data.train_files"), ("validation pairs", "data.val_files")):
-        counts = [(file, _pairs_in(file)) for file in files_of(config, key)]
-        described = "; ".join(
-            f"{file} ({'not found here' if count is None else f'{count} pairs'})" for file, count in counts
-        )
-        total = sum(count or 0 for _, count in counts)
-        if key == "data.train_files" and total and None not in dict(counts).values():
-            described += f" = {total // batch.pairs} steps an epoch"
+        here = {file: pairs_by_source(path) for file in files_of(config, key) if (path := local(file))}
+        named = [
+            f"{file} ({f'{here[file].total()} pairs' if file in here else 'not found here'})"
+            for file in files_of(config, key)
+        ]
+        described, some_here = "; ".join(named), some_here or bool(here)
+        if key == "data.train_files" and len(here) == len(named) > 0:
+            described += f" = {steps_an_epoch(sum(here.values(), Counter()), config)} steps an epoch"
         lines.append((topic, described or "none"))
     root = config.data.media_root
-    lines.append(("media root", "none: media are bytes in the rows" if root is None else _folder(root)))
+    none = "none: media of the first rows are bytes" if some_here else "none is set"
+    lines.append(("media root", none if root is None else _folder(root)))
     return [*lines, ("checkpoints", str(config.trainer.default_local_dir))]
 
 
 def _profile(section: EmbedRLConfig) -> str:
     """As the run will resolve it, where the folder is here."""
     from embedrl_verl.embedder.profiles import resolve_profile
+    from embedrl_verl.embedder.sentence import has_profile
 
     path, named = section.embedder.path, section.embedder.profile
-    if named != "auto" or section.embedder.backend != "worker" or not Path(path).expanduser().is_dir():
+    if named != "auto":
         return named
+    if not Path(path).expanduser().is_dir():
+        return "auto: looked at when the run starts"
+    if section.embedder.backend == "sentence_transformers" and not has_profile(section.embedder):
+        return "auto: none, the model's own prompts"
     return f"auto: {resolve_profile(path, named).name}"
 
 
 def needs_lines(config: Any) -> Lines:
-    """What this machine lacks for the run. A plan may be made on another machine, so nothing is refused."""
-    found = problems(config)
-    state = f"lacks {len(found)}:" if found else "has every package that the run needs"
+    """What this machine lacks for the run: packages, files, folders. A plan may be made on another machine, so nothing
+    is refused."""
+    found = [*problems(config), *missing_inputs(config)]
+    state = f"lacks {len(found)}:" if found else "has every package, file and folder that the run needs"
     return [("this machine", state), *(("", line) for line in found)]
 
 
@@ -218,23 +228,3 @@ def _folder(path: object) -> str:
     if Path(text).expanduser().is_dir():
         return text
     return f"{text} (not a folder here" + (": a hub id)" if text.count("/") == 1 and text[0] not in "./~" else ")")
-
-
-def _pairs_in(file: str) -> int | None:
-    """Rows of a parquet file or of a data set folder's parts, None when it is not there."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = Path(file).expanduser()
-    if not path.exists():
-        return None
-    rows = 0
-    try:
-        for part in pair_files([path]):
-            path = part
-            rows += int(pq.read_metadata(part).num_rows)
-    except DataError as error:
-        raise ConfigError(str(error)) from error
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{path} must be a parquet file of pair records; it cannot be read: {error}") from error
-    return rows

@@ -16,35 +16,41 @@ from torch import Tensor
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.rules import check_family, check_files, check_run_config, has_judge
 from embedrl_verl.config.schema import EmbedderConfig
-from embedrl_verl.embedder.profiles import fitting_profile
+from embedrl_verl.data.run_files import check_pair_files, fill_media_root
+from embedrl_verl.embedder.profiles import fitting_profile, resolve_profile
 from embedrl_verl.embedder.sentence import check_sentence_model, has_profile
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge.judge import check_judge
 from embedrl_verl.platforms.needs import check_needs
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.load import load_reward_function
-from embedrl_verl.rewards.score import call_reward_function
+from embedrl_verl.rewards.score import call_reward_function, refuse_all_unknown
 from embedrl_verl.tcot import parse_tcot
 
 PROBE = '<thinking>{"text_keywords": ["probe"]}</thinking><rethink>ok</rethink><answer>probe</answer>'
 
 
 def preflight(config: Any, *, starts: bool) -> EmbedRLConfig:
-    """Check a composed configuration and return its section `embedrl`.
+    """Check a composed configuration and return its section `embedrl`; a `data.media_root` that is not set becomes that
+    of the data cards.
 
     Args:
         starts: a run follows: packages and files must be here, an Embedder of the hub is looked at. A plan may be made
-            on another machine.
+            on another machine; files that are here are looked at for it too.
     """
     embedrl = check_run_config(config)
+    fill_media_root(config)
     if starts:
         check_needs(config)
         check_files(config)
+    check_pair_files(config)
     _check_with_verl(config)
     check_family(config, reasoner_type(config))
     check_reward_function(config, judge=has_judge(config), raw=embedrl.reward.raw_embeddings)
     if starts or Path(embedrl.embedder.path).expanduser().is_dir():
         check_embedder(embedrl.embedder)
+    elif embedrl.embedder.profile != "auto":
+        resolve_profile(embedrl.embedder.path, embedrl.embedder.profile)
     if has_judge(config):
         check_judge(embedrl.judge)
     return embedrl
@@ -74,7 +80,10 @@ def check_reward_function(config: Any, *, judge: bool = False, raw: bool = False
     """Load the reward function and call it on a made-up batch, which has a `judge` and `raw` vectors as the run has."""
     named = config.reward.custom_reward_function
     function, where = load_reward_function(f"{named.path}:{named.name}")
-    call_reward_function(partial(function, **(named.reward_kwargs or {})), probe_batch(judge=judge, raw=raw), where)
+    parts = call_reward_function(
+        partial(function, **(named.reward_kwargs or {})), probe_batch(judge=judge, raw=raw), where
+    )
+    refuse_all_unknown(parts["score"], where, "the rows of a made-up batch")
 
 
 def probe_batch(*, judge: bool = False, raw: bool = False) -> RewardBatch:

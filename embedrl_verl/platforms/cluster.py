@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import ListConfig, OmegaConf
 
-from embedrl_verl.errors import ResourceError
+from embedrl_verl.errors import ConfigError, ResourceError
 from embedrl_verl.platforms.compat import VERL_VERSION, require_version
 from embedrl_verl.progress import metrics_path
 
@@ -73,6 +73,10 @@ def _address(config: Any) -> str | None:
         found: str | None = canonicalize_bootstrap_address(address)
     except ConnectionError:
         return "auto"
+    except ValueError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS must be HOST:PORT, auto or local; got a value that Ray refuses ({error})"
+        ) from error
     return found
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,10 @@ from typing import Any
 
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.rewards.score import where_raised
+
+SHIPPED = "embedrl_verl.rewards.functions"
+_ADDED: list[Path] = []
+"""Folders that `allow_helpers` has added to `sys.path`: of one file at most."""
 
 
 def load_reward_function(spec: str) -> tuple[Callable[..., Any], str]:
@@ -59,9 +64,35 @@ def _import(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{file} must be a Python file (.py)")
+    allow_helpers(path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def allow_helpers(path: str) -> None:
+    """Let the file of a reward function import modules that lie beside it. What is installed comes first; modules that
+    an earlier call let in are forgotten, since they may be of another folder, or edited."""
+    source = source_of(path)
+    if isinstance(source, str):
+        return
+    folder = source.resolve().parent
+    for name in {name for one in (folder, *_ADDED) for name in helpers_in(one)}:
+        del sys.modules[name]
+    for one in _ADDED:
+        sys.path.remove(str(one))
+    _ADDED[:] = [] if str(folder) in sys.path else [folder]
+    sys.path.extend(map(str, _ADDED))
+
+
+def helpers_in(folder: Path) -> dict[str, Path]:
+    """Modules that have been imported from files of a folder (a resolved path), by name."""
+    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if "." not in name}
+    return {
+        name: Path(file)
+        for name, file in sorted(files.items())
+        if file and name != "__main__" and Path(file).resolve().parent == folder
+    }
 
 
 def same_function(one: str, other: str) -> bool:
@@ -70,6 +101,8 @@ def same_function(one: str, other: str) -> bool:
     def place(where: str) -> tuple[str | Path, str]:
         path, _, name = where.rpartition(":")
         source = source_of(path)
+        if isinstance(source, str) and source.startswith(f"{SHIPPED}."):
+            source = Path(__file__).parent / "functions" / f"{source.removeprefix(f'{SHIPPED}.')}.py"
         return source if isinstance(source, str) else source.resolve(), name
 
     return place(one) == place(other)

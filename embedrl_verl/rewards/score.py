@@ -25,6 +25,7 @@ from embedrl_verl.rewards.batch import RewardBatch
 
 # Defaults of the paper (eq. 5, supplement B.2).
 ALPHA, BETA, GAMMA = 0.05, 0.8, 0.2
+VERLS_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
 @torch.no_grad()
@@ -113,11 +114,18 @@ def call_reward_function(function: Callable[..., Any], batch: RewardBatch, where
         "score" (N,) float32, NaN where unknown, and every other part that the function reports, each (N,) float32.
 
     Raises:
-        ConfigError: an unknown key of reward_kwargs, an error of the function's own (with the line), no "score", a
-            wrong shape, no numbers, or an infinite value. Errors of this package are raised as they are.
+        ConfigError: verl's own signature, an unknown key of reward_kwargs, an error of the function's own (with the
+            line), no "score", a wrong shape, no numbers, or an infinite value. Errors of this package are raised as
+            they are.
     """
     raw, kwargs = _unbound(function)
     parameters = inspect.signature(raw).parameters
+    if len(parameters.keys() & set(VERLS_ARGUMENTS)) > 1:
+        raise ConfigError(
+            f"{where} must be compute_score(batch, **reward_kwargs), called once with all rows of a batch, and return "
+            f"a mapping with 'score', a number a row; got verl's signature for single rows ({', '.join(parameters)}). "
+            "docs/rewards.md shows what a batch has"
+        )
     unknown = sorted(kwargs.keys() - parameters.keys())
     if unknown and all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
         keys = ", ".join(name for name in parameters if name != "batch") or "none"
@@ -135,6 +143,15 @@ def call_reward_function(function: Callable[..., Any], batch: RewardBatch, where
         got = f"the keys {', '.join(map(str, parts)) or 'none'}" if isinstance(parts, Mapping) else type(parts).__name__
         raise ConfigError(f"{where} must return a mapping with the key 'score'; got {got}")
     return {str(name): _checked(value, f"{where}: part {name!r}", len(batch)) for name, value in parts.items()}
+
+
+def refuse_all_unknown(score: Tensor, where: str, what: str) -> None:
+    """ConfigError for a reward function (named `where`) that gives none of the rows of `what` a score."""
+    if score.isnan().all():
+        raise ConfigError(
+            f"{where} must give rows a score; all {len(score)} of {what} are NaN, which means unknown, so it would "
+            "train on nothing. Look for a division by 0, or a mean of nothing, in it"
+        )
 
 
 def _unbound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from embedrl_verl.data.schema import SIDES
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.rewards.dump import RewardDump, find_dumps, read_reward_dump
 from embedrl_verl.rewards.functions import NEEDS
-from embedrl_verl.rewards.load import load_reward_function, same_function
-from embedrl_verl.rewards.score import call_reward_function
+from embedrl_verl.rewards.load import SHIPPED, load_reward_function, same_function
+from embedrl_verl.rewards.score import call_reward_function, refuse_all_unknown
 
 _EPSILON = 1e-6
 """verl's guard against a division by zero."""
@@ -59,13 +60,30 @@ def grpo_advantages(score: Tensor, group: Tensor) -> Tensor:
     return advantage / ((per_group(advantage**2) / (size - 1)).sqrt()[ids] + _EPSILON)
 
 
+def variances(values: Tensor, group: Tensor) -> Tensor:
+    """Variance (of a sample, as GRPO's deviation) within each of G groups: (G,) float64, NaN where fewer than two rows
+    of the group are known.
+
+    Args:
+        values: (N,) float, NaN = unknown. group: (N,) int.
+    """
+    found = []
+    for one in sorted(set(group.tolist())):
+        known = values[(group == one) & ~values.isnan()].double()
+        # 0 is exact: the mean of equal numbers may differ from them by rounding.
+        varies = len(known) > 1 and bool((known != known[0]).any())
+        found.append(known.var() if varies else torch.tensor(0.0 if len(known) > 1 else torch.nan).double())
+    return torch.stack(found)
+
+
 @dataclass(frozen=True)
 class ScoredStep:
     """A trial on one dump of N rows.
 
     score: (2, N) float32; advantage: (2, N) float64, GRPO's. side: (N,), see `RewardBatch`.
     groups: how many; silent: of how many, old and new, every advantage is 0 or unknown.
-    parts: what the tried function returned. changes: rows whose advantage changes most, as JSON values, largest first.
+    parts: what the tried function returned; variance: of each, as `variances` gives it.
+    changes: rows whose advantage changes most, as JSON values, largest first.
     """
 
     step: str
@@ -75,6 +93,7 @@ class ScoredStep:
     groups: int
     silent: list[int]
     parts: dict[str, Tensor]
+    variance: dict[str, Tensor]
     changes: list[dict[str, Any]]
 
 
@@ -103,7 +122,8 @@ def score_dump(
         }
         for row in order.tolist()
     ]
-    return ScoredStep(step, batch.side, score, advantage, groups, silent, parts, changes)
+    variance = {name: variances(values, group) for name, values in parts.items()}
+    return ScoredStep(step, batch.side, score, advantage, groups, silent, parts, variance, changes)
 
 
 def summarise(scored: Sequence[ScoredStep], step: str) -> dict[str, Any]:
@@ -112,7 +132,8 @@ def summarise(scored: Sequence[ScoredStep], step: str) -> dict[str, Any]:
     mean: of the scores by side ("query", "target", "mean"). unknown: rows without score. identical: every score is the
     same, bit for bit. correlation, advantage_correlation: Pearson's, over rows that have both. sign_flips: fraction of
     those whose advantage has the opposite sign. no_signal: fraction of the groups whose rows all have advantage 0 or
-    unknown. parts: mean of every part of the tried function.
+    unknown. parts: mean of every part of the tried function; variance_within_groups: the mean over groups for each, and
+    for the score.
     """
     side = torch.cat([one.side for one in scored])
     score, advantage = (torch.cat([getattr(one, name) for one in scored], dim=1) for name in ("score", "advantage"))
@@ -120,7 +141,7 @@ def summarise(scored: Sequence[ScoredStep], step: str) -> dict[str, Any]:
     both = advantage[:, ~advantage.isnan().any(dim=0)]  # not those that are alone in their group
     groups = sum(one.groups for one in scored)
     bits = score.masked_fill(score.isnan(), torch.nan).view(torch.int32)  # unknown is unknown, whatever NaN it is
-    names = [name for name in scored[0].parts if name != "score" and all(name in one.parts for one in scored)]
+    names = [name for name in scored[0].parts if all(name in one.parts for one in scored)]
     return {
         "step": step,
         "rows": len(side),
@@ -132,7 +153,8 @@ def summarise(scored: Sequence[ScoredStep], step: str) -> dict[str, Any]:
         "advantage_correlation": _correlation(both),
         "sign_flips": _mean((both[0] * both[1] < 0).double()),
         "no_signal": [sum(one.silent[which] for one in scored) / groups for which in (0, 1)],
-        "parts": {name: _mean(torch.cat([one.parts[name] for one in scored])) for name in names},
+        "parts": {name: _mean(torch.cat([one.parts[name] for one in scored])) for name in names if name != "score"},
+        "variance_within_groups": {name: _mean(torch.cat([one.variance[name] for one in scored])) for name in names},
     }
 
 
@@ -159,16 +181,20 @@ def try_on_run(
     """Score the dumps of a run with another function, and compare.
 
     Args:
-        spec: see `load_reward_function`. run: see `find_dumps`.
+        spec: see `load_reward_function`; or the name of a ready-made function. run: see `find_dumps`.
         kwargs: "key=value" words; None: those of the dump where it is the dump's own function, else none.
         steps: "1,5-10" or None for all. limit: changed rows to name.
 
     Returns:
         What `--json` prints: function, kwargs_of_run, run, dump, steps, all (see `summarise`), changes.
+
+    Raises:
+        ConfigError: the function gives no row a score, or as `call_reward_function`.
     """
     wanted = [] if steps is None else parse_steps(steps)
     given = parse_kwargs([word for word in kwargs or () if word])
-    function, where = load_reward_function(spec)
+    shipped = spec in NEEDS and not Path(spec).is_file()
+    function, where = load_reward_function(f"pkg://{SHIPPED}.{spec}" if shipped else spec)
     dumps = [(step, path) for step, path in find_dumps(run) if steps is None or is_in(step, wanted)]
     if not dumps:
         raise ConfigError(f"--steps {steps} names no dumped step of {run}")
@@ -182,6 +208,7 @@ def try_on_run(
         tried.add(_called(where, used))
         ran.add(_called(dump.function, dump.kwargs))
         scored.append(score_dump(partial(function, **used), named, dump, step=step, limit=limit))
+    refuse_all_unknown(torch.cat([one.score[1] for one in scored]), where, "the rows of the run")
     return {
         "function": "; ".join(sorted(tried)),
         "kwargs_of_run": of_run,
@@ -232,7 +259,7 @@ def print_functions() -> None:
     for name, needs in NEEDS.items():
         summary = (import_module(f"embedrl_verl.rewards.functions.{name}").__doc__ or "").strip().splitlines()[0]
         print(f"{name:14} {summary}{f' Needs {needs}.' if needs else ''}")
-    print("\nUse one: reward.custom_reward_function.path=pkg://embedrl_verl.rewards.functions.NAME, or reward/NAME.py")
+    print(f"\nUse one: reward.custom_reward_function.path=pkg://{SHIPPED}.NAME, or reward/NAME.py")
 
 
 def print_json(report: dict[str, Any]) -> None:
@@ -259,6 +286,10 @@ def print_tables(report: dict[str, Any]) -> None:
         print(f"\nscores are the run's own, bit for bit, in {same} of {len(steps)} steps")
     if total["parts"]:
         print("parts (mean): " + ", ".join(f"{name} {_number(mean, '.4f')}" for name, mean in total["parts"].items()))
+    variance = {name: value for name, value in total["variance_within_groups"].items() if value == value}
+    print("variance within groups (mean): " + (", ".join(f"{name} {value:.2g}" for name, value in variance.items())))
+    if constant := [name for name, value in variance.items() if value == 0]:
+        print(f"the same for all rollouts of every prompt, so GRPO learns nothing from it: {', '.join(constant)}")
     print(
         "corr.: of old and new scores. adv.: GRPO's advantages, divided by the group's deviation.\n"
         "sign flips: rows whose advantage turns round. no signal: groups in which every advantage is 0."

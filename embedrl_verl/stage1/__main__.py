@@ -11,8 +11,6 @@ import os
 import time
 from typing import Any
 
-import hydra
-
 from embedrl_verl.entry import run_entry
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.stage1.settings import Stage1Config, load_stage1_config
@@ -72,11 +70,6 @@ def run(config: Any) -> None:
         print(f"contrastive: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
-@hydra.main(config_path="../config", config_name="embedder_trainer", version_base=None)
-def _main(config: Any) -> None:
-    run(config)
-
-
 if __name__ == "__main__":
     os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
-    run_entry(_main)
+    run_entry(run, "embedder_trainer")

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from embedrl_verl.config.rules import missing_files
 from embedrl_verl.config.schema import ContrastiveConfig, EmbedderConfig, EvidenceConfig, MediaConfig, Stage1DataConfig
+from embedrl_verl.data.run_files import root_of_files
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import FAMILIES
 
@@ -42,6 +43,7 @@ def load_stage1_config(config: Any) -> Stage1Config:
     for name in ("train_files", "val_files"):
         if isinstance(data.get(name), str):
             data[name] = [data[name]]
+    data["media_root"] = root_of_files([*data["train_files"], *data["val_files"]], data["media_root"])
     embedder, evidence = sections.pop("embedder"), sections.pop("evidence")
     if sections:
         raise ConfigError(f"embedrl has no key {', '.join(sorted(sections))}; its keys are embedder, evidence")

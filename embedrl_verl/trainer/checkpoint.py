@@ -34,7 +34,7 @@ from embedrl_verl.data.files import sha256_of, write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.checkpoint import complete_steps, last_complete_step
 from embedrl_verl.export.record import RECORD_FILE, DataSource, TrainingRecord, read_record, write_record
-from embedrl_verl.rewards.load import source_of
+from embedrl_verl.rewards.load import helpers_in, source_of
 
 RECORD = "run.json"
 # Keys that change where and how fast something runs, not what it answers; `path` and the Embedder's sections are
@@ -153,13 +153,15 @@ def model_digest(path: str) -> str | None:
 
 
 def _code(path: str) -> str:
-    """sha256 of the file that the run's reward function, which is loaded, is in."""
+    """sha256 of the file that the run's reward function, which is loaded, is in, and of what it imported from beside
+    it."""
     source = source_of(path)
     if isinstance(source, str):
         module = importlib.util.find_spec(source)
         assert module is not None and module.origin is not None, source
         source = Path(module.origin)
-    return sha256_of(source)
+    beside = () if path.startswith("pkg://") else helpers_in(source.resolve().parent).items()
+    return " ".join([sha256_of(source), *(f"{name} {sha256_of(file)}" for name, file in beside)])
 
 
 def _package_code() -> str:

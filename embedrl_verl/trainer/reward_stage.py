@@ -23,6 +23,7 @@ from embedrl_verl.data.identity import ContentId, shares_content
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.rewards import SIDES, Judge, RewardBatch, batch_metrics
 from embedrl_verl.rewards.dump import write_reward_dump
+from embedrl_verl.rewards.score import refuse_all_unknown
 from embedrl_verl.tcot import TCoT
 from embedrl_verl.tcot.evidence import KINDS
 
@@ -276,10 +277,10 @@ def check_scores(scored: ScoredRows, function: str) -> None:
     is highest where all vectors are the same.
     """
     nothing = scored.parts["score"].isnan().all()
-    no_negatives = "outcome" in scored.parts and (
-        scored.metrics["embedrl/rows_without_negatives"] == scored.batch.valid.sum()
-    )
-    if nothing or no_negatives:
+    alone = scored.metrics["embedrl/rows_without_negatives"] == scored.batch.valid.sum()
+    if not alone:
+        refuse_all_unknown(scored.parts["score"], function, "the batch's rows")
+    if nothing or ("outcome" in scored.parts and alone):
         queries, targets = (len(set(ids)) for ids in zip(*(row.content for row in scored.rows), strict=True))
         raise EmbedderError(
             f"the reward function {function} gives none of {len(scored.rows)} rows a score"

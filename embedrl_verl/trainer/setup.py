@@ -27,6 +27,7 @@ from embedrl_verl.config import EmbedRLConfig, load_embedrl_config, rules
 from embedrl_verl.config.compose import bound_served_lengths
 from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.dataset import TCoTDataset, media_root_of
+from embedrl_verl.data.run_files import fill_media_root
 from embedrl_verl.data.sampler import PairBatchSampler
 from embedrl_verl.embedder.client import EmbedderClient
 from embedrl_verl.embedder.processor import processor_for
@@ -36,8 +37,10 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import resolve_family
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
+from embedrl_verl.progress import prints_shown
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import note_pairs
+from embedrl_verl.rewards.load import allow_helpers
 from embedrl_verl.rewards.score import call_reward_function
 from embedrl_verl.stage1.rows import PairRows, read_training_pairs
 from embedrl_verl.trainer.checkpoint import check_run_record, run_record
@@ -70,7 +73,8 @@ class EmbedderGuidedRewardManager(RewardManagerBase):  # type: ignore[misc]
     def score_batch(self, batch: RewardBatch) -> dict[str, Tensor]:
         """What the user's function gives for the batch, checked (see `rewards.score.call_reward_function`)."""
         named = self.config.reward.custom_reward_function
-        return call_reward_function(self.compute_score, batch, f"{named.path}:{named.name}")
+        with prints_shown(self.config):
+            return call_reward_function(self.compute_score, batch, f"{named.path}:{named.name}")
 
 
 class EGRLSetup(WorkerClassesMixin):
@@ -95,6 +99,8 @@ class EGRLSetup(WorkerClassesMixin):
     def __init__(self, config: Any) -> None:
         rules.check_run_config(config)
         bound_served_lengths(config)
+        fill_media_root(config)
+        allow_helpers(str(config.reward.custom_reward_function.path))
         self.embedrl: EmbedRLConfig = load_embedrl_config(config)
         mode = config.trainer.v1.trainer_mode
         # verl compares the mode with its own literals while it builds itself.

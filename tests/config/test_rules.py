@@ -261,6 +261,11 @@ def test_a_run_ends_at_the_step_that_its_epochs_allow(steps, epochs, last, said,
     assert ("step 30 is the last one" in caplog.text) is said
 
 
+def test_data_without_a_step_is_refused():
+    with pytest.raises(ConfigError, match="training data must make a step; 0 an epoch"):
+        last_step(SimpleNamespace(total_training_steps=2, total_epochs=3), 0)
+
+
 def test_a_checkpoint_of_a_later_step_than_the_last_is_refused(tmp_path):
     check_resumed_step(tmp_path, 30, 30)
     with pytest.raises(ConfigError, match=r"is of step 40, and this run ends at step 30: raise trainer\.total"):

@@ -61,10 +61,10 @@ def test_one_root_is_told_for_files_of_which_each_says_it_or_needs_none(tmp_path
     write_json(rooted / "data_card.json", {"media_root": "/data/images"})
     write_json(bare / "data_card.json", {"media_root": None})
     assert common_media_root([rooted, bare]) == "/data/images" and common_media_root([silent]) is None
-    with pytest.raises(ConfigError, match="silent has no data card, .* /data/images; name --media-root"):
+    with pytest.raises(ConfigError, match="silent has no data card, .* /data/images; set data.media_root"):
         common_media_root([rooted, silent])
     write_json(silent / "data_card.json", {"media_root": "/other"})
-    with pytest.raises(ConfigError, match="different media roots"):
+    with pytest.raises(ConfigError, match="must have one media root; got /data/images, /other"):
         common_media_root([rooted, silent])
 
 

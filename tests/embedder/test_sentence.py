@@ -194,7 +194,7 @@ def test_rows_that_arrive_one_by_one_are_embedded_in_batches(text_model):
 def test_a_folder_without_modules_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="no modules.json"):
         SentenceModel(section(str(checkpoint())), "cpu")
-    with pytest.raises(EmbedderError, match="profile must be auto or one of"):
+    with pytest.raises(ConfigError, match="profile must be auto or one of"):
         has_profile(dataclasses.replace(section("x"), profile="nothing"))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl.cli import main
+from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.plan import make_plan
 from recipes.tiny_digits.models import build_tiny_model
@@ -41,19 +41,22 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 
 
 def test_files_and_folders_are_counted_in_pairs_and_missing_ones_marked(tmp_path: Path) -> None:
-    for number in range(2):
-        table = pa.table({"pair_id": [f"{number}-{row}" for row in range(48)]})
-        pq.write_table(table, tmp_path / f"part-0000{number}.parquet")
-    one = tmp_path / "part-00000.parquet"
+    one = tmp_path / "one.parquet"
+    for file in (tmp_path / "part-00000.parquet", tmp_path / "part-00001.parquet", one):
+        write_pairs((PairRecord(f"{file}{n}", "s", "", Item("q"), Item("t")) for n in range(48)), file)
     text = plan(f"data.train_files=[{tmp_path},{one}]", f"data.val_files={tmp_path}/val.parquet")
     assert f"{tmp_path} (96 pairs); {one} (48 pairs) = 4 steps an epoch" in text
     assert f"{tmp_path}/val.parquet (not found here)" in text
     assert "steps an epoch" not in plan(f"data.train_files=[{tmp_path},gone.parquet]")
+    with pytest.raises(ConfigError, match="is named twice"):
+        plan(f"data.train_files=[{tmp_path},{tmp_path}/part-00000.parquet]")
     (tmp_path / "_work").mkdir()
     with pytest.raises(ConfigError, match="is unfinished"):
         plan(f"data.train_files=[{tmp_path}]")
     one.write_text("pair_id,query\n")
-    with pytest.raises(ConfigError, match="must be a parquet file of pair records"):
+    with pytest.raises(
+        ConfigError, match="must hold pair records that can be used; got .*one.parquet: not a readable parquet file"
+    ):
         plan(f"data.train_files={one}")
 
 
@@ -96,6 +99,13 @@ def test_gpus_beside_those_of_training_are_counted() -> None:
         *(f"embedrl.embedder.{one}" for one in ("backend=server", "server.servers=2"))
     )
     assert "in all" not in plan()
+
+
+@pytest.mark.parametrize(("here", "said"), [(8, "simulated: this machine has 8"), (11, "as here")])
+def test_devices_of_this_machine_are_held_against_all_that_the_run_needs(monkeypatch, here: int, said: str) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: here)
+    monkeypatch.setenv("GPU_MEMORY", "80")
+    assert f"1 x 8 = 8 GPUs ({said}) for training, 3 for the Embedder" in plan("embedrl.embedder.n_gpus_per_node=3")
 
 
 def test_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:

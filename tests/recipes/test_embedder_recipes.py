@@ -39,6 +39,19 @@ def test_a_dry_run_passes_the_settings_on_and_needs_no_gpu(gpu: Recipe) -> None:
     assert (config.embedder.train.lora_rank, config.embedder.train.lora_alpha) == (8, 16)
 
 
+@pytest.mark.parametrize("knob", ["PAIRS=x", "SUB_PAIRS=0", "LORA_RANK=-1", "EPOCHS=two", "LR=abc"])
+def test_a_knob_that_is_no_number_is_refused(gpu: Recipe, knob: str) -> None:
+    name, value = knob.split("=")
+    assert gpu.run(DRY_RUN="1", **{name: value}) == (2, [])
+    assert f"{name} must be a " in gpu.said and gpu.said.endswith(f"; got {value}\n")
+
+
+@pytest.mark.parametrize("path", ["/gone", "./gone", "../gone"])
+def test_a_model_folder_that_is_not_there_is_refused_before_anything_is_made(gpu: Recipe, path: str) -> None:
+    assert gpu.run(MODEL_PATH=path, RAY_ADDRESS="none") == (2, [])
+    assert gpu.said.endswith(f"there is no folder {path}\n") and not gpu.out.exists()
+
+
 @pytest.mark.parametrize("has_emb", [False, True])
 def test_a_model_without_the_token_gets_a_copy_first_and_the_result_is_exported(gpu, tmp_path, has_emb):
     variables = {"GPUS_PER_NODE": "2", "MODEL_PATH": "some/model", "HAS_EMB": str(int(has_emb))}

@@ -8,6 +8,8 @@ imported already. One recipe is also run as a person runs it.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,13 +73,28 @@ def test_knobs_and_overrides_reach_the_plan_and_the_command_line_wins(tmp_path: 
     knobs = {"MODEL_PATH": "/models/my reasoner", "EMBEDDER_PATH": "/models/emb", "MEDIA_ROOT": "/data/media"}
     files = {"TRAIN_FILES": "/data/a.parquet,/data/b c.parquet", "VAL_FILES": "/data/v.parquet"}
     arguments = ("actor_rollout_ref.rollout.n=4", "data.embedrl.family=qwen2_vl")
-    config = config_of(tmp_path, FSDP[0], *arguments, PAIRS="16", G="2", LR=".5", **knobs, **files)
+    config = config_of(tmp_path, FSDP[0], *arguments, PAIRS="16", G="2", LR=".5", STEPS="70", **knobs, **files)
     assert config.actor_rollout_ref.model.path == knobs["MODEL_PATH"]
     assert config.embedrl.embedder.path == knobs["EMBEDDER_PATH"]
     assert config.data.media_root == knobs["MEDIA_ROOT"]
     assert list(config.data.train_files) == ["/data/a.parquet", "/data/b c.parquet"]
     assert make_plan(config).batch.rows == 16 * 2 * 4
+    assert config.trainer.total_training_steps == 70 and config.embedrl.embedder.profile == "auto"
     assert config.actor_rollout_ref.actor.optim.lr == 0.5 and config.trainer.max_actor_ckpt_to_keep == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "profile"),
+    [
+        ({}, "qwen3_vl_embedding"),
+        ({"EMBEDDER_PATH": "Qwen/Qwen3-VL-Embedding-2B"}, "qwen3_vl_embedding"),
+        ({"EMBEDDER_PATH": "Qwen/Qwen3-VL-Embedding-8B"}, "qwen3_vl_embedding"),
+        ({"EMBEDDER_PROFILE": "gme"}, "gme"),
+        ({"EMBEDDER_PATH": "other/model"}, "auto"),
+    ],
+)
+def test_the_embedders_profile_follows_its_path(tmp_path: Path, variables: dict[str, str], profile: str) -> None:
+    assert config_of(tmp_path, FSDP[0], **variables).embedrl.embedder.profile == profile
 
 
 @pytest.mark.parametrize("name", MEGATRON)
@@ -145,6 +162,26 @@ def test_a_dry_run_as_a_person_runs_it_prints_the_plan(tmp_path: Path) -> None:
     assert "32 pairs x 2 sides = 64 prompts, x 8 rollouts = 512 rows a step" in recipe.said
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_dry_run_sets_up_an_environment_only_where_none_is_named_and_says_so(tmp_path: Path, given: bool) -> None:
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("tiny_digits"))
+    python = tmp_path / "bin" / "python3"  # neither verl nor this package
+    for file, text in (
+        (tmp_path / "scripts" / "setup_env.sh", "mkdir -p .venv/bin\ncp bin/made .venv/bin/python\n"),
+        (python, "#!/bin/sh\nexit 1\n"),
+        (tmp_path / "bin" / "made", "#!/bin/sh\necho planned\n"),
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        file.chmod(0o755)
+    env = {"PATH": f"{python.parent}:/usr/bin:/bin", "DRY_RUN": "1", **({"PYTHON": "bin/made"} if given else {})}
+    done = subprocess.run(
+        ["bash", "recipes/run_egrl_qwen2vl.sh"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.endswith("planned\n"), done.stderr
+    assert (tmp_path / ".venv").exists() == (".venv is set up first" in done.stdout) == (not given)
+
+
 def test_devices_that_the_batch_does_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one update has ppo_mini_batch_size x rollout.n = 32 x 8 = 256 rows"):
         plan_of(tmp_path, FSDP[0], NNODES="3")
@@ -186,6 +223,9 @@ def test_one_setting_chooses_the_attention_of_actor_reference_and_embedder(tmp_p
     ("knob", "message"),
     [
         ("PAIRS=x", "PAIRS must be a whole number from 1; got x"),
+        ("STEPS=x", "STEPS must be a whole number from 1; got x"),
+        ("JUDGE_TP=0", "JUDGE_TP must be a whole number from 1; got 0"),
+        ("JUDGE_GPUS_PER_NODE=two", "JUDGE_GPUS_PER_NODE must be a whole number from 1; got two"),
         ("GPUS_PER_NODE=0", "GPUS_PER_NODE must be a whole number from 1; got 0"),
         ("LR=abc", "LR must be a number; got abc"),
         ("KL=-1", "KL must be a number; got -1"),

@@ -4,7 +4,10 @@
 import pytest
 import torch
 
+from embedrl_verl.cli import main
 from embedrl_verl.rewards import RewardBatch
+from embedrl_verl.rewards.dump import dump_name, write_reward_dump
+from embedrl_verl.rewards.functions import no_judge
 from embedrl_verl.tcot import parse_tcot
 
 WELL_FORMED = '<thinking>It says {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
@@ -54,3 +57,33 @@ def rows_of():
         ]
 
     return rows
+
+
+@pytest.fixture
+def trial_batch(make_batch):
+    """Two pairs with two rollouts a side: q0 q0 q1 q1 t0 t0 t1 t1."""
+    tcots = [parse_tcot(WELL_FORMED if i % 2 else "words " * 200) for i in range(8)]
+    return make_batch(2, 2, rows=torch.arange(8), tcots=tcots, lengths=torch.arange(8))
+
+
+@pytest.fixture
+def write(tmp_path, trial_batch, rows_of):
+    """Dumps a step; without parts they are those of no_judge."""
+
+    def dump(step, parts=None, *, function="the run's own", **change):
+        parts = parts or no_judge.compute_score(trial_batch, **change.get("kwargs", {}))
+        path = tmp_path / "rollouts" / dump_name(step)
+        write_reward_dump(path, trial_batch, parts, rows=rows_of(trial_batch), function=function, **change)
+
+    return dump
+
+
+@pytest.fixture
+def printed(capsys):
+    """What `embedrl reward try WORDS` prints."""
+
+    def run(*words):
+        assert main(["reward", "try", *map(str, words)]) == 0
+        return capsys.readouterr().out
+
+    return run

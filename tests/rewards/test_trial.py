@@ -11,8 +11,8 @@ import torch
 
 from embedrl_verl.cli import main
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.rewards.dump import RewardDump, dump_name, write_reward_dump
-from embedrl_verl.rewards.functions import NEEDS, no_judge
+from embedrl_verl.rewards.dump import RewardDump, dump_name
+from embedrl_verl.rewards.functions import NEEDS
 from embedrl_verl.rewards.trial import (
     grpo_advantages,
     largest_changes,
@@ -21,11 +21,9 @@ from embedrl_verl.rewards.trial import (
     score_dump,
     summarise,
 )
-from embedrl_verl.tcot import parse_tcot
 
 NAN = float("nan")
 OTHER_NAN = torch.tensor([-4194304], dtype=torch.int32).view(torch.float32)  # 0xffc00000, what 0 / 0 gives on x86
-WELL_FORMED = '<thinking>It says {"text_keywords": ["a"]}.</thinking><rethink>Yes.</rethink><answer>a</answer>'
 SPEC = "pkg://embedrl_verl.rewards.functions.no_judge"
 OLD = [1.0, 0.0, 0.5, 0.5, 1.0, 0.0, NAN, 1.0]
 # The rollout's number; row 4 is unknown: [0, 1, 0, 1, nan, 1, 0, 1].
@@ -37,25 +35,6 @@ def compute_score(batch, *, weight=1.0):
     first = (batch.side == 1) & (batch.pair == 0) & (batch.rollout == 0)
     return {"score": score.masked_fill(first, torch.nan), "length": batch.lengths}
 """
-
-
-@pytest.fixture
-def batch(make_batch):
-    """Two pairs with two rollouts a side: q0 q0 q1 q1 t0 t0 t1 t1."""
-    tcots = [parse_tcot(WELL_FORMED if i % 2 else "words " * 200) for i in range(8)]
-    return make_batch(2, 2, rows=torch.arange(8), tcots=tcots, lengths=torch.arange(8))
-
-
-@pytest.fixture
-def write(tmp_path, batch, rows_of):
-    """Dumps a step; without parts they are those of no_judge."""
-
-    def dump(step, parts=None, *, function="the run's own", **change):
-        parts = parts or no_judge.compute_score(batch, **change.get("kwargs", {}))
-        path = tmp_path / "rollouts" / dump_name(step)
-        write_reward_dump(path, batch, parts, rows=rows_of(batch), function=function, **change)
-
-    return dump
 
 
 @pytest.fixture
@@ -73,17 +52,6 @@ def tuned(tmp_path, write):
     write(1, function=f"{SPEC}:compute_score", kwargs={"gamma": 0.3})
     write(2, function=f"{SPEC}:compute_score", kwargs={"gamma": 0.5, "accuracy": "all"})
     return tmp_path
-
-
-@pytest.fixture
-def printed(capsys):
-    """What `embedrl reward try WORDS` prints."""
-
-    def run(*words):
-        assert main(["reward", "try", *map(str, words)]) == 0
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture
@@ -105,6 +73,8 @@ def test_numbers_by_hand(run, reported):
     assert step["sign_flips"] == pytest.approx(2 / 4)
     assert step["no_signal"] == [0.5, 0.25]  # old: q1 and t1 do not vary; new: t0, of which one row is left
     assert step["parts"] == {"length": 3.5}
+    # New scores of q0, q1, t1: 0 and 1; of t0 one is known. Lengths of a group differ by 1.
+    assert step["variance_within_groups"] == pytest.approx({"score": 0.5, "length": 0.5})
     assert report["all"] == {**step, "step": "all"}
     assert [(c["side"], c["rollout"]) for c in report["changes"]] == [("query", n) for n in (0, 1)] * 2
     first = report["changes"][0]
@@ -144,11 +114,11 @@ def test_kwargs_of_ones_own_and_other_functions_leave_the_runs_alone(tuned, repo
     assert "kwargs:" not in printed(SPEC, "--dump", tuned, "--kwargs", "gamma=0.9")
 
 
-def test_a_file_is_the_runs_own_however_it_is_spelt(tmp_path, write, batch, reported, monkeypatch):
+def test_a_file_is_the_runs_own_however_it_is_spelt(tmp_path, write, trial_batch, reported, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("mine.py", "other.py"):
         (tmp_path / name).write_text(MINE + "\nagain = compute_score\n")
-    score = 0.5 * batch.rollout.float()
+    score = 0.5 * trial_batch.rollout.float()
     score[4] = NAN
     write(1, {"score": score}, function=f"file://{tmp_path}/mine.py:compute_score", kwargs={"weight": 0.5})
     for spec in ("mine.py", "./mine.py:compute_score", f"{tmp_path}/mine.py", f"file://{tmp_path}/mine.py"):
@@ -222,13 +192,13 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(run, capsys, monkeypatch, 
         raise ConfigError(error)
 
 
-def test_unknown_everywhere_is_shown_and_is_no_number(run, reported, printed):
-    (run / "none.py").write_text("def compute_score(batch):\n    return {'score': [float('nan')] * len(batch)}\n")
+def test_what_cannot_be_compared_is_shown_and_is_no_number(run, reported, printed):
+    (run / "none.py").write_text("def compute_score(batch):\n    return {'score': [float('nan')] * 7 + [1]}\n")
     report = reported(run / "none.py", "--dump", run, "--steps", "2")
-    assert report["all"]["mean"]["mean"][1] is None and report["all"]["unknown"] == [1, 8]
+    assert report["all"]["mean"]["query"][1] is None and report["all"]["unknown"] == [1, 7]
     assert report["all"]["correlation"] is None and report["all"]["no_signal"] == [0.5, 1.0]
     (row,) = [line for line in printed(run / "none.py", "--dump", run, "--steps", "2").splitlines() if "100.0%" in line]
-    assert row.split() == ["2", "8", "0.5000", "-", "0.6667", "-", "1", "8", "-", "-", "-", "50.0%100.0%"]
+    assert row.split() == ["2", "8", "0.5000", "-", "0.6667", "1.0000", "1", "7", "-", "-", "-", "50.0%100.0%"]
 
 
 def test_list_names_every_function_and_what_it_needs(capsys):

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from embedrl_verl.config.schema import EmbedderConfig, EmbedderTrainConfig
+from embedrl_verl.data.files import write_json
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.stage1.settings import ContrastiveConfig, load_stage1_config
 
@@ -68,6 +69,13 @@ def test_the_file_names_every_key_that_means_something_here():
 def test_a_wrong_key_or_value_is_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_stage1_config(composed(override))
+
+
+def test_without_a_media_root_it_is_that_of_the_data_cards(tmp_path):
+    write_json(tmp_path / "data_card.json", {"media_root": "media"})
+    files = f"data.train_files=[{tmp_path}]"
+    assert load_stage1_config(composed(files)).data.media_root == str(tmp_path / "media")
+    assert load_stage1_config(composed(files, "data.media_root=/other")).data.media_root == "/other"
 
 
 def test_missing_files_are_told_with_their_keys(tmp_path):

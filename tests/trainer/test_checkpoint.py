@@ -17,6 +17,7 @@ from embedrl_verl.config import load_embedrl_config
 from embedrl_verl.config.compose import compose
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import read_record
+from embedrl_verl.rewards.load import load_reward_function
 from embedrl_verl.trainer.checkpoint import (
     RECORD,
     check_run_record,
@@ -137,6 +138,19 @@ def test_another_code_of_the_same_reward_file_is_refused(record, reward, tmp_pat
     reward.write_text(reward.read_text().replace("batch.format()", "batch.format() * weight"))
     with pytest.raises(ConfigError, match=r"reward.custom_reward_function.code was '[0-9a-f]{64}'"):
         check_run_record(str(tmp_path), record())
+
+
+def test_a_helper_beside_the_reward_file_counts_as_its_code(record, reward, tmp_path):
+    """As loaded: verl imports the file after `allow_helpers`."""
+    records = []
+    for weight in ("1", "2.5"):
+        reward.write_text("from helpers import weight\ndef compute_score(batch): return {'score': weight}\n")
+        (tmp_path / "helpers.py").write_text(f"weight = {weight}\n")
+        load_reward_function(str(reward))
+        records.append(record())
+    write_run_record(str(tmp_path / "step"), records[0])
+    with pytest.raises(ConfigError, match=r"function.code was '\w{64} helpers \w{64}' and is '\w{64} helpers \w{64}'"):
+        check_run_record(str(tmp_path / "step"), records[1])
 
 
 @pytest.mark.parametrize("which", ["first", "last", "shape of none"])

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from embedrl_verl.data.identity import ContentId
-from embedrl_verl.errors import EmbedderError
+from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import read_reward_dump
 from embedrl_verl.rewards.functions.no_judge import compute_score as no_judge
@@ -209,6 +209,9 @@ def test_a_batch_without_any_score_is_refused_and_one_score_is_enough():
     scored.parts["score"][1:] = float("nan")
     check_scores(scored, "mine.py:compute_score")
     scored.parts["score"][:] = float("nan")
+    with pytest.raises(ConfigError, match=r"mine.py:compute_score must give rows a score; all 8 of the batch's rows"):
+        check_scores(scored, "mine.py:compute_score")
+    scored.metrics["embedrl/rows_without_negatives"] = 7.0  # of all that have an embedding: not the function's fault
     with pytest.raises(
         EmbedderError, match=r"none of 8 rows .* \(1 have no .* 2 different queries and 2 different targets\)"
     ):
