@@ -15,34 +15,44 @@ from omegaconf.errors import OmegaConfBaseException
 
 from embedrl_verl.errors import ConfigError, EmbedRLError
 
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as a shell's."""
+
 
 def is_dry_run() -> bool:
     """Whether the environment asks for the plan alone (DRY_RUN=1)."""
     return os.environ.get("DRY_RUN", "") not in ("", "0")
 
 
-def run_entry(job: Callable[[Any], None], config_name: str) -> None:
-    """Run a job on the configuration that hydra makes of a file in embedrl_verl/config and the command line; a refusal
-    of this package or of hydra becomes one message and its exit code."""
-    failed: list[Exception] = []
+def run_entry(task: Callable[[Any], None], config_name: str) -> None:
+    """Run a task on the configuration that hydra makes of a file in embedrl_verl/config and the command line.
 
-    @hydra.main(config_path="config", config_name=config_name, version_base=None)
-    def entry(config: Any) -> None:
-        try:
-            job(config)
-        except Exception as error:  # if it got to hydra, hydra would print all overrides
-            failed.append(error)
-
+    A refusal of this package or of hydra becomes one message and its exit code, and so does Ctrl-C (`INTERRUPTED`).
+    """
     # hydra must neither change the working directory nor write a log folder, and must let errors through to us.
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     sys.argv[1:1] = quiet
     # verl warns of every engine whose library is missing; these are never used here.
     warnings.filterwarnings("ignore", message="(torchtitan|veomni|automodel|mindspeed) engine is not available")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    raised: list[BaseException] = []
+
+    @hydra.main(config_path="config", config_name=config_name, version_base=None)
+    def guarded(config: Any) -> None:
+        try:
+            task(config)
+        except Exception as error:  # from hydra it would come with a line of all overrides
+            raised.append(error)
+
     try:
-        entry()
-        if failed:
-            raise failed[0]
+        guarded()
+        if raised:
+            raise raised[0]
+    except KeyboardInterrupt as stop:
+        if "EMBEDRL_RECIPE" not in os.environ:  # which says it in its own words
+            where = f" ({stop})" if str(stop) else ""
+            print(f"\ninterrupted{where}; the same command goes on from there", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         hydras = isinstance(error, (HydraException, OmegaConfBaseException))
         own = ConfigError(str(error)) if hydras else _own_error(error)

@@ -6,15 +6,17 @@ The same run can be started by verl's own entry point, because the installed plu
     python -m verl.trainer.main_ppo --config-dir <folder of egrl_trainer.yaml> --config-name egrl_trainer ...
 
 This one adds what a person wants around it: everything checked before any process starts, the plan alone (DRY_RUN=1),
-one progress line, and errors as one message with an exit code (2 configuration, 3 data, 4 anything else that this
-package refuses).
+lines of its course (docs/logs.md), and errors as one message with an exit code (2 configuration, 3 data, 4 anything
+else that this package refuses, 130 Ctrl-C).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from embedrl_verl.entry import is_dry_run, run_entry
@@ -29,9 +31,16 @@ def run(config: Any) -> None:
     from verl.utils.device import auto_set_device
 
     from embedrl_verl.plan.preflight import preflight
-    from embedrl_verl.platforms.cluster import OnThisNode, check_home, join_cluster, make_paths_absolute
+    from embedrl_verl.platforms.claims import FIRST_JOB, claim_weight_sockets
+    from embedrl_verl.platforms.cluster import (
+        OnThisNode,
+        check_home,
+        join_cluster,
+        joins_a_cluster,
+        make_paths_absolute,
+    )
     from embedrl_verl.platforms.ray_cpus import check_ray_cpus
-    from embedrl_verl.progress import metrics_file, progress_line
+    from embedrl_verl.progress import loggers, metrics_file, progress_line
 
     mode = config.trainer.v1.trainer_mode
     if not _is_registered(mode):
@@ -47,8 +56,26 @@ def run(config: Any) -> None:
     join_cluster(config)
     check_ray_cpus(config)
     fork_ray_workers(config)
-    with progress_line(metrics_file(config)):
-        run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
+    if not joins_a_cluster(config):
+        claim_weight_sockets(FIRST_JOB).close()  # another run shows before Ray starts; the trainer claims them for good
+    # Ray warns of its default, a token for every cluster, at every start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    metrics = metrics_file(config)
+    try:
+        with progress_line(metrics, each_step="console" in loggers(config)):
+            run_ppo(config, task_runner_class=OnThisNode(TaskRunnerV1))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_where(config, metrics)) from None
+
+
+def _where(config: Any, metrics: Path | None) -> str:
+    """Where an interrupted run stands."""
+    from embedrl_verl.export.checkpoint import last_complete_step
+    from embedrl_verl.progress import stage_path
+
+    last = last_complete_step(Path(config.trainer.default_local_dir))
+    doing = stage_path(metrics).read_text() if metrics is not None else "training"
+    return f"{doing}; {'no checkpoint yet' if last is None else f'last checkpoint: step {last}'}"
 
 
 def _is_registered(mode: str) -> bool:

@@ -15,6 +15,8 @@ SEED=${SEED:-0} PAIRS=${PAIRS:-1000} LIMIT=${LIMIT:-64} KILLS=${KILLS:-2}
 OUT=${OUT:-$ROOT/runs/build_data_tiny_cpu/seed$SEED}
 RELEVANCE_JUDGE=${RELEVANCE_JUDGE:-$OUT/relevance_judge}
 
+lock_out
+own_tmp
 set_up_cpu
 
 SERVER=
@@ -23,7 +25,7 @@ stop_server() {
     [[ -z "$SERVER" ]] || wait "$SERVER" 2>/dev/null || true
     SERVER=
 }
-trap stop_server EXIT
+AT_EXIT+=(stop_server)
 
 # serve FOLDER NAME: vLLM on a free port; sets URL.
 serve() {
@@ -88,7 +90,6 @@ same() {
     say "$2 equals $1 byte by byte: $(find "$1" -type f | wc -l) files"
 }
 
-mkdir -p "$OUT"
 if [[ -z "${REASONER:-}" ]]; then
     SEED=$SEED OUT="$OUT/models" UNTIL=pretrain PYTHON="$PYTHON" bash "$RECIPES/run_egrl_tiny_cpu.sh"
     REASONER="$OUT/models/sft"

@@ -38,16 +38,61 @@ for argument in "$@"; do
     fi
 done
 
+# How this script ends, whatever ends it: the commands of AT_EXIT, the last first, and after Ctrl-C one line.
+AT_EXIT=() NESTED=${EMBEDRL_RECIPE:-} THE_COMMAND="bash $0${*:+ ${*@Q}}"
+export EMBEDRL_RECIPE=1
+finish() {
+    local code=$? number doing="" last=""
+    trap - EXIT
+    trap '' INT TERM HUP
+    set +e
+    for ((number = ${#AT_EXIT[@]}; number-- > 0; )); do "${AT_EXIT[number]}"; done
+    if ((code == 130)) && [[ -z "$NESTED" ]]; then
+        if [[ "${STAGE:-rl}" == rl ]]; then
+            doing=$(cat "${OUT:-}/metrics.stage" 2>/dev/null)
+            last=$(cat "${CHECKPOINTS:-${OUT:-}/checkpoints}/latest_checkpointed_iteration.txt" 2>/dev/null)
+        fi
+        echo "[recipe] interrupted${STAGE:+ in stage $STAGE}${doing:+ ($doing)}${last:+, last checkpoint: step $last};" \
+            "the same command goes on from there: $THE_COMMAND" >&2
+    fi
+    exit "$code"
+}
+trap finish EXIT
+trap 'exit 130' INT
+
+# Bars are for terminals: in a file they are one line of many screens.
+[[ -t 2 ]] || export TQDM_DISABLE=1
+
+# The run's own folder for temporary files, removed at the end: verl's locks, vLLM's sockets, Ray's session, whose logs are
+# kept in OUT. Not in a cluster, whose nodes have Ray's folder already.
+own_tmp() {
+    local base=${TMPDIR:-/tmp}
+    [[ -z "${RAY_ADDRESS:-}" ]] && ((${NNODES:-1} == 1)) || return 0
+    ((${#base} <= 24)) || base=/tmp # a socket's path has at most 107 characters, and Ray adds 68
+    : "${TORCHINDUCTOR_CACHE_DIR:=${TMPDIR:-/tmp}/torchinductor_$(id -un)}" # its place without us, for later runs too
+    RUN_TMP=$(mktemp -d "$base/embedrl-XXXXXX")
+    export TORCHINDUCTOR_CACHE_DIR TMPDIR=$RUN_TMP RAY_TMPDIR=$RUN_TMP
+    AT_EXIT+=(remove_tmp)
+}
+remove_tmp() {
+    local logs="$RUN_TMP/ray/session_latest/logs"
+    [[ ! -d "$logs" ]] || { rm -rf -- "$OUT/ray_logs" && cp -r -- "$logs" "$OUT/ray_logs"; }
+    # After a signal Ray is still ending, and writes.
+    rm -rf -- "$RUN_TMP" 2>/dev/null || { sleep 2 && rm -rf -- "$RUN_TMP"; }
+}
+
 # One run at a time in OUT: two would write into each other's files. Held until this process and its stages have ended.
 lock_out() {
-    mkdir -p -- "$OUT"
+    { mkdir -p -- "$OUT" && : >>"$OUT/.lock"; } 2>/dev/null ||
+        fail 2 "OUT=$OUT cannot be written; choose a folder that can: OUT=/path/to/folder $THE_COMMAND"
     OUT=$(cd -- "$OUT" && pwd)
     exec {OUT_LOCK}>"$OUT/.lock"
     local code=0
     flock -n "$OUT_LOCK" || code=$?
     case "$code" in
         0) ;;
-        1) fail 4 "OUT=$OUT is in use by another run (or by a process that one has left); wait for it, or choose another OUT" ;;
+        1) fail 2 "OUT=$OUT is in use by another run (or by a process that one has left); wait for it, or choose another:" \
+            "OUT=/path/to/folder $THE_COMMAND" ;;
         *) say "OUT=$OUT cannot be locked (flock: $code): start no other run there" ;;
     esac
 }
@@ -103,6 +148,9 @@ set_up_cpu() {
     export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     if [[ -z "${PYTHON:-}" && -f "$ROOT/scripts/setup_env.sh" ]]; then
+        { : >>"$ROOT/.venv.lock"; } 2>/dev/null || has_verl "$ROOT/.venv/bin/python" ||
+            fail 2 "$ROOT cannot be written, so there can be no .venv; name an environment that has verl and" \
+                "embedrl_verl: PYTHON=/path/to/python $THE_COMMAND"
         bash "$ROOT/scripts/setup_env.sh"
         PYTHON="$ROOT/.venv/bin/python"
     fi
@@ -169,13 +217,16 @@ hydra_list() {
     echo "[$out]"
 }
 
-# The plan in a dry run, else the training; arguments are hydra overrides.
+# The plan in a dry run, else the training; arguments are hydra overrides, which win over LOGGER.
 train() {
+    local logger="trainer.logger=[file${LOGGER:+,$LOGGER}]"
     if is_dry_run; then
-        "$PYTHON" -m embedrl_verl.plan "$@"
+        "$PYTHON" -m embedrl_verl.plan "$logger" "$@"
     else
         export VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl"
+        export TENSORBOARD_DIR=${TENSORBOARD_DIR:-$OUT/tensorboard} WANDB_DIR=${WANDB_DIR:-$OUT}
         [[ -n "${OUT_LOCK:-}" ]] || lock_out
-        "$PYTHON" -m embedrl_verl.train "$@"
+        rm -f "$OUT/metrics.stage" # of an interrupted run
+        "$PYTHON" -m embedrl_verl.train "$logger" "$@"
     fi
 }

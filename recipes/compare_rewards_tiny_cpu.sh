@@ -20,6 +20,7 @@ for reward in "${REWARDS[@]}"; do
     [[ -f "$ROOT/reward/$reward.py" ]] || fail 2 "REWARDS names $reward, but there is no reward/$reward.py"
 done
 
+is_dry_run || lock_out
 set_up_cpu
 export PYTHON
 for seed in "${SEEDS[@]}"; do

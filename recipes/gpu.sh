@@ -17,7 +17,7 @@ if [[ -z "$JUDGE_PATH$JUDGE_URLS" ]]; then
 else
     REWARD=${REWARD:-$ROOT/reward/paper.py}
 fi
-OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)}
+OUT=${OUT:-$PWD/runs/$(basename "$0" .sh)} LOGGER=${LOGGER-console}
 PAIRS=${PAIRS:-32} G=${G:-8} LR=${LR:-3e-6} KL=${KL:-0.01} CLIP=${CLIP:-0.2} TEMPERATURE=${TEMPERATURE:-1.0}
 ROLLOUT_TP=${ROLLOUT_TP:-1} ATTENTION=${ATTENTION:-torch_varlen} STEPS=${STEPS:-}
 MODE=${MODE:-sync} ROLLOUT_NNODES=${ROLLOUT_NNODES:-1} ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$GPUS_PER_NODE}
@@ -62,6 +62,12 @@ join_ray() {
     fail "$((code ? code : 4))" "this node has not joined $address: see what ray start says above"
 }
 
+# Only this head: ray stop would end every Ray on the node.
+stop_head() {
+    kill "$HEAD" 2>/dev/null
+    wait "$HEAD" 2>/dev/null
+}
+
 # One node: verl starts Ray. Several: join the cluster of RAY_ADDRESS, or make one from NODE_RANK and MASTER_ADDR,
 # with this recipe started on every node; only rank 0 goes on from here.
 start_or_join_ray() {
@@ -92,8 +98,8 @@ start_or_join_ray() {
     say "starting the Ray head on $MASTER_ADDR:$port"
     "${ray[@]}" start --head --node-ip-address="$MASTER_ADDR" --port="$port" \
         --disable-usage-stats --block &
-    # Only this head is stopped at the end: ray stop would end every Ray on the node.
-    trap "kill $! 2>/dev/null || true; wait $! 2>/dev/null || true" EXIT
+    HEAD=$!
+    AT_EXIT+=(stop_head)
     export RAY_ADDRESS="$MASTER_ADDR:$port"
     "$PYTHON" - "$NNODES" "${RAY_WAIT_SECONDS:-600}" <<'PY'
 import sys, time
@@ -116,6 +122,7 @@ PY
 
 require_gpus
 choose_python
+is_dry_run || own_tmp
 start_or_join_ray
 
 OVERRIDES=(
@@ -146,7 +153,6 @@ OVERRIDES=(
     "trainer.default_local_dir='$OUT/checkpoints'"
     "trainer.rollout_data_dir='$OUT/rollouts'"
     "trainer.validation_data_dir='$OUT/validation'"
-    trainer.logger=[console,file]
     trainer.save_freq=50
     trainer.max_actor_ckpt_to_keep=2
     trainer.test_freq=25

@@ -15,9 +15,10 @@
 #
 # TRAIN_FILES and VAL_FILES (parquet files or data set folders, separated by commas; docs/own_data.md), MEDIA_ROOT of their
 # paths: train on your own pairs. The models learn the form of a T-CoT from the digits, and from T-CoTs of your pairs.
-# SEED=0, STEPS=40 (of RL), PRETRAIN_STEPS=400, OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl, REWARD=reward/no_judge.py,
-# JUDGE=1 with reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it. DRY_RUN=1 prints the plan
-# of the RL stage only.
+# SEED=0, STEPS=40 (of RL), PRETRAIN_STEPS=400, OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl,
+# REWARD=reward/no_judge.py, JUDGE=1 with reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it,
+# LOGGER=console (a line a step), tensorboard or wandb, several by comma (docs/logs.md). DRY_RUN=1 prints the plan of the RL
+# stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-40} PRETRAIN_STEPS=${PRETRAIN_STEPS:-400} FAMILY=${FAMILY:-qwen2_vl}
@@ -62,6 +63,11 @@ if [[ -n "${MEDIA_ROOT:-}" ]]; then
     FILES+=("data.media_root='${ROOT_OPTION[1]}'")
 fi
 
+CHECKPOINTS="$OUT/rl/checkpoints"
+if ! is_dry_run; then
+    lock_out
+    own_tmp
+fi
 set_up_cpu
 
 OVERRIDES=(
@@ -91,11 +97,10 @@ OVERRIDES=(
     "reward.custom_reward_function.path='$REWARD'"
     "trainer.total_training_steps=$STEPS"
     trainer.total_epochs=1000
-    trainer.logger=[file]
     trainer.test_freq=20 # after the checkpoint of the same step, whose model card gets the scores
     trainer.save_freq=20
     trainer.max_actor_ckpt_to_keep=2
-    "trainer.default_local_dir='$OUT/rl/checkpoints'"
+    "trainer.default_local_dir='$CHECKPOINTS'"
     "trainer.rollout_data_dir='$OUT/rl/rollouts'"
     "trainer.validation_data_dir='$OUT/rl/validation'"
 )
@@ -122,6 +127,7 @@ RESULTS=(
 # run_stage NAME COMMAND...: once for each command. What later stages made of an older result is void.
 run_stage() {
     local name=$1 mark="$OUT/.stages/$1" started=$SECONDS stage
+    STAGE=$1
     shift
     if [[ -f "$mark" && "$(cat "$mark")" == "$*" ]]; then
         say "$name: done before"
@@ -132,9 +138,29 @@ run_stage() {
         rm -f "$OUT/.stages/$stage"
     done
     say "$name"
+    say_it_goes_on "$name" &
+    TICKER=$!
+    AT_EXIT+=(end_ticker)
     "$@"
+    end_ticker
     printf '%s' "$*" >"$mark"
     say "$name took $((SECONDS - started)) s"
+}
+
+# A line every 20 s, until this script or TICKER ends, unless the training says so itself. No sleep: that would outlive both.
+say_it_goes_on() {
+    local seconds=0 pipe
+    trap - EXIT INT
+    exec {OUT_LOCK}>&- {pipe}<> <(:)
+    while read -rt 20 -u "$pipe" || kill -0 $$ 2>/dev/null; do
+        seconds=$((seconds + 20))
+        [[ -f "$OUT/metrics.stage" ]] || say "$1: $seconds s"
+    done
+}
+end_ticker() {
+    kill "$TICKER" 2>/dev/null || true
+    wait "$TICKER" 2>/dev/null || true
+    unset 'AT_EXIT[-1]'
 }
 
 # The end, if UNTIL names this stage.
@@ -160,10 +186,14 @@ pretrain() {
     REASONER_PID=$!
     "$PYTHON" -m recipes.tiny_digits.contrastive "$OUT/models/embedder" "$OUT/world" "$OUT/embedder" "${options[@]}" &
     EMBEDDER_PID=$!
-    trap 'kill "$REASONER_PID" "$EMBEDDER_PID" 2>/dev/null || true; wait' EXIT
+    AT_EXIT+=(end_pretrain)
     wait "$REASONER_PID"
     wait "$EMBEDDER_PID"
-    trap - EXIT
+    unset 'AT_EXIT[-1]'
+}
+end_pretrain() {
+    kill "$REASONER_PID" "$EMBEDDER_PID" 2>/dev/null
+    wait "$REASONER_PID" "$EMBEDDER_PID"
 }
 
 make_judge() { tiny judge "$OUT/world" "$OUT/judge" --seed "$1"; }
@@ -173,7 +203,7 @@ rl_settings() { printf '%s\n' "$@" | grep -v '^trainer.total_training_steps='; }
 # An interrupted run goes on from its last checkpoint, and so does a longer one. Before anything of an earlier run is
 # moved, the new one's configuration and reward function are checked.
 prepare_rl() {
-    local settings old="$OUT/rl" done=0 tracker="$OUT/rl/checkpoints/latest_checkpointed_iteration.txt"
+    local settings old="$OUT/rl" done=0 tracker="$CHECKPOINTS/latest_checkpointed_iteration.txt"
     settings=$(rl_settings "$@")
     if [[ -f "$OUT/.stages/rl" && "$(cat "$OUT/.stages/rl")" == "run_rl $*" ]]; then
         return
@@ -202,7 +232,7 @@ run_rl() {
 # The final weights as Hugging Face folders; a co-trained Embedder too.
 export_models() {
     local step
-    step="$OUT/rl/checkpoints/global_step_$(cat "$OUT/rl/checkpoints/latest_checkpointed_iteration.txt")"
+    step="$CHECKPOINTS/global_step_$(cat "$CHECKPOINTS/latest_checkpointed_iteration.txt")"
     "$PYTHON" -m embedrl_verl.cli export "$step" --kind reasoner --out "$OUT/reasoner" --force
     [[ ! -d "$step/embedder" ]] ||
         "$PYTHON" -m embedrl_verl.cli export "$step" --kind embedder --out "$OUT/embedder_cotrained"
@@ -219,7 +249,6 @@ evaluate_by() {
 }
 
 mkdir -p "$OUT/.stages"
-lock_out
 same_stage world make_world "$FAMILY" "$SEED"
 PRETRAIN=(pretrain "$SEED" "$PRETRAIN_STEPS" "${OWN_PAIRS[@]}")
 ((${#OWN_PAIRS[@]} == 0)) || PRETRAIN+=("${ROOT_OPTION[@]}")

@@ -53,6 +53,7 @@ fi
 [[ "$MODEL_PATH" != [/.]* || -d "$MODEL_PATH" ]] ||
     fail 2 "MODEL_PATH must be a folder, or a hub id OWNER/NAME; there is no folder $MODEL_PATH"
 ((${NODE_RANK:-0})) || lock_out
+own_tmp
 # A copy with <emb> if the tokenizer has none, made by the first node; it appears as a whole.
 if "$PYTHON" - "$MODEL_PATH" <<'PY'
 import sys

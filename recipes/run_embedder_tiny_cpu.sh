@@ -15,9 +15,12 @@ SEED=${SEED:-0} STEPS=${STEPS:-200} FAMILY=${FAMILY:-qwen2_vl}
 whole_numbers STEPS
 OUT=${OUT:-$ROOT/runs/embedder_tiny_cpu/seed$SEED}
 
+if ! is_dry_run; then
+    lock_out
+    own_tmp
+fi
 set_up_cpu
 
-is_dry_run || lock_out
 MADE="$FAMILY $SEED"
 if [[ -f "$OUT/.made" && "$(cat "$OUT/.made")" != "$MADE" ]]; then
     fail 2 "OUT=$OUT holds models of FAMILY and SEED '$(cat "$OUT/.made")', not '$MADE'; choose another OUT"
@@ -70,9 +73,10 @@ train_one with_tcot True "$@" > >(sed -u 's/^/[with T-CoT] /') 2>&1 &
 WITH=$!
 train_one without False "$@" > >(sed -u 's/^/[without]    /') 2>&1 &
 WITHOUT=$!
-trap 'kill "$WITH" "$WITHOUT" 2>/dev/null || true' EXIT
+end_both() { kill "$WITH" "$WITHOUT" 2>/dev/null; }
+AT_EXIT+=(end_both)
 wait "$WITH"
 wait "$WITHOUT"
-trap - EXIT
+unset 'AT_EXIT[-1]'
 
 "$PYTHON" "$ROOT/benchmarks/stage1_table.py" "$OUT"

@@ -73,7 +73,7 @@ if [[ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]]; then
 fi
 if ! [[ -x "$VENV/bin/uv" ]]; then
     say "installing uv"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps \
         "$(grep '^uv==' "$ROOT/requirements/cpu.txt")"
 fi
 say "installing requirements/cpu.txt ($(grep -c '==' "$ROOT/requirements/cpu.txt") pins, no resolution)"

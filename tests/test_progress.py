@@ -2,11 +2,22 @@
 """The progress line follows the metrics file and loses no part of it."""
 
 import json
-import time
+import sys
+from contextlib import nullcontext
 
+import pytest
 from omegaconf import OmegaConf
 
-from embedrl_verl.progress import describe, metrics_file, prints_shown, progress_line, read_metrics
+from embedrl_verl.progress import (
+    Waiting,
+    describe,
+    metrics_file,
+    note_stage,
+    prints_shown,
+    progress_line,
+    read_metrics,
+    stage_path,
+)
 
 
 def _line(step, **data):
@@ -47,10 +58,10 @@ def test_the_line_outlives_a_number_that_was_not_finite(tmp_path, capfd):
     path.write_text(
         "".join(_line(step, **{"embedrl/reward/mean": value}) for step, value in ((1, 0.3), (2, None), (3, 0.4)))
     )
-    with progress_line(path, interval=0.01):
+    with progress_line(path, each_step=True, interval=0.01):
         pass  # what is there at the end is read all the same
     shown = capfd.readouterr()
-    assert "Traceback" not in shown.err and "reward 0.400" in shown.err
+    assert "Traceback" not in shown.err and "reward 0.400" in shown.out
 
 
 def test_pairs_that_are_too_long_are_said_once_with_their_sources(tmp_path, capfd):
@@ -65,21 +76,58 @@ def test_pairs_that_are_too_long_are_said_once_with_their_sources(tmp_path, capf
     assert (shown.out + shown.err).count(f"left out, longer than data.max_prompt_length: {wanted}") == 1
 
 
-def test_the_line_shows_every_step_that_was_written(tmp_path, capfd):
+def _run_of_two_steps(path):
+    path.write_text(_line(0, **{"val-core/all/hit@1": 0.5}))
+    with path.open("a") as handle:
+        for step in (1, 2):
+            handle.write(_line(step, **{"embedrl/total_steps": 2, "embedrl/reward/mean": step / 10}))
+        handle.write('{"step": 3, "da')  # a line that is still being written
+
+
+@pytest.mark.parametrize("each_step", [False, True])
+def test_without_a_terminal_there_are_lines_and_no_bar(tmp_path, capfd, each_step):
+    path = tmp_path / "metrics.jsonl"
+    with progress_line(path, each_step=each_step, interval=0.01):
+        _run_of_two_steps(path)
+    shown = capfd.readouterr()
+    first = ["EG-RL: step 1/2  reward 0.100  val Hit@1 0.500"] if each_step else []
+    last = "EG-RL: step 2/2  reward 0.200  val Hit@1 0.500"
+    assert shown.out.splitlines() == ["EG-RL: before training  val Hit@1 0.500", *first, last] and not shown.err
+
+
+def test_a_terminal_has_a_bar(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     path = tmp_path / "metrics.jsonl"
     with progress_line(path, interval=0.01):
-        path.write_text(_line(0, **{"val-core/all/hit@1": 0.5}))
-        with path.open("a") as handle:
-            for step in (1, 2):
-                handle.write(_line(step, **{"embedrl/total_steps": 2, "embedrl/reward/mean": step / 10}))
-                handle.flush()
-                time.sleep(0.05)
-            handle.write('{"step": 3, "da')  # a line that is still being written
+        _run_of_two_steps(path)
     shown = capfd.readouterr()
-    assert (shown.out + shown.err).count("before training") == 1
-    assert "before training  val Hit@1 0.500" in shown.out + shown.err
-    assert "2/2" in shown.err
-    assert "reward 0.200" in shown.err
+    assert "before training  val Hit@1 0.500" in shown.out and "step 2/2" not in shown.out
+    assert "2/2" in shown.err and "reward 0.200" in shown.err
+
+
+@pytest.mark.parametrize("stage", ["starting Ray", "step 3: rollouts"])
+def test_a_silence_ends_with_what_is_waited_for(tmp_path, capfd, stage):
+    path = tmp_path / "metrics.jsonl"
+    with progress_line(path, quiet_s=0.0, interval=0.01):
+        assert stage_path(path).read_text() == "starting Ray"
+        note_stage(path, stage)
+    assert capfd.readouterr().out.splitlines()[-1] == f"EG-RL: {stage} (0 s)"
+
+
+@pytest.mark.parametrize(("quiet_s", "said"), [(3600.0, ""), (0.0, "EG-RL: starting Ray (0 s)\n")])
+def test_nothing_is_said_before_a_line_is_due(capsys, quiet_s, said):
+    Waiting("EG-RL", "starting Ray", quiet_s=quiet_s).look()
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_only_an_interrupted_run_leaves_where_it_stands(tmp_path, error):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(error) if error else nullcontext(), progress_line(path, interval=0.01):
+        note_stage(path, "step 3: rollouts")
+        if error:
+            raise error
+    assert stage_path(path).exists() == bool(error)
 
 
 def test_unknown_numbers_are_left_out():

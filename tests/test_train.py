@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 
 import pytest
 
 import embedrl_verl.train
-from embedrl_verl.platforms import plugin
+from embedrl_verl.platforms import claims, plugin
 from tests.e2e import harness
 
 
@@ -63,6 +64,7 @@ def refuse(inputs, tmp_path, monkeypatch, capsys):
         ),
         (["actor_rollout_ref.model.path=./gone"], 2, ["no such folder: ./gone (name a folder, or a hub id"]),
         (["embedrl.embedder.path=/gone"], 2, ["no such folder: /gone"]),
+        (["trainer.logger=[file,tensorbord]"], 2, ["trainer.logger (LOGGER", "tensorboard, ", "got tensorbord"]),
         (["ray_kwargs.ray_init.num_cpus=2"], 4, ["needs 5 CPUs", "has 2 CPUs", "num_cpus=5"]),
         (["trainer.v1.trainer_mode=egrl_snyc"], 4, ["egrl_snyc", "plugin", "embedrl doctor"]),
     ],
@@ -73,6 +75,14 @@ def test_a_mistake_is_one_message_and_an_exit_code(refuse, extra, code, words):
     for word in words:
         assert word in message
     assert "Traceback" not in message and "trainer.total_epochs=100" not in message, "all overrides are printed"
+
+
+def test_a_second_run_on_the_machine_is_refused_before_ray_starts(refuse, tmp_path, monkeypatch):
+    here = partial(claims.claim_weight_sockets, folder=tmp_path, wait_s=0)
+    monkeypatch.setattr(claims, "claim_weight_sockets", here)
+    with here(claims.FIRST_JOB):
+        code, message = refuse()
+    assert code == 4 and "another run on this machine" in message and "a container" in message
 
 
 def test_the_process_that_starts_a_run_does_not_import_the_trainers(monkeypatch):

@@ -13,6 +13,9 @@ A step folder `global_step_N` holds several checkpoints: the Reasoner in `actor`
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +28,8 @@ Storage = Literal["fsdp", "files", "megatron"]
 _STEP = re.compile(r"global_step_(\d+)")
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's file that names the last complete checkpoint of a folder of checkpoints."""
+WRITING = ".writing"
+"""In the folder of a step from its first file to the tracker's."""
 _FOLDERS: dict[str, Kind] = {"actor": "reasoner", "embedder": "embedder"}
 _STAGES: dict[str | None, Kind] = {
     **dict.fromkeys(("contrastive", "embedder"), "embedder"),
@@ -112,6 +117,28 @@ def last_complete_step(checkpoints: Path) -> int | None:
     tracker = checkpoints / TRACKER
     text = tracker.read_text().strip() if tracker.is_file() else ""
     return int(text) if text else None  # empty: killed while it was written
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Mark the folder of a step while it is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WRITING).touch()
+    yield
+    (folder / WRITING).unlink()
+
+
+def remove_half_written(checkpoints: Path) -> list[Path]:
+    """Remove the steps in whose `writing` a run ended. The one that the tracker names is complete and loses its mark;
+    links, and what has no mark, stay."""
+    last = last_complete_step(checkpoints)
+    marks = [mark for mark in sorted(checkpoints.glob(f"global_step_*/{WRITING}")) if not mark.parent.is_symlink()]
+    removed = [mark.parent for mark in marks if mark.parent.name != f"global_step_{last}"]
+    for folder in removed:
+        shutil.rmtree(folder)
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    return removed
 
 
 def complete_steps(checkpoints: Path) -> dict[int, Path]:

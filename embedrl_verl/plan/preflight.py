@@ -22,6 +22,7 @@ from embedrl_verl.embedder.sentence import check_sentence_model, has_profile
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.judge.judge import check_judge
 from embedrl_verl.platforms.needs import check_needs
+from embedrl_verl.progress import loggers
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.load import load_reward_function
 from embedrl_verl.rewards.score import call_reward_function, refuse_all_unknown
@@ -68,7 +69,11 @@ def _check_with_verl(config: Any) -> None:
     from omegaconf.errors import OmegaConfBaseException
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
+    from verl.utils.tracking import Tracking
 
+    if unknown := sorted(set(loggers(config)) - set(Tracking.supported_backend)):
+        known = ", ".join(sorted(Tracking.supported_backend))
+        raise ConfigError(f"trainer.logger (LOGGER of the recipes) must name some of {known}; got {', '.join(unknown)}")
     try:
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
         OmegaConf.to_container(config, resolve=True)

@@ -30,7 +30,7 @@ INPUTS = (
 )
 """Keys of paths that are read. One that is not there may be a hub id, and stays as it is."""
 OUTPUTS = ("trainer.default_local_dir", "trainer.rollout_data_dir", "trainer.validation_data_dir")
-HANDED_ON = ("TOKENIZERS_PARALLELISM", "TORCH_COMPILE_DISABLE", "TRANSFORMERS_OFFLINE")
+HANDED_ON = ("TOKENIZERS_PARALLELISM", "TENSORBOARD_DIR", "TORCH_COMPILE_DISABLE", "TRANSFORMERS_OFFLINE")
 PREFIXES = ("HF_", "VERL_", "VLLM_", "WANDB_")
 """Variables that processes of a run read, beside those that hold the servers' keys."""
 OF_A_NODE = ("VLLM_HOST_IP", "VLLM_PORT")

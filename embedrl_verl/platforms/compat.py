@@ -124,7 +124,7 @@ verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension
     _update_weights(self, weights, peft_config, base_sync_done)
     update_weights_from_ipc(self, peft_config=None, base_sync_done=False, use_shm=False)
     _iter_all_models(self)
-  in platforms/trainer.py: names the sockets for weights after the Ray job alone
+  in platforms/claims.py: names the sockets for weights after the Ray job alone
     _get_zmq_handle(self)
 verl.workers.engine_workers.TrainingWorker
   in platforms/training_worker.py, embedder/worker.py: position ids are rebuilt; the Embedder is such a worker

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,12 +20,15 @@ from embedrl_verl.errors import ResourceError
 from embedrl_verl.platforms.cluster import joins_a_cluster
 from embedrl_verl.platforms.compat import TRANSFORMERS_VERSION, VLLM_VERSION, installed_version
 from embedrl_verl.platforms.machine import GPU_LINE, driver_problem
+from embedrl_verl.progress import loggers
 
 TORCH_VERSION = "2.11.0"
 CPU_LINE = "bash scripts/setup_env.sh, or uv pip install 'embedrl-verl[cpu]'"
 FLASH_LINE = "attention=torch_varlen, or pip install --no-build-isolation flash-attn==2.8.3 (compiles; needs nvcc 13)"
 MEGATRON_LINE = "use verl's own image: some of verl's Megatron set has no wheels in the package registry (docs/gpu.md)"
 EVERY_RUN = "every run"
+LOGGERS = ("wandb", "tensorboard", "mlflow", "swanlab", "clearml", "trackio")
+"""verl's loggers that are packages of their own, of the same name."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ def _asks(value: str, *keys: str) -> Asks:
     return lambda config: value in [str(OmegaConf.select(config, key)) for key in keys]
 
 
+def _logs_to(name: str, config: Any) -> bool:
+    return name in loggers(config)
+
+
 def table(*, on_cpu: bool) -> list[tuple[Need, Asks]]:
     """Every package with the question whether a run configuration needs it."""
     actor, embedder = "actor_rollout_ref", "embedrl.embedder"
@@ -111,6 +119,9 @@ def table(*, on_cpu: bool) -> list[tuple[Need, Asks]]:
         ("transformer-engine", "transformer_engine", None, "strategy=megatron", megatron),
     ]
     lines = {"attention=flash_attention_2": FLASH_LINE, "strategy=megatron": MEGATRON_LINE}
+    for name in LOGGERS:
+        rows.append((name, name, None, f"trainer.logger={name}", partial(_logs_to, name)))
+        lines[f"trainer.logger={name}"] = f"pip install {name}"
     other = CPU_LINE if on_cpu else GPU_LINE
     return [
         (Need(package, module, version, reason, lines.get(reason, other)), asks)

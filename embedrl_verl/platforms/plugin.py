@@ -104,7 +104,7 @@ def say_loaded() -> None:
     import verl
 
     platform = os.environ.get("VERL_PLATFORM", "") or "auto"
-    logger.warning("embedrl-verl %s is loaded in verl %s (platform %s)", __version__, verl.__version__, platform)
+    print(f"embedrl-verl {__version__} is loaded in verl {verl.__version__} (platform {platform})", file=sys.stderr)
 
 
 register()

@@ -2,7 +2,7 @@
 """`python -m embedrl_verl.stage1 [hydra overrides]`, or `torchrun ... -m embedrl_verl.stage1 ...`.
 
 DRY_RUN=1 checks configuration and data and prints the plan. Exit codes are those of `embedrl_verl.train`: 2
-configuration, 3 data, 4 anything else that this package refuses (torchrun itself always ends with 1).
+configuration, 3 data, 4 anything else that this package refuses, 130 Ctrl-C (torchrun itself always ends with 1).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.export.checkpoint import TRACKER, complete_steps, last_complete_step
+from embedrl_verl.export.checkpoint import TRACKER, complete_steps, last_complete_step, remove_half_written
 
 
 class RunFolder:
@@ -48,7 +48,8 @@ class RunFolder:
             shutil.rmtree(old)
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of updates after `step`, which will be made again, and the half line of a killed run."""
+        """Drop metrics of updates after `step`, which will be made again, and what a killed run left half-written."""
+        remove_half_written(self.checkpoints)
         if not self.metrics.is_file():
             return
         whole = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]

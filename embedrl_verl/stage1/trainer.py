@@ -8,6 +8,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +22,9 @@ from embedrl_verl.embedder.two_pass import NoNegativesError
 from embedrl_verl.embedder.worker import EmbedderWorker, worker_config
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow, card_scores
+from embedrl_verl.export.checkpoint import writing
 from embedrl_verl.export.record import DataSource, TrainingRecord, read_record, write_record
+from embedrl_verl.progress import Waiting, repeated
 from embedrl_verl.stage1.rows import EncodedPair, PairRows, count_by_source, read_training_pairs, rows_of_pairs
 from embedrl_verl.stage1.run_folder import RunFolder
 from embedrl_verl.stage1.sampler import Batch, plan_batches
@@ -49,6 +52,8 @@ class ContrastiveTrainer:
         run = config.contrastive
         assert run.out is not None  # ContrastiveConfig refuses a missing folder
         self.folder = RunFolder(run.out)
+        self.waiting = Waiting("contrastive", "the first batch")
+        self._print("reading the data, loading the model")
         self.step = self.folder.last_step()
         if run.batch_pairs < 2 * world_size:
             raise ConfigError(
@@ -113,6 +118,10 @@ class ContrastiveTrainer:
 
     def fit(self) -> None:
         """Train to the last update. Rank 0 prints and writes."""
+        with repeated(self.waiting.look) if self.rank == 0 else nullcontext():
+            self._fit()
+
+    def _fit(self) -> None:
         run = self.config.contrastive
         if self.rank == 0:
             self.folder.out.mkdir(parents=True, exist_ok=True)
@@ -127,6 +136,7 @@ class ContrastiveTrainer:
         for batch, pairs in self.batches:
             started = time.perf_counter()
             self.step += 1
+            self.waiting.wait_for(f"update {self.step}")
             metrics: dict[str, float] = {"wait_s": started - waiting, "raw": float(batch.raw)}
             try:
                 rows = rows_of_pairs(pairs, self._own_places(batch))
@@ -164,12 +174,13 @@ class ContrastiveTrainer:
 
     def _print(self, text: str) -> None:
         if self.rank == 0:
-            print(f"contrastive: {text}", flush=True)
+            self.waiting.say(text)
 
     # ------------------------------------------------------------------ validation and checkpoints
 
     def validate(self, rows: PairRows) -> dict[str, float]:
         """Hit@1 and NDCG@5 by source; `raw/...` beside when raw batches are trained too."""
+        self.waiting.wait_for(f"update {self.step}, validation")
         scores = self._score(rows, raw=False)
         if self.config.data.tcot and self.config.contrastive.raw_share:
             scores |= {f"raw/{name}": value for name, value in self._score(rows, raw=True).items()}
@@ -194,11 +205,13 @@ class ContrastiveTrainer:
     def save(self, scores: dict[str, float]) -> None:
         """Write a checkpoint; the tracker file last."""
         folder = self.folder.step_folder(self.step)
+        self.waiting.wait_for(f"update {self.step}, checkpoint")
         dist.barrier()
-        self.worker.save_checkpoint(str(folder / "embedder"), None, self.step, None)
-        if self.rank == 0:
-            write_record(folder, self.record(scores))
-            self.folder.complete(self.step, self.config.contrastive.keep_checkpoints)
+        with writing(folder) if self.rank == 0 else nullcontext():
+            self.worker.save_checkpoint(str(folder / "embedder"), None, self.step, None)
+            if self.rank == 0:
+                write_record(folder, self.record(scores))
+                self.folder.complete(self.step, self.config.contrastive.keep_checkpoints)
         self._print(f"checkpoint {folder}")
         dist.barrier()
 

@@ -30,6 +30,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from embedrl_verl.errors import EmbedRLError
 from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow, card_scores, left_out_metrics, roster
+from embedrl_verl.export.checkpoint import writing
 from embedrl_verl.platforms import plugin
 from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.trainer.checkpoint import keep_if_best, prune_to, record_scores, write_records
@@ -62,12 +63,18 @@ class EGRLMixin(EGRLSetup):
         self._watch = PolicyWatch(self.embedrl.rollout.min_probs_correlation, synchronous=self.parent_mode == "sync")
         self._dump_parts: dict[str, dict[str, Any]] = {}
 
+    def on_step_begin(self) -> None:
+        """verl's hook."""
+        super().on_step_begin()  # type: ignore[misc]
+        self.note_stage(f"step {self.global_steps}: rollouts")
+
     # ------------------------------------------------------------------ 3 to 7: the reward stage
 
     def _compute_reward_colocate(self, batch: KVBatchMeta, metrics: dict[str, float] | None = None) -> KVBatchMeta:
         """Stages 3 to 7 on a batch of finished rollouts, of training or of validation (which has no `metrics`)."""
         start = time.perf_counter()
         training = batch.partition_id == "train"
+        self.note_stage(f"step {self.global_steps}: rewards" if training else "validation: scores")
         rows = read_rows(batch.keys, batch.partition_id)
         expected = self.prompts_a_batch * int(self.config.actor_rollout_ref.rollout.n) if training else len(rows)
 
@@ -125,6 +132,7 @@ class EGRLMixin(EGRLSetup):
     # ------------------------------------------------------------------ 8: the update is of the policy that sampled
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, float]) -> KVBatchMeta:
+        self.note_stage(f"step {self.global_steps}: update")
         batch = super()._compute_old_log_prob(batch, metrics=metrics)  # type: ignore[misc]
         self._watch.check(metrics, self.global_steps)
         return batch
@@ -175,6 +183,7 @@ class EGRLMixin(EGRLSetup):
 
     def _validate(self) -> dict[str, float]:
         """verl's validation, then Hit@1 and NDCG over the whole set."""
+        self.note_stage("validation: rollouts")
         metrics = dict(super()._validate())  # type: ignore[misc]
         expected = roster(self.val_dataset, int(self.config.actor_rollout_ref.rollout.val_kwargs.n))
         retrieval = self._validation.metrics(expected)
@@ -190,7 +199,7 @@ class EGRLMixin(EGRLSetup):
         record_scores(f"{folder}/global_step_{self.global_steps}", card_scores(retrieval))
         hit1 = retrieval.get("val-core/all/hit@1")
         if self.embedrl.validation.keep_best and hit1 is not None and keep_if_best(folder, self.global_steps, hit1):
-            logger.warning("EG-RL: step %d has the best validation so far, kept in %s/best", self.global_steps, folder)
+            print(f"EG-RL: step {self.global_steps} has the best validation so far, kept in {folder}/best", flush=True)
         return metrics | retrieval | left_out_metrics(self.train_dataset, self.val_dataset, by_source=True)
 
     def _val_metrics_update(
@@ -206,14 +215,16 @@ class EGRLMixin(EGRLSetup):
     # ------------------------------------------------------------------ 9: checkpoint
 
     def _save_checkpoint(self) -> None:
+        self.note_stage(f"step {self.global_steps}: checkpoint")
         run, training = self.config.trainer, self.embedder_training
         keep = run.get("max_actor_ckpt_to_keep")
         folder = f"{run.default_local_dir}/global_step_{self.global_steps}"
         # Before verl's part, whose tracker file comes last: a checkpoint that the tracker names is complete.
-        if training is not None:
-            training.save(folder, self.global_steps, keep)
-        write_records(self, folder)
-        super()._save_checkpoint()  # type: ignore[misc]
+        with writing(Path(folder)):
+            if training is not None:
+                training.save(folder, self.global_steps, keep)
+            write_records(self, folder)
+            super()._save_checkpoint()  # type: ignore[misc]
         prune_to(keep, run.default_local_dir)
 
 

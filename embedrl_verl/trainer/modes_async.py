@@ -36,8 +36,6 @@ from embedrl_verl.trainer.egrl import EGRLMixin
 from embedrl_verl.trainer.replay_buffer import PromptTag, complete_groups, tag_prompts
 from embedrl_verl.trainer.reward_stage import EMBED_PARTITION, ScoredRows
 
-logger = logging.getLogger(__name__)
-
 
 class _PausesRollouts:
     """verl's checkpoint manager during validation. verl puts the servers to sleep for the reward stage, which is right
@@ -166,7 +164,7 @@ class EGRLAsyncMixin(EGRLMixin):
         super()._load_checkpoint()  # type: ignore[misc]
         if self.global_steps:
             restored, self._restored_tq_prompt_count = self._restored_tq_prompt_count, clear_leftovers()
-            logger.warning("EG-RL: %d of %d prompts in flight go on", self._restored_tq_prompt_count, restored)
+            print(f"EG-RL: {self._restored_tq_prompt_count} of {restored} prompts in flight go on", flush=True)
 
 
 @register_trainer("egrl_colocate_async")

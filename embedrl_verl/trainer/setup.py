@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,10 +33,11 @@ from embedrl_verl.embedder.processor import processor_for
 from embedrl_verl.embedder.streaming import QueuedVectors, start_streamed_embedder
 from embedrl_verl.embedder.worker import start_embedder_worker_group
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.checkpoint import remove_half_written
 from embedrl_verl.families import resolve_family
 from embedrl_verl.judge.stage import JudgeStage
 from embedrl_verl.platforms.trainer import WorkerClassesMixin
-from embedrl_verl.progress import prints_shown
+from embedrl_verl.progress import metrics_path, note_stage, prints_shown
 from embedrl_verl.rewards import RewardBatch
 from embedrl_verl.rewards.dump import note_pairs
 from embedrl_verl.rewards.load import allow_helpers
@@ -45,8 +45,6 @@ from embedrl_verl.rewards.score import call_reward_function
 from embedrl_verl.stage1.rows import PairRows, read_training_pairs
 from embedrl_verl.trainer.checkpoint import check_run_record, run_record
 from embedrl_verl.trainer.cotrain import EmbedderTraining, ProbeSet, refuse_trained_checkpoint
-
-logger = logging.getLogger(__name__)
 
 AGENT_LOOPS = Path(embedrl_verl.config.__file__).with_name("agent_loops.yaml")
 
@@ -126,9 +124,15 @@ class EGRLSetup(WorkerClassesMixin):
         """Prompts that are taken from the data loader at once."""
         return self.prompts_a_batch
 
+    def note_stage(self, what: str) -> None:
+        """Let the process that started the run say what it waits for."""
+        note_stage(metrics_path(self.config), what)
+
     def _setup(self) -> None:
+        self.note_stage("reading the data")
         streamed = start_streamed_embedder(self.config, self.embedrl.embedder)
         super()._setup()  # type: ignore[misc]
+        self.note_stage("loading the Embedder")
         if rules.has_judge(self.config):
             self.judge = self._start_judge()
         # Without handles of per-row reward workers verl asks the trainer for the rewards of a batch.
@@ -144,14 +148,11 @@ class EGRLSetup(WorkerClassesMixin):
         self.run_record = run_record(self.config, self.embedrl)
         if self.global_steps > 0:
             self._resume_from(self._resumed_folder())
-        logger.warning(
-            "EG-RL: Embedder %s (%s) on %s, reward function %s, judge: %s",
-            self.embedrl.embedder.path,
-            "co-trained" if self.embedder_training else "frozen",
-            where,
-            self.config.reward.custom_reward_function.path,
-            "none" if self.judge is None else ", ".join(self.judge.urls),
-        )
+        trained = "co-trained" if self.embedder_training else "frozen"
+        judge = "none" if self.judge is None else ", ".join(self.judge.urls)
+        function = self.config.reward.custom_reward_function.path
+        embedder = f"Embedder {self.embedrl.embedder.path} ({trained}) on {where}"
+        print(f"EG-RL: {embedder}, reward function {function}, judge: {judge}", flush=True)
 
     def _start_embedder(self) -> str:
         """The Embedder's worker group; returns where it is."""
@@ -203,6 +204,11 @@ class EGRLSetup(WorkerClassesMixin):
             media_root=media_root_of(self.config.data),
             max_frames=MediaConfig.from_config(self.config.data).max_frames,
         )
+
+    def _load_checkpoint(self) -> None:
+        for folder in remove_half_written(Path(self.config.trainer.default_local_dir)):
+            print(f"EG-RL: removed {folder}, which an earlier run was ended in the middle of", flush=True)
+        super()._load_checkpoint()  # type: ignore[misc]
 
     def _resume_from(self, folder: str) -> None:
         rules.check_resumed_step(Path(folder), self.global_steps, self.total_training_steps)
@@ -266,3 +272,4 @@ class EGRLSetup(WorkerClassesMixin):
         if self.config.trainer.total_training_steps is None:
             updates = self.total_training_steps * self.parameter_sync_step
             self.config.actor_rollout_ref.actor.optim.total_training_steps = updates
+        self.note_stage("loading the Reasoner and starting vLLM")

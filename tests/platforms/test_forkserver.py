@@ -257,6 +257,16 @@ def test_every_process_has_a_place_of_its_own_to_look_for_vllms_ports(server):
     assert run(server, "-c", say, env={**environment, "VLLM_PORT": "7"}).stdout == "7\n"
 
 
+def test_ctrl_c_ends_a_process_without_a_traceback_though_its_server_ignores_it(another):
+    """The server of a recipe does, so that the stage decides."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server = another()
+    signal.signal(signal.SIGINT, before)
+    client, process = start(server)
+    client.send_signal(signal.SIGINT)
+    assert ends(process) and client.wait(100) in (130, -signal.SIGINT)  # 130 once the client hands signals on
+
+
 def test_a_recipe_has_one_until_it_ends(tmp_path):
     recipe = tmp_path / "recipe.sh"
     lines = (

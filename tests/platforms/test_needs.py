@@ -20,7 +20,7 @@ EVERYTHING = {
     "torch": "2.11.0", "transformers": "5.9.0", "vllm": "0.24.0+cu130", "ray": "2.60.0", "tensordict": "0.10.0",
     "TransferQueue": "0.1.11", "qwen-vl-utils": "0.0.14", "flash-attn": "2.8.3", "cupy-cuda13x": "14.0.1",
     "liger-kernel": "0.8.2", "sentence-transformers": "6.2.0", "megatron-core": "0.18.2", "megatron-bridge": "0.5.1",
-    "transformer-engine": "2.8.0",
+    "transformer-engine": "2.8.0", **dict.fromkeys(needs.LOGGERS, "1.0"),
 }  # fmt: skip
 
 
@@ -59,6 +59,8 @@ BROKEN = [
     ("megatron-bridge", None, MEGATRON, "megatron.bridge (megatron-bridge) is not installed"),
     ("transformer-engine", None, MEGATRON, "transformer_engine (transformer-engine) is not installed"),
     ("megatron-bridge", None, ["embedrl.embedder.strategy=megatron"], "strategy=megatron needs it"),
+    ("wandb", None, ["trainer.logger=[file,wandb]"], "trainer.logger=wandb needs it"),
+    ("tensorboard", None, ["trainer.logger=tensorboard"], "trainer.logger=tensorboard needs it"),
 ]
 
 
@@ -73,7 +75,8 @@ def test_a_broken_installation_is_refused_with_the_package_and_its_install_line(
         check_needs(config)
     text = str(refused.value)
     assert message in text and package in text
-    line = needs.MEGATRON_LINE if "megatron" in text else needs.FLASH_LINE if package == "flash-attn" else GPU_LINE
+    lines = {"flash-attn": needs.FLASH_LINE} | {name: f"pip install {name}" for name in needs.LOGGERS}
+    line = needs.MEGATRON_LINE if "megatron" in text else lines.get(package, GPU_LINE)
     assert f"Install it: {line}" in text
 
 

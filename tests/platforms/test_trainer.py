@@ -10,8 +10,8 @@ import pytest
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from embedrl_verl.errors import ResourceError
-from embedrl_verl.platforms import trainer
-from embedrl_verl.platforms.trainer import SOCKETS, claim_weight_sockets
+from embedrl_verl.platforms import claims
+from embedrl_verl.platforms.claims import SOCKETS, claim_weight_sockets
 
 HOLDER = """
 import fcntl, sys
@@ -55,7 +55,7 @@ def test_a_run_waits_for_one_that_is_ending(other_run, tmp_path, caplog, monkeyp
             other_run.stdin.close()
         sleep(seconds)
 
-    monkeypatch.setattr(trainer.time, "sleep", end_the_other)
+    monkeypatch.setattr(claims.time, "sleep", end_the_other)
     claim_weight_sockets("01000000", folder=tmp_path, wait_s=30).close()
     assert caplog.text.count("waiting up to 30 s") == 1
 

@@ -18,7 +18,18 @@ exec 9>&-
 if [[ "$1" == - ]]; then # a script on standard input: has the model <emb>, or what a configuration says
     [[ -n "${{HAS_EMB:-}}" ]] && exit "$HAS_EMB" || exec {sys.executable} "$@"
 fi
+if [[ "${{WRITES:-}}" && "$2" == embedrl_verl.train ]]; then # what verl, vLLM and Ray leave
+    mkdir -p "$RAY_TMPDIR/ray/session_1/logs"
+    ln -sfn session_1 "$RAY_TMPDIR/ray/session_latest"
+    printf 'of this run' >"$RAY_TMPDIR/ray/session_1/logs/worker.out"
+    touch "$TMPDIR/ckpt_1.lock"
+fi
 [[ "${{2##*.}}" != "${{FAIL:-}}" ]] || exit 1
+if [[ "${{2##*.}}" == "${{INTERRUPT:-}}" ]]; then # Ctrl-C reaches the whole group
+    [[ "$INTERRUPT" != train ]] || printf 'step 3: update' >"${{VERL_FILE_LOGGER_PATH%jsonl}}stage"
+    kill -INT 0
+    exec sleep 60
+fi
 for word in "$@"; do
     case "$word" in
         trainer.default_local_dir=*) made=${{made:-${{word#*=}}}} ;;
@@ -42,7 +53,7 @@ class Recipe:
     """A recipe with an environment that holds only what is named (and PATH, HOME), and OUT in a folder of its own."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.out, self.said = folder / "out", ""
+        self.out, self.said, self.cwd = folder / "out", "", ROOT
         self._calls, self._python = folder / "calls", folder / "python"
         self._command = ["bash", str(ROOT / "recipes" / name)]
         self._python.write_text(STAND_IN)
@@ -54,7 +65,14 @@ class Recipe:
         env = {name: os.environ[name] for name in ("PATH", "HOME")}
         env |= {"OUT": str(self.out), "PYTHON": str(self._python), "CALLS": str(self._calls), **variables}
         done = subprocess.run(
-            [*self._command, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+            [*self._command, *arguments],
+            env=env,
+            cwd=self.cwd,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            start_new_session=True,
         )
         self.said = done.stdout + done.stderr
         calls = self._calls.read_text().split("\0\n\0")[:-1] if self._calls.exists() else []

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.plan import make_plan
 from recipes.tiny_digits.evaluate import MAX_NEW_TOKENS
 from recipes.tiny_digits.settings import tiny_limits
-from tests.recipes.calls import Recipe, modules_of
+from tests.recipes.calls import ROOT, Recipe, modules_of
 
 WORLD, PRETRAIN = ["models", "models", "world"], ["cold_start", "contrastive"]
 RL = ["train", "cli", "evaluate", "summary"]
@@ -182,10 +181,21 @@ def test_until_ends_after_its_stage(recipe: Recipe, stage: str) -> None:
     assert sorted(recipe.modules()) == sorted(LATER[stage])
 
 
-def test_a_second_run_in_the_same_folder_is_refused(recipe: Recipe) -> None:
-    recipe.out.mkdir()
-    with (recipe.out / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert recipe.run() == (4, [])
-    assert f"OUT={recipe.out} is in use by another run" in recipe.said
-    assert len(recipe.modules()) == 9
+def test_another_logger_is_no_other_run(recipe: Recipe) -> None:
+    recipe.modules()
+    assert recipe.modules(LOGGER="console,tensorboard") == ["summary"]
+
+
+@pytest.mark.parametrize("stage", ["world", "cold_start", "train", "evaluate"])
+def test_ctrl_c_says_where_the_run_stands_and_what_goes_on(recipe: Recipe, stage: str) -> None:
+    if stage == "train":
+        recipe.run("data.seed=1", FAIL="train")
+        (recipe.out / "rl" / "checkpoints").mkdir()
+        (recipe.out / "rl" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    code, _ = recipe.run("data.seed=1", INTERRUPT=stage)
+    names = {"cold_start": "pretrain", "train": "rl (step 3: update), last checkpoint: step 2"}
+    goes_on = f"the same command goes on from there: bash {ROOT}/recipes/run_egrl_tiny_cpu.sh 'data.seed=1'"
+    assert code == 130
+    (line,) = [line for line in recipe.said.splitlines() if "interrupted" in line]
+    assert line == f"[recipe] interrupted in stage {names.get(stage, stage)}; {goes_on}"
+    assert recipe.said.splitlines()[-1] == line

@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from embedrl_verl.export.checkpoint import TRACKER
+from embedrl_verl.export.checkpoint import TRACKER, remove_half_written, writing
 from embedrl_verl.trainer import checkpoint
 from embedrl_verl.trainer.checkpoint import RECORD, keep_if_best, prune_to
 
@@ -153,3 +154,24 @@ def test_a_kill_leaves_the_old_best_or_the_new_one(tmp_path, monkeypatch, killed
     assert kept(tmp_path) in ((1, "weights 1"), (2, "weights 2"))
     keep_if_best(tmp_path, 2, 0.2)
     assert kept(tmp_path) == (2, "weights 2")
+
+
+@pytest.mark.parametrize(
+    ("step", "marked", "linked", "gone"),
+    [(6, True, False, True), (6, False, False, False), (6, True, True, False), (5, True, False, False)],
+    ids=["killed", "without a mark", "a link", "complete"],
+)
+def test_only_what_a_run_was_ended_in_the_middle_of_is_removed(tmp_path, step, marked, linked, gone):
+    root = tmp_path / "checkpoints"
+    folder = (tmp_path if linked else root) / f"global_step_{step}"
+    with pytest.raises(OSError, match="full") if marked else nullcontext(), writing(folder):
+        (folder / "weights.pt").touch()
+        if marked:
+            raise OSError("the disk is full")
+    root.mkdir(exist_ok=True)
+    if linked:
+        (root / folder.name).symlink_to(folder)
+    (root / "latest_checkpointed_iteration.txt").write_text("5")
+    assert remove_half_written(root) == ([folder] if gone else [])
+    assert folder.exists() != gone and (gone or linked or [path.name for path in folder.iterdir()] == ["weights.pt"])
+    assert remove_half_written(root) == []

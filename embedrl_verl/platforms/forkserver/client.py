@@ -29,6 +29,8 @@ def _open_files() -> list[int]:
 
 def main(address: str, arguments: list[str]) -> None:
     """Run `python ARGUMENTS` and end as it does."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it waits needs no traceback
     files, waits = _open_files(), not any(argument.endswith(_RAY_WORKER) for argument in arguments)
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     text = json.dumps({**request, "files": files, "waits": waits}).encode()

@@ -162,6 +162,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     for number in {0, 1, 2}.difference(request["files"]):
         os.dup2(os.open(os.devnull, os.O_RDWR), number)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server of a script ignores it
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     given = request["arguments"]
     unbuffered = "-u" in given[: len(given) - len(_without_flags(given))]
@@ -216,6 +217,8 @@ def _status_of(arguments: list[str]) -> int:
             return (end.code or 0) & 0xFF
         print(end.code, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # who has sent it says where it stands
+        return 130
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
