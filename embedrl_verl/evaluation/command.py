@@ -154,6 +154,12 @@ def report_lines(views: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{name}: Hit@1 {gain.mean:+.3f} against {RAW} (95% interval {gain.low:+.3f} to {gain.high:+.3f} over "
                 f"queries): {verdict(gain)}; well-formed {quality['well_formed']:.1%}"
             )
+    return lines + failure_lines(views)
+
+
+def failure_lines(views: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of each view that has some: how many inputs have no vector, and why the first."""
+    lines = []
     for name, view in views.items():
         if view["failed_rows"]:
             lines.append(f"ATTENTION: {name}: {view['failed_rows']} inputs without a vector, counted as misses:")

@@ -18,7 +18,7 @@ import typer
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.schema import SIDES
-from embedrl_verl.evaluation.command import RAW, report_lines, write_results
+from embedrl_verl.evaluation.command import RAW, failure_lines, write_results
 from embedrl_verl.evaluation.retrieval import Pairs, Tcots, Written, score_view, tcot_lines, write_tcots
 from embedrl_verl.tcot import parse_tcot
 from recipes.tiny_digits.contrastive import load_embedder
@@ -91,7 +91,8 @@ def main(
         media_limits=asdict(reader.processor.limits),
         seconds=round(time.monotonic() - started, 1),
     )
-    print("\n".join(report_lines(views)))
+    print("\n".join(failure_lines(views)))  # the table comes with the summary
+    print(f"wrote {out / f'evaluation{suffix}.json'} and {out / f'tcots{suffix}.jsonl'}")
 
 
 if __name__ == "__main__":
