@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 import jinja2
 
 from embedrl_verl.annotate.answers import Entry
-from embedrl_verl.data.media import MediaLimits, fit_clip, fit_image, load_item
+from embedrl_verl.data.media import LoadedItem, MediaLimits, fit_clip, fit_image, load_item
 from embedrl_verl.data.schema import PairRecord, Side, input_kind
 from embedrl_verl.families import Family
+from embedrl_verl.kinds import InputKind
 from embedrl_verl.tcot import build_prompt
 from embedrl_verl.tcot.harmless import break_control
 
@@ -99,8 +100,12 @@ class TcotPrompts:
     def prompt(self, record: PairRecord, side: Side, gold_answer: str | None = None) -> Prompt:
         """The first question about a side. Decodes media (call it in a thread); raises MediaError."""
         item = load_item(record.item(side), self.media_root, max_frames=self.limits.max_frames)
+        return self.of(input_kind(record, side), item, gold_answer)
+
+    def of(self, kind: InputKind, item: LoadedItem, gold_answer: str | None = None) -> Prompt:
+        """The question about a decoded item."""
         options: dict[str, Any] = {"gold_answer": gold_answer, "few_shot": self.few_shot, "style": self.style}
-        messages = build_prompt(input_kind(record, side), item, family=self.family, **options)
+        messages = build_prompt(kind, item, family=self.family, **options)
         fitted = [{**message, "content": _fitted(message["content"], self.limits)} for message in messages]
         seen = [part["image"].size for message in fitted for part in message["content"] if part["type"] == "image"]
         return Prompt(fitted, tuple(image.size for image in item.images), tuple(seen), len(item.frames))

@@ -14,51 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
-from embedrl_verl.config.compose import compose
-from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.files import write_atomically
-from embedrl_verl.embedder import Embedder
-from embedrl_verl.embedder.loading import load_generation_model
-from embedrl_verl.embedder.processor import DTYPES, processor_for
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.evaluation.comparison import hit1_interval, source_table, verdict
-from embedrl_verl.evaluation.reasoner import Reasoner
 from embedrl_verl.evaluation.retrieval import NDCG_K, Pairs, Tcots, score_view, tcot_lines, write_tcots
-from embedrl_verl.export.record import TrainingRecord, prompt_settings, read_record
+from embedrl_verl.model.loading import load_embedder, load_reasoner, read_settings
+from embedrl_verl.model.tcots import Writes
 
 RAW = "raw"
 """The view of the input alone."""
-BATCH_SIZE = 32
-
-
-def settings_of(
-    embedder: str, overrides: Sequence[str], *, on_cpu: bool
-) -> tuple[EmbedRLConfig, Mapping[str, Any], list[str]]:
-    """The section `embedrl`, the section `data` (as plain values), and the names that the overrides of `data` give."""
-    from omegaconf import OmegaConf
-
-    platform = ["platform=cpu"] if on_cpu and not any(one.startswith("platform=") for one in overrides) else []
-    config = compose([*platform, *overrides, f"embedrl.embedder.path={json.dumps(embedder)}"])
-    data = OmegaConf.to_container(config.data, resolve=True)
-    assert isinstance(data, dict)
-    keys = [one.lstrip("+").partition("=")[0] for one in overrides]
-    given = [key.rpartition(".")[2] for key in keys if key.startswith(("data.embedrl.", "data.max_response_length"))]
-    return load_embedrl_config(config), {str(key): value for key, value in data.items()}, given
-
-
-def asked(path: str, data: Mapping[str, Any], given: Sequence[str]) -> tuple[MediaConfig, int]:
-    """How the Reasoner of a folder is asked, and the longest answer in tokens: overrides, else its record, else the
-    defaults."""
-    record = (read_record(Path(path)) if Path(path).is_dir() else None) or TrainingRecord()
-    known = prompt_settings(record.settings, "auto")
-    whole = {**data["embedrl"], "max_response_length": data["max_response_length"]}
-    chosen = {name: whole[name] if name in given else value for name, value in known.items()}
-    length = chosen.pop("max_response_length")
-    return MediaConfig.from_config({"embedrl": chosen}), length
 
 
 def named_reasoners(words: Iterable[str]) -> dict[str, str]:
@@ -89,21 +55,20 @@ def run_eval(
     folder, named = Path(out), named_reasoners(reasoners)
     if (folder / "evaluation.json").exists() and not overwrite:
         raise ConfigError(f"--out {out} has an evaluation.json; choose another folder, or replace it with --overwrite")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    section, data, given = settings_of(embedder, overrides, on_cpu=device == "cpu")
-    root = media_root or data["media_root"]
+    settings = read_settings(embedder, overrides, device)
+    root, evidence = media_root or settings.data["media_root"], settings.embedrl.evidence
     files = [str(Path(file).resolve()) for file in files]
     pairs = Pairs.read(files, root, limit)
     started = time.monotonic()
-    reader = load_embedder(section, device, data)
-    views, written = {RAW: score_view(reader, pairs, None, "qwen2_vl", section.evidence)}, {}
+    reader = load_embedder(settings)
+    views, written = {RAW: score_view(reader, pairs, None, "qwen2_vl", evidence)}, {}
     prompts: dict[str, Any] = {}
     for name, path in named.items():
-        media, length = asked(path, data, given)
-        reasoner = Reasoner(path, media, dtype=DTYPES[section.embedder.dtype], device=device)
-        prompts[name] = dataclasses.asdict(reasoner.media) | {"family": reasoner.family, "max_response_length": length}
-        tcots = _write(name, reasoner, pairs, length)
-        views[name] = score_view(reader, pairs, tcots, reasoner.family, section.evidence)
+        reasoner = load_reasoner(path, settings)
+        media, length = settings.asked(path)
+        prompts[name] = dataclasses.asdict(media) | {"family": reasoner.family, "max_response_length": length}
+        tcots = _write(name, reasoner, pairs)
+        views[name] = score_view(reader, pairs, tcots, reasoner.family, evidence)
         written[name] = tcot_lines(pairs, name, tcots, views[name]["ranks"])
         del reasoner
     write_results(folder, pairs, views, written, prompts=prompts, files=files, media_root=root, limit=limit)
@@ -111,17 +76,9 @@ def run_eval(
     print(f"\n{time.monotonic() - started:.0f} s; wrote {folder}/evaluation.json and tcots.jsonl")
 
 
-def load_embedder(section: EmbedRLConfig, device: str, data: Mapping[str, Any]) -> Embedder:
-    """The Embedder that the section names, prompted and limited as in a run with it."""
-    config = section.embedder
-    processor = processor_for(config, max_frames=data["embedrl"]["max_frames"])
-    model = load_generation_model(config.path, dtype=DTYPES[config.dtype])
-    return Embedder(model.to(device).eval(), processor)
-
-
-def _write(name: str, reasoner: Reasoner, pairs: Pairs, length: int) -> Tcots:
+def _write(name: str, reasoner: Writes, pairs: Pairs) -> Tcots:
     with tqdm(total=2 * len(pairs.records), desc=f"T-CoTs of {name}", unit="row", disable=None) as bar:
-        return write_tcots(reasoner, pairs, max_new_tokens=length, batch_size=BATCH_SIZE, said=bar.update)
+        return write_tcots(reasoner, pairs, said=bar.update)
 
 
 def write_results(

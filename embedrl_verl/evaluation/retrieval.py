@@ -19,31 +19,20 @@ import torch
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.identity import ContentId, content_id, shares_content, target_content
-from embedrl_verl.data.media import load_item
-from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side, input_kind
+from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side
 from embedrl_verl.data.table import LocatedPair, PairTable
-from embedrl_verl.embedder import Embedder, EmbedInput, Encoded
-from embedrl_verl.errors import DataError, EmbedderError, MediaError
+from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.errors import DataError, EmbedRLError, MediaError
 from embedrl_verl.evaluation.metrics import first_rank, hit_at_k, ndcg_at_k
-from embedrl_verl.evaluation.reasoner import Prompt, Reasoner
 from embedrl_verl.families import Family
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
+from embedrl_verl.model.embedders import Embeds
+from embedrl_verl.model.tcots import FAILURES, Ask, PairSide, Writes, Written
 from embedrl_verl.tcot import format_reward, parse_tcot
 
 NDCG_K = 5
 AT_ONCE = 64
 """Inputs whose decoded media are in memory at a time."""
-FAILURES = (MediaError, DataError, EmbedderError)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a Reasoner wrote for one side: the T-CoT, and (width, height) in pixels of each image as it saw it; or why
-    there is none."""
-
-    text: str | None
-    seen_sizes: tuple[tuple[int, int], ...] | None = None
-    problem: str = ""
 
 
 Tcots = Mapping[Side, Sequence[Written]]
@@ -95,40 +84,28 @@ def _content(record: PairRecord, media_root: str | None) -> ContentId:
         return ContentId(own, own)
 
 
-def write_tcots(
-    reasoner: Reasoner,
-    pairs: Pairs,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    said: Callable[[int], object] = lambda _: None,
-) -> Tcots:
-    """Greedy T-CoTs of both sides of each pair; `said` is told how many more are there."""
+def write_tcots(reasoner: Writes, pairs: Pairs, *, said: Callable[[int], object] = lambda _: None) -> Tcots:
+    """T-CoTs of both sides of each pair; `said` is told how many more are there."""
     written: dict[Side, list[Written]] = {}
     for side in SIDES:
-        done: list[Written] = []
-        for start in range(0, len(pairs.records), batch_size):
-            asked: dict[int, tuple[Encoded, list[tuple[int, int]]]] = {}
-            chunk = range(start, min(start + batch_size, len(pairs.records)))
-            problems: dict[int, str] = {}
+        written[side] = []
+        for start in range(0, len(pairs.records), AT_ONCE):
+            chunk = range(start, min(start + AT_ONCE, len(pairs.records)))
+            asks: dict[int, Ask] = {}
+            problems: dict[int, Written] = {}
             for i in chunk:
                 try:
-                    asked[i] = reasoner.ask(Prompt(pairs.records[i], side, pairs.media_roots[i]))
+                    asks[i] = PairSide(pairs.records[i], side, pairs.media_roots[i]).ask()
                 except FAILURES as error:
-                    problems[i] = str(error)
-            texts = reasoner.answer([row for row, _ in asked.values()], max_new_tokens) if asked else []
-            answers = dict(zip(asked, texts, strict=True))
-            done += [
-                Written(answers[i], tuple(asked[i][1])) if i in asked else Written(None, problem=problems[i])
-                for i in chunk
-            ]
+                    problems[i] = Written(None, problem=str(error))
+            done = dict(zip(asks, reasoner.write(list(asks.values())), strict=True)) | problems
+            written[side] += [done[i] for i in chunk]
             said(len(chunk))
-        written[side] = done
     return written
 
 
 def score_view(
-    embedder: Embedder, pairs: Pairs, tcots: Tcots | None, family: Family, evidence: EvidenceConfig
+    embedder: Embeds, pairs: Pairs, tcots: Tcots | None, family: Family, evidence: EvidenceConfig
 ) -> dict[str, Any]:
     """Embed both sides with these T-CoTs (None = the input alone) and rank.
 
@@ -172,38 +149,42 @@ class _Side:
 
 
 def _embed_side(
-    embedder: Embedder,
+    embedder: Embeds,
     pairs: Pairs,
     side: Side,
     tcots: Sequence[Written] | None,
     family: Family,
     evidence: EvidenceConfig,
 ) -> _Side:
-    found = _Side(torch.full((len(pairs.records), embedder.dim), torch.nan), [], [])
-    max_frames = embedder.processor.limits.max_frames
+    vectors: dict[int, torch.Tensor] = {}
+    problems: list[tuple[int, str]] = []
+    forms: list[tuple[float, float, int]] = []
     for start in range(0, len(pairs.records), AT_ONCE):
-        rows: dict[int, Encoded] = {}
+        inputs: dict[int, EmbedInput] = {}
         for i in range(start, min(start + AT_ONCE, len(pairs.records))):
-            record, written = pairs.records[i], None if tcots is None else tcots[i]
+            written = None if tcots is None else tcots[i]
             if written is not None and written.text is None:
-                found.problems.append((i, written.problem))
+                problems.append((i, written.problem))
                 continue
             try:
-                item = load_item(record.item(side), pairs.media_roots[i], max_frames=max_frames)
-                one = EmbedInput(item)
+                kind, item = PairSide(pairs.records[i], side, pairs.media_roots[i]).ask()
+                inputs[i] = EmbedInput(item)
                 if written is not None and written.text is not None:
-                    one = EmbedInput.with_tcot(item, written.text, family, evidence, written.seen_sizes)
-                    assert one.tcot is not None
-                    needed = EVIDENCE_KEY_OF_KIND[input_kind(record, side)]
-                    found.forms.append(
-                        (float(one.tcot.is_well_formed), format_reward(one.tcot, needed), len(one.evidence))
-                    )
-                rows[i] = embedder.processor.encode(one)
+                    inputs[i] = EmbedInput.with_tcot(item, written.text, family, evidence, written.seen_sizes)
             except FAILURES as error:
-                found.problems.append((i, str(error)))
-        found.vectors[list(rows)] = embedder.embed_encoded(list(rows.values()))
-        found.problems.extend((i, "the vector is not finite") for i in rows if not found.vectors[i].isfinite().all())
-    return found
+                problems.append((i, str(error)))
+                continue
+            if (tcot := inputs[i].tcot) is not None:
+                form = format_reward(tcot, EVIDENCE_KEY_OF_KIND[kind])
+                forms.append((float(tcot.is_well_formed), form, len(inputs[i].evidence)))
+        for i, vector in zip(inputs, embedder.vectors(list(inputs.values()), side), strict=True):
+            if isinstance(vector, EmbedRLError):
+                problems.append((i, str(vector)))
+            else:
+                vectors[i] = vector
+    width = len(next(iter(vectors.values()), torch.empty(1)))
+    missing = torch.full((width,), torch.nan)
+    return _Side(torch.stack([vectors.get(i, missing) for i in range(len(pairs.records))]), problems, forms)
 
 
 def tcot_lines(pairs: Pairs, name: str, tcots: Tcots, ranks: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:

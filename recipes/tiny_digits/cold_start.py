@@ -29,7 +29,8 @@ from torch.nn import functional
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.embedder.batching import pad_rows
 from embedrl_verl.embedder.processor import Encoded
-from embedrl_verl.evaluation.reasoner import Prompt, Reasoner
+from embedrl_verl.model.reasoner import Reasoner
+from embedrl_verl.model.tcots import PairSide
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
 from recipes.tiny_digits.settings import run_program, tiny_reasoner
@@ -42,11 +43,11 @@ Lesson: TypeAlias = tuple[Encoded, torch.Tensor]
 """A row, and int64 (L,): the token that each position has to predict, or IGNORED."""
 
 
-def make_lesson(reasoner: Reasoner, prompt: Prompt, truth: Truth, *, terse: bool = False) -> Lesson:
+def make_lesson(reasoner: Reasoner, prompt: PairSide, truth: Truth, *, terse: bool = False) -> Lesson:
     """A prompt with its true T-CoT (`terse`: cut short); labels are the T-CoT and the digits of visual tokens."""
     tokenizer, config = reasoner.processor.tokenizer, reasoner.model.config
     response = (cut_short(truth.tcot) if terse else truth.tcot) + END
-    row = reasoner.encode(prompt, response)
+    row = reasoner.encode(prompt.ask(), response)
     labels = torch.full_like(row.input_ids, IGNORED)
     length = len(tokenizer(response, add_special_tokens=False)["input_ids"])
     labels[-length - 1 : -1] = row.input_ids[-length:]
@@ -70,7 +71,7 @@ def lesson_loss(reasoner: Reasoner, lessons: Sequence[Lesson]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def digit_accuracy(reasoner: Reasoner, sides: Sequence[tuple[Prompt, Truth]]) -> float:
+def digit_accuracy(reasoner: Reasoner, sides: Sequence[tuple[PairSide, Truth]]) -> float:
     """Share of the answer's digits that are the likeliest of the ten digits at their place, after the true beginning.
 
     Greedy T-CoTs would not show it: they leave out the digits that a terse answer does not name.
@@ -148,8 +149,8 @@ def train_cold_start(
     return accuracy
 
 
-def _sides(samples: Sequence[Sample]) -> list[tuple[Prompt, Truth]]:
-    sides = [(Prompt(s.record, side, s.media_root), s.truth(side)) for s in samples for side in SIDES]
+def _sides(samples: Sequence[Sample]) -> list[tuple[PairSide, Truth]]:
+    sides = [(PairSide(s.record, side, s.media_root), s.truth(side)) for s in samples for side in SIDES]
     return [(prompt, truth) for prompt, truth in sides if truth.tcot]
 
 

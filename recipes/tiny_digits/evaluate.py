@@ -19,15 +19,15 @@ import typer
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.evaluation.command import RAW, failure_lines, write_results
-from embedrl_verl.evaluation.retrieval import Pairs, Tcots, Written, score_view, tcot_lines, write_tcots
+from embedrl_verl.evaluation.retrieval import Pairs, Tcots, score_view, tcot_lines, write_tcots
+from embedrl_verl.model import Written
+from embedrl_verl.model.embedders import LocalEmbedder
 from embedrl_verl.tcot import parse_tcot
 from recipes.tiny_digits.contrastive import load_embedder
-from recipes.tiny_digits.settings import run_program, tiny_reasoner
+from recipes.tiny_digits.settings import MAX_NEW_TOKENS, run_program, tiny_reasoner
 from recipes.tiny_digits.world import Sample, read_samples, truths_of
 
-MAX_NEW_TOKENS = 96
-"""Longest T-CoT, as in the RL stage (data.max_response_length of the recipe)."""
-THREADS, BATCH_SIZE = 2, 96
+THREADS = 2
 
 
 def true_tcots(samples: Sequence[Sample]) -> Tcots:
@@ -65,15 +65,13 @@ def main(
     """Evaluate both Reasoners on held-out PAIRS by the EMBEDDER."""
     torch.set_num_threads(THREADS)
     started = time.monotonic()
-    reader, held_out, evidence = load_embedder(embedder), Pairs.read(pairs, media_root), EvidenceConfig()
-    family = reader.processor.family
+    model, held_out, evidence = load_embedder(embedder), Pairs.read(pairs, media_root), EvidenceConfig()
+    reader, family = LocalEmbedder(model), model.processor.family
     samples = read_samples(Path(pairs[0])) if len(pairs) == 1 and truths_of(Path(pairs[0])).is_file() else None
     views: dict[str, Any] = {RAW: score_view(reader, held_out, None, family, evidence)}
     written: dict[str, Tcots] = {}
     for name, folder in {"before": before, "after": after}.items():
-        written[name] = write_tcots(
-            tiny_reasoner(folder), held_out, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE
-        )
+        written[name] = write_tcots(tiny_reasoner(folder), held_out)
     if samples:
         written["truth"] = true_tcots(samples)
     for name, tcots in written.items():
@@ -88,7 +86,7 @@ def main(
         suffix=suffix,
         seed=seed,
         max_new_tokens=MAX_NEW_TOKENS,
-        media_limits=asdict(reader.processor.limits),
+        media_limits=asdict(model.processor.limits),
         seconds=round(time.monotonic() - started, 1),
     )
     print("\n".join(failure_lines(views)))  # the table comes with the summary

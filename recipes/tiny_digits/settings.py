@@ -13,8 +13,8 @@ import typer
 from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.errors import EmbedRLError
-from embedrl_verl.evaluation.reasoner import Reasoner
 from embedrl_verl.families import Family, token_side
+from embedrl_verl.model.reasoner import Reasoner
 
 MEDIA = MediaConfig(
     prompt_style="compact",
@@ -25,6 +25,8 @@ MEDIA = MediaConfig(
     frame_max_tokens=16,
 )
 """A cell of the digits world is one visual token. Reasoner and Embedder have the same limits."""
+MAX_NEW_TOKENS = 96
+"""Longest T-CoT (data.max_response_length)."""
 
 
 def tiny_limits(family: Family) -> MediaLimits:
@@ -34,7 +36,7 @@ def tiny_limits(family: Family) -> MediaLimits:
 
 def tiny_reasoner(path: str | Path) -> Reasoner:
     """A tiny Reasoner in float32 on the CPU."""
-    return Reasoner(path, MEDIA)
+    return Reasoner(path, MEDIA, max_new_tokens=MAX_NEW_TOKENS, batch_size=96)
 
 
 def run_program(main: Callable[..., None]) -> None:

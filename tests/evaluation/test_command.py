@@ -10,9 +10,9 @@ from embedrl_verl import cli
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
-from embedrl_verl.evaluation.command import asked, settings_of
 from embedrl_verl.evaluation.comparison import hit1_interval, source_table
 from embedrl_verl.export.record import TrainingRecord, write_record
+from embedrl_verl.model.loading import read_settings
 from recipes.tiny_digits.models import build_tiny_model
 from recipes.tiny_digits.world import write_world
 
@@ -60,17 +60,14 @@ def test_plain_before_and_after_stand_in_a_table_and_every_tcot_is_kept(world, t
 
 def test_settings_come_from_overrides_then_from_the_reasoners_record_then_from_the_defaults(world):
     overrides = ["data.embedrl.prompt_style=paper", "data.max_response_length=9", "embedrl.evidence.min_side=9"]
-    section, data, given = settings_of("some/embedder", overrides, on_cpu=True)
-    assert (section.embedder.path, section.embedder.dtype, section.evidence.min_side) == (
-        "some/embedder",
-        "float32",
-        9,
-    )
-    media, length = asked(str(world / "sft"), data, given)
+    settings = read_settings("some/embedder", overrides, "cpu")
+    section = settings.embedrl
+    assert (section.embedder.path, section.embedder.dtype, section.evidence.min_side) == ("some/embedder", "float32", 9)
+    media, length = settings.asked(str(world / "sft"))
     assert (media.prompt_style, media.few_shot, media.image_max_tokens, length) == ("paper", False, 64, 9)
-    media, length = asked("some/reasoner", data, given)
+    media, length = settings.asked("some/reasoner")
     assert (media.prompt_style, media.few_shot, media.image_max_tokens, length) == ("paper", True, 768, 9)
-    assert asked(str(world / "sft"), data, [])[1] == 6
+    assert read_settings("some/embedder", [], "cpu").asked(str(world / "sft"))[1] == 6
 
 
 @pytest.mark.parametrize(

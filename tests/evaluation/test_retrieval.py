@@ -2,7 +2,6 @@
 """The held-out evaluation: who is ranked against whom, what counts as found, and that nothing fails in silence."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,8 @@ from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import DataError, EmbedderError
 from embedrl_verl.evaluation.metrics import first_rank
-from embedrl_verl.evaluation.retrieval import Pairs, Written, score_view, tcot_lines
+from embedrl_verl.evaluation.retrieval import Pairs, score_view, tcot_lines
+from embedrl_verl.model import Written
 
 TCOT = '<thinking>{"text_keywords": ["x"]}</thinking><rethink>ok</rethink><answer>x</answer>'
 
@@ -23,17 +23,14 @@ class Vectors:
     """Stands in for an Embedder: the vector of a text."""
 
     def __init__(self, query: torch.Tensor, target: torch.Tensor) -> None:
-        self.dim = query.shape[1]
-        self.vectors = {f"q{i}": one for i, one in enumerate(query)} | {f"t{i}": one for i, one in enumerate(target)}
-        self.processor: Any = SimpleNamespace(encode=self.encode, limits=SimpleNamespace(max_frames=8))
+        self.known = {f"q{i}": one for i, one in enumerate(query)} | {f"t{i}": one for i, one in enumerate(target)}
 
-    def encode(self, one: EmbedInput) -> torch.Tensor:
-        if one.item.text not in self.vectors:
-            raise EmbedderError("too long")
-        return self.vectors[one.item.text]
-
-    def embed_encoded(self, rows: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(rows) if rows else torch.empty(0, self.dim)
+    def vectors(self, inputs: list[EmbedInput], side: str) -> list[Any]:
+        found = [self.known.get(one.item.text, EmbedderError("too long")) for one in inputs]
+        return [
+            EmbedderError("the vector is not finite") if isinstance(one, torch.Tensor) and one.isinf().any() else one
+            for one in found
+        ]
 
 
 def records(*sources: str) -> list[PairRecord]:
@@ -44,8 +41,7 @@ def records(*sources: str) -> list[PairRecord]:
 
 
 def view(query: torch.Tensor, target: torch.Tensor, pairs: list[PairRecord], tcots: Any = None) -> dict[str, Any]:
-    embedder: Any = Vectors(query, target)
-    return score_view(embedder, Pairs(pairs, [None] * len(pairs)), tcots, "qwen2_vl", EvidenceConfig())
+    return score_view(Vectors(query, target), Pairs(pairs, [None] * len(pairs)), tcots, "qwen2_vl", EvidenceConfig())
 
 
 def test_a_query_meets_the_targets_of_its_own_source_only():

@@ -10,8 +10,7 @@ import pytest
 from embedrl_verl.config.compose import compose
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.plan import make_plan
-from recipes.tiny_digits.evaluate import MAX_NEW_TOKENS
-from recipes.tiny_digits.settings import tiny_limits
+from recipes.tiny_digits.settings import MAX_NEW_TOKENS, tiny_limits
 from tests.recipes.calls import ROOT, Recipe, modules_of
 
 WORLD, PRETRAIN = ["models", "models", "world"], ["cold_start", "contrastive"]

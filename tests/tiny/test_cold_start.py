@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedrl_verl.evaluation.reasoner import Prompt, Reasoner
 from embedrl_verl.families import FAMILIES
+from embedrl_verl.model.reasoner import Reasoner
+from embedrl_verl.model.tcots import PairSide
 from embedrl_verl.tcot import parse_tcot
 from recipes.tiny_digits.canvas import TRAIN_SCANS
 from recipes.tiny_digits.cold_start import IGNORED, digit_accuracy, make_lesson, train_cold_start
@@ -31,7 +32,7 @@ def samples(reasoner: Reasoner) -> list[Sample]:
 def test_labels_are_the_tcot_and_the_digits_of_visual_tokens(reasoner, samples, terse):
     tokenizer = reasoner.processor.tokenizer
     for sample in samples:
-        row, labels = make_lesson(reasoner, Prompt(sample.record, "query"), sample.query, terse=terse)
+        row, labels = make_lesson(reasoner, PairSide(sample.record, "query"), sample.query, terse=terse)
         ids = row.input_ids
         visual = (ids == reasoner.model.config.image_token_id) | (ids == reasoner.model.config.video_token_id)
         shown = [str(cell) for cell in sample.query.cells if cell >= 0]
@@ -53,9 +54,11 @@ def test_training_learns_the_lessons_and_stops_at_the_asked_accuracy(tmp_path, c
     assert accuracy >= 0.9 and "step 200" not in capsys.readouterr().out
     reasoner.save(tmp_path / "trained")
     again = tiny_reasoner(tmp_path / "trained")
-    prompts = [Prompt(s.record, "target") for s in lessons]
+    prompts = [PairSide(s.record, "target") for s in lessons]
     assert digit_accuracy(again, [(one, s.target) for one, s in zip(prompts, lessons, strict=True)]) == accuracy
-    answers = [parse_tcot(text).answer for text in again.generate(prompts, max_new_tokens=64)]
+    answers = [
+        parse_tcot(text).answer for text in [one.text or "" for one in again.write([one.ask() for one in prompts])]
+    ]
     wanted = [parse_tcot(s.target.tcot).answer for s in lessons]
     assert sum(map(str.__eq__, "".join(answers), "".join(wanted))) >= 8, "of ten digits"
 
@@ -68,5 +71,5 @@ def test_a_terse_habit_is_learnt_and_does_not_hide_the_digits(tmp_path: Path) ->
     options = {"batch_size": 4, "warmup": 5, "check_every": 250, "habit_steps": 60, "terse_share": 0.8}
     assert train_cold_start(reasoner, lessons, lessons, max_steps=250, **options) >= 0.8
     for side, digits in (("target", 1), ("query", 5)):  # what is given as text is copied in full
-        texts = reasoner.generate([Prompt(s.record, side) for s in lessons], max_new_tokens=64)
+        texts = [one.text or "" for one in reasoner.write([PairSide(s.record, side).ask() for s in lessons])]
         assert [len(parse_tcot(text).answer) for text in texts] == [digits, digits]

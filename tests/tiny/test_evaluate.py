@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl.config.schema import EvidenceConfig
-from embedrl_verl.evaluation.retrieval import Pairs, Written, score_view
+from embedrl_verl.evaluation.retrieval import Pairs, score_view
+from embedrl_verl.model import Written
+from embedrl_verl.model.embedders import LocalEmbedder
 from recipes.tiny_digits import evaluate as module
 from recipes.tiny_digits.canvas import HELD_OUT_SCANS
 from recipes.tiny_digits.contrastive import load_embedder
@@ -31,7 +33,7 @@ def test_true_tcots_are_well_formed_right_and_cut_one_piece_of_evidence_a_box(fo
     wrong = [Written("<thinking>{}</thinking> no")] * len(samples)
     tcots = {"query": wrong, "target": wrong} if broken else true_tcots(samples)
     pairs = Pairs([sample.record for sample in samples], [None] * len(samples))
-    view = score_view(load_embedder(folder), pairs, tcots, "qwen2_vl", EvidenceConfig())
+    view = score_view(LocalEmbedder(load_embedder(folder)), pairs, tcots, "qwen2_vl", EvidenceConfig())
     # Of four kinds of sides: one box, two key frames, and nothing to cut from the two texts.
     shares, evidence = (0.0, 0.0) if broken else (1.0, (1 + 2 + 0 + 0) / 4)
     assert view["failed_rows"] == 0

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Reasoner outside verl: prompts exactly as the data set writes them, token rows, and greedy T-CoTs.
+"""A Reasoner in this process, by transformers: prompts exactly as in training, token rows, and greedy T-CoTs.
 
-Prompts go through `prompt_messages` and `load_prompt_media`, the two calls that the RL data set and its agent loop
-make, so that a Reasoner is asked here as it was in training (a test compares them id by id).
+Prompts are those that the RL data set and its agent loop make (a test compares them id by id).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -17,8 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from embedrl_verl.config.schema import MediaConfig
 from embedrl_verl.data.media import MediaLimits
-from embedrl_verl.data.prompts import frames_of_file, load_prompt_media, prompt_messages
-from embedrl_verl.data.schema import PairRecord, Side
+from embedrl_verl.data.prompts import load_prompt_media
 from embedrl_verl.data.video import FrameTimes
 from embedrl_verl.embedder.batching import pad_rows
 from embedrl_verl.embedder.expand import PromptExpander
@@ -26,16 +24,10 @@ from embedrl_verl.embedder.positions import time_steps_a_second
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import family_of, token_side
+from embedrl_verl.model.tcots import FAILURES, Ask, Written
+from embedrl_verl.tcot import build_prompt
 
-BATCH_SIZE = 96
-
-
-class Prompt(NamedTuple):
-    """One side of a pair that gets a T-CoT, and the media root of its file."""
-
-    record: PairRecord
-    side: Side
-    media_root: str | None = None
+BATCH_SIZE = 32
 
 
 class Reasoner:
@@ -44,6 +36,8 @@ class Reasoner:
     Args:
         path: Hugging Face folder or hub id.
         media: how it is asked (`data.embedrl`); its family must be auto or the model's own.
+        max_new_tokens: longest T-CoT (`data.max_response_length`).
+        batch_size: prompts that are answered at once.
         dtype, device: of the model.
     """
 
@@ -52,6 +46,8 @@ class Reasoner:
         path: str | Path,
         media: MediaConfig,
         *,
+        max_new_tokens: int,
+        batch_size: int = BATCH_SIZE,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -66,7 +62,7 @@ class Reasoner:
         self.family = family_of(self.model.config.model_type)
         if media.family not in ("auto", self.family):
             raise ConfigError(f"data.embedrl.family must be auto or {self.family}, of {path}; got {media.family}")
-        self.media = media
+        self.media, self.max_new_tokens, self.batch_size = media, max_new_tokens, batch_size
         self.limits = MediaLimits.of(media, token_side(self.family), media.max_frames)
         self._expander = PromptExpander(self.processor, self.family, time_steps_a_second(self.model.config))
 
@@ -75,25 +71,15 @@ class Reasoner:
         self.model.save_pretrained(path)
         self.processor.save_pretrained(path)
 
-    def encode(self, prompt: Prompt, response: str = "") -> Encoded:
-        """Token row of a prompt, followed by `response`; MediaError for media that cannot be read."""
-        return self.ask(prompt, response)[0]
+    def encode(self, ask: Ask, response: str = "") -> Encoded:
+        """Token row of a prompt, followed by `response`."""
+        return self._encode(ask, response)[0]
 
-    def ask(self, prompt: Prompt, response: str = "") -> tuple[Encoded, list[tuple[int, int]]]:
+    def _encode(self, ask: Ask, response: str = "") -> tuple[Encoded, tuple[tuple[int, int], ...]]:
         """The row, and (width, height) of the images as the Reasoner sees them."""
-        record, side, media_root = prompt
-        video = record.item(side).video
-        file_frames = frames_of_file(video.path, video.fps, self.limits, media_root) if video and video.path else 0
-        messages = prompt_messages(
-            record,
-            side,
-            family=self.family,
-            style=self.media.prompt_style,
-            few_shot=self.media.few_shot,
-            max_frames=self.media.max_frames,
-            file_frames=file_frames,
-        )
-        images, videos = load_prompt_media(messages, self.limits, media_root)
+        style, few_shot = self.media.prompt_style, self.media.few_shot
+        messages = build_prompt(*ask, family=self.family, style=style, few_shot=few_shot)
+        images, videos = load_prompt_media(messages, self.limits, None)
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + response
         clips = [
             (frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy(), FrameTimes.of(metadata))
@@ -101,18 +87,26 @@ class Reasoner:
         ]
         tokens, positions = self._expander.tokens(text, images or (), clips)
         row = Encoded(tokens, positions, self._expander.pixels(images or (), clips))
-        return row, [image.size for image in images or ()]
+        return row, tuple(image.size for image in images or ())
 
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
-        """Greedy T-CoTs of prompts, in their order."""
-        return [
-            text
-            for start in range(0, len(prompts), BATCH_SIZE)
-            for text in self.answer([self.encode(one) for one in prompts[start : start + BATCH_SIZE]], max_new_tokens)
-        ]
+    def write(self, asks: Sequence[Ask]) -> list[Written]:
+        """Greedy T-CoTs of inputs, in their order; a `Written` with a problem for an input that cannot be read."""
+        found: dict[int, Written] = {}
+        rows: dict[int, tuple[Encoded, tuple[tuple[int, int], ...]]] = {}
+        for number, ask in enumerate(asks):
+            try:
+                rows[number] = self._encode(ask)
+            except FAILURES as error:
+                found[number] = Written(None, problem=str(error))
+        order = list(rows)
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            for number, text in zip(chunk, self._answer([rows[one][0] for one in chunk]), strict=True):
+                found[number] = Written(text, rows[number][1])
+        return [found[number] for number in range(len(asks))]
 
     @torch.no_grad()
-    def answer(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def _answer(self, rows: Sequence[Encoded]) -> list[str]:
         """Greedy T-CoTs of the rows of prompts, all in one batch."""
         config, tokenizer, device = self.model.config, self.processor.tokenizer, self.model.device
         ids = _pad_left([row.input_ids for row in rows], tokenizer.pad_token_id).to(device)
@@ -123,7 +117,7 @@ class Reasoner:
             # transformers' own positions of clips are others than the rollout's
             position_ids=_pad_left([row.position_ids.T for row in rows]).permute(2, 0, 1).to(device),
             mm_token_type_ids=(ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long(),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             do_sample=False,
             **media,
         )

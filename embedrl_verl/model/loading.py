@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a Reasoner and an Embedder with the settings of a run, which hydra overrides give in its words.
+
+What no override names is taken from the Reasoner's own `training.json` (checkpoints and exports have one), so that it
+is asked as it was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
+from embedrl_verl.config.compose import compose
+from embedrl_verl.config.schema import MediaConfig
+from embedrl_verl.data.media import MediaLimits
+from embedrl_verl.embedder import Embedder
+from embedrl_verl.embedder.loading import family_of_config, load_config, load_generation_model
+from embedrl_verl.embedder.processor import DTYPES, processor_for
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.record import TrainingRecord, prompt_settings, read_record
+from embedrl_verl.families import token_side
+from embedrl_verl.model.embedders import Embeds, LocalEmbedder, SentenceEmbedder, ServerEmbedder
+from embedrl_verl.model.reasoner import Reasoner
+from embedrl_verl.model.remote import BackendReasoner, engine_reasoner, server_reasoner
+
+Engine = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`embedrl`: the section; `data`: the section as plain values; `given`: names of `data.embedrl` (and
+    `max_response_length`) that an override gives; `device` to compute on."""
+
+    embedrl: EmbedRLConfig
+    data: Mapping[str, Any]
+    given: frozenset[str]
+    device: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.embedrl.embedder.dtype]
+
+    def asked(self, path: str) -> tuple[MediaConfig, int]:
+        """How the Reasoner of a folder is asked, and its longest answer in tokens: by overrides, else as its record
+        says, else by the defaults."""
+        record = (read_record(Path(path)) if Path(path).is_dir() else None) or TrainingRecord()
+        known = prompt_settings(record.settings, "auto")
+        whole = {**self.data["embedrl"], "max_response_length": self.data["max_response_length"]}
+        chosen = {name: whole[name] if name in self.given else value for name, value in known.items()}
+        length = chosen.pop("max_response_length")
+        return MediaConfig.from_config({"embedrl": chosen}), length
+
+
+def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "auto") -> Settings:
+    """Settings from hydra overrides as for a run. `device`: auto is a GPU if there is one."""
+    from omegaconf import OmegaConf
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    on_cpu = device == "cpu" and not any(one.startswith("platform=") for one in overrides)
+    words = [*(["platform=cpu"] if on_cpu else []), *overrides, f"embedrl.embedder.path={json.dumps(embedder)}"]
+    config = compose(words)
+    data = OmegaConf.to_container(config.data, resolve=True)
+    assert isinstance(data, dict)
+    keys = [one.lstrip("+").partition("=")[0] for one in overrides]
+    given = {key.rpartition(".")[2] for key in keys if key.startswith(("data.embedrl.", "data.max_response_length"))}
+    plain = {str(key): value for key, value in data.items()}
+    return Settings(load_embedrl_config(config), plain, frozenset(given), device)
+
+
+def load_embedder(settings: Settings) -> Embeds:
+    """The Embedder that the section names, by the backend that it names, prompted and limited as in a run with it."""
+    config, max_frames = settings.embedrl.embedder, settings.data["embedrl"]["max_frames"]
+    if config.backend == "sentence_transformers":
+        return SentenceEmbedder(config, max_frames, settings.device)
+    processor = processor_for(config, max_frames=max_frames)
+    if config.backend == "server":
+        if not config.server.urls:
+            raise ConfigError("embedrl.embedder.server.urls must name servers (embedrl serve-embedder starts one)")
+        return ServerEmbedder(config, processor)
+    model = load_generation_model(config.path, dtype=settings.dtype)
+    return LocalEmbedder(Embedder(model.to(settings.device).eval(), processor))
+
+
+def load_reasoner(
+    name: str, settings: Settings, *, engine: Engine = "transformers", prompts_like: str | None = None
+) -> Reasoner | BackendReasoner:
+    """A Reasoner by its name.
+
+    Args:
+        name: folder or hub id; or the URL of an OpenAI-style server, several separated by commas.
+        engine: what runs a folder: transformers, or vLLM in this process.
+        prompts_like: of a server: the folder of the model that it serves, for its family and how it is asked.
+    """
+    is_url = name.startswith(("http://", "https://"))
+    folder = prompts_like if is_url else name
+    if folder is None:
+        raise ConfigError(
+            f"{name} is a server: name the folder or hub id of the model that it serves too (prompts_like, "
+            "--prompts-like), which says how it is asked"
+        )
+    media, length = settings.asked(folder)
+    if not is_url and engine == "transformers":
+        return Reasoner(folder, media, max_new_tokens=length, dtype=settings.dtype, device=settings.device)
+    family = family_of_config(load_config(folder))
+    limits = MediaLimits.of(media, token_side(family), media.max_frames)
+    if is_url:
+        return server_reasoner(name.split(","), family, media, limits, length)
+    return engine_reasoner(folder, family, media, limits, length)
