@@ -143,10 +143,10 @@ class Waiting:
         if what != self.what:
             self.what, self._since = what, time.monotonic()
 
-    def say(self, text: str) -> None:
-        """A line, above a bar if there is one."""
+    def say(self, text: str, *, own: bool = True) -> None:
+        """A line, above a bar if there is one. own: false for what others print."""
         self._spoken = time.monotonic()
-        tqdm.write(f"{self._label}: {text}")
+        tqdm.write(f"{self._label}: {text}" if own else text)
         sys.stdout.flush()
 
     def is_due(self) -> bool:
@@ -214,7 +214,7 @@ class _Follower:
             printed = self._path.with_suffix(PRINTED).read_bytes()[self._printed :].rpartition(b"\n")[0]
             if printed:
                 self._printed += len(printed) + 1
-                self.waiting.say(printed.decode(errors="replace"))
+                self.waiting.say(printed.decode(errors="replace"), own=False)
         for entry in self._new_entries():
             self._take(int(entry["step"]), entry["data"])
         with suppress(FileNotFoundError):

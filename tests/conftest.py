@@ -6,6 +6,7 @@ Generated cases are the same in every run and have all the time they need.
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -25,7 +26,9 @@ settings.load_profile("suite")
 
 def pytest_configure(config: pytest.Config) -> None:
     """One fork server for all tests and their processes, which starts when it is first used; the cache goes at the
-    end."""
+    end. A shell starts what runs in the background with SIGINT ignored, and processes would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.add_cleanup(lambda: shutil.rmtree(_CACHE, ignore_errors=True))
     if PYTHON not in os.environ:
         server = ForkServer(os.environ, [*MODULES, "peft", "sklearn.datasets"], on_demand=True)

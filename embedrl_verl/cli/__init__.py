@@ -16,7 +16,7 @@ import typer
 from typer import Argument, Option
 
 from embedrl_verl import __version__
-from embedrl_verl.cli.data import data
+from embedrl_verl.cli.data import FAMILY, data
 from embedrl_verl.cli.options import Files, MediaRoot, Out, Overwrite, command
 from embedrl_verl.errors import ConfigError, EmbedRLError
 
@@ -250,6 +250,7 @@ def show_rollouts(
     show(
         run,
         out,
+        default_family=FAMILY,
         steps=steps,
         limit=limit,
         data=data,

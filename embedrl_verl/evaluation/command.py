@@ -61,7 +61,7 @@ def run_eval(
     pairs = Pairs.read(files, root, limit)
     started = time.monotonic()
     reader = load_embedder(settings)
-    views, written = {RAW: score_view(reader, pairs, None, "qwen2_vl", evidence)}, {}
+    views, written = {RAW: score_view(reader, pairs, None, None, evidence)}, {}
     prompts: dict[str, Any] = {}
     for name, path in named.items():
         reasoner = load_reasoner(path, settings)

@@ -105,12 +105,12 @@ def write_tcots(reasoner: Writes, pairs: Pairs, *, said: Callable[[int], object]
 
 
 def score_view(
-    embedder: Embeds, pairs: Pairs, tcots: Tcots | None, family: Family, evidence: EvidenceConfig
+    embedder: Embeds, pairs: Pairs, tcots: Tcots | None, family: Family | None, evidence: EvidenceConfig
 ) -> dict[str, Any]:
     """Embed both sides with these T-CoTs (None = the input alone) and rank.
 
     Args:
-        family: of the Reasoner, for the units of its boxes.
+        family: of the Reasoner, for the units of its boxes; None without T-CoTs.
 
     Returns:
         "hit1", "ndcg5": by data source, and under "all" the plain mean over sources. "hits" (1 or 0) and "ranks" (from
@@ -153,7 +153,7 @@ def _embed_side(
     pairs: Pairs,
     side: Side,
     tcots: Sequence[Written] | None,
-    family: Family,
+    family: Family | None,
     evidence: EvidenceConfig,
 ) -> _Side:
     vectors: dict[int, torch.Tensor] = {}
@@ -170,6 +170,7 @@ def _embed_side(
                 kind, item = PairSide(pairs.records[i], side, pairs.media_roots[i]).ask()
                 inputs[i] = EmbedInput(item)
                 if written is not None and written.text is not None:
+                    assert family is not None, "T-CoTs are of a Reasoner of some family"
                     inputs[i] = EmbedInput.with_tcot(item, written.text, family, evidence, written.seen_sizes)
             except FAILURES as error:
                 problems.append((i, str(error)))

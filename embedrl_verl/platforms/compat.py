@@ -69,10 +69,12 @@ verl.trainer.ppo.v1.trainer_base.PPOTrainer
       expected_acc_counts=None)
     _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
     _save_checkpoint(self)
-  in trainer/modes_async.py: prompts are fetched and resumed as whole groups; rollouts pause for validation
+    on_step_begin(self)
+  in trainer/setup.py, trainer/modes_async.py: half-written checkpoints go; prompts are resumed as whole groups
+    _load_checkpoint(self)
+  in trainer/modes_async.py: prompts are fetched as whole groups; rollouts pause for validation
     _add_prompts_to_generate(self, num_prompts)
     _submit_batch_to_rollout(self, batch)
-    _load_checkpoint(self)
     step(self, metrics, timing_raw)
     llm_server_manager, checkpoint_manager, _restored_tq_prompt_count
 verl.trainer.ppo.v1.trainer_colocate_async.PPOTrainerColocateAsync
@@ -85,6 +87,7 @@ verl.trainer.ppo.v1.trainer_separate_async.PPOTrainerSeparateAsync
     _init_resource_pool_mgr(self)
     _compute_old_log_prob(self, batch, metrics)
     get_llm_client(self)
+    on_step_begin(self)
     standalone_server_manager, _enable_hybrid_replicas
 verl.trainer.ppo.v1.trainer_base
   in train.py: is the mode registered?

@@ -40,6 +40,7 @@ def show_rollouts(
     run: str,
     out: str | None,
     *,
+    default_family: str,
     steps: str | None = None,
     limit: int = 40,
     data: Sequence[str] | None = None,
@@ -52,6 +53,7 @@ def show_rollouts(
     Args:
         run: folder of a run, or of an evaluation (`embedrl eval --out`).
         out: page to write; None: rollouts.html in the run's folder.
+        default_family: whose boxes they are where nothing was noted.
         steps: "1,40" or "1,5-10".
         limit: pairs, of each step.
         data: pair files, media_root: of their paths; None: as the run has noted.
@@ -72,7 +74,7 @@ def show_rollouts(
         raise ConfigError(f"{run} does not say which pair files its T-CoTs are of; name them with --data")
     table = PairTable(files, media_root or (noted or {}).get("media_root"))
     media = MediaConfig.from_config(noted or {})
-    family = family_of(media.family) if media.family != "auto" else "qwen2_vl"
+    family = family_of(media.family if media.family != "auto" else default_family)
     convention = box_convention(family)
     limits = MediaLimits.of(media, token_side(family), media.max_frames)
     examiner = Examiner(TcotReader(convention, limits, EvidenceConfig()), media.max_frames)

@@ -67,16 +67,17 @@ def test_paths_are_relative_to_the_folder_of_the_user(tmp_path, on_a_node, name)
     recipe = Recipe(tmp_path, name)
     recipe.cwd = tmp_path / "mine"
     recipe.cwd.mkdir()
-    (recipe.cwd / "my_reward.py").touch()
-    code, calls = recipe.run(OUT="rel", TRAIN_FILES="a.parquet", REWARD="my_reward.py", **on_a_node)
+    for file in ("my_reward.py", "a.parquet", "v.parquet"):
+        (recipe.cwd / file).touch()
+    own = {"TRAIN_FILES": "a.parquet", "VAL_FILES": "v.parquet", "REWARD": "my_reward.py"}
+    code, calls = recipe.run(OUT="rel", **own, **on_a_node)
     assert code == 0, recipe.said
     call = next(call for call in calls if call[:2] == ["-m", "embedrl_verl.train"] or "embedrl_verl.stage1" in call)
     config = compose([word for word in call if "=" in word], "embedder_trainer" if name == STAGE_1 else "egrl_trainer")
     out = config.contrastive.out if name == STAGE_1 else config.trainer.default_local_dir
     # The recipe has not left the user's folder: what is relative there, the package makes absolute.
     assert (recipe.cwd / out).is_relative_to(recipe.cwd / "rel") and (recipe.cwd / out).is_dir()
-    if name != TINY:
-        assert list(config.data.train_files) == ["a.parquet"]
+    assert list(config.data.train_files) == ["a.parquet"]
 
 
 @pytest.mark.parametrize("fails", ["", "train"])

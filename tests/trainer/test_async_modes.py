@@ -40,6 +40,7 @@ def trainer_of(cls=EGRLTrainerColocateAsync, *, batch=8, mini_batches=1, togethe
                 "embedrl": {"pairs_together": together},
             },
             "skip": {"rollout_tq": {"enable": False}},
+            "trainer": {"logger": []},
         }
     )
     trainer.trainer_mode, trainer.global_steps, trainer.parameter_sync_step = "colocate_async", 3, mini_batches

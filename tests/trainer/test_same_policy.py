@@ -74,7 +74,7 @@ def test_the_trainer_looks_after_verls_log_probs(trainer, stops, monkeypatch):
     made = object.__new__(trainer)
     from embedrl_verl.config import load_embedrl_config
 
-    made.global_steps = 3
+    made.global_steps, made.config = 3, config
     made._watch = PolicyWatch(
         load_embedrl_config(config).rollout.min_probs_correlation, synchronous=made.parent_mode == "sync"
     )

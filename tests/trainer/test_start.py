@@ -3,6 +3,7 @@
 
 import pytest
 import verl.trainer.ppo.v1  # noqa: F401  (registers the modes)
+from omegaconf import OmegaConf
 
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.trainer import egrl, setup
@@ -16,6 +17,7 @@ class VerlsLoop:
 class Trainer(egrl.EGRLMixin, VerlsLoop):
     def __init__(self, loads):
         self._embedder_loads, self.began = loads, None
+        self.config = OmegaConf.create({"trainer": {"logger": []}})
 
 
 def test_training_begins_when_every_rank_has_its_weights(monkeypatch):
