@@ -6,9 +6,8 @@
 #   bash scripts/test.sh -m "not e2e"        # without those that start Ray and vLLM
 #   bash scripts/test.sh -m nightly          # models that learn: minutes each, and the main job shows the same
 #
-# Without arguments the tests run in two parts: the end-to-end tests one after another, and the others on several
-# processes (TEST_WORKERS=N; the default has a core and 3 GiB of free memory for each). With 20 GiB of free memory both run at
-# once, since a run's processes wait for one another much of their time; else the end-to-end tests come last.
+# Without arguments the tests run in two parts: those that are not end to end on several processes (TEST_WORKERS=N; the
+# default has a core and 3 GiB of free memory for each), then the end-to-end tests one after another.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,31 +23,17 @@ if (($# > 0)); then
     exec "$PYTHON" -m pytest "$@"
 fi
 
-free_gib() { awk '/^MemAvailable:/ { print int($2 / (1024 * 1024)) }' /proc/meminfo; }
 workers() {
     local cores by_memory
     cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # nproc heeds them
-    by_memory=$(($(free_gib) / 3))
+    by_memory=$(awk '/^MemAvailable:/ { print int($2 / (3 * 1024 * 1024)) }' /proc/meminfo)
     echo $((cores < by_memory ? cores : by_memory > 1 ? by_memory : 1))
 }
-# A file's tests stay together: many share what is made once for a file.
-unit() { "$PYTHON" -m pytest -m "not e2e and not nightly" -n "${TEST_WORKERS:-$(workers)}" --dist loadfile --durations=10; }
-end_to_end() { "$PYTHON" -m pytest -m "e2e and not nightly" --durations=10; }
 
 code=0
-if (($(free_gib) >= 20)); then
-    said=$(mktemp)
-    end_to_end >"$said" 2>&1 &
-    pid=$!
-    trap 'kill "$pid" 2>/dev/null || true; rm -f "$said"' EXIT
-    unit || code=$?
-    echo "The end-to-end tests:"
-    wait "$pid" || code=$?
-    cat "$said"
-else
-    unit || code=$?
-    end_to_end || code=$?
-fi
+# A file's tests stay together: many share what is made once for a file.
+"$PYTHON" -m pytest -m "not e2e and not nightly" -n "${TEST_WORKERS:-$(workers)}" --dist loadfile --durations=10 || code=$?
+"$PYTHON" -m pytest -m "e2e and not nightly" --durations=10 || code=$?
 bash scripts/newest_verl.sh # tells what the newest verl has moved; never fails, its head says why
 # Of their files only: to collect the whole tree once more takes 14 s.
 echo "Left to 'bash scripts/test.sh -m nightly':"
