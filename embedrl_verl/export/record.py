@@ -24,6 +24,10 @@ from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 
 RECORD_FILE = "training.json"
+OF_EMBEDDER = (
+    *("profile", "max_text_tokens", "image_min_tokens", "image_max_tokens", "frame_min_tokens", "frame_max_tokens"),
+)
+"""Keys of `embedrl.embedder` that an Embedder's record has: how it was prompted, and the sizes it was trained with."""
 _STARTS = ("/", "~", "./", "../", "file://")
 _WORD = r"[^\s/,;:='\"|()\[\]]+"
 # One slash is a hub id unless it names a file; two and more are a path.

@@ -23,7 +23,7 @@ from embedrl_verl.embedder import Embedder
 from embedrl_verl.embedder.loading import family_of_config, load_config, load_generation_model
 from embedrl_verl.embedder.processor import DTYPES, processor_for
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.export.record import TrainingRecord, prompt_settings, read_record
+from embedrl_verl.export.record import OF_EMBEDDER, TrainingRecord, prompt_settings, read_record
 from embedrl_verl.families import token_side
 from embedrl_verl.model.embedders import Embeds, LocalEmbedder, SentenceEmbedder, ServerEmbedder
 from embedrl_verl.model.reasoner import Reasoner
@@ -58,13 +58,16 @@ class Settings:
 
 
 def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "auto") -> Settings:
-    """Settings from hydra overrides as for a run. `device`: auto is a GPU if there is one."""
+    """Settings from hydra overrides as for a run; what they do not name of `OF_EMBEDDER` is as the Embedder's record
+    says. `device`: auto is a GPU if there is one."""
     from omegaconf import OmegaConf
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     on_cpu = device == "cpu" and not any(one.startswith("platform=") for one in overrides)
-    words = [*(["platform=cpu"] if on_cpu else []), *overrides, f"embedrl.embedder.path={json.dumps(embedder)}"]
-    config = compose(words)
+    record = (read_record(Path(embedder)) if Path(embedder).is_dir() else None) or TrainingRecord()
+    trained = [f"embedrl.embedder.{name}={record.settings[name]}" for name in OF_EMBEDDER if name in record.settings]
+    path = f"embedrl.embedder.path={json.dumps(embedder)}"
+    config = compose([*(["platform=cpu"] if on_cpu else []), *trained, *overrides, path])
     data = OmegaConf.to_container(config.data, resolve=True)
     assert isinstance(data, dict)
     keys = [one.lstrip("+").partition("=")[0] for one in overrides]

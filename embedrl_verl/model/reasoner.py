@@ -7,6 +7,7 @@ Prompts are those that the RL data set and its agent loop make (a test compares 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from embedrl_verl.embedder.expand import PromptExpander
 from embedrl_verl.embedder.positions import time_steps_a_second
 from embedrl_verl.embedder.processor import Encoded
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.families import family_of, token_side
 from embedrl_verl.model.tcots import FAILURES, Ask, Written
 from embedrl_verl.tcot import build_prompt
@@ -67,9 +69,11 @@ class Reasoner:
         self._expander = PromptExpander(self.processor, self.family, time_steps_a_second(self.model.config))
 
     def save(self, path: str | Path) -> None:
-        """Write model and processor as one folder."""
+        """Write model, processor and how it is asked as one folder."""
         self.model.save_pretrained(path)
         self.processor.save_pretrained(path)
+        settings = asdict(self.media) | {"family": self.family, "max_response_length": self.max_new_tokens}
+        write_record(Path(path), TrainingRecord(stage="cold start", settings=settings))
 
     def encode(self, ask: Ask, response: str = "") -> Encoded:
         """Token row of a prompt, followed by `response`."""

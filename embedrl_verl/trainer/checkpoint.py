@@ -33,7 +33,7 @@ from embedrl_verl.config.schema import EmbedderConfig, MediaConfig, Requests
 from embedrl_verl.data.files import sha256_of, write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.checkpoint import complete_steps, last_complete_step
-from embedrl_verl.export.record import RECORD_FILE, DataSource, TrainingRecord, read_record, write_record
+from embedrl_verl.export.record import OF_EMBEDDER, RECORD_FILE, DataSource, TrainingRecord, read_record, write_record
 from embedrl_verl.rewards.load import helpers_in, source_of
 
 RECORD = "run.json"
@@ -210,6 +210,7 @@ def write_records(trainer: Any, step_folder: str) -> None:
     # With an average, Hit@1 of the probe set is the average's; the checkpoint's weights are the trained ones.
     known = training.last_hit1 is not None and not training.averaged
     probe = {"hit@1 (anchors)": training.last_hit1} if known else {}
+    kept |= {name: getattr(embedrl.embedder, name) for name in OF_EMBEDDER}
     base, settings = str(embedrl.embedder.path), {"inside": "EG-RL", **kept}
     record = TrainingRecord(stage="embedder", base_model=base, settings=settings, scores=probe, **common)
     write_record(folder / "embedder", record)

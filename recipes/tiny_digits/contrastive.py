@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -36,9 +37,10 @@ from embedrl_verl.embedder.batching import pack_rows
 from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.model import embed_packed
 from embedrl_verl.errors import DataError
+from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.families import Family
 from recipes.tiny_digits.muon import MuonAdamW
-from recipes.tiny_digits.settings import run_program, tiny_limits
+from recipes.tiny_digits.settings import MEDIA, run_program, tiny_limits
 from recipes.tiny_digits.world import FAMILY_SIZE, Sample, own_samples, read_samples
 
 TEMPERATURE = 0.05
@@ -148,6 +150,8 @@ def main(
     train_contrastive(embedder, read_samples(world / "train.parquet"), seed=seed, steps=steps, own=own)
     embedder.model.save_pretrained(out)
     AutoProcessor.from_pretrained(model).save_pretrained(out)
+    limits = {name: value for name, value in asdict(MEDIA).items() if name.endswith("_tokens")}
+    write_record(out, TrainingRecord(stage="contrastive", settings={"profile": "embed_rl", **limits}))
     print(f"wrote the Embedder to {out}")
 
 
