@@ -17,6 +17,8 @@ BoxConvention: TypeAlias = Literal["relative_1000", "absolute"]
 ClipTime: TypeAlias = Literal["patches", "seconds", "stamps"]
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
+DEFAULT_FAMILY = FAMILIES[0]
+"""Whose prompts, sizes and boxes the data commands and pages take where nothing says."""
 BOX_CONVENTIONS: tuple[BoxConvention, ...] = get_args(BoxConvention)
 
 

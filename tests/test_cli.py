@@ -39,6 +39,7 @@ OPTIONS = {
     "export": "base-model force keep-adapter kind out profile",
     "serve-embedder": "device dtype gpu-memory-utilization gpus host image-tokens frame-tokens max-frames port"
     " max-model-len print profile template vllm-arg",
+    "report": "cases data max-mib media-root out picture-side",
     "data annotate": "evidence family gold-share keep-failed media-mb media-root no-few-shot out overwrite reask side"
     " threads top-p videos" + SIZES + MODEL,
     "data filter": "free verdicts-only" + MODEL + JOB + SPLIT,

@@ -16,7 +16,7 @@ import typer
 from typer import Argument, Option
 
 from embedrl_verl import __version__
-from embedrl_verl.cli.data import FAMILY, data
+from embedrl_verl.cli.data import data
 from embedrl_verl.cli.options import Files, MediaRoot, Out, Overwrite, command
 from embedrl_verl.errors import ConfigError, EmbedRLError
 
@@ -226,6 +226,28 @@ def evaluate(
     return 0
 
 
+@app.command()
+def report(
+    run: Annotated[str, Argument(help="Folder of a run, or of embedrl eval.")],
+    out: Annotated[str | None, Option(metavar="HTML", help="Page to write; none: RUN/report.html.")] = None,
+    cases: Annotated[int, Option(min=0, help="Cases to show that RL fixed, and that it broke.")] = 6,
+    data: Annotated[
+        list[str] | None, Option(metavar="FILE", help="Pair files; none: those of the run; may be given again.")
+    ] = None,
+    media_root: Annotated[str | None, Option(metavar="DIR", help="Of media paths; none: as in the run.")] = None,
+    max_mib: Annotated[float, Option(min=0.25, help="Limit of the page's size.")] = 20.0,
+    picture_side: Annotated[int, Option(min=32, help="Longest side of a picture, pixels.")] = 640,
+) -> int:
+    """One HTML file about a run or an evaluation.
+
+    Curves, what the reward's terms teach, Hit@1 by data source, and cases.
+    """
+    from embedrl_verl.report.run_report import report_run
+
+    report_run(run, out, cases=cases, data=data, media_root=media_root, max_mib=max_mib, picture_side=picture_side)
+    return 0
+
+
 @command(rollouts, "show")
 def show_rollouts(
     run: Annotated[str, Argument(help="Folder of a run, or of embedrl eval.")],
@@ -250,7 +272,6 @@ def show_rollouts(
     show(
         run,
         out,
-        default_family=FAMILY,
         steps=steps,
         limit=limit,
         data=data,

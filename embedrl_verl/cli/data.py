@@ -11,10 +11,7 @@ from typer import Option, Typer
 from embedrl_verl.cli import options as opt
 from embedrl_verl.cli.options import command
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.families import Family
-
-FAMILY = "qwen2_vl"
-"""Whose prompts and sizes `check` and `show` take where neither --family nor a tokenizer says."""
+from embedrl_verl.families import DEFAULT_FAMILY, Family
 
 data = Typer(help="Pair records: annotate, filter, split, check, look.")
 
@@ -180,7 +177,7 @@ def check(*, files: opt.Files, tokenizer: opt.Tokenizer = None, reading: opt.Rea
     values = _named(reading)
     media_root, max_length = values.pop("media_root", None), values.pop("max_prompt_length", None)
     settings = MediaConfig(**values, **_named(sizes))
-    return check_pairs(files, settings, media_root, tokenizer, max_length, default_family=FAMILY)
+    return check_pairs(files, settings, media_root, tokenizer, max_length, default_family=DEFAULT_FAMILY)
 
 
 @command(data)
@@ -204,7 +201,7 @@ def show(
     if page.pair_id and page.seed is not None:
         raise ConfigError("--pair-id names the records and --seed draws them; give one of the two")
     limits = recipe_limits(recipe.set, _named(recipe, reading, sizes))
-    show_records(files, out, limits, default_family=FAMILY, **vars(page))
+    show_records(files, out, limits, default_family=DEFAULT_FAMILY, **vars(page))
     return 0
 
 

@@ -18,13 +18,10 @@ from tqdm import tqdm
 
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.evaluation.comparison import hit1_interval, source_table, verdict
+from embedrl_verl.evaluation.comparison import RAW, hit1_interval, source_table, verdict
 from embedrl_verl.evaluation.retrieval import NDCG_K, Pairs, Tcots, score_view, tcot_lines, write_tcots
 from embedrl_verl.model.loading import load_embedder, load_reasoner, read_settings
 from embedrl_verl.model.tcots import Writes
-
-RAW = "raw"
-"""The view of the input alone."""
 
 
 def named_reasoners(words: Iterable[str]) -> dict[str, str]:

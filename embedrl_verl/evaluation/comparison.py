@@ -18,6 +18,8 @@ from embedrl_verl.tables import table
 Views = Mapping[str, Mapping[str, Any]]
 """By name, as `score_view` returns them."""
 ALL = "all"
+RAW = "raw"
+"""The view of the input alone."""
 
 
 def hit1_interval(runs: Sequence[Views], view: str, minus: str | None = None, source: str = ALL) -> Interval:
@@ -49,22 +51,35 @@ def verdict(gain: Interval) -> str:
     return "better" if gain.low > 0 else "WORSE" if gain.high < 0 else "unclear"
 
 
-def source_table(runs: Sequence[Views], names: Mapping[str, str], base: str, compared: Sequence[str]) -> list[str]:
-    """Lines of a table: Hit@1 of every view by data source, and what some gain over `base`, with 95% intervals.
+def source_rows(
+    runs: Sequence[Views], names: Mapping[str, str], gains: Sequence[tuple[str, str]]
+) -> list[list[object]]:
+    """Rows of a table, the head first: Hit@1 of every view by data source, and gains with 95% intervals.
 
     Args:
         names: of the views that are shown, with their titles.
-        base, compared: views.
+        gains: (view, base) pairs of views.
     """
     rows: list[list[object]] = [
-        ["source", "queries", *names.values(), *(f"{names[view]} against {names[base]}" for view in compared)]
+        ["source", "queries", *names.values(), *(f"{names[view]} against {names[base]}" for view, base in gains)]
     ]
-    sources = [source for source in runs[0][base]["hit1"] if source != ALL]
+    sources = sources_of(runs[0])
     for source in [*sources, *([ALL] if len(sources) > 1 else [])]:
-        queries = sum(len(hits) for name, hits in runs[0][base]["hits"].items() if source in (ALL, name))
+        queries = sum(len(hits) for name, hits in next(iter(runs[0].values()))["hits"].items() if source in (ALL, name))
         means = [statistics.fmean(run[view]["hit1"][source] for run in runs) for view in names]
-        gains = [hit1_interval(runs, view, base, source) for view in compared]
-        shown = [f"{one.mean:+.3f} [{one.low:+.2f}, {one.high:+.2f}] {verdict(one):7}" for one in gains]
+        found = [hit1_interval(runs, view, base, source) for view, base in gains]
+        shown = [f"{one.mean:+.3f} [{one.low:+.2f}, {one.high:+.2f}] {verdict(one):7}" for one in found]
         rows.append([source, queries, *(f"{mean:.3f}" for mean in means), *shown])
+    return rows
+
+
+def sources_of(views: Views) -> list[str]:
+    """The data sources of an evaluation."""
+    return [source for source in next(iter(views.values()))["hit1"] if source != ALL]
+
+
+def source_table(runs: Sequence[Views], names: Mapping[str, str], base: str, compared: Sequence[str]) -> list[str]:
+    """`source_rows` as lines for the terminal, of some views compared with `base`."""
+    rows = source_rows(runs, names, [(view, base) for view in compared])
     lines = table(*rows, left=(0, *range(2 + len(names), len(rows[0]))))
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -44,12 +44,13 @@ _TEMPLATES = Environment(
 @dataclass(frozen=True)
 class PageHead:
     """What stands above the cards: `facts` of how records were chosen and read, `counts` of the files' rows by data
-    source (what is shown is counted by the page itself), `notes` that a reader has to know."""
+    source (what is shown is counted by the page itself), `notes` that a reader has to know, and a `rendered` body."""
 
     title: str
     facts: Facts = ()
     counts: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
+    body: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 2
     left_out = pictures_left_out = 0
     for view in cards:
         card = {"card": view, "number": len(kept) + 1}
-        bare = full = _rendered("card", **card, max_side=0)
+        bare = full = rendered("card", **card, max_side=0)
         if _size(bare) > room:
             left_out += 1
             continue
         room -= _size(bare)
         pictures = bare.count('<span class="absent-picture">')  # quotes of a record are escaped
         if pictures and embedded < room:
-            tried = _rendered("card", **card, max_side=max_side)
+            tried = rendered("card", **card, max_side=max_side)
             if (extra := _size(tried) - _size(bare)) <= room - embedded:
                 full, embedded = tried, embedded + extra
         kept.append((bare, full, pictures))
@@ -99,7 +100,7 @@ def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 2
     rows = dict(head.counts)
     folder = resources.files("embedrl_verl.report")
     style, script = (Markup((folder / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
-    html = _rendered(
+    html = rendered(
         "page",
         head=head,
         notes=[*head.notes, *notes],
@@ -116,7 +117,8 @@ def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 2
     return Page(str(html), len(kept), faulty.total(), notes)
 
 
-def _rendered(name: str, **values: Any) -> Markup:
+def rendered(name: str, **values: Any) -> Markup:
+    """A template with values, all of them escaped."""
     return Markup(_UNPRINTABLE.sub("\ufffd", _TEMPLATES.get_template(f"{name}.html.jinja").render(values)))
 
 

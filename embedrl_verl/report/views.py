@@ -107,7 +107,7 @@ class SideView:
 
 @dataclass(frozen=True)
 class CardView:
-    """One record; `more` are its hard negatives."""
+    """One record; `more` are its hard negatives, `heading` stands above the card."""
 
     title: str
     source: str
@@ -116,6 +116,7 @@ class CardView:
     more: tuple[SideView, ...] = ()
     facts: Facts = ()
     flags: tuple[Flag, ...] = ()
+    heading: str = ""
 
     def all_flags(self) -> tuple[Flag, ...]:
         """Of the record, its sides, negatives and T-CoTs, one of each code."""

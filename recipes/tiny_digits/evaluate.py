@@ -18,7 +18,8 @@ import typer
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.schema import SIDES
-from embedrl_verl.evaluation.command import RAW, failure_lines, write_results
+from embedrl_verl.evaluation.command import failure_lines, write_results
+from embedrl_verl.evaluation.comparison import RAW
 from embedrl_verl.evaluation.retrieval import Pairs, Tcots, score_view, tcot_lines, write_tcots
 from embedrl_verl.model import Written
 from embedrl_verl.model.embedders import LocalEmbedder
