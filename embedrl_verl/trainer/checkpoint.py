@@ -31,6 +31,7 @@ from embedrl_verl import rewards
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.schema import EmbedderConfig, MediaConfig, Requests
 from embedrl_verl.data.files import sha256_of, write_atomically
+from embedrl_verl.data.model_files import model_digest
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.checkpoint import complete_steps, last_complete_step
 from embedrl_verl.export.record import OF_EMBEDDER, RECORD_FILE, DataSource, TrainingRecord, read_record, write_record
@@ -47,12 +48,6 @@ _FREE = {
     "judge": (*(field.name for field in dataclasses.fields(Requests)), "max_unknown_share"),
     "reward": ("max_failed_share", "poll_interval", "raw_embeddings"),
 }
-_MODEL_FILES = (
-    *("*.safetensors", "*.bin", "config.json", "tokenizer*", "*.jinja", "*processor_config.json", "vocab.json"),
-    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.json", "adapter_config.json"),
-    # A sentence-transformers model's own prompts, and the longest text that it reads.
-    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
-)
 # What verl's managers would remove; the small files of a step stay, as they do there.
 _WEIGHTS = ("actor", "embedder")
 BEST, SCORE, METRIC = "best", "score.json", "hit@1"
@@ -131,25 +126,6 @@ def _judge(config: Any, embedrl: EmbedRLConfig) -> dict[str, Any]:
 
 def _bound(section: Any, name: str) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(section).items() if key not in _FREE[name]}
-
-
-def model_digest(path: str) -> str | None:
-    """Of every file of a model that its answers depend on, each read whole: sha256 (of a hub id in the local cache: its
-    commit). None where there is nothing here.
-    """
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        known = try_to_load_from_cache(path, "config.json") if path.count("/") == 1 else None
-        return f"commit {Path(known).parent.name}" if isinstance(known, str) else None
-    # sentence-transformers keeps a folder for each of its modules.
-    pattern = "**/" if (folder / "modules.json").is_file() else ""
-    files = {file for name in _MODEL_FILES for file in folder.glob(pattern + name) if file.is_file()}
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(folder)}:{sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def _code(path: str) -> str:
