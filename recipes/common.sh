@@ -26,7 +26,7 @@ whole_numbers() {
 numbers() {
     local name
     for name in "$@"; do
-        [[ "${!name}" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || fail 2 "$name must be a number; got ${!name}"
+        [[ "${!name}" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || fail 2 "$name must be a number of 0 or more; got ${!name}"
     done
 }
 

@@ -23,7 +23,8 @@ ROLLOUT_TP=${ROLLOUT_TP:-1} ATTENTION=${ATTENTION:-torch_varlen} STEPS=${STEPS:-
 MODE=${MODE:-sync} ROLLOUT_NNODES=${ROLLOUT_NNODES:-1} ROLLOUT_GPUS_PER_NODE=${ROLLOUT_GPUS_PER_NODE:-$GPUS_PER_NODE}
 
 whole_numbers NNODES GPUS_PER_NODE PAIRS G ROLLOUT_TP ROLLOUT_NNODES ROLLOUT_GPUS_PER_NODE JUDGE_TP ${STEPS:+STEPS}
-[[ "$JUDGE_GPUS_PER_NODE" == 0 ]] || whole_numbers JUDGE_GPUS_PER_NODE
+[[ "$JUDGE_GPUS_PER_NODE" =~ ^[0-9]+$ ]] ||
+    fail 2 "JUDGE_GPUS_PER_NODE must be a whole number from 0; got $JUDGE_GPUS_PER_NODE"
 numbers LR KL CLIP TEMPERATURE
 case "$ATTENTION" in
     torch_varlen | flash_attention_2 | sdpa) ;;
@@ -158,7 +159,7 @@ OVERRIDES=(
     trainer.test_freq=25
 )
 [[ -z "$MEDIA_ROOT" ]] || OVERRIDES+=("data.media_root='$MEDIA_ROOT'")
-[[ -z "$STEPS" ]] || OVERRIDES+=("trainer.total_training_steps=$STEPS")
+[[ -z "$STEPS" ]] || OVERRIDES+=("trainer.total_training_steps=$STEPS" trainer.total_epochs=1000000) # STEPS alone says how long
 [[ -z "$JUDGE_URLS" ]] || OVERRIDES+=("embedrl.judge.urls=$(hydra_list "$JUDGE_URLS")")
 # verl's own servers for the judge: by turns with the actor on its devices, or on JUDGE_GPUS_PER_NODE more a node.
 [[ -z "$JUDGE_PATH" ]] || OVERRIDES+=(

@@ -63,6 +63,12 @@ def refuse(inputs, tmp_path, monkeypatch, capsys):
             ["data.train_files must hold 8 pairs of each data source", "got digits_i2i 4"],
         ),
         (["actor_rollout_ref.model.path=./gone"], 2, ["no such folder: ./gone (name a folder, or a hub id"]),
+        (["actor_rollout_ref.rollout.temperature=0"], 2, ["temperature must be positive: greedy rollouts", "got 0"]),
+        (
+            ["actor_rollout_ref.model.path=tests"],
+            2,
+            ["must be a folder of a Hugging Face model", "there is no config.json in"],
+        ),
         (["embedrl.embedder.path=/gone"], 2, ["no such folder: /gone"]),
         (["trainer.logger=[file,tensorbord]"], 2, ["trainer.logger (LOGGER", "tensorboard, ", "got tensorbord"]),
         (["ray_kwargs.ray_init.num_cpus=2"], 4, ["needs 5 CPUs", "has 2 CPUs", "num_cpus=5"]),

@@ -166,6 +166,12 @@ def _batch_rules(config: Any, batch: BatchPlan, together: int) -> Rules:
     prompts, devices, pairs = batch.prompts, "trainer.n_gpus_per_node", batch.pairs // mini_batches(config)
     even = "even: it counts prompts, two for each pair"
     yield "data.train_batch_size", prompts >= 2 and prompts % 2 == 0, even
+    temperature = roles.rollout.temperature
+    yield (
+        "actor_rollout_ref.rollout.temperature",
+        temperature > 0,
+        "positive: greedy rollouts of a prompt are all equal",
+    )
     yield (
         "data.train_batch_size",
         batch.mini_prompts >= 1 and prompts % batch.mini_prompts == 0,

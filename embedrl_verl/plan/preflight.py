@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from embedrl_verl.config import EmbedRLConfig
@@ -46,6 +47,7 @@ def preflight(config: Any, *, starts: bool) -> EmbedRLConfig:
         check_files(config)
     check_pair_files(config)
     _check_with_verl(config)
+    _check_model_folders(config)
     check_family(config, reasoner_type(config))
     check_reward_function(config, judge=has_judge(config), raw=embedrl.reward.raw_embeddings)
     if starts or Path(embedrl.embedder.path).expanduser().is_dir():
@@ -57,6 +59,15 @@ def preflight(config: Any, *, starts: bool) -> EmbedRLConfig:
     return embedrl
 
 
+def _check_model_folders(config: Any) -> None:
+    """Refuse what is here and is no model; a plan may name others."""
+    judge = ["reward.reward_model.model_path"] if config.reward.reward_model.enable else []
+    for key in ("actor_rollout_ref.model.path", *judge):
+        path = Path(str(OmegaConf.select(config, key))).expanduser()
+        if path.exists() and not (path / "config.json").is_file():
+            raise ConfigError(f"{key} must be a folder of a Hugging Face model; there is no config.json in {path}")
+
+
 def reasoner_type(config: Any) -> str | None:
     """Model type of the Reasoner's local folder; None without one (a hub id says nothing here)."""
     file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
@@ -65,7 +76,6 @@ def reasoner_type(config: Any) -> str | None:
 
 def _check_with_verl(config: Any) -> None:
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config

@@ -35,13 +35,14 @@ def load_reward_function(spec: str) -> tuple[Callable[..., Any], str]:
         module = _import(path)
     except EmbedRLError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path} cannot be imported{where_raised(error, str(source_of(path)))}") from error
     function = getattr(module, name, None)
     if not callable(function):
         there = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
         raise ConfigError(
-            f"{path} must have a function {name}(batch, **reward_kwargs); it has {', '.join(there) or 'none'}"
+            f"{path} must have a function {name}(batch, **reward_kwargs); it has {', '.join(there) or 'none'}. "
+            "Name another one as FILE:NAME (a run: reward.custom_reward_function.name=NAME)"
         )
     return function, f"{path}:{name}"
 
@@ -59,7 +60,10 @@ def _import(path: str) -> ModuleType:
     if isinstance(file, str):
         return importlib.import_module(file)
     if not file.is_file():
-        raise ConfigError(f"there is no reward function file {file}; name a file, or pkg://package.module")
+        raise ConfigError(
+            f"there is no reward function file {file}; name a file, or pkg://package.module "
+            "(`embedrl reward list` has the ready-made ones)"
+        )
     name = f"reward_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:

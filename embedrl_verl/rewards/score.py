@@ -136,7 +136,7 @@ def call_reward_function(function: Callable[..., Any], batch: RewardBatch, where
             parts = asyncio.run(_awaited(parts))
     except EmbedRLError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         file = raw.__code__.co_filename if hasattr(raw, "__code__") else ""
         raise ConfigError(f"{where} failed{where_raised(error, file)}") from error
     if not isinstance(parts, Mapping) or "score" not in parts:
@@ -181,7 +181,7 @@ def _checked(value: Any, what: str, rows: int) -> Tensor:
     return tensor
 
 
-def where_raised(error: Exception, path: str) -> str:
+def where_raised(error: BaseException, path: str) -> str:
     """ " in line n: error", n being where it left the file; without the line if it was never in it."""
     if isinstance(error, SyntaxError):
         return f": SyntaxError in line {error.lineno}: {error.msg}"

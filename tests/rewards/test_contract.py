@@ -41,6 +41,7 @@ def test_a_module_of_a_package_in_both_spellings():
     [
         ("def compute_score(batch:\n", r"mine.py cannot be imported: SyntaxError in line 1: '\(' was never closed"),
         ("x = 1\nimport nowhere_at_all\n", "mine.py cannot be imported in line 2: ModuleNotFoundError: No module"),
+        ("import sys\nsys.exit(0)\n", "mine.py cannot be imported in line 2: SystemExit: 0"),
         ("raise ValueError('no')\n", "mine.py cannot be imported in line 1: ValueError: no"),
         ("def score(batch): pass\n", r"mine.py must have a function compute_score\(batch, .*; it has score"),
         ("compute_score = 3\n", r"must have a function compute_score\(.*; it has none"),
