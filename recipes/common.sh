@@ -210,8 +210,9 @@ require_gpus() {
 
 # "a.parquet,b.parquet" as a hydra list whose elements may hold any character but a quote.
 hydra_list() {
-    local IFS=, item out=
-    for item in $1; do
+    local item items out=
+    IFS=, read -ra items <<<"$1" # no glob: a name may have brackets
+    for item in "${items[@]}"; do
         out+="${out:+,}'$item'"
     done
     echo "[$out]"

@@ -41,6 +41,11 @@ whole_numbers STEPS PRETRAIN_STEPS
     fail 2 "VAL_FILES and MEDIA_ROOT are of your own pairs; set TRAIN_FILES too"
 [[ -z "${TRAIN_FILES:-}" || -n "${VAL_FILES:-}" ]] ||
     fail 2 "TRAIN_FILES needs VAL_FILES, pairs that share no content with it: embedrl data split FILE --rl-from all --holdout 0.2 --out DIR"
+# The first stages would take minutes before the RL stage could not be told of such a path.
+for name in OUT REWARD TRAIN_FILES VAL_FILES MEDIA_ROOT; do
+    [[ "${!name:-}" != *[\'\$]* ]] || fail 2 "$name must be a path without ' and \$; got ${!name}"
+done
+[[ "$OUT" != *[][*?]* ]] || fail 2 "OUT must be a path without [, ], * and ?, which vLLM reads as a pattern; got $OUT"
 # What programs of recipes/tiny_digits are told of this run's pairs, and what the RL stage is.
 OWN_PAIRS=() HELD_OUT=() FILES=()
 if [[ -n "${TRAIN_FILES:-}" ]]; then
@@ -235,7 +240,7 @@ export_models() {
     step="$CHECKPOINTS/global_step_$(cat "$CHECKPOINTS/latest_checkpointed_iteration.txt")"
     "$PYTHON" -m embedrl_verl.cli export "$step" --kind reasoner --out "$OUT/reasoner" --force
     [[ ! -d "$step/embedder" ]] ||
-        "$PYTHON" -m embedrl_verl.cli export "$step" --kind embedder --out "$OUT/embedder_cotrained"
+        "$PYTHON" -m embedrl_verl.cli export "$step" --kind embedder --out "$OUT/embedder_cotrained" --force
 }
 
 # By the Embedder that RL began with; a co-trained one beside it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.evaluation.comparison import RAW, hit1_interval, source_table, verdict
 from embedrl_verl.evaluation.retrieval import NDCG_K, Pairs, Tcots, score_view, tcot_lines, write_tcots
-from embedrl_verl.model.loading import load_embedder, load_reasoner, read_settings
+from embedrl_verl.model.loading import check_reasoner, load_embedder, load_reasoner, read_settings
 from embedrl_verl.model.tcots import Writes
 
 
@@ -52,12 +53,17 @@ def run_eval(
     folder, named = Path(out), named_reasoners(reasoners)
     if (folder / "evaluation.json").exists() and not overwrite:
         raise ConfigError(f"--out {out} has an evaluation.json; choose another folder, or replace it with --overwrite")
+    _check_out(folder)
     settings = read_settings(embedder, overrides, device)
     root, evidence = media_root or settings.data["media_root"], settings.embedrl.evidence
+    root = root and str(Path(root).expanduser().resolve())  # it is noted for who reads the T-CoTs elsewhere
     files = [str(Path(file).resolve()) for file in files]
-    pairs = Pairs.read(files, root, limit)
+    for path in named.values():  # not after hours with those before it
+        check_reasoner(path)
+    max_frames = settings.max_frames(list(named.values()))
+    pairs = Pairs.read(files, root, limit, max_frames)
     started = time.monotonic()
-    reader = load_embedder(settings)
+    reader = load_embedder(settings, max_frames)
     views, written = {RAW: score_view(reader, pairs, None, None, evidence)}, {}
     prompts: dict[str, Any] = {}
     for name, path in named.items():
@@ -71,6 +77,13 @@ def run_eval(
     write_results(folder, pairs, views, written, prompts=prompts, files=files, media_root=root, limit=limit)
     print("\n".join(report_lines(views)))
     print(f"\n{time.monotonic() - started:.0f} s; wrote {folder}/evaluation.json and tcots.jsonl")
+
+
+def _check_out(folder: Path) -> None:
+    """Refuse a folder that could not be written at the end, hours later."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {folder} cannot be written ({there}); choose another folder")
 
 
 def _write(name: str, reasoner: Writes, pairs: Pairs) -> Tcots:

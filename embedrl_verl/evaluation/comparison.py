@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embedrl_verl.evaluation.stats import Interval, bootstrap_interval, mean_interval
+from embedrl_verl.evaluation.stats import Interval, bootstrap_mean_of_means, mean_interval
 from embedrl_verl.tables import table
 
 Views = Mapping[str, Mapping[str, Any]]
@@ -32,18 +32,15 @@ def hit1_interval(runs: Sequence[Views], view: str, minus: str | None = None, so
     if len(runs) > 1:
         hit1 = [run[view]["hit1"][source] - (run[minus]["hit1"][source] if minus else 0.0) for run in runs]
         return mean_interval(hit1)
-    hits = _weighted(runs[0][view]["hits"], source)
-    other = _weighted(runs[0][minus]["hits"], source) if minus else [0.0] * len(hits)
-    values = [a - b for a, b in zip(hits, other, strict=True)]
-    return bootstrap_interval(values) if len(values) > 1 else Interval(statistics.fmean(values), math.nan, math.nan)
-
-
-def _weighted(hits: Mapping[str, Sequence[int]], source: str) -> list[float]:
-    """One number a query, weighted so that their mean is the plain mean over sources."""
-    if source != ALL:
-        return [float(hit) for hit in hits[source]]
-    total = sum(map(len, hits.values()))
-    return [hit * total / (len(hits) * len(one)) for one in hits.values() for hit in one]
+    views = runs[0]
+    groups = [
+        [a - b for a, b in zip(hits, views[minus]["hits"][name] if minus else [0] * len(hits), strict=True)]
+        for name, hits in views[view]["hits"].items()
+        if source in (ALL, name)
+    ]
+    if sum(map(len, groups)) > 1:
+        return bootstrap_mean_of_means(groups)
+    return Interval(statistics.fmean(groups[0]), math.nan, math.nan)
 
 
 def verdict(gain: Interval) -> str:

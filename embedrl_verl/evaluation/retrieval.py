@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from embedrl_verl.config.schema import EvidenceConfig
+from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.identity import ContentId, content_id, shares_content, target_content
 from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side
 from embedrl_verl.data.table import LocatedPair, PairTable
@@ -31,6 +31,7 @@ from embedrl_verl.model.tcots import FAILURES, Ask, PairSide, Writes, Written
 from embedrl_verl.tcot import format_reward, parse_tcot
 
 NDCG_K = 5
+MAX_FRAMES = MediaConfig().max_frames
 AT_ONCE = 64
 """Inputs whose decoded media are in memory at a time."""
 
@@ -42,19 +43,32 @@ class Pairs:
     """The pairs that are ranked: `records`, the media root of each, and `by_source`, their numbers by data source.
 
     contents: (n, 2) int64, `ContentId` of each. A pair whose media cannot be read equals no other.
+    max_frames: drawn from a clip, for Reasoner and Embedder (`data.embedrl.max_frames`).
     """
 
-    def __init__(self, records: Sequence[PairRecord], media_roots: Sequence[str | None]) -> None:
+    def __init__(
+        self, records: Sequence[PairRecord], media_roots: Sequence[str | None], max_frames: int = MAX_FRAMES
+    ) -> None:
         if not records:
             raise DataError("an evaluation needs at least one pair; the files hold none")
-        self.records, self.media_roots = records, media_roots
+        self.records, self.media_roots, self.max_frames = records, media_roots, max_frames
         self.by_source: dict[str, list[int]] = {}
         for number, record in enumerate(records):
             self.by_source.setdefault(record.data_source, []).append(number)
         self.contents = torch.tensor([_content(*one) for one in zip(records, media_roots, strict=True)])
 
+    def ask(self, number: int, side: Side) -> Ask:
+        """One side of a pair, decoded; MediaError names what cannot be."""
+        return PairSide(self.records[number], side, self.media_roots[number]).ask(self.max_frames)
+
     @classmethod
-    def read(cls, files: Sequence[str], media_root: str | None = None, limit: int | None = None) -> Pairs:
+    def read(
+        cls,
+        files: Sequence[str],
+        media_root: str | None = None,
+        limit: int | None = None,
+        max_frames: int = MAX_FRAMES,
+    ) -> Pairs:
         """The pairs of files and data set folders, the first `limit` of each data source.
 
         Args:
@@ -73,7 +87,7 @@ class Pairs:
             if limit is None or counts[source] <= limit:
                 chosen.append(number)
         found = [located.record for located in table.rows(chosen) if isinstance(located, LocatedPair)]
-        return cls(found, [table.media_root(number) for number in chosen])
+        return cls(found, [table.media_root(number) for number in chosen], max_frames)
 
 
 def _content(record: PairRecord, media_root: str | None) -> ContentId:
@@ -95,7 +109,7 @@ def write_tcots(reasoner: Writes, pairs: Pairs, *, said: Callable[[int], object]
             problems: dict[int, Written] = {}
             for i in chunk:
                 try:
-                    asks[i] = PairSide(pairs.records[i], side, pairs.media_roots[i]).ask()
+                    asks[i] = pairs.ask(i, side)
                 except FAILURES as error:
                     problems[i] = Written(None, problem=str(error))
             done = dict(zip(asks, reasoner.write(list(asks.values())), strict=True)) | problems
@@ -123,9 +137,12 @@ def score_view(
         side: _embed_side(embedder, pairs, side, tcots[side] if tcots else None, family, evidence) for side in SIDES
     }
     problems = [f"{side} of {pairs.records[i].pair_id}: {why}" for side in SIDES for i, why in sides[side].problems]
+    # A side may have no vector at all: the width is that of the other.
+    known = [vector for side in SIDES for vector in sides[side].vectors.values()]
+    query, target = (_stacked(sides[side].vectors, len(pairs.records), len(known[0]) if known else 1) for side in SIDES)
     scores: dict[str, Any] = {"hit1": {}, "ndcg5": {}, "hits": {}, "ranks": {}}
     for source, rows in pairs.by_source.items():
-        similarity = sides["query"].vectors[rows] @ sides["target"].vectors[rows].T
+        similarity = query[rows] @ target[rows].T
         relevant = shares_content(pairs.contents[rows], pairs.contents[rows])
         scores["hit1"][source] = hit_at_k(similarity, relevant, 1)
         scores["ndcg5"][source] = ndcg_at_k(similarity, relevant, NDCG_K)
@@ -143,7 +160,7 @@ def score_view(
 
 @dataclass(frozen=True)
 class _Side:
-    vectors: torch.Tensor  # (n, D) float32, NaN where there is none
+    vectors: dict[int, torch.Tensor]  # by number of the pair, (D,) float32
     problems: list[tuple[int, str]]
     forms: list[tuple[float, float, int]]  # of each T-CoT: well-formed, the reward's F, pieces of evidence
 
@@ -167,7 +184,7 @@ def _embed_side(
                 problems.append((i, written.problem))
                 continue
             try:
-                kind, item = PairSide(pairs.records[i], side, pairs.media_roots[i]).ask()
+                kind, item = pairs.ask(i, side)
                 inputs[i] = EmbedInput(item)
                 if written is not None and written.text is not None:
                     assert family is not None, "T-CoTs are of a Reasoner of some family"
@@ -183,9 +200,12 @@ def _embed_side(
                 problems.append((i, str(vector)))
             else:
                 vectors[i] = vector
-    width = len(next(iter(vectors.values()), torch.empty(1)))
+    return _Side(vectors, problems, forms)
+
+
+def _stacked(vectors: Mapping[int, torch.Tensor], count: int, width: int) -> torch.Tensor:
     missing = torch.full((width,), torch.nan)
-    return _Side(torch.stack([vectors.get(i, missing) for i in range(len(pairs.records))]), problems, forms)
+    return torch.stack([vectors.get(i, missing) for i in range(count)])
 
 
 def tcot_lines(pairs: Pairs, name: str, tcots: Tcots, ranks: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import TrainingRecord, read_record
 
@@ -126,6 +127,23 @@ def writing(folder: Path) -> Iterator[None]:
     (folder / WRITING).touch()
     yield
     (folder / WRITING).unlink()
+
+
+def make_way(folder: Path) -> None:
+    """Remove the folder of a step that is about to be written, where a run that went back behind an earlier one comes
+    to it: the tracker must not name what is half written, and `best/` has hard links to files that would be written
+    anew in place. The tracker then names the step before that has weights. Links stay."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    tracker = folder.parent / TRACKER
+    if folder.name == f"global_step_{last_complete_step(folder.parent)}":
+        steps = complete_steps(folder.parent).items()
+        earlier = [n for n, path in steps if path != folder and any((path / part).is_dir() for part in _FOLDERS)]
+        if earlier:
+            write_atomically(tracker, str(earlier[-1]))
+        else:
+            tracker.unlink()
+    shutil.rmtree(folder)
 
 
 def remove_half_written(checkpoints: Path) -> list[Path]:

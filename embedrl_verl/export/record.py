@@ -57,8 +57,12 @@ class TrainingRecord(BaseModel):
 
 
 def read_record(folder: Path) -> TrainingRecord | None:
-    """The record in a checkpoint folder or in its parent; None if neither has one."""
-    for file in (folder / RECORD_FILE, folder.resolve().parent / RECORD_FILE):
+    """The record in a checkpoint folder or in its parent; None if neither has one. A checkpoint's `huggingface`, or
+    `model/huggingface`, is looked at as the checkpoint."""
+    outer = folder.resolve()
+    for name in ("huggingface", "model"):
+        outer = outer.parent if outer.name == name else outer
+    for file in (folder / RECORD_FILE, outer / RECORD_FILE, outer.parent / RECORD_FILE):
         if file.is_file():
             try:
                 return TrainingRecord.model_validate_json(file.read_bytes())
@@ -78,17 +82,22 @@ def write_record(folder: Path, record: TrainingRecord) -> None:
 
 def public_record(record: TrainingRecord) -> TrainingRecord:
     """The record as an exported folder has it: no machine paths in it."""
-    settings = {
-        name: public_text(value) if isinstance(value, str) else value for name, value in record.settings.items()
-    }
     base = record.base_model
     return record.model_copy(
         update={
             "base_model": None if base is None else public_model(base),
             "data": tuple(public_text(one) if isinstance(one, str) else one for one in record.data),
-            "settings": settings,
+            "settings": _public(record.settings),
         }
     )
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _public(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(one) for one in value]
+    return public_text(value) if isinstance(value, str) else value
 
 
 def prompt_settings(settings: Mapping[str, Any], family: str) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class ThinkGate:
         # After the n queries of the smallest margins think: their hits with thinking, the others' without.
         gain = torch.cat([torch.zeros(1, dtype=torch.float64), (hits[1] - hits[0])[order].cumsum(0)])
         # Equal margins think together: a threshold cannot part them.
-        allowed = torch.cat([torch.tensor([True]), margin[order][1:] > margin[order][:-1], torch.tensor([True])])
+        # Those without a margin always think.
+        allowed = torch.cat([(margin[order][:1] >= 0), margin[order][1:] > margin[order][:-1], torch.tensor([True])])
         best = int(gain.masked_fill(~allowed, -torch.inf).argmax())
         top = float(margin.max()) + 1.0
         threshold = float(margin[order][best]) if best < len(order) else top

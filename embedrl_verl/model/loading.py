@@ -22,7 +22,7 @@ from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder import Embedder
 from embedrl_verl.embedder.loading import family_of_config, load_config, load_generation_model
 from embedrl_verl.embedder.processor import DTYPES, processor_for
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.export.record import OF_EMBEDDER, TrainingRecord, prompt_settings, read_record
 from embedrl_verl.families import token_side
 from embedrl_verl.model.embedders import Embeds, LocalEmbedder, SentenceEmbedder, ServerEmbedder
@@ -56,6 +56,16 @@ class Settings:
         length = chosen.pop("max_response_length")
         return MediaConfig.from_config({"embedrl": chosen}), length
 
+    def max_frames(self, reasoners: Sequence[str]) -> int:
+        """Frames that are drawn from a clip, for these Reasoners (folders or hub ids) and the Embedder alike."""
+        asked = {self.asked(path)[0].max_frames for path in reasoners} or {int(self.data["embedrl"]["max_frames"])}
+        if len(asked) > 1:
+            raise ConfigError(
+                f"the Reasoners were trained with {' and '.join(map(str, sorted(asked)))} frames of a clip, and all "
+                "are compared on the same; say how many: data.embedrl.max_frames=8"
+            )
+        return asked.pop()
+
 
 def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "auto") -> Settings:
     """Settings from hydra overrides as for a run; what they do not name of `OF_EMBEDDER` is as the Embedder's record
@@ -76,9 +86,9 @@ def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "a
     return Settings(load_embedrl_config(config), plain, frozenset(given), device)
 
 
-def load_embedder(settings: Settings) -> Embeds:
+def load_embedder(settings: Settings, max_frames: int) -> Embeds:
     """The Embedder that the section names, by the backend that it names, prompted and limited as in a run with it."""
-    config, max_frames = settings.embedrl.embedder, settings.data["embedrl"]["max_frames"]
+    config = settings.embedrl.embedder
     if config.backend == "sentence_transformers":
         return SentenceEmbedder(config, max_frames, settings.device)
     processor = processor_for(config, max_frames=max_frames)
@@ -88,6 +98,14 @@ def load_embedder(settings: Settings) -> Embeds:
         return ServerEmbedder(config, processor)
     model = load_generation_model(config.path, dtype=settings.dtype)
     return LocalEmbedder(Embedder(model.to(settings.device).eval(), processor))
+
+
+def check_reasoner(path: str) -> None:
+    """Refuse what is no folder or hub id of a model, without its weights."""
+    try:
+        load_config(path)
+    except EmbedderError as error:
+        raise ConfigError(f"{path} must be a Reasoner's folder or hub id; {error.__cause__ or error}") from error
 
 
 def load_reasoner(
@@ -104,8 +122,8 @@ def load_reasoner(
     folder = prompts_like if is_url else name
     if folder is None:
         raise ConfigError(
-            f"{name} is a server: name the folder or hub id of the model that it serves too (prompts_like, "
-            "--prompts-like), which says how it is asked"
+            f"{name} is a server: name the folder or hub id of the model that it serves too "
+            "(prompts_like=), which says how it is asked; `embedrl eval` takes folders and hub ids"
         )
     media, length = settings.asked(folder)
     if not is_url and engine == "transformers":

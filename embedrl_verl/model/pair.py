@@ -100,14 +100,15 @@ class EmbedRLModel:
 
         read = read_settings(embedder, settings, device)
         writer = None if reasoner is None else load_reasoner(reasoner, read, engine=engine, prompts_like=prompts_like)
+        max_frames = read.max_frames([prompts_like or reasoner] if reasoner else [])
         return cls(
-            load_embedder(read),
+            load_embedder(read, max_frames),
             writer,
             think=think,
             gate=gate,
             evidence=read.embedrl.evidence,
             media_root=media_root,
-            max_frames=read.data["embedrl"]["max_frames"],
+            max_frames=max_frames,
         )
 
     def encode_query(self, inputs: Any, **options: Any) -> Any:
@@ -147,7 +148,7 @@ class EmbedRLModel:
         single = isinstance(inputs, (str, dict)) or not isinstance(inputs, (Sequence, np.ndarray))
         given = [inputs] if single else list(inputs)
         if against is not None:
-            against = torch.as_tensor(against)
+            against = torch.as_tensor(against, dtype=torch.float32, device="cpu")
         found: list[Encoding] = []
         for one in tqdm(
             self.encodings(given, side, prompt=prompt, batch_size=batch_size, think=think, against=against),
@@ -185,7 +186,8 @@ class EmbedRLModel:
 
     def similarity(self, queries: Any, documents: Any) -> torch.Tensor:
         """(Q, C) cosines of encoded queries and documents."""
-        return torch.atleast_2d(torch.as_tensor(queries)) @ torch.atleast_2d(torch.as_tensor(documents)).T
+        ours, theirs = (torch.atleast_2d(torch.as_tensor(one, dtype=torch.float32)) for one in (queries, documents))
+        return ours @ theirs.T
 
     def _checked(self, think: Think) -> Think:
         if think not in THINK:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import ExifTags, Image, ImageOps
 
-from embedrl_verl.data.media import LoadedItem, load_image, load_item
+from embedrl_verl.data.media import DECODE_ERRORS, LoadedItem, load_image, load_item
+from embedrl_verl.data.pixels import to_rgb
 from embedrl_verl.data.schema import Item, PairRecord, Side, Video, input_kind
 from embedrl_verl.data.video import DEFAULT_FPS, even_indices, list_times
 from embedrl_verl.errors import ConfigError, DataError, EmbedderError, MediaError
@@ -127,11 +128,12 @@ def _from_mapping(given: Mapping[str, Any], media_root: str | Path | None, max_f
 
 def _image(one: Any, media_root: str | Path | None) -> Image.Image:
     if isinstance(one, Image.Image):
-        if one.mode == "RGB" and not one.getexif().get(ExifTags.Base.Orientation):
-            return one
-        turned = ImageOps.exif_transpose(one).convert("RGBA")
-        white = Image.new("RGBA", turned.size, "white")
-        return Image.alpha_composite(white, turned).convert("RGB")
+        try:
+            one.load()  # a file that was only opened may be broken
+            is_upright = not one.getexif().get(ExifTags.Base.Orientation)
+            return to_rgb(one if is_upright else ImageOps.exif_transpose(one))
+        except DECODE_ERRORS as error:
+            raise MediaError(f"an image of {one.width} x {one.height} pixels cannot be decoded: {error}") from error
     if isinstance(one, bytes):
         return load_image(one, None)
     if not isinstance(one, (str, Path)):

@@ -65,11 +65,12 @@ def evaluated(folder: Path) -> list[Evaluated]:
             f"{folder} has no {TCOTS}, which an evaluation writes; --steps 1,40 shows the rollouts of training"
         )
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for line in map(json.loads, (folder / TCOTS).read_text(encoding="utf-8").splitlines()):
+    text = (folder / TCOTS).read_text(encoding="utf-8")
+    for line in map(json.loads, filter(None, text.split("\n"))):  # not splitlines: a T-CoT may hold U+2028
         if line["view"] != "truth":
             found[line["data_source"], line["pair_id"]].append(line)
     result = folder / "evaluation.json"
-    plain = read_object(result)["views"][RAW].get("ranks", {}) if result.is_file() else {}
+    plain = read_object(result).get("views", {}).get(RAW, {}).get("ranks", {}) if result.is_file() else {}
     if plain and {source: len(ranks) for source, ranks in plain.items()} != Counter(source for source, _ in found):
         raise DataError(f"{result} and {TCOTS} beside it must be of the same pairs; evaluate again")
     left = {source: iter(ranks) for source, ranks in plain.items()}  # in the order of the file, as the lines
@@ -98,11 +99,13 @@ def written_of(pairs: Iterable[Evaluated]) -> Chosen:
 
 @dataclass(frozen=True)
 class CaseReader:
-    """Makes cards of a run's pairs and what was written about them; `units` of the boxes, in words."""
+    """Makes cards of a run's pairs and what was written about them; `units` of the boxes, in words; `readers` of those
+    views of an evaluation whose Reasoner was noted: boxes are in the units of its family."""
 
     examiner: Examiner
     table: PairTable
     units: str
+    readers: Mapping[str, TcotReader]
 
     @classmethod
     def of(cls, folder: Path, which: str, data: Sequence[str] | None = None, media_root: str | None = None) -> Self:
@@ -111,23 +114,23 @@ class CaseReader:
         Raises:
             ConfigError: nothing says which files. DataError: they cannot be read.
         """
-        noted = _noted(folder) or {}
+        noted, prompts = _of_evaluation(folder) if which == "val_files" else ({}, {})
+        noted = noted or _of_run(folder)
         files = data or noted.get(which)
         if not files:
             raise ConfigError(f"{folder} does not say which pair files its T-CoTs are of; name them with --data")
         table = PairTable(files, media_root or noted.get("media_root"))
         media = MediaConfig.from_config(noted)
-        family = family_of(media.family) if media.family != "auto" else DEFAULT_FAMILY
-        convention = box_convention(family)
-        limits = MediaLimits.of(media, token_side(family), media.max_frames)
-        examiner = Examiner(TcotReader(convention, limits, EvidenceConfig()), media.max_frames)
-        return cls(examiner, table, BOX_UNITS[convention].words)
+        reader = _reader(media)
+        readers = {view: _reader(MediaConfig.from_config({"embedrl": one})) for view, one in prompts.items()}
+        units = dict.fromkeys(BOX_UNITS[one.convention].words for one in readers.values() or [reader])
+        return cls(Examiner(reader, media.max_frames), table, " or ".join(units), readers)
 
     def cards(self, chosen: Chosen) -> Iterator[CardView]:
         """In the order of `chosen`."""
-        numbers = _numbers(self.table, [pair_id for _, pair_id in chosen])
+        numbers = _numbers(self.table, chosen)
         for (source, pair_id), written in chosen.items():
-            number = numbers[pair_id]
+            number = numbers[source, pair_id]
             located = self.table[number]
             if not isinstance(located, LocatedPair):
                 yield self.examiner.card(located, None)
@@ -135,26 +138,55 @@ class CaseReader:
             record, root = located.record, self.table.media_root(number)
             sides = [
                 self.examiner.side(
-                    record.item(side), side.capitalize(), input_kind(record, side), root, written=written[side]
+                    record.item(side),
+                    side.capitalize(),
+                    input_kind(record, side),
+                    root,
+                    written=[one._replace(reader=self.readers.get(one.title)) for one in written[side]],
                 )
                 for side in SIDES
             ]
             yield CardView(pair_id, source, f"{Path(located.file).name}, row {located.row}", tuple(sides))
 
 
-def _noted(folder: Path) -> Mapping[str, Any] | None:
-    """What a run has noted about its pairs; an evaluation has it in its result."""
+def _of_run(folder: Path) -> Mapping[str, Any]:
+    """What a run has noted about its pairs, in its folder or in that of its rollouts; {} if nothing."""
     for file in (folder / PAIRS, folder / "rollouts" / PAIRS, *sorted(folder.glob(f"*/rollouts/{PAIRS}"))):
         if file.is_file():
             return read_object(file)
+    return {}
+
+
+def _of_evaluation(folder: Path) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
+    """What `embedrl eval` has noted about its pairs, and how each view was asked; nothing where it is another's."""
     result = folder / "evaluation.json"
     found = read_object(result) if result.is_file() else {}
-    prompts: dict[str, Any] = next(iter(found.get("prompts", {}).values()), {})
-    media = {name: value for name, value in prompts.items() if name != "max_response_length"}
-    return {"val_files": found["files"], "media_root": found["media_root"], "embedrl": media} if prompts else None
+    prompts = {
+        view: {name: value for name, value in prompt.items() if name != "max_response_length"}
+        for view, prompt in found.get("prompts", {}).items()
+    }
+    if not prompts:
+        return {}, {}
+    media = next(iter(prompts.values()))
+    return {"val_files": found["files"], "media_root": found["media_root"], "embedrl": media}, prompts
 
 
-def _numbers(table: PairTable, ids: Iterable[str]) -> dict[str, int]:
-    rows = rows_with_ids(table, list(dict.fromkeys(ids)))
-    names = table.column("pair_id").take(pa.array(rows, pa.int64())).to_pylist()
-    return dict(zip(names, rows, strict=True))
+def _reader(media: MediaConfig) -> TcotReader:
+    family = family_of(media.family) if media.family != "auto" else DEFAULT_FAMILY
+    limits = MediaLimits.of(media, token_side(family), media.max_frames)
+    return TcotReader(box_convention(family), limits, EvidenceConfig())
+
+
+def _numbers(table: PairTable, chosen: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    wanted = dict.fromkeys(chosen)
+    rows = rows_with_ids(table, list(dict.fromkeys(pair_id for _, pair_id in wanted)))
+    found: dict[tuple[str, str], int] = {}
+    taken = pa.array(rows, pa.int64())  # an empty list has no type
+    names = zip(*(table.column(name).take(taken).to_pylist() for name in ("data_source", "pair_id")), strict=True)
+    for pair, row in zip(names, rows, strict=True):
+        if pair in wanted and pair in found:
+            raise DataError(f"{' and '.join(str(table.place(one)[0]) for one in (found[pair], row))} both have {pair}")
+        found[pair] = row
+    if missing := [pair for pair in wanted if pair not in found]:
+        raise DataError(f"no row has the data_source and pair_id {', '.join(map(repr, missing[:5]))}")
+    return found

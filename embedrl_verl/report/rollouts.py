@@ -52,18 +52,20 @@ def show_rollouts(
     if steps is None:
         pairs = sorted(evaluated(folder), key=lambda pair: KINDS.index(pair.change))  # stable: else as in the file
         chosen, how = written_of(pairs[:limit]), "held-out pairs, those first whose rank changed"
+        reader = CaseReader.of(folder, "val_files", data, media_root)
     else:
-        chosen, how = _of_steps(run, steps, limit), f"of step {steps}, the best and the worst rollout of each side"
-    reader = CaseReader.of(folder, "val_files" if steps is None else "train_files", data, media_root)
+        dumps = find_dumps(run)
+        chosen, how = _of_steps(dumps, run, steps, limit), f"of step {steps}, the best and the worst rollout of a side"
+        reader = CaseReader.of(dumps[0][1].parent, "train_files", data, media_root)
     facts: Facts = (("run", str(folder)), ("chosen", how), ("boxes are read as", reader.units))
     head = PageHead(f"T-CoTs of {folder.resolve().name}", facts)
     write_page(page, head, reader.cards(chosen), len(chosen), max_mib=max_mib, max_side=picture_side)
 
 
-def _of_steps(run: str, steps: str, limit: int) -> Chosen:
+def _of_steps(dumps: Sequence[tuple[str, Path]], run: str, steps: str, limit: int) -> Chosen:
     wanted = parse_steps(steps)
     chosen: Chosen = {}
-    dumps = [(step, path) for step, path in find_dumps(run) if is_in(step, wanted)]
+    dumps = [(step, path) for step, path in dumps if is_in(step, wanted)]
     if not dumps:
         raise ConfigError(f"--steps {steps} names no dumped step of {run}")
     for step, path in dumps:

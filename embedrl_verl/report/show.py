@@ -125,13 +125,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 class Written(NamedTuple):
-    """A T-CoT that was written about a side: its text, a title, a prefix that tells its boxes from those of others, and
-    what else is known of it."""
+    """A T-CoT that was written about a side: its text, a title, a prefix that tells its boxes from those of others,
+    what else is known of it, and what reads it (None: what reads the others)."""
 
     text: str
     title: str = "T-CoT"
     prefix: str = ""
     facts: Facts = ()
+    reader: TcotReader | None = None
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,10 @@ class Examiner:
                 flags.append(Flag("too_long", f"The {name} has {tokens:,} tokens; the recipe's limit is {limit:,}."))
         if written is None:
             written = [Written(item.tcot)] if item.tcot.strip() else []
-        tcots = [
-            self.reader.view(one.text, loaded, kind, title=one.title, prefix=one.prefix, facts=one.facts)
-            for one in written
-        ]
+        tcots = []
+        for one in written:
+            reader = one.reader or self.reader
+            tcots.append(reader.view(one.text, loaded, kind, title=one.title, prefix=one.prefix, facts=one.facts))
         note = _media_note(item, loaded)
         return SideView(
             title, kind, item.text, item.instruction, loaded, tuple(tcots), note, tuple(facts), tuple(flags)

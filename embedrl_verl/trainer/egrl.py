@@ -30,7 +30,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from embedrl_verl.errors import EmbedRLError
 from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRow, card_scores, left_out_metrics, roster
-from embedrl_verl.export.checkpoint import writing
+from embedrl_verl.export.checkpoint import make_way, writing
 from embedrl_verl.platforms import plugin
 from embedrl_verl.rewards.dump import dump_name
 from embedrl_verl.trainer.checkpoint import keep_if_best, prune_to, record_scores, write_records
@@ -220,6 +220,7 @@ class EGRLMixin(EGRLSetup):
         keep = run.get("max_actor_ckpt_to_keep")
         folder = f"{run.default_local_dir}/global_step_{self.global_steps}"
         # Before verl's part, whose tracker file comes last: a checkpoint that the tracker names is complete.
+        make_way(Path(folder))
         with writing(Path(folder)):
             if training is not None:
                 training.save(folder, self.global_steps, keep)

@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -46,9 +46,10 @@ from recipes.tiny_digits.world import FAMILY_SIZE, Sample, own_samples, read_sam
 TEMPERATURE = 0.05
 RAW_SHARE = 0.4  # of the batches
 OWN_SHARE = 0.5  # of the batches, if there are pairs of the user
+LOADED = 256  # inputs whose media stay in memory: photos of 12 megapixels have 36 MB
 
 
-@cache
+@lru_cache(maxsize=LOADED)
 def _loaded(item: Item, media_root: str | None) -> LoadedItem:
     return load_item(item, media_root)
 

@@ -10,6 +10,7 @@ from embedrl_verl import cli
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
+from embedrl_verl.errors import ConfigError
 from embedrl_verl.evaluation.comparison import hit1_interval, source_table
 from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.model.loading import read_settings
@@ -112,3 +113,40 @@ def test_gains_are_paired_by_query_or_by_run_and_one_query_has_no_interval():
     assert one.mean == 0.5 and one.low < 0.5 < one.high
     single = source_table([views(raw=[0], after=[1])], {"raw": "raw", "after": "after"}, "raw", ["after"])
     assert single[-1].split() == ["a", "1", "0.000", "1.000", "+1.000", "[+nan,", "+nan]", "unclear"]
+
+
+def test_frames_are_those_of_the_reasoners_record_and_reasoners_that_differ_need_a_word(tmp_path):
+    for name, frames in (("four", 4), ("twelve", 12)):
+        write_record(tmp_path / name, TrainingRecord(stage="egrl", settings={"max_frames": frames}))
+    four, twelve = str(tmp_path / "four"), str(tmp_path / "twelve")
+    assert read_settings("e", [], "cpu").max_frames([twelve]) == 12
+    assert read_settings("e", [], "cpu").max_frames([]) == 8
+    assert read_settings("e", ["data.embedrl.max_frames=6"], "cpu").max_frames([four, twelve]) == 6
+    with pytest.raises(ConfigError, match=r"4 and 12 frames .* data\.embedrl\.max_frames"):
+        read_settings("e", [], "cpu").max_frames([four, twelve])
+
+
+def test_a_checkpoints_huggingface_folder_is_asked_as_its_run_was(tmp_path):
+    write_record(tmp_path / "global_step_4", TrainingRecord(stage="egrl", settings={"max_response_length": 77}))
+    for name in ("actor/huggingface", "actor/model/huggingface", "actor"):
+        folder = tmp_path / "global_step_4" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        assert read_settings("e", [], "cpu").asked(str(folder))[1] == 77, name
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_computed(world, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert evaluate(world, tmp_path / "file" / "out", *SETTINGS) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_every_reasoner_is_looked_at_before_the_first_writes(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("embedrl_verl.evaluation.command.load_embedder", lambda *_: pytest.fail("it has begun"))
+    words = ["--reasoner", f"a={world / 'sft'}", "--reasoner", "b=nowhere/at/all"]
+    assert evaluate(world, tmp_path / "out", *words, *SETTINGS) == 2
+    assert "nowhere/at/all must be a Reasoner's folder or hub id" in capsys.readouterr().err
+
+
+def test_the_interval_of_the_mean_over_sources_keeps_its_sources():
+    views = {"x": {"hits": {"a": [1] * 2, "b": [1] * 200}, "hit1": {"all": 1.0}}}
+    assert hit1_interval([views], "x") == pytest.approx((1.0, 1.0, 1.0)), "every query is hit in every resample"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The held-out evaluation: who is ranked against whom, what counts as found, and that nothing fails in silence."""
 
+import io
 from dataclasses import replace
 from typing import Any
 
@@ -8,13 +9,21 @@ import pytest
 import torch
 
 from embedrl_verl.config.schema import EvidenceConfig
-from embedrl_verl.data.schema import Item, PairRecord
+from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import DataError, EmbedderError
 from embedrl_verl.evaluation.metrics import first_rank
-from embedrl_verl.evaluation.retrieval import Pairs, score_view, tcot_lines
+from embedrl_verl.evaluation.retrieval import Pairs, score_view, tcot_lines, write_tcots
 from embedrl_verl.model import Written
+from tests.embedder.inputs import picture
+
+
+def picture_bytes(seed: int) -> bytes:
+    stream = io.BytesIO()
+    picture(seed).save(stream, "PNG")
+    return stream.getvalue()
+
 
 TCOT = '<thinking>{"text_keywords": ["x"]}</thinking><rethink>ok</rethink><answer>x</answer>'
 
@@ -108,3 +117,30 @@ def test_the_first_rank_is_that_of_the_best_relevant_candidate_behind_its_ties()
     scores = torch.tensor([[3, 2, 2, 1], [1, 1, 1, 1], [nan, 2, 1, 0], [nan, nan, 1, nan], [-torch.inf] * 4])
     relevant = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
     assert first_rank(scores, relevant).tolist() == [3, 3, 3, 0, 0]
+
+
+def test_a_side_without_any_vector_is_missed_and_not_a_crash():
+    pairs = [replace(one, target=Item("unknown")) for one in records("a")]
+    found = view(torch.eye(4), torch.eye(4), pairs)
+    assert (found["failed_rows"], found["hits"], found["hit1"]["all"]) == (4, {"a": [0] * 4}, 0.0)
+
+
+def test_of_a_clip_as_many_frames_are_drawn_as_the_pairs_say():
+    clip = Item(video=Video(frames=tuple(picture_bytes(i) for i in range(12))))
+    pairs = Pairs([PairRecord("p", "a", "", clip, Item("t"), "")], [None], max_frames=12)
+    seen: list[int] = []
+
+    class Reader:
+        def vectors(self, inputs: list[EmbedInput], side: str) -> list[Any]:
+            seen.extend(len(one.item.frames) for one in inputs)
+            return [torch.ones(1)] * len(inputs)
+
+    class Writer:
+        family = "qwen2_vl"
+
+        def write(self, asks: list[Any]) -> list[Written]:
+            seen.extend(len(one.item.frames) for one in asks)
+            return [Written(TCOT)] * len(asks)
+
+    score_view(Reader(), pairs, write_tcots(Writer(), pairs), "qwen2_vl", EvidenceConfig())
+    assert seen == [12, 0, 12, 0]

@@ -17,7 +17,7 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.export import folder as folder_module
 from embedrl_verl.export.checkpoint import find_checkpoint
 from embedrl_verl.export.folder import export_checkpoint
-from embedrl_verl.export.record import public_text, read_record, write_record
+from embedrl_verl.export.record import TrainingRecord, public_record, public_text, read_record, write_record
 
 RECORD = {
     "stage": "contrastive",
@@ -236,3 +236,9 @@ def test_a_training_json_of_another_form_is_refused(content, message, tmp_path):
     with pytest.raises(ConfigError) as refused:
         read_record(tmp_path)
     assert f"training.json: {message}" in str(refused.value)
+
+
+def test_no_machine_path_is_published_however_deep_a_setting_is():
+    settings = {"files": ["/home/me/a.parquet"], "of": {"model": "/home/me/b"}, "lr": 1e-5, "dims": [64, 128]}
+    public = public_record(TrainingRecord(settings=settings)).settings
+    assert public == {"files": ["a.parquet"], "of": {"model": "b"}, "lr": 1e-5, "dims": [64, 128]}

@@ -160,3 +160,41 @@ def test_thinking_without_a_reasoner_is_refused(folder):
         plain.encode_query("x", think="always")
     with pytest.raises(ConfigError, match="prompts_like"):
         EmbedRLModel.from_pretrained(str(folder / "embedder"), "http://127.0.0.1:9", settings=LIMITS, device="cpu")
+
+
+def test_pictures_of_any_mode_are_as_their_files_and_a_broken_one_is_an_input_that_fails(tmp_path):
+    grey = Image.fromarray(np.full((28, 28), 32768, np.uint16))
+    key = Image.new("RGB", (28, 28), (255, 0, 0))
+    grey.save(tmp_path / "grey.png")
+    key.save(tmp_path / "key.png", transparency=(255, 0, 0))
+    for name in ("grey.png", "key.png"):
+        file = ask_for({"image": tmp_path / name}, "query").item.images[0]
+        opened = ask_for(Image.open(tmp_path / name), "query").item.images[0]
+        assert opened.getpixel((3, 3)) == file.getpixel((3, 3)), name
+    picture(0).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-200])
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        ask_for(Image.open(tmp_path / "cut.png"), "query")
+
+
+def test_vectors_of_double_precision_are_compared_too(model):
+    vectors = model.encode_query(["a", "b"], think="never")
+    assert torch.allclose(model.similarity(vectors.astype(np.float64), vectors).diagonal(), torch.ones(2), atol=1e-5)
+
+
+def test_a_gate_counts_queries_without_a_margin_as_thinking():
+    plain = torch.tensor([[torch.nan, torch.nan], [0.9, 0.1]])
+    thought = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+    fit = ThinkGate.fit(plain, thought, torch.eye(2, dtype=torch.bool)[[0, 0]])
+    assert fit.gate.thinks(plain).tolist() == [True, False]
+    assert (fit.share, fit.gated) == (0.5, 1.0)
+    fit = ThinkGate.fit(plain, torch.full((2, 2), 0.5), torch.eye(2, dtype=torch.bool)[[0, 0]])
+    assert (fit.share, fit.gated) == (0.5, 0.5) and fit.gate.thinks(plain).tolist() == [True, False]
+
+
+def test_frames_of_the_reasoners_record_are_drawn(folder, tmp_path, monkeypatch):
+    write_record(tmp_path, TrainingRecord(stage="egrl", settings={"max_frames": 4}))
+    monkeypatch.setattr("embedrl_verl.model.loading.load_reasoner", lambda *_, **__: None)  # reads its own settings
+    paths = [str(folder / "embedder"), str(tmp_path)]
+    model = EmbedRLModel.from_pretrained(*paths, think="never", settings=LIMITS, device="cpu")
+    assert model.max_frames == model.embedder.embedder.processor.limits.max_frames == 4

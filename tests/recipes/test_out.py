@@ -107,3 +107,22 @@ def test_nothing_is_left_in_the_temporary_folder_and_rays_logs_are_kept(tmp_path
 def test_loggers_are_named_by_one_variable(tmp_path, name, variables, loggers):
     _, [call] = Recipe(tmp_path, name).run(DRY_RUN="1", **variables)
     assert list(compose(call[2:]).trainer.logger) == loggers
+
+
+def test_a_list_of_files_is_no_pattern(tmp_path):
+    (tmp_path / "x1.parquet").touch()
+    script = f"source {ROOT}/recipes/common.sh; hydra_list 'x[1].parquet,b c.parquet'"
+    found = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout == "['x[1].parquet','b c.parquet']\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "words"),
+    [("OUT", "o'clock", "without '"), ("OUT", "${a}", "$;"), ("OUT", "a[1]", "[, ], * and ?")],
+)
+def test_a_path_that_the_rl_stage_could_not_be_told_is_refused_at_once(tmp_path, name, part, words):
+    environment = {"PATH": "/usr/bin:/bin", name: str(tmp_path / part)}
+    script = ["bash", str(ROOT / "recipes" / "run_egrl_tiny_cpu.sh")]
+    found = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and f"{name} must be a path" in found.stderr and words in found.stderr
+    assert not (tmp_path / part).exists()

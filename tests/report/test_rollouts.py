@@ -2,12 +2,15 @@
 """`embedrl rollouts show`: what was written before and after RL, and in training, with ranks and reward parts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from embedrl_verl.cli import main
+from embedrl_verl.data.parquet import read_pairs
+from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.plan.preflight import probe_batch
 from embedrl_verl.rewards.dump import note_pairs, write_reward_dump
 from tests.report.conftest import BOXES, Seen, tcot
@@ -89,3 +92,37 @@ def test_a_run_that_has_noted_no_pairs_needs_them_named(run, capsys):
     assert main(["rollouts", "show", "run"]) == 2
     assert "name them with --data" in capsys.readouterr().err
     assert main(["rollouts", "show", "run", "--data", "pairs.parquet"]) == 0
+
+
+def test_a_tcot_may_hold_any_line_separator(run):
+    file = Path("run/tcots.jsonl")
+    lines = [json.loads(line) for line in file.read_text().split("\n") if line]
+    lines[1]["tcot"] += "a\u2028b\x85c"
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert main(["rollouts", "show", "run"]) == 0
+
+
+def test_one_dump_file_knows_its_pairs(run):
+    assert main(["rollouts", "show", "run/rl/rollouts/4.rewards.safetensors", "--steps", "4", "--out", "p.html"]) == 0
+
+
+def test_an_evaluation_in_a_runs_folder_is_of_its_own_files_and_each_view_has_its_boxes(run):
+    Path("run/rl/rollouts/pairs.json").write_text('{"val_files": ["gone.parquet"], "media_root": null, "embedrl": {}}')
+    prompts = {"before": {"family": "qwen2_vl"}, "after": {"family": "qwen2_5_vl", "max_response_length": 9}}
+    noted = {"files": ["pairs.parquet"], "media_root": None, "prompts": prompts}
+    Path("run/evaluation.json").write_text(json.dumps(noted))
+    assert main(["rollouts", "show", "run"]) == 0
+    assert "1000" in (said := Seen(Path("run/rollouts.html").read_text()).characters) and "pixels" in said
+
+
+def test_pairs_of_one_id_are_told_apart_by_their_source(run, capsys):
+    pairs = [*read_pairs("pairs.parquet")]
+    write_pairs([replace(one, data_source="other") for one in pairs], "other.parquet")
+    words = ["rollouts", "show", "run", "--data", "pairs.parquet", "--data"]
+    assert main([*words, "other.parquet"]) == 0
+    assert "other.parquet" not in Path("run/rollouts.html").read_text()
+    write_pairs(pairs, "again.parquet")
+    assert main([*words, "again.parquet"]) == 3
+    assert "both have" in capsys.readouterr().err
+    assert main(["rollouts", "show", "run", "--data", "other.parquet"]) == 3
+    assert "no row has the data_source and pair_id" in capsys.readouterr().err

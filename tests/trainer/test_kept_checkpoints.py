@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from embedrl_verl.export.checkpoint import TRACKER, remove_half_written, writing
+from embedrl_verl.export.checkpoint import TRACKER, make_way, remove_half_written, writing
 from embedrl_verl.trainer import checkpoint
 from embedrl_verl.trainer.checkpoint import RECORD, keep_if_best, prune_to
 
@@ -175,3 +175,25 @@ def test_only_what_a_run_was_ended_in_the_middle_of_is_removed(tmp_path, step, m
     assert remove_half_written(root) == ([folder] if gone else [])
     assert folder.exists() != gone and (gone or linked or [path.name for path in folder.iterdir()] == ["weights.pt"])
     assert remove_half_written(root) == []
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["one before", "none before"])
+def test_a_step_that_is_written_again_is_not_half_of_the_old_and_leaves_the_best_alone(tmp_path, first):
+    for number in (4,) if first else (2, 4):
+        (step(tmp_path, number, "actor") / "actor" / "w.pt").write_text(f"old {number}")
+    (tmp_path / TRACKER).write_text("4")
+    assert keep_if_best(tmp_path, 4, 0.9)
+    folder = tmp_path / "global_step_4"  # resumed at step 2 or anew, and now at 4 again
+    make_way(folder)
+    with pytest.raises(KeyboardInterrupt), writing(folder):
+        (folder / "actor").mkdir()
+        with (folder / "actor" / "w.pt").open("w") as file:
+            file.write("new 4")
+        raise KeyboardInterrupt
+    assert (tmp_path / "best" / "global_step_4" / "actor" / "w.pt").read_text() == "old 4"
+    assert remove_half_written(tmp_path) == [folder], "it is not taken as complete"
+    assert not (tmp_path / TRACKER).exists() if first else (tmp_path / TRACKER).read_text() == "2"
+    make_way(folder)  # nothing is there
+    (tmp_path / "global_step_6").symlink_to(tmp_path / "best")
+    make_way(tmp_path / "global_step_6")
+    assert (tmp_path / "global_step_6").is_symlink()
