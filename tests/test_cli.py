@@ -50,6 +50,8 @@ OPTIONS = {
     + SIZES
     + READING,
     "data stats": "json limit seed set max-response-length" + SIZES + READING,
+    "benchmark": "embedder data-root out tasks reasoner engine prompts-like tcots against device set"
+    " frames short-clips white-space candidate-instruction pool revision",
     "reward list": "",
     "reward try": "dump json kwargs limit steps",
 }

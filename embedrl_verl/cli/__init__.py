@@ -17,7 +17,7 @@ from typer import Argument, Option
 
 from embedrl_verl import __version__
 from embedrl_verl.cli.data import data
-from embedrl_verl.cli.options import Files, MediaRoot, Out, Overwrite, command
+from embedrl_verl.cli.options import Files, MediaRoot, Out, Overwrite, Rules, command
 from embedrl_verl.errors import ConfigError, EmbedRLError
 
 app = typer.Typer(
@@ -245,6 +245,57 @@ def report(
     from embedrl_verl.report.run_report import report_run
 
     report_run(run, out, cases=cases, data=data, media_root=media_root, max_mib=max_mib, picture_side=picture_side)
+    return 0
+
+
+@command(app)
+def benchmark(
+    name: Annotated[Literal["mmeb_v2", "uvrb"], Argument(help="MMEB-V2 (78 tasks) or UVRB (16).")],
+    embedder: Annotated[str, Option(metavar="DIR", help="The Embedder: folder or hub id.")],
+    data_root: Annotated[str, Option(metavar="DIR", help="Holds the hub's repositories as folders, media among them.")],
+    out: Out,
+    rules: Rules,
+    tasks: Annotated[str | None, Option(metavar="A,B", help="None: all.")] = None,
+    reasoner: Annotated[
+        str | None, Option(metavar="DIR", help="Writes T-CoTs of both sides; or a server's URL.")
+    ] = None,
+    engine: Annotated[Literal["transformers", "vllm"], Option(help="Runs the Reasoner's folder.")] = "transformers",
+    prompts_like: Annotated[
+        str | None, Option(metavar="DIR", help="Of a server: the folder of its model, which says how it is asked.")
+    ] = None,
+    tcots: Annotated[str | None, Option(metavar="DIR", help="Has T-CoTs: TASK.query.jsonl, .candidate.jsonl.")] = None,
+    against: Annotated[str | None, Option(metavar="DIR", help="Another run to compare with.")] = None,
+    device: Annotated[str, Option(help="auto: a GPU if there is one.")] = "auto",
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE...", help="Settings of the run, spelt as for hydra."),
+    ] = None,
+) -> int:
+    """Score public benchmarks, plain and with T-CoTs.
+
+    The same command goes on where it was killed: tasks with a score file in --out are not computed again.
+    """
+    from embedrl_verl.evaluation.benchmarks import task
+    from embedrl_verl.evaluation.benchmarks.command import run_benchmark
+
+    given = dict(vars(rules))
+    revision = given.pop("revision")
+    run_benchmark(
+        name,
+        embedder,
+        out,
+        data_root,
+        tasks=tasks.split(",") if tasks else (),
+        reasoner=reasoner,
+        engine=engine,
+        prompts_like=prompts_like,
+        tcots=tcots,
+        against=against,
+        revision=revision,
+        rules=task.Rules(**given),
+        device=device,
+        overrides=[word for word in set_ or () if word],
+    )
     return 0
 
 

@@ -228,6 +228,24 @@ class Asking:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """protocol (stamped into every score file)"""
+
+    frames: Annotated[int, Option(min=1, help="Of a clip.")] = 8
+    short_clips: Annotated[
+        Literal["as_they_are", "last_repeated"], Option(help="Clips of fewer frames (upstream repeats since 2026).")
+    ] = "as_they_are"
+    white_space: Annotated[
+        Literal["raw", "collapsed"], Option(help="Of texts; collapsed: no space before a line's end, as VLM2Vec.")
+    ] = "raw"
+    candidate_instruction: Annotated[Literal["task", "none"], Option(help="What is said to candidates.")] = "task"
+    pool: Annotated[
+        Literal["table", "global"], Option(help="Candidates: local or global by task, or global for all.")
+    ] = "table"
+    revision: Annotated[str | None, Option(help="Of repositories on the hub.")] = None
+
+
+@dataclass(frozen=True)
 class Job:
     """job"""
 

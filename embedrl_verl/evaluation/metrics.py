@@ -34,7 +34,7 @@ def hit_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: bool = Fals
     Raises:
         ValueError: shapes differ, there is no query, k < 1, or a grade is negative or not finite.
     """
-    grades = _top_grades(scores, relevant, k)
+    grades = top_grades(scores, relevant, k)
     return _result((grades > 0).any(dim=1).double(), per_query)
 
 
@@ -44,7 +44,7 @@ def recall_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: Literal[
 def recall_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: Literal[True]) -> Tensor: ...
 def recall_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: bool = False) -> float | Tensor:
     """Share of the relevant candidates among the first k; 0 for a query without any. Arguments as in `hit_at_k`."""
-    grades = _top_grades(scores, relevant, k)
+    grades = top_grades(scores, relevant, k)
     found, there = (grades > 0).sum(dim=1).double(), (relevant > 0).sum(dim=1)
     return _result(found / there.clamp(min=1), per_query)
 
@@ -55,7 +55,7 @@ def mrr_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: Literal[Fal
 def mrr_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: Literal[True]) -> Tensor: ...
 def mrr_at_k(scores: Tensor, relevant: Tensor, k: int, *, per_query: bool = False) -> float | Tensor:
     """1 / rank of the first relevant candidate, 0 beyond rank k. Arguments as in `hit_at_k`."""
-    grades = _top_grades(scores, relevant, k)
+    grades = top_grades(scores, relevant, k)
     rank = torch.arange(1, grades.shape[1] + 1, device=grades.device, dtype=torch.float64)
     return _result(((grades > 0) / rank).amax(dim=1), per_query)
 
@@ -77,7 +77,7 @@ def ndcg_at_k(
     """
     if gain not in ("linear", "exponential"):
         raise ValueError(f"gain must be linear or exponential; got {gain!r}")
-    grades = _top_grades(scores, relevant, k)
+    grades = top_grades(scores, relevant, k)
     ideal = torch.cat([relevant[block].double().topk(grades.shape[1], dim=1).values for block in _blocks(relevant)])
     if gain == "exponential":
         grades, ideal = torch.exp2(grades) - 1, torch.exp2(ideal) - 1
@@ -100,8 +100,9 @@ def _result(values: Tensor, per_query: bool) -> float | Tensor:
 
 
 @torch.no_grad()
-def _top_grades(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
-    """(Q, min(k, C)) float64: grades of the first k candidates in the ranking that is worst for the model."""
+def top_grades(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
+    """(Q, min(k, C)) float64: grades of the first k candidates in the ranking that is worst for the model; arguments as
+    in `hit_at_k`."""
     if scores.dim() != 2 or scores.shape != relevant.shape or 0 in scores.shape:
         raise ValueError(
             "scores and relevant must both be (queries, candidates) with at least one of each; got "

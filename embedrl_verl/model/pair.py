@@ -13,7 +13,7 @@ T-CoT points at, as in training (paper section 3).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.schema import Side
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import ConfigError, EmbedderError, EmbedRLError
+from embedrl_verl.families import Family
 from embedrl_verl.model.embedders import Embeds, Vector
 from embedrl_verl.model.gate import ThinkGate
 from embedrl_verl.model.tcots import FAILURES, Ask, Writes, Written, ask_for
@@ -35,13 +36,14 @@ THINK: tuple[Think, ...] = ("always", "never", "when_needed")
 
 @dataclass(frozen=True)
 class Encoding:
-    """One input: float32 (D,) of length 1, or None and `problem`; its T-CoT (None: it was embedded alone), and how many
-    pieces of evidence were cut for it."""
+    """One input: float32 (D,) of length 1, or None and `problem`; its T-CoT (None: it was embedded alone), how many
+    pieces of evidence were cut for it, and (width, height) of its images as the Reasoner saw them."""
 
     vector: torch.Tensor | None
     tcot: str | None = None
     evidence: int = 0
     problem: str = ""
+    seen_sizes: tuple[tuple[int, int], ...] | None = None
 
 
 class EmbedRLModel:
@@ -54,6 +56,7 @@ class EmbedRLModel:
         gate: of "when_needed" (`ThinkGate.fit`).
         evidence: what may be cut.
         media_root: of paths; None: a path is the caller's own file.
+        family: whose units the boxes of T-CoTs have that are given without a Reasoner.
     """
 
     def __init__(
@@ -66,8 +69,10 @@ class EmbedRLModel:
         evidence: EvidenceConfig | None = None,
         media_root: str | Path | None = None,
         max_frames: int = 8,
+        family: Family = "qwen3_vl",
     ) -> None:
         self.embedder, self.reasoner, self.gate = embedder, reasoner, gate
+        self.family: Family = family if reasoner is None else reasoner.family
         self.evidence, self.media_root, self.max_frames = evidence or EvidenceConfig(), media_root, max_frames
         self.think: Think = self._checked(think or ("never" if reasoner is None else "always"))
 
@@ -174,15 +179,20 @@ class EmbedRLModel:
         batch_size: int = 32,
         think: Think | None = None,
         against: torch.Tensor | None = None,
+        tcots: Sequence[Written] | None = None,
     ) -> Iterator[Encoding]:
-        """Vector, T-CoT and problem of every input, in order, `batch_size` at a time; arguments as `encode`."""
+        """Vector, T-CoT and problem of every input, in order, `batch_size` at a time; arguments as `encode`, and
+
+        tcots: one for each input, instead of those that the Reasoner would write.
+        """
         how = self._checked(think or self.think)
         if how == "when_needed" and side == "target":
             how = "always"
         if how == "when_needed" and against is None:
             raise ConfigError("think='when_needed' needs the candidates' vectors: encode_query(..., against=vectors)")
         for start in range(0, len(inputs), batch_size):
-            yield from self._batch(inputs[start : start + batch_size], side, prompt, how, against)
+            given = None if tcots is None else tcots[start : start + batch_size]
+            yield from self._batch(inputs[start : start + batch_size], side, prompt, how, against, given)
 
     def similarity(self, queries: Any, documents: Any) -> torch.Tensor:
         """(Q, C) cosines of encoded queries and documents."""
@@ -199,7 +209,13 @@ class EmbedRLModel:
         return think
 
     def _batch(
-        self, inputs: Sequence[Any], side: Side, prompt: str, think: Think, against: torch.Tensor | None
+        self,
+        inputs: Sequence[Any],
+        side: Side,
+        prompt: str,
+        think: Think,
+        against: torch.Tensor | None,
+        tcots: Sequence[Written] | None,
     ) -> list[Encoding]:
         asks: dict[int, Ask] = {}
         found: dict[int, Encoding] = {}
@@ -211,12 +227,12 @@ class EmbedRLModel:
             except FAILURES as error:
                 found[number] = Encoding(None, problem=str(error))
         needed = list(asks)
-        if think != "always":
+        if tcots is None and think != "always":
             plain = self.embedder.vectors([EmbedInput(asks[number].item) for number in needed], side)
             found |= {number: _encoding(vector) for number, vector in zip(needed, plain, strict=True)}
             needed = [] if think == "never" else self._needed(found, against)
         if needed:
-            found |= self._thought({number: asks[number] for number in needed}, side)
+            found |= self._thought({number: asks[number] for number in needed}, side, tcots)
         return [found[number] for number in range(len(inputs))]
 
     def _needed(self, plain: dict[int, Encoding], against: torch.Tensor | None) -> list[int]:
@@ -227,26 +243,29 @@ class EmbedRLModel:
         thinks = self.gate.thinks(torch.stack(list(known.values())) @ against.T)
         return [number for number, is_needed in zip(known, thinks.tolist(), strict=True) if is_needed]
 
-    def _thought(self, asks: dict[int, Ask], side: Side) -> dict[int, Encoding]:
-        assert self.reasoner is not None
-        written = dict(zip(asks, self.reasoner.write(list(asks.values())), strict=True))
+    def _thought(self, asks: dict[int, Ask], side: Side, tcots: Sequence[Written] | None) -> dict[int, Encoding]:
+        if tcots is None:
+            assert self.reasoner is not None
+            written = dict(zip(asks, self.reasoner.write(list(asks.values())), strict=True))
+        else:
+            written = {number: tcots[number] for number in asks}
         found: dict[int, Encoding] = {}
         inputs: dict[int, EmbedInput] = {}
         for number, one in written.items():
             try:
                 inputs[number] = self._with_tcot(asks[number], one)
             except FAILURES as error:
-                found[number] = Encoding(None, one.text, problem=str(error))
+                found[number] = Encoding(None, one.text, problem=str(error), seen_sizes=one.seen_sizes)
         vectors = self.embedder.vectors(list(inputs.values()), side)
         for (number, given), vector in zip(inputs.items(), vectors, strict=True):
-            found[number] = _encoding(vector, written[number].text, len(given.evidence))
+            encoding = _encoding(vector, written[number].text, len(given.evidence))
+            found[number] = replace(encoding, seen_sizes=written[number].seen_sizes)
         return found
 
     def _with_tcot(self, ask: Ask, written: Written) -> EmbedInput:
-        assert self.reasoner is not None
         if written.text is None:
             raise EmbedderError(written.problem)
-        return EmbedInput.with_tcot(ask.item, written.text, self.reasoner.family, self.evidence, written.seen_sizes)
+        return EmbedInput.with_tcot(ask.item, written.text, self.family, self.evidence, written.seen_sizes)
 
 
 def _encoding(vector: Vector, tcot: str | None = None, evidence: int = 0) -> Encoding:

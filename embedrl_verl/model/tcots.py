@@ -73,13 +73,15 @@ def ask_for(
     Args:
         given: a text; an RGB image; a mapping with some of `text`, `instruction`, `image` or `images` (images, paths or
             encoded bytes), `video` (a path, or a list of frames at 2 a second) and `kind` ("page" for a document page);
-            an `Item` of a pair record, or a `LoadedItem`.
+            an `Item` of a pair record, or a `LoadedItem`; or an `Ask`, which stays as it is.
         instruction: of inputs that bring none.
         max_frames: frames drawn from a video.
 
     Raises:
         ConfigError: something else was given. MediaError: a medium cannot be decoded.
     """
+    if isinstance(given, Ask):
+        return given
     if isinstance(given, str):
         given = {"text": given}
     elif isinstance(given, Image.Image):

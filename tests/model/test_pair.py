@@ -15,7 +15,7 @@ from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import ConfigError, DataError, EmbedderError, MediaError
 from embedrl_verl.evaluation.metrics import hit_at_k
 from embedrl_verl.export.record import TrainingRecord, write_record
-from embedrl_verl.model import EmbedRLModel, ask_for
+from embedrl_verl.model import EmbedRLModel, Written, ask_for
 from embedrl_verl.model.gate import ThinkGate, margins
 from recipes.tiny_digits.canvas import HELD_OUT_SCANS
 from recipes.tiny_digits.models import build_tiny_model
@@ -58,6 +58,17 @@ def test_vectors_are_those_of_the_embedder_with_the_tcots_that_stand_beside_them
     assert np.allclose(model.embedder.embedder.embed(rows).numpy(), vectors, atol=1e-5)
     plain = model.encode_query(inputs, prompt="Find it.", think="never", convert_to_tensor=True)
     assert torch.allclose(plain, model.embedder.embedder.embed([EmbedInput(ask.item) for ask in asks]), atol=1e-5)
+
+
+def test_given_tcots_have_the_vectors_of_written_ones_and_an_ask_is_asked_as_it_is(model):
+    inputs = [ask_for(one, "query", instruction="Find it.") for one in ("a text", picture(0))]
+    written = list(model.encodings(inputs, "query", batch_size=1))
+    tcots = [Written(one.tcot, one.seen_sizes) for one in written]
+    plain = EmbedRLModel(model.embedder, family="qwen2_vl")
+    given = list(plain.encodings([*inputs, "no T-CoT"], "query", tcots=[*tcots, Written(None, problem="not there")]))
+    assert all(torch.allclose(a.vector, b.vector, atol=1e-5) for a, b in zip(given, written, strict=False))
+    assert given[1].seen_sizes == written[1].seen_sizes and len(written[1].seen_sizes) == 1
+    assert given[2].vector is None and given[2].problem == "not there"
 
 
 def test_a_single_input_has_a_single_vector_and_similarity_is_the_cosine(model):

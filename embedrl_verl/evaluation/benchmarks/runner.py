@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs tasks of a benchmark with one model: embeds every query and every candidate once a view, ranks, writes.
+
+A view of a side is its items alone ("plain") or with T-CoTs ("tcot"); a cell is a view of the queries against a view of
+the candidates, so a run with T-CoTs has up to four: "tcot-plain" are queries with, candidates without.
+
+In the folder of a run are `run.json` (models and rules) and, for each task, `TASK.json` (scores and stamp),
+`TASK.parquet` (a row for each query and cell) and `tcots/TASK.{query,candidate}.jsonl`. `TASK.json` is written last: a
+task that has one is not computed again, nor are T-CoTs written again that are there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from embedrl_verl.data.files import read_object, write_atomically, write_json
+from embedrl_verl.data.media import LoadedItem, load_item
+from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.evaluation.benchmarks import mmeb_v2, uvrb
+from embedrl_verl.evaluation.benchmarks.ranking import score_queries
+from embedrl_verl.evaluation.benchmarks.readers import READERS
+from embedrl_verl.evaluation.benchmarks.stamp import ModelFacts, Stamp
+from embedrl_verl.evaluation.benchmarks.task import MakeItem, Rules, Source, Task, TaskData
+from embedrl_verl.model import Ask, EmbedRLModel, Written, ask_for
+from embedrl_verl.model.pair import Encoding
+from embedrl_verl.model.tcots import FAILURES
+
+BENCHMARKS: Mapping[str, Any] = {mmeb_v2.NAME: mmeb_v2, uvrb.NAME: uvrb}
+AT_ONCE = 32
+"""Items whose media are in memory at a time."""
+SMALLEST_SIDE, SMALL_IMAGE = 28, (56, 56)
+"""Images of image tasks with a shorter side, in pixels, are made this large, as the reference does."""
+SideName = Literal["query", "candidate"]
+SIDES: tuple[SideName, SideName] = ("query", "candidate")
+
+
+def read_task(task: Task, source: Source, rules: Rules) -> TaskData:
+    """The queries and candidates of a task."""
+    reader = uvrb.read_set if task.reader == "uvrb" else READERS[task.reader]
+    data = reader(task, source, rules)
+    if not data.queries:
+        raise DataError(f"{task.name} must have queries; {source.root / task.repo} holds none")
+    for query in data.queries:
+        own = data.items if query.candidates is None else query.candidates
+        if missing := [name for name in query.grades if name not in own]:
+            raise DataError(
+                f"{task.name}: query {query.id} must have its relevant candidates among its candidates; "
+                f"{missing[0]!r} is not"
+            )
+    return data
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Of one view of one side: (n, D) float32, a row of NaN where there is none, and by number why there is none."""
+
+    rows: Tensor
+    problems: dict[int, str]
+
+
+class BenchmarkRun:
+    """The folder of a run, and how its tasks are computed.
+
+    Args:
+        benchmark: mmeb_v2 or uvrb.
+        model: what embeds; with a Reasoner if T-CoTs are to be written.
+        out: folder of the score files.
+        tcots: a folder of `TASK.{query,candidate}.jsonl` with {"id", "tcot"} lines (a side without a file is plain
+            only); "write": the model's Reasoner writes them; None: plain only.
+        facts: of the model, for the stamps.
+        made_by: names of the models, which a folder's score files must agree on.
+    """
+
+    def __init__(
+        self,
+        benchmark: str,
+        model: EmbedRLModel,
+        source: Source,
+        out: str | Path,
+        *,
+        rules: Rules | None = None,
+        tcots: str | Path | None = None,
+        facts: ModelFacts | None = None,
+        made_by: Mapping[str, str] | None = None,
+    ) -> None:
+        if tcots == "write" and model.reasoner is None:
+            raise ConfigError("T-CoTs can only be written by a Reasoner; name one, or a folder of T-CoTs")
+        self.benchmark, self.tasks = benchmark, BENCHMARKS[benchmark].TASKS
+        self.model, self.source, self.out = model, source, Path(out)
+        self.rules, self.tcots, self.facts = rules or Rules(), tcots, facts or ModelFacts()
+        mode = "none" if tcots is None else "written" if tcots == "write" else f"given {Path(tcots).name}"
+        self.made_by = {**(made_by or {}), "tcots": mode}
+
+    def run(
+        self, names: Sequence[str] = (), said: Callable[[str], object] = lambda _: None
+    ) -> dict[str, dict[str, Any]]:
+        """The score files of tasks (none: all) by name; those that are not there are computed and written."""
+        if unknown := sorted(set(names) - set(self.tasks)):
+            raise ConfigError(f"tasks must be of {self.benchmark}; {', '.join(unknown)} are not")
+        self._claim()
+        found = {}
+        for name in names or self.tasks:
+            file = self.out / f"{name}.json"
+            found[name] = read_object(file) if file.is_file() else self._compute(self.tasks[name], said)
+        return found
+
+    def _claim(self) -> None:
+        """Write what makes this run what it is to `run.json`, or find it there."""
+        file = self.out / "run.json"
+        mine: dict[str, Any] = {"benchmark": self.benchmark, **self.made_by, "revision": self.source.revision}
+        mine |= asdict(self.rules) | asdict(self.facts)
+        if not file.is_file():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(file, mine)
+        known = read_object(file)
+        for name in mine:
+            if known.get(name) != mine[name]:
+                raise ConfigError(
+                    f"{self.out} must be of this run; its {name} is {known.get(name)!r}, not {mine[name]!r}. Choose "
+                    "another folder"
+                )
+
+    def _stamp(self, task: Task, source: Source, queries: int = 0, candidates: int = 0) -> dict[str, str]:
+        return asdict(
+            Stamp.of(
+                self.benchmark,
+                task,
+                self.rules,
+                self.facts,
+                data=source.digest,
+                revision=source.revision,
+                queries=queries,
+                candidates=candidates,
+            )
+        )
+
+    def _compute(self, task: Task, said: Callable[[str], object]) -> dict[str, Any]:
+        source = Source(self.source.root, self.source.revision)
+        data = read_task(task, source, self.rules)
+        is_local = task.is_local and self.rules.pool == "table"
+        most = max(len(query.candidates or ()) for query in data.queries) if is_local else len(data.items)
+        stamp = self._stamp(task, source, len(data.queries), most)
+        said(f"{task.name}: {len(data.queries)} queries, {len(data.items)} candidates")
+        views = {side: dict(self._views(task, data, side)) for side in SIDES}
+        cells: dict[str, Any] = {}
+        rows: list[dict[str, Any]] = []
+        for query_view, queries in views["query"].items():
+            for view, candidates in views["candidate"].items():
+                cell, names = f"{query_view}-{view}", list(data.items)
+                one_each = queries.rows, candidates.rows, data.queries, names, task.metric
+                values = score_queries(*one_each, is_local=is_local)
+                cells[cell] = _summary(values, task, names, data, queries, candidates)
+                rows += _rows(cell, values, task, data, queries)
+        table = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), table)
+        write_atomically(self.out / f"{task.name}.parquet", table.getvalue())
+        result = {"task": task.name, "stamp": stamp, "metric": task.metric, "cells": cells}
+        write_json(self.out / f"{task.name}.json", result)
+        return result
+
+    def _views(self, task: Task, data: TaskData, side: SideName) -> Iterator[tuple[str, Vectors]]:
+        makes = {query.id: query.item for query in data.queries} if side == "query" else data.items
+        if len(makes) < len(data.queries) and side == "query":
+            raise DataError(f"{task.name}: the ids of queries must be unique; some are there twice")
+        yield "plain", _stacked(self._encoded(task, makes, side, None))
+        given, kept = None, self.out / "tcots" / f"{task.name}.{side}.jsonl"
+        if self.tcots is None:
+            return
+        if self.tcots != "write":
+            files = {one: Path(self.tcots) / f"{task.name}.{one}.jsonl" for one in SIDES}
+            if not any(file.is_file() for file in files.values()):
+                raise DataError(f"{self.tcots} must have T-CoTs of {task.name}: {files[side].name} or the other side's")
+            if not files[side].is_file():
+                return
+            given = read_tcots(files[side])
+        elif kept.is_file():
+            given = read_tcots(kept)
+        encoded = list(self._encoded(task, makes, side, given, writes=given is None))
+        if given is None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, "".join(_tcot_lines(makes, encoded)))
+        yield "tcot", _stacked(encoded)
+
+    def _encoded(
+        self,
+        task: Task,
+        makes: Mapping[str, MakeItem],
+        side: SideName,
+        tcots: Mapping[str, Written] | None,
+        *,
+        writes: bool = False,
+    ) -> Iterator[Encoding]:
+        """Of each item in order: with the T-CoTs given, with those that the Reasoner `writes`, else alone."""
+        names = list(makes)
+        about = f"{task.name}, {side} {'plain' if tcots is None and not writes else 'tcot'}"
+        for start in tqdm(range(0, len(names), AT_ONCE), desc=about, disable=None):
+            asks: dict[str, Ask] = {}
+            problems: dict[str, Encoding] = {}
+            for name in names[start : start + AT_ONCE]:
+                try:
+                    asks[name] = self._ask(task, makes[name], side)
+                except FAILURES as error:
+                    problems[name] = Encoding(None, problem=str(error))
+            given = None
+            if tcots is not None:
+                none = Written(None, problem="no T-CoT is given for it")
+                given = [tcots.get(name, none) for name in asks]
+            encoded = self.model.encodings(
+                list(asks.values()),
+                "query" if side == "query" else "target",
+                batch_size=AT_ONCE,
+                think="always" if writes else "never",
+                tcots=given,
+            )
+            done = problems | dict(zip(asks, encoded, strict=True))
+            yield from (done[name] for name in names[start : start + AT_ONCE])
+
+    def _ask(self, task: Task, make: MakeItem, side: SideName) -> Ask:
+        item = load_item(make(), self.source.root, max_frames=self.rules.frames)
+        if task.modality == "image":
+            item = _not_tiny(item)
+        ask = ask_for(item, "query" if side == "query" else "target")
+        is_text_to_video = ask.kind == "query_text" and task.finds_video
+        return Ask("query_text_to_video", item) if is_text_to_video else ask
+
+
+def _not_tiny(item: LoadedItem) -> LoadedItem:
+    images = (one if min(one.size) >= SMALLEST_SIDE else one.resize(SMALL_IMAGE) for one in item.images)
+    return replace(item, images=tuple(images))
+
+
+def _stacked(encoded: Iterator[Encoding] | list[Encoding]) -> Vectors:
+    found = list(encoded)
+    known = [one.vector for one in found if one.vector is not None]
+    missing = torch.full_like(known[0], torch.nan) if known else torch.full((1,), torch.nan)
+    rows = [missing if one.vector is None else one.vector.float() for one in found]
+    problems = {number: one.problem for number, one in enumerate(found) if one.vector is None}
+    return Vectors(torch.stack(rows), problems)
+
+
+def _summary(
+    values: Mapping[str, Tensor],
+    task: Task,
+    names: Sequence[str],
+    data: TaskData,
+    queries: Vectors,
+    candidates: Vectors,
+) -> dict[str, Any]:
+    """A cell of a score file: the task's score and the official 26 numbers in [0, 1]; `optimistic`: the score if ties
+    counted for the model."""
+    metrics: dict[str, float] = {name: float(one.mean()) for name, one in values.items() if "@" in name}
+    counts = {"num_pred": len(data.queries), "num_data": len(data.queries)}
+    failed = {"query": len(queries.problems), "candidate": len(candidates.problems)}
+    problems = [f"query {data.queries[number].id}: {why}" for number, why in queries.problems.items()]
+    problems += [f"candidate {names[number]}: {why}" for number, why in candidates.problems.items()]
+    return {
+        "score": metrics[task.metric],
+        "optimistic": float(values["optimistic"].mean()),
+        "failed": failed,
+        "problems": problems[:5],
+        "metrics": metrics | counts,
+    }
+
+
+def _rows(
+    cell: str, values: Mapping[str, Tensor], task: Task, data: TaskData, queries: Vectors
+) -> Iterator[dict[str, Any]]:
+    columns = {name: values[name].tolist() for name in dict.fromkeys(("hit@1", "hit@10", "ndcg_linear@5", task.metric))}
+    for number, (query, rank) in enumerate(zip(data.queries, values["rank"].tolist(), strict=True)):
+        row = {"cell": cell, "query": query.id, "rank": int(rank), "problem": queries.problems.get(number, "")}
+        yield row | {name: column[number] for name, column in columns.items()}
+
+
+def _tcot_lines(names: Mapping[str, MakeItem], encoded: Sequence[Encoding]) -> Iterator[str]:
+    for name, one in zip(names, encoded, strict=True):
+        line = {"id": name, "tcot": one.tcot, "seen_sizes": one.seen_sizes}
+        yield json.dumps(line if one.tcot is not None else {**line, "problem": one.problem}, ensure_ascii=False) + "\n"
+
+
+def read_tcots(file: Path) -> dict[str, Written]:
+    """T-CoTs by item id. A line is {"id", "tcot"}, and may have `seen_sizes`, (width, height) of the images as the
+    Reasoner saw them; a `tcot` of null has a `problem`."""
+    found = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            sizes = row.get("seen_sizes")
+            seen = None if sizes is None else tuple((int(width), int(height)) for width, height in sizes)
+            found[str(row["id"])] = Written(row["tcot"], seen, row.get("problem", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f'{file}, line {number}: must be {{"id": ..., "tcot": ...}}; got {line[:60]!r}') from error
+    return found

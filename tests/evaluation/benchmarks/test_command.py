@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl benchmark` with real (tiny) models: files, table, averages, and comparison with another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embedrl_verl import cli
+from embedrl_verl.evaluation.benchmarks import mmeb_v2, uvrb
+from embedrl_verl.evaluation.benchmarks.command import leaderboard, report_lines
+from embedrl_verl.export.record import TrainingRecord, write_record
+from recipes.tiny_digits.models import build_tiny_model
+from tests.evaluation.benchmarks.world import make
+
+LIMITS = ("image_min_tokens=4", "image_max_tokens=16", "frame_min_tokens=4", "frame_max_tokens=16")
+TASKS = ["N24News", "DiDeMo", "ViDoSeek-page"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for name in TASKS:
+        make(folder, mmeb_v2.TASKS[name])
+    make(folder, uvrb.TASKS["MSRVTT"])
+    build_tiny_model(folder / "embedder", seed=1)
+    build_tiny_model(folder / "reasoner")
+    settings = {name: int(value) for name, value in (one.split("=") for one in LIMITS)} | {"prompt_style": "compact"}
+    write_record(folder / "reasoner", TrainingRecord(stage="egrl", settings={**settings, "max_response_length": 4}))
+    return folder
+
+
+def benchmark(world: Path, out: Path, *words: str, name: str = "mmeb_v2", tasks: str = ",".join(TASKS)) -> int:
+    given = ["--embedder", str(world / "embedder"), "--data-root", str(world), "--out", str(out), "--tasks", tasks]
+    limits = [f"embedrl.embedder.{one}" for one in LIMITS]
+    return cli.main(["benchmark", name, *given, "--device", "cpu", *words, "--set", *limits])
+
+
+def test_tasks_are_scored_plain_and_with_tcots_stamped_and_written_as_the_leaderboard_takes_them(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark(world, tmp_path / "out", "--reasoner", str(world / "reasoner")) == 0
+    printed = capsys.readouterr().out
+    assert "tcot-tcot" in printed and "ATTENTION: DiDeMo: queries 3, the published set has 1004" in printed
+    assert "without a vector" not in printed
+    written = json.loads((tmp_path / "out" / "DiDeMo.json").read_text())
+    assert {name: written["stamp"][name] for name in ("instruction_place", "hidden_state", "pixel_budget")} == {
+        "instruction_place": "user turn",
+        "hidden_state": "after the last norm",
+        "pixel_budget": "image 4 to 16 tokens, frame 4 to 16 tokens",
+    }
+    made_by = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (made_by["embedder"], made_by["reasoner"], made_by["tcots"]) == ("embedder", "reasoner", "written")
+    board = json.loads((tmp_path / "out" / "leaderboard.tcot-plain.json").read_text())
+    assert {modality: list(one) for modality, one in board["metrics"].items()} == {
+        "image": ["N24News"],
+        "video": ["DiDeMo"],
+        "visdoc": ["ViDoSeek-page-fixed"],
+    }
+    assert board["metadata"]["model_name"] == "embedder" and len(board["metrics"]["image"]["N24News"]) == 26
+    before = (tmp_path / "out" / "DiDeMo.json").stat().st_mtime_ns
+    assert benchmark(world, tmp_path / "out", "--reasoner", str(world / "reasoner")) == 0
+    assert (tmp_path / "out" / "DiDeMo.json").stat().st_mtime_ns == before
+
+
+def test_runs_are_compared_by_task_and_those_of_another_protocol_are_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, words = str(tmp_path / "first"), {"name": "uvrb", "tasks": "MSRVTT"}
+    assert benchmark(world, tmp_path / "first", **words) == 0
+    assert benchmark(world, tmp_path / "second", "--against", first, **words) == 0
+    assert "+0.00" in capsys.readouterr().out and not list((tmp_path / "second").glob("leaderboard*"))
+    assert benchmark(world, tmp_path / "third", "--against", first, "--frames", "4", **words) == 2
+    assert "must have equal stamps to be compared; frame_rule is '4 at" in capsys.readouterr().err
+    assert benchmark(world, tmp_path / "fourth", "--against", str(tmp_path / "nowhere"), **words) == 2
+    assert "it has none of MSRVTT" in capsys.readouterr().err
+    both = ["--reasoner", "a", "--tcots", "b"]
+    assert benchmark(world, tmp_path / "fifth", *both, **words) == 2
+    assert "name one of the two" in capsys.readouterr().err
+    assert benchmark(world, tmp_path / "fifth", "--tcots", "b", **words) == 2
+    assert "data.embedrl.family must say whose boxes the T-CoTs have" in capsys.readouterr().err
+
+
+def test_what_failed_and_what_ties_would_have_given_stand_under_the_table() -> None:
+    cell = {"score": 0.5, "optimistic": 0.75, "failed": {"query": 1, "candidate": 2}, "problems": ["query 3: no file"]}
+    stamp = {"candidates": "local", "queries": "1000 of 1000", "candidate_count": "24 of 24"}
+    files = {"N24News": {"metric": "hit@1", "stamp": stamp, "cells": {"plain-plain": cell | {"metrics": {}}}}}
+    report = {"plain-plain": {"tasks": {"N24News": 50.0}, "averages": {}}}
+    lines = report_lines(files, report)
+    assert lines[1].split() == ["N24News", "hit@1", "local", "50.00"]
+    assert lines[2:] == [
+        "ATTENTION: N24News, plain-plain: 1 query and 2 candidate items without a vector, counted as misses:",
+        "  query 3: no file",
+        "N24News, plain-plain: 75.00 if ties counted for the model",
+    ]
+    assert leaderboard(files, "tcot-tcot", "m")["metrics"] == {"image": {}, "video": {}, "visdoc": {}}

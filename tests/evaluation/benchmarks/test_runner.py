@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every task of both benchmarks through the runner: known scores, failures, ties, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.evaluation.benchmarks import mmeb_v2, uvrb
+from embedrl_verl.evaluation.benchmarks.runner import BenchmarkRun, read_task
+from embedrl_verl.evaluation.benchmarks.stamp import ModelFacts
+from embedrl_verl.evaluation.benchmarks.task import Rules, Source, Task
+from embedrl_verl.model import EmbedRLModel
+from tests.evaluation.benchmarks.world import TASKS, FakeEmbedder, FakeReasoner, lines, make
+
+DOCVQA, KINETICS, PAGES = (mmeb_v2.TASKS[name] for name in ("DocVQA", "K700", "ViDoRe_tabfquad"))
+
+
+def run(benchmark: str, root: Path, out: Path, *names: str, collapsed: bool = False, **more: Any) -> dict[str, Any]:
+    model = EmbedRLModel(FakeEmbedder(collapsed), FakeReasoner() if more.get("tcots") == "write" else None)
+    return BenchmarkRun(benchmark, model, Source(root), out, **more).run(names)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("benchmark", "task"), TASKS, ids=[f"{name}-{task.name}" for name, task in TASKS])
+def test_each_task_has_its_known_scores_with_written_and_given_tcots_and_plain_a_collapsed_model_has_chance(
+    benchmark: str, task: Task, tmp_path: Path
+) -> None:
+    make(tmp_path, task)
+    name, is_page = task.name, task.metric == "ndcg_linear@5"
+    # A query that looks like another has its page last of three: 1 / log2(4).
+    last = 0.5 if is_page else 0.0
+    written = run(benchmark, tmp_path, tmp_path / "written", name, tcots="write")[name]["cells"]
+    known = {"plain-plain": (1 + 1 + last) / 3, "plain-tcot": last, "tcot-plain": 1.0, "tcot-tcot": last}
+    assert {cell: one["score"] for cell, one in written.items()} == pytest.approx(known)
+    given = run(benchmark, tmp_path, tmp_path / "given", name, tcots=tmp_path / "written" / "tcots")[name]["cells"]
+    assert given == written
+    found = run(benchmark, tmp_path, tmp_path / "plain", name, collapsed=True)[name]
+    (cell,) = found["cells"].values()
+    most = int(found["stamp"]["candidate_count"].split()[0])
+    chance = (1 + 0.6309 + 0.5) / 3 if is_page else (10 if "@10" in task.metric else 1) / most
+    assert cell["score"] <= chance and cell["optimistic"] == 1.0
+
+
+def test_a_side_without_tcots_is_plain_only(tmp_path: Path) -> None:
+    make(tmp_path, DOCVQA)
+    run("mmeb_v2", tmp_path, tmp_path / "written", "DocVQA", tcots="write")
+    (tmp_path / "written" / "tcots" / "DocVQA.candidate.jsonl").unlink()
+    cells = run("mmeb_v2", tmp_path, tmp_path / "out", "DocVQA", tcots=tmp_path / "written" / "tcots")["DocVQA"][
+        "cells"
+    ]
+    assert {cell: one["score"] for cell, one in cells.items()} == {"plain-plain": pytest.approx(2 / 3), "tcot-plain": 1}
+
+
+def test_candidates_are_embedded_once_however_many_queries_list_them(tmp_path: Path) -> None:
+    make(tmp_path, DOCVQA)
+    embedder = FakeEmbedder()
+    BenchmarkRun("mmeb_v2", EmbedRLModel(embedder), Source(tmp_path), tmp_path / "out").run(["DocVQA"])
+    assert embedder.seen == 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("DiDeMo", {"query_text_to_video", "target_video"}),
+        ("ViDoRe_tabfquad", {"query_text", "target_page"}),
+        ("DocVQA", {"query_image", "target_text"}),
+    ],
+)
+def test_the_reasoner_is_asked_as_in_training_and_tiny_pictures_are_made_larger(
+    name: str, kinds: set[str], tmp_path: Path
+) -> None:
+    make(tmp_path, mmeb_v2.TASKS[name])
+    if name == "DocVQA":
+        for file in (tmp_path / DOCVQA.media / name).iterdir():
+            Image.open(file).resize((40, 27)).save(file)
+    asked = []
+
+    class Recording(FakeReasoner):
+        def write(self, asks: Any) -> Any:
+            asked.extend(asks)
+            return super().write(asks)
+
+    model = EmbedRLModel(FakeEmbedder(), Recording())
+    BenchmarkRun("mmeb_v2", model, Source(tmp_path), tmp_path / "out", tcots="write").run([name])
+    assert {kind for kind, _ in asked} == kinds
+    sizes = {image.size for _, item in asked for image in item.images}
+    assert sizes == {"DiDeMo": set(), "ViDoRe_tabfquad": {(32, 32)}, "DocVQA": {(56, 56)}}[name]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(tmp_path: Path) -> None:
+    for task in (DOCVQA, KINETICS, PAGES):
+        make(tmp_path / "data", task)
+    names = [task.name for task in (DOCVQA, KINETICS, PAGES)]
+    run("mmeb_v2", tmp_path / "data", tmp_path / "whole", *names, tcots="write")
+
+    class Killed(FakeEmbedder):
+        def vectors(self, inputs: Any, side: str) -> Any:
+            if self.seen > 20:  # among the candidates of the second task
+                raise KeyboardInterrupt
+            return super().vectors(inputs, side)
+
+    model = EmbedRLModel(Killed(), FakeReasoner())
+    with pytest.raises(KeyboardInterrupt):
+        BenchmarkRun("mmeb_v2", model, Source(tmp_path / "data"), tmp_path / "killed", tcots="write").run(names)
+    before = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in files(tmp_path / "killed")}
+    assert "DocVQA.json" in before and "K700.json" not in before
+    run("mmeb_v2", tmp_path / "data", tmp_path / "killed", *names, tcots="write")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert (tmp_path / "killed" / "DocVQA.json").stat().st_mtime_ns == before["DocVQA.json"]
+    kept = "tcots/K700.query.jsonl"
+    assert (tmp_path / "killed" / kept).stat().st_mtime_ns == before[kept]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"rules": Rules(frames=4)}, "its frames is 8, not 4"),
+        ({"rules": Rules(pool="global")}, "its pool is 'table', not 'global'"),
+        ({"facts": ModelFacts(hidden_state="before the last norm")}, "its hidden_state is 'unknown', not 'before"),
+        ({"tcots": "write"}, "its tcots is 'none', not 'written'"),
+        ({"made_by": {"embedder": "b"}}, "its embedder is 'a', not 'b'"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(change: dict[str, Any], what: str, tmp_path: Path) -> None:
+    make(tmp_path, DOCVQA)
+    mine: dict[str, Any] = {"made_by": {"embedder": "a"}}
+    run("mmeb_v2", tmp_path, tmp_path / "out", "DocVQA", **mine)
+    with pytest.raises(ConfigError, match=what):
+        run("mmeb_v2", tmp_path, tmp_path / "out", "DocVQA", **mine | change)
+
+
+def test_items_that_fail_are_misses_and_are_named(tmp_path: Path) -> None:
+    make(tmp_path, KINETICS)
+    media = tmp_path / KINETICS.media
+    for frame in (media / "v0").iterdir():
+        frame.unlink()
+    found = run("mmeb_v2", tmp_path, tmp_path / "out", "K700")["K700"]
+    cell = found["cells"]["plain-plain"]
+    assert cell["score"] == pytest.approx(1 / 3) and cell["failed"] == {"query": 1, "candidate": 0}
+    assert cell["problems"][0].startswith("query 0: frames") and cell["metrics"]["num_data"] == 3
+    rows = pq.read_table(tmp_path / "out" / "K700.parquet").to_pylist()
+    assert [row["rank"] for row in rows] == [0, 1, 3] and [row["hit@1"] for row in rows] == [0, 1, 0]
+    assert rows[0]["problem"] and not rows[1]["problem"]
+
+
+def test_a_candidate_without_a_vector_is_never_retrieved(tmp_path: Path) -> None:
+    make(tmp_path, DOCVQA)
+    lines(tmp_path / "tcots" / "DocVQA.candidate.jsonl", [{"id": f"this #{one}@9", "tcot": f"{one}"} for one in (1, 2)])
+    cells = run("mmeb_v2", tmp_path, tmp_path / "out", "DocVQA", tcots=tmp_path / "tcots")["DocVQA"]["cells"]
+    assert cells["plain-plain"]["score"] == pytest.approx(2 / 3)
+    assert cells["plain-tcot"]["score"] == pytest.approx(1 / 3)  # the first candidate is gone
+    assert cells["plain-tcot"]["problems"] == ["candidate this #0@9: no T-CoT is given for it"]
+    with pytest.raises(DataError, match=r"must have T-CoTs of K700"):
+        make(tmp_path, KINETICS)
+        run("mmeb_v2", tmp_path, tmp_path / "out", "K700", tcots=tmp_path / "tcots")
+
+
+def test_global_labels_are_those_of_the_file_too_and_the_count_is_stamped(tmp_path: Path) -> None:
+    make(tmp_path, KINETICS)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "K700.txt").write_text("other #8@9\nlabel #0@9\n")
+    found = run("mmeb_v2", tmp_path, tmp_path / "out", "K700")["K700"]
+    assert found["stamp"]["candidate_count"] == "4 of 700" and found["stamp"]["queries"] == "3 of 1000"
+
+
+def test_a_local_task_can_be_ranked_globally_and_says_so(tmp_path: Path) -> None:
+    task = uvrb.TASKS["MS-TI"]
+    make(tmp_path, task)
+    folder = tmp_path / task.repo / "MS_TI" / "jsonl"
+    rows = [json.loads(line) for line in (folder / "instances.jsonl").read_text().splitlines()]
+    lines(folder / "instances.jsonl", [{"qid": row["qid"], "pos": row["pos"]} for row in rows])
+    with pytest.raises(DataError, match=r"must have the columns qid, pos, neg"):
+        run("uvrb", tmp_path, tmp_path / "local", "MS-TI")
+    found = run("uvrb", tmp_path, tmp_path / "global", "MS-TI", rules=Rules(pool="global"))["MS-TI"]
+    assert found["stamp"]["candidates"] == "global" and found["cells"]["plain-plain"]["score"] == pytest.approx(2 / 3)
+
+
+def test_missing_data_columns_and_tasks_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the data root must be a folder"):
+        run("mmeb_v2", tmp_path / "nowhere", tmp_path / "out", "DocVQA")
+    with pytest.raises(ConfigError, match=r"Nothing are not"):
+        run("mmeb_v2", tmp_path, tmp_path / "out", "Nothing")
+    lines(tmp_path / DOCVQA.repo / "DocVQA" / "test.jsonl", [{"qry_text": "V1"}])
+    with pytest.raises(DataError, match=r"qry_img_path, qry_inst, tgt_img_path, tgt_inst, tgt_text are missing"):
+        run("mmeb_v2", tmp_path, tmp_path / "out", "DocVQA")
+    make(tmp_path, PAGES)
+    with pytest.raises(DataError, match=r"must have its relevant candidates among its candidates; '7' is not"):
+        data_without_a_page = replace(PAGES, repo="short")
+        make(tmp_path, data_without_a_page)
+        _name_page(tmp_path / "short", 7)
+        read_task(data_without_a_page, Source(tmp_path), Rules())
+
+
+def _name_page(repo: Path, page: int) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"query-id": ["q0"], "corpus-id": [page], "score": [1]})
+    table.to_parquet(repo / "qrels" / "test-00000-of-00001.parquet")
