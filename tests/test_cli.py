@@ -32,7 +32,13 @@ SPLIT = (
     " rl-from rl-preset rl-rows allow-short rl-sampling split-seed unknown keep-rl-matches contrastive-without"
     " disjoint-targets holdout"
 )
+REASONED = " reasoner engine prompts-like device set"
 OPTIONS = {
+    "embed": "embedder out think side instruction media-root max-failed-share retry-failed batch-size rows-per-part"
+    + REASONED,
+    "search": "embedder query image instruction top think gate index" + REASONED,
+    "gate fit": "embedder out media-root limit" + REASONED,
+    "serve": "embedder think instruction name host port batch-size max-inputs max-body-mib max-waiting" + REASONED,
     "doctor": "",
     "plan": "config-name",
     "add-emb": "out",
@@ -57,7 +63,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("words", [["--help"], ["data", "annotate", "--help"], ["reward", "try", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["data", "annotate", "--help"], ["reward", "try", "--help"], ["serve", "--help"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = f"import sys; from embedrl_verl.cli import main; main({words}); print('\\n', {HEAVY} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)

@@ -17,7 +17,8 @@ from typer import Argument, Option
 
 from embedrl_verl import __version__
 from embedrl_verl.cli.data import data
-from embedrl_verl.cli.options import Files, MediaRoot, Out, Overwrite, Rules, command
+from embedrl_verl.cli.options import Embedder, Files, MediaRoot, Out, Overwrite, Rules, command
+from embedrl_verl.cli.pair import gate, pair
 from embedrl_verl.errors import ConfigError, EmbedRLError
 
 app = typer.Typer(
@@ -29,6 +30,8 @@ app = typer.Typer(
 rollouts = typer.Typer(help="What a run's Reasoner wrote.")
 reward = typer.Typer(help="Reward functions: list them, try one on a run.")
 app.add_typer(data, name="data")
+app.add_typer(pair)
+app.add_typer(gate, name="gate")
 app.add_typer(reward, name="reward")
 app.add_typer(rollouts, name="rollouts")
 
@@ -191,7 +194,7 @@ def serve_embedder(
 @command(app, "eval")
 def evaluate(
     file: Files,
-    embedder: Annotated[str, Option(metavar="DIR", help="The Embedder: folder or hub id.")],
+    embedder: Embedder,
     out: Out,
     reasoner: Annotated[
         list[str] | None,

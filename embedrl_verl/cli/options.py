@@ -87,11 +87,13 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+Embedder = Annotated[str, Option(metavar="DIR", help="The Embedder: folder or hub id.")]
 Files = Annotated[list[str], Argument(metavar="FILE", help="Parquet file of pair records, or data set folder.")]
 Out = Annotated[str, Option(metavar="DIR", help="Folder to write.")]
 MediaRoot = Annotated[str | None, Option(metavar="DIR", help="Of all media paths; none: as the data cards say.")]
 MaxBad = Annotated[float, Option(min=0, max=1, help="Stop above this fraction of rows that cannot be used.")]
 MaxFailed = Annotated[float, Option(min=0, max=1, help="Stop above this fraction of questions without an answer.")]
+Instruction = Annotated[str, Option(help="Said to inputs that bring none.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Also replace what is there.")]
 Seed = Annotated[int, Option(help="Of what is drawn.")]
 Style = Annotated[Literal["paper", "compact"], Option(help="Templates: paper, or compact for tiny models.")]
@@ -161,6 +163,25 @@ class Model:
     extra_body: Annotated[
         dict[str, Any] | None, Option(metavar="JSON", parser=json_object, help="More fields of every request.")
     ] = None
+
+
+@dataclass(frozen=True)
+class Reasoned:
+    """pair"""
+
+    reasoner: Annotated[
+        str | None, Option(metavar="DIR|URL", help="What writes T-CoTs: folder, hub id, or OpenAI-style server.")
+    ] = None
+    engine: Annotated[
+        Literal["transformers", "vllm"] | None, Option(help="What runs a Reasoner's folder (transformers).")
+    ] = None
+    prompts_like: Annotated[
+        str | None, Option(metavar="DIR", help="Of a server: the folder of its model, which says how it is asked.")
+    ] = None
+    device: Annotated[str, Option(help="Of both; auto: a GPU if there is one.")] = "auto"
+    set: Annotated[list[str], Option(metavar="KEY=VALUE...", help="Settings of the run, spelt as for hydra.")] = field(
+        default_factory=list
+    )
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ def make_parts(
     workers: int,
     max_bad_share: float,
     label: str,
+    option: str = "--max-bad-share",
 ) -> list[Report]:
     """Run the tasks that have no report yet; returns all reports, in the order of the tasks.
 
@@ -146,6 +147,7 @@ def make_parts(
         rows: of the input, for the limit of bad ones.
         workers: processes; with 1 the tasks run in this one.
         label: of the progress bar, and of the log lines without a terminal.
+        option: what a user sets `max_bad_share` by.
 
     Raises:
         DataError: too many bad rows; the message has the causes, `rejected.jsonl` all that were found.
@@ -160,13 +162,13 @@ def make_parts(
         logger.warning("%s: %d of %d parts are there already", label, len(reports), len(tasks))
     jobs = ((number, tasks[number], out / part_name(number), files[number]) for number in todo)
     with tqdm(total=len(tasks), initial=len(reports), desc=label, unit="part", disable=not sys.stderr.isatty()) as bar:
-        stop_if_bad(reports.values(), rows, max_bad_share, out)
+        stop_if_bad(reports.values(), rows, max_bad_share, out, option)
         for number, report in run_tasks(_make_one, make, jobs, max(1, min(workers, len(todo)))):
             reports[number] = report
             bar.update()
             if bar.disable:
                 logger.info("%s: %d of %d parts", label, len(reports), len(tasks))
-            stop_if_bad(reports.values(), rows, max_bad_share, out)
+            stop_if_bad(reports.values(), rows, max_bad_share, out, option)
     return [reports[number] for number in range(len(tasks))]
 
 
@@ -232,7 +234,9 @@ def finish(
     return card
 
 
-def stop_if_bad(reports: Iterable[Report], rows: int, max_bad_share: float, out: Path) -> None:
+def stop_if_bad(
+    reports: Iterable[Report], rows: int, max_bad_share: float, out: Path, option: str = "--max-bad-share"
+) -> None:
     """Raise DataError, with the causes, when more than this share of `rows` is rejected; writes `rejected.jsonl`."""
     reports = list(reports)
     if (bad := sum(len(report["rejected"]) for report in reports)) <= max_bad_share * rows:
@@ -240,7 +244,7 @@ def stop_if_bad(reports: Iterable[Report], rows: int, max_bad_share: float, out:
     raise DataError(
         f"{bad} of {rows} rows cannot be used, over the limit of {max_bad_share:.2%}:\n{list_causes(reports, out)}\n"
         f"{out / REJECTED_FILE} has all that were found. Mend the input and write a new folder, or run the same "
-        "command with a higher --max-bad-share to leave them out"
+        f"command with a higher {option} to leave them out"
     )
 
 

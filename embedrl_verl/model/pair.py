@@ -25,7 +25,7 @@ from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.schema import Side
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import ConfigError, EmbedderError, EmbedRLError
-from embedrl_verl.families import Family
+from embedrl_verl.families import FAMILIES, Family
 from embedrl_verl.model.embedders import Embeds, Vector
 from embedrl_verl.model.gate import ThinkGate
 from embedrl_verl.model.tcots import FAILURES, Ask, Writes, Written, ask_for
@@ -69,7 +69,7 @@ class EmbedRLModel:
         evidence: EvidenceConfig | None = None,
         media_root: str | Path | None = None,
         max_frames: int = 8,
-        family: Family = "qwen3_vl",
+        family: Family = FAMILIES[-1],
     ) -> None:
         self.embedder, self.reasoner, self.gate = embedder, reasoner, gate
         self.family: Family = family if reasoner is None else reasoner.family
@@ -150,7 +150,7 @@ class EmbedRLModel:
         Raises:
             EmbedderError, MediaError: of the first input without a vector. `encodings` goes on instead.
         """
-        single = isinstance(inputs, (str, dict)) or not isinstance(inputs, (Sequence, np.ndarray))
+        single = isinstance(inputs, (str, dict, Ask)) or not isinstance(inputs, (Sequence, np.ndarray))
         given = [inputs] if single else list(inputs)
         if against is not None:
             against = torch.as_tensor(against, dtype=torch.float32, device="cpu")

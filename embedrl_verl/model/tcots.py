@@ -62,6 +62,14 @@ class Writes(Protocol):
 
 
 KEYS = ("text", "instruction", "image", "images", "video", "kind")
+_KINDS: dict[str, Any] = {
+    "text": str,
+    "instruction": str,
+    "images": (list, tuple),
+    "video": (str, Path, list, tuple),
+    "kind": str,
+}
+_WORDS = {"text": "a text", "instruction": "a text", "images": "a list", "video": "a path or a list", "kind": "a text"}
 _TEXT_OF_SIDE: Mapping[Side, InputKind] = {"query": "query_text", "target": "target_text"}
 
 
@@ -78,10 +86,11 @@ def ask_for(
         max_frames: frames drawn from a video.
 
     Raises:
-        ConfigError: something else was given. MediaError: a medium cannot be decoded.
+        ConfigError: something else was given. MediaError: a medium cannot be decoded. DataError: it is empty, or its
+            text is not Unicode.
     """
     if isinstance(given, Ask):
-        return given
+        return given if given.item.instruction else given._replace(item=replace(given.item, instruction=instruction))
     if isinstance(given, str):
         given = {"text": given}
     elif isinstance(given, Image.Image):
@@ -99,6 +108,12 @@ def ask_for(
         )
     if not (item.text.strip() or item.images or item.frames):
         raise DataError("an input must have a text, an image or a video; it is empty")
+    try:
+        f"{item.text}{item.instruction}{instruction}".encode()
+    except UnicodeEncodeError as error:  # JSON can hold half a character; tokenizers raise what nobody expects
+        raise DataError(
+            f"an input's text must be Unicode; it holds half of a surrogate pair ({error.reason})"
+        ) from error
     if instruction and not item.instruction:
         item = replace(item, instruction=instruction)
     medium = "video" if item.frames else "image" if item.images else "text"
@@ -112,11 +127,14 @@ def ask_for(
 def _from_mapping(given: Mapping[str, Any], media_root: str | Path | None, max_frames: int) -> LoadedItem:
     if unknown := sorted(set(given) - set(KEYS)):
         raise ConfigError(f"an input's keys must be {', '.join(KEYS)}; got {', '.join(map(repr, unknown))}")
+    for name, kinds in _KINDS.items():
+        if given.get(name) is not None and not isinstance(given[name], kinds):
+            raise ConfigError(f"{name} must be {_WORDS[name]}; got a {type(given[name]).__name__}")
     images = given.get("images") or ()
     if given.get("image") is not None:
         images = (given["image"], *images)
     loaded, video = tuple(_image(one, media_root) for one in images), given.get("video")
-    text, instruction = str(given.get("text") or ""), str(given.get("instruction") or "")
+    text, instruction = given.get("text") or "", given.get("instruction") or ""
     if isinstance(video, (str, Path)):
         root, name = (media_root, str(video)) if media_root is not None else (Path(video).parent, Path(video).name)
         clip = load_item(Item(video=Video(path=name)), root, max_frames=max_frames)

@@ -239,6 +239,6 @@ def test_a_training_json_of_another_form_is_refused(content, message, tmp_path):
 
 
 def test_no_machine_path_is_published_however_deep_a_setting_is():
-    settings = {"files": ["/home/me/a.parquet"], "of": {"model": "/home/me/b"}, "lr": 1e-5, "dims": [64, 128]}
+    settings = {"files": ["/data/me/a.parquet"], "of": {"model": "/data/me/b"}, "lr": 1e-5, "dims": [64, 128]}
     public = public_record(TrainingRecord(settings=settings)).settings
     assert public == {"files": ["a.parquet"], "of": {"model": "b"}, "lr": 1e-5, "dims": [64, 128]}

@@ -10,13 +10,14 @@ from PIL import Image
 
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.media import LoadedItem
-from embedrl_verl.data.schema import Item
+from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import ConfigError, DataError, EmbedderError, MediaError
 from embedrl_verl.evaluation.metrics import hit_at_k
 from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.model import EmbedRLModel, Written, ask_for
 from embedrl_verl.model.gate import ThinkGate, margins
+from embedrl_verl.model.tcots import PairSide
 from recipes.tiny_digits.canvas import HELD_OUT_SCANS
 from recipes.tiny_digits.models import build_tiny_model
 from recipes.tiny_digits.world import make_samples
@@ -77,6 +78,7 @@ def test_a_single_input_has_a_single_vector_and_similarity_is_the_cosine(model):
     assert one.shape == (128,) and isinstance(tcot, str) and np.allclose(one, many[0], atol=1e-6)
     assert torch.allclose(model.similarity(one, many), torch.tensor(many @ one)[None], atol=1e-6)
     assert model.similarity(one, many).shape == (1, 2)
+    assert model.encode_document(ask_for("a text", "target")).shape == (128,)
     assert model.encode_document([]).shape == (0, 0)
 
 
@@ -142,6 +144,7 @@ def test_one_bad_input_is_named_and_the_others_have_their_vectors(model, tmp_pat
         ({"image": 3}, ConfigError, "an image must be an image, a path or encoded bytes; got int"),
         ({"image": b"no"}, MediaError, "2 bytes"),
         ({"text": " "}, DataError, "empty"),
+        ({"text": "half \ud800"}, DataError, "half of a surrogate pair"),
     ],
 )
 def test_what_is_no_input_is_refused(given, error, words):
@@ -154,6 +157,8 @@ def test_kinds_and_instructions_are_those_of_pair_records(tmp_path):
     picture(0).save(tmp_path / "a.png")
     assert ask_for(sample.query, "query").kind == "query_page"
     assert ask_for(Item("x", instruction="own"), "target", instruction="other").item.instruction == "own"
+    side = PairSide(PairRecord("p", "s", "own", Item("x"), Item(video=Video(path="a.mp4"))), "query")
+    assert ask_for(side.ask(), "query", instruction="i") == ("query_text_to_video", LoadedItem("x", "own", (), ()))
     assert ask_for("x", "target", instruction="i") == ("target_text", LoadedItem("x", "i", (), ()))
     assert ask_for({"video": [picture(0)] * 20}, "target").item.times.total == 20
     assert len(ask_for({"video": [picture(0)] * 20}, "target").item.frames) == 8

@@ -52,11 +52,13 @@ def run_benchmark(
             "data.embedrl.family must say whose boxes the T-CoTs have, as --set "
             f"data.embedrl.family={FAMILIES[-1]}; got auto"
         )
+    max_frames = settings.max_frames([prompts_like or reasoner] if reasoner else [])
     model = EmbedRLModel(
-        load_embedder(settings),
+        load_embedder(settings, max_frames),
         reasoner if reasoner is None else load_reasoner(reasoner, settings, engine=engine, prompts_like=prompts_like),
         evidence=settings.embedrl.evidence,
         family=FAMILIES[-1] if family == "auto" else family,
+        max_frames=max_frames,
     )
     run = BenchmarkRun(
         benchmark,

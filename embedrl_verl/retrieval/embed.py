@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl embed`: inputs in, parquet parts of vectors out, resumable.
+
+Columns: `id`; `vector`, float32 of fixed size and length 1, null where there is none; `tcot`, null where the input was
+embedded alone; `evidence`, pieces cut for it; `problem`, why there is no vector, else null. The folder is made by
+data/build.py: parts are whole or not there, and a command that was killed goes on with the next part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedrl_verl import __version__
+from embedrl_verl.data.build import Report, building, finish, make_parts
+from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, publish, read_object, temporary_name
+from embedrl_verl.data.media import LoadedItem
+from embedrl_verl.data.threads import default_threads, in_threads
+from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.errors import EmbedRLError
+from embedrl_verl.model import Ask, EmbedRLModel
+from embedrl_verl.model.pair import Encoding, Think
+from embedrl_verl.retrieval.inputs import ROW_ERRORS, Inputs, Part, Reading, Row, read_part
+from embedrl_verl.retrieval.pair import PairOptions
+
+FORMAT = "embedrl vectors 1"
+
+
+def schema(dim: int) -> pa.Schema:
+    """Of parts with vectors of `dim` numbers."""
+    vector = pa.list_(pa.float32(), dim)
+    return pa.schema([("id", pa.string()), ("vector", vector), *((name, kind) for name, kind in _MORE.items())])
+
+
+_MORE = {"tcot": pa.string(), "evidence": pa.int32(), "problem": pa.string()}
+
+
+def embed_inputs(
+    inputs: Sequence[str],
+    out: str,
+    pair: PairOptions,
+    how: Reading,
+    *,
+    think: Think,
+    rows_per_part: int,
+    batch_size: int,
+    max_failed_share: float,
+    retry_failed: bool,
+    command: Sequence[str],
+) -> list[str]:
+    """Do what is left to do. Arguments as the command's. Returns lines for the terminal.
+
+    Raises:
+        DataError: more than `max_failed_share` of the rows have no vector.
+    """
+    given = Inputs(inputs, rows_per_part)
+    settings = {
+        **pair.named(),
+        "think": think,
+        "side": how.side,
+        "instruction": how.instruction,
+        "media_root": how.media_root,
+        "rows_per_part": rows_per_part,
+    }
+    facts = {"tool": f"embedrl-verl {__version__}", "command": "embed", "settings": settings, "input": given.facts}
+    folder = Path(out)
+    with building(folder, facts, command, stamps=[given.stamps, pair.stamps()]) as work:
+        if work is None:
+            return [f"{out} is finished; nothing to do", *_report(folder)]
+        for report in work.glob("part-*.json") if retry_failed else ():
+            if read_object(report)["rejected"]:
+                report.unlink()  # a part without a report is made again
+        maker = _Maker(pair.load(think), how, batch_size)
+        reports = make_parts(
+            maker,
+            given.parts,
+            work,
+            rows=given.count,
+            workers=1,
+            max_bad_share=max_failed_share,
+            label="embed",
+            option="--max-failed-share",
+        )
+        more = {"format": FORMAT, "dim": maker.dim, "models": pair.stamps()}
+        finish(folder, "vectors", facts, reports, media_root=None, more=more)
+    return _report(folder)
+
+
+def _report(folder: Path) -> list[str]:
+    card = read_object(folder / CARD_FILE)
+    failed = card["rejected"]
+    lines = [f"{folder}: {card['records']:,} rows, {failed['rows']:,} without a vector, {card['dim']} numbers a vector"]
+    lines += [f"  {cause['rows']} x {cause['cause']} (first: {cause['example']})" for cause in failed["causes"]]
+    return lines + ([f"  all of them: {folder / REJECTED_FILE}"] if failed["rows"] else [])
+
+
+class _Maker:
+    """Makes the part of a task. In memory at a time: a batch, what threads decode ahead of it, and a part's vectors."""
+
+    def __init__(self, model: EmbedRLModel, how: Reading, batch_size: int) -> None:
+        self._model, self._how, self._batch_size = model, how, batch_size
+        (probe,) = model.embedder.vectors([EmbedInput(LoadedItem("a heron", "", (), ()))], how.side)
+        if isinstance(probe, EmbedRLError):  # no row would have a vector
+            raise probe
+        self.dim = len(probe)
+
+    def __call__(self, part: Part, file: Path) -> Report:
+        found = list(self._encode(part))
+        vectors = np.full((len(found), self.dim), np.nan, np.float32)
+        for number, (_, _, one) in enumerate(found):
+            if one.vector is not None:
+                vectors[number] = one.vector.numpy()
+        failed = [one.vector is None for _, _, one in found]
+        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.dim, mask=pa.array(failed))
+        columns = {
+            "id": [name for name, _, _ in found],
+            "tcot": [one.tcot for _, _, one in found],
+            "evidence": [one.evidence for _, _, one in found],
+            "problem": [one.problem or None for _, _, one in found],
+        }
+        table = pa.table({**columns, "vector": values})
+        temporary = temporary_name(file)
+        try:
+            table = table.select(schema(self.dim).names).cast(schema(self.dim))
+            pq.write_table(table, temporary, use_dictionary=False, write_page_checksum=True)
+            publish(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        rejected = [
+            {"file": where, "id": name, "field": "", "reason": one.problem}
+            for name, where, one in found
+            if one.vector is None
+        ]
+        return {"records": len(found), "by_source": {}, "rejected": rejected}
+
+    def _encode(self, part: Part) -> Iterator[tuple[str, str, Encoding]]:
+        """Id and place of each row, and what became of it; not the row, which can hold the bytes of its media."""
+        rows = in_threads(_decode, read_part(part, self._how), default_threads())
+        while batch := list(islice(rows, self._batch_size)):
+            asks = [ask for _, ask in batch if isinstance(ask, Ask)]
+            done = self._model.encodings(asks, self._how.side, batch_size=self._batch_size)
+            for row, ask in batch:
+                yield row.id, row.where, next(done) if isinstance(ask, Ask) else Encoding(None, problem=ask)
+
+
+def _decode(row: Row) -> tuple[Row, Ask | str]:
+    """The row, and it decoded or why not."""
+    try:
+        return row, row.ask()
+    except ROW_ERRORS as error:
+        return row, str(error)

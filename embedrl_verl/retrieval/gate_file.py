@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl gate fit`: which queries think, decided on validation pairs, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embedrl_verl.data.files import read_object, write_json
+from embedrl_verl.data.identity import shares_content
+from embedrl_verl.data.schema import Side
+from embedrl_verl.errors import ConfigError, DataError, MediaError
+from embedrl_verl.evaluation.retrieval import Pairs
+from embedrl_verl.model import EmbedRLModel
+from embedrl_verl.model.gate import ThinkGate
+from embedrl_verl.model.pair import Think
+from embedrl_verl.model.tcots import PairSide
+from embedrl_verl.retrieval.pair import PairOptions
+
+GATE_FILE = "gate.json"
+AT_ONCE = 64
+"""Inputs whose decoded media are in memory at a time."""
+
+
+def fit_gate(
+    files: Sequence[str], out: str, pair: PairOptions, *, media_root: str | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """Fit and write `out`; returns what it holds.
+
+    `threshold`: cosines; `share` of the queries that think. `hit1` and `seconds` (of a query, on this machine) of
+    "never", "always" and "gated" thinking: every query against the targets of its data source, which always think.
+    """
+    pairs = Pairs.read([str(Path(file).resolve()) for file in files], media_root, limit)
+    model = pair.load("always")
+    targets, _ = _vectors(model, pairs, "target", "always")
+    every = range(len(pairs.records))
+    plain, never_s = _vectors(model, pairs, "query", "never")
+    thought, always_s = _vectors(model, pairs, "query", "always")
+    elsewhere = torch.ones(len(every), len(every), dtype=torch.bool)
+    for rows in pairs.by_source.values():
+        elsewhere[torch.tensor(rows)[:, None], torch.tensor(rows)] = False
+    before, after = ((one @ targets.T).masked_fill(elsewhere, torch.nan) for one in (plain, thought))
+    fit = ThinkGate.fit(before, after, shares_content(pairs.contents, pairs.contents) & ~elsewhere)
+    chosen = fit.gate.thinks(before).nonzero()[:, 0].tolist()
+    _, again_s = _vectors(model, pairs, "query", "always", chosen)
+    found = {
+        "threshold": fit.gate.threshold,
+        "share": fit.share,
+        "hit1": {"never": fit.never, "always": fit.always, "gated": fit.gated},
+        "seconds": {
+            name: value / len(every)
+            for name, value in (("never", never_s), ("always", always_s), ("gated", never_s + again_s))
+        },
+        "queries": len(every),
+        "failed": int(sum(one.isnan().any(dim=1).sum() for one in (plain, thought, targets))),
+        "files": [str(file) for file in files],
+        **pair.named(),
+    }
+    write_json(out, found)
+    return found
+
+
+def read_gate(file: Path) -> ThinkGate:
+    """The gate of a file that `embedrl gate fit` wrote; ConfigError if there is none."""
+    if not file.is_file():
+        raise ConfigError(
+            f"{file}: no such file; --think when_needed needs the gate that embedrl gate fit writes (--gate)"
+        )
+    threshold = read_object(file).get("threshold")
+    if not isinstance(threshold, float):
+        raise DataError(f"{file}: threshold must be a number; got {json.dumps(threshold)}. Fit the gate again")
+    return ThinkGate(threshold)
+
+
+def _vectors(
+    model: EmbedRLModel, pairs: Pairs, side: Side, think: Think, numbers: Sequence[int] | None = None
+) -> tuple[torch.Tensor, float]:
+    """float32 (n, D) of one side, NaN where there is no vector, and seconds from decoded media to vectors."""
+    numbers = range(len(pairs.records)) if numbers is None else numbers
+    found: dict[int, torch.Tensor] = {}
+    seconds = 0.0
+    for start in range(0, len(numbers), AT_ONCE):
+        asks = {}
+        for i in numbers[start : start + AT_ONCE]:
+            try:
+                asks[i] = PairSide(pairs.records[i], side, pairs.media_roots[i]).ask(model.max_frames)
+            except MediaError:
+                continue
+        started = time.perf_counter()
+        done = list(model.encodings(list(asks.values()), side, think=think, batch_size=AT_ONCE))
+        seconds += time.perf_counter() - started
+        found |= {i: one.vector for i, one in zip(asks, done, strict=True) if one.vector is not None}
+    if not found and numbers:
+        raise DataError(f"no {side} of the pairs has a vector; embedrl eval says why")
+    missing = torch.full_like(next(iter(found.values()), torch.empty(1)), torch.nan)
+    return torch.stack([found.get(i, missing) for i in numbers]) if numbers else torch.empty(0, 1), seconds

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pair that a command works with: how it is named, told from another, and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedrl_verl.data.files import stamp_of
+from embedrl_verl.errors import ConfigError
+from embedrl_verl.model import EmbedRLModel
+from embedrl_verl.model.gate import ThinkGate
+from embedrl_verl.model.loading import Engine
+from embedrl_verl.model.pair import Think
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Arguments of `EmbedRLModel.from_pretrained`; `overrides` are its settings."""
+
+    embedder: str
+    reasoner: str | None = None
+    engine: Engine = "transformers"
+    prompts_like: str | None = None
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], **others: Any) -> PairOptions:
+        """Those that `named` gave; `others` that are not None come first."""
+        known = {name: settings[name] for name in ("embedder", "reasoner", "engine", "prompts_like", "overrides")}
+        known |= {name: value for name, value in others.items() if value}
+        return cls(**{**known, "overrides": tuple(known["overrides"])})
+
+    def think(self, asked: Think | None) -> Think:
+        """What was asked; else always with a Reasoner, never without."""
+        if asked is not None and asked != "never" and self.reasoner is None:
+            raise ConfigError(f"--think {asked} needs a Reasoner; name one by --reasoner, or --think never")
+        return asked or ("never" if self.reasoner is None else "always")
+
+    def named(self) -> dict[str, Any]:
+        """What the vectors depend on, as JSON values."""
+        return {
+            "embedder": _resolved(self.embedder),
+            "reasoner": self.reasoner and _resolved(self.reasoner),
+            "engine": self.engine,
+            "prompts_like": self.prompts_like and _resolved(self.prompts_like),
+            "overrides": list(self.overrides),
+        }
+
+    def stamps(self) -> dict[str, list[str]]:
+        """Sizes and times of change of both models' weights, which tell that a path holds another model by now."""
+        return {
+            name: [stamp_of(file) for file in sorted(Path(path or "").glob("*.safetensors"))] if path else []
+            for name, path in (("embedder", self.embedder), ("reasoner", self.reasoner))
+        }
+
+    def load(self, think: Think, gate: ThinkGate | None = None) -> EmbedRLModel:
+        """Both models; without thinking the Embedder alone."""
+        return EmbedRLModel.from_pretrained(
+            self.embedder,
+            None if think == "never" else self.reasoner,
+            think=think,
+            gate=gate,
+            engine=self.engine,
+            prompts_like=self.prompts_like,
+            settings=self.overrides,
+            device=self.device,
+        )
+
+
+def _resolved(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl search`: one query against a folder of vectors, embedded as the folder was unless options say otherwise."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embedrl_verl.errors import EmbedderError
+from embedrl_verl.model import EmbedRLModel
+from embedrl_verl.model.pair import Encoding, Think
+from embedrl_verl.retrieval.gate_file import GATE_FILE, read_gate
+from embedrl_verl.retrieval.index import Hit, Index, Kind
+from embedrl_verl.retrieval.pair import PairOptions
+
+logger = logging.getLogger(__name__)
+
+
+def search_folder(
+    folder: str,
+    query: dict[str, Any],
+    *,
+    top: int,
+    think: Think | None,
+    gate: str | None,
+    kind: Kind,
+    pair: dict[str, Any],
+) -> tuple[Encoding, list[Hit]]:
+    """The query as it was embedded, and the best rows. Arguments as the command's; `pair`: `PairOptions` that differ
+    from the folder's.
+
+    Raises:
+        EmbedderError, MediaError: the query cannot be embedded. ConfigError, DataError: see `Index` and `read_gate`.
+    """
+    index = Index(folder, kind)
+    options = PairOptions.of(index.settings, **pair)
+    same_place = options.named()["embedder"] == index.settings["embedder"]
+    if same_place and options.stamps()["embedder"] != index.models["embedder"]:
+        logger.warning(
+            "%s has changed since %s was embedded; if it is another model, hits mean nothing", options.embedder, folder
+        )
+    how = options.think(think or (index.settings["think"] if options.reasoner else None))
+    needed = read_gate(Path(gate or Path(folder) / GATE_FILE)) if how == "when_needed" else None
+    model = options.load(how, needed)
+    query = {**query, "instruction": query.get("instruction") or index.settings["instruction"]}
+    found = _encode(model, query, "never" if how == "when_needed" else how)
+    vector = _vector(found)
+    if needed is not None:
+        scores, _ = index.search(vector, 2)
+        if needed.thinks(scores.masked_fill(scores == -torch.inf, torch.nan)).item():
+            found = _encode(model, query, "always")
+            vector = _vector(found)
+    scores, rows = index.search(vector, top)
+    return found, index.hits(scores[0], rows[0])
+
+
+def _encode(model: EmbedRLModel, query: dict[str, Any], think: Think) -> Encoding:
+    return next(iter(model.encodings([query], "query", think=think)))
+
+
+def _vector(found: Encoding) -> torch.Tensor:
+    if found.vector is None:
+        raise EmbedderError(f"the query has no vector: {found.problem}")
+    return found.vector[None]
