@@ -15,13 +15,13 @@
 #
 # TRAIN_FILES and VAL_FILES (parquet files or data set folders, separated by commas; docs/own_data.md), MEDIA_ROOT of their
 # paths: train on your own pairs. The models learn the form of a T-CoT from the digits, and from T-CoTs of your pairs.
-# SEED=0, STEPS=40 (of RL), PRETRAIN_STEPS=400, OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl,
+# SEED=0, STEPS=40 (of RL), PAIRS=8 (a step), PRETRAIN_STEPS=400, OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl,
 # REWARD=reward/no_judge.py, JUDGE=1 with reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it,
 # LOGGER=console (a line a step), tensorboard or wandb, several by comma (docs/logs.md). DRY_RUN=1 prints the plan of the RL
 # stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-SEED=${SEED:-0} STEPS=${STEPS:-40} PRETRAIN_STEPS=${PRETRAIN_STEPS:-400} FAMILY=${FAMILY:-qwen2_vl}
+SEED=${SEED:-0} STEPS=${STEPS:-40} PAIRS=${PAIRS:-8} PRETRAIN_STEPS=${PRETRAIN_STEPS:-400} FAMILY=${FAMILY:-qwen2_vl}
 OWN=seed # OUT's default name
 [[ -z "${TRAIN_FILES:-}" ]] || OWN=own
 OUT=$(realpath -m "${OUT:-$ROOT/runs/tiny_cpu/$OWN$SEED}")
@@ -34,7 +34,7 @@ esac
 FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl " STAGES=" world pretrain judge rl export evaluate "
 [[ "$FAMILIES" == *" $FAMILY "* ]] || fail 2 "FAMILY must be one of$FAMILIES; got $FAMILY"
 [[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
-whole_numbers STEPS PRETRAIN_STEPS
+whole_numbers STEPS PAIRS PRETRAIN_STEPS
 [[ "$SEED" =~ ^[0-9]+$ ]] || fail 2 "SEED must be a whole number from 0; got $SEED"
 [[ "$REWARD" == pkg://* || -f "$REWARD" ]] || fail 2 "REWARD must name a file of a reward function; there is no $REWARD"
 [[ -n "${TRAIN_FILES:-}" || -z "${VAL_FILES:-}${MEDIA_ROOT:-}" ]] ||
@@ -48,6 +48,7 @@ done
 [[ "$OUT" != *[][*?]* ]] || fail 2 "OUT must be a path without [, ], * and ?, which vLLM reads as a pattern; got $OUT"
 # What programs of recipes/tiny_digits are told of this run's pairs, and what the RL stage is.
 OWN_PAIRS=() HELD_OUT=() FILES=()
+TOGETHER=4 # near numbers stand together
 if [[ -n "${TRAIN_FILES:-}" ]]; then
     IFS=, read -ra OWN_FILES <<<"$TRAIN_FILES"
     IFS=, read -ra HELD_OUT <<<"$VAL_FILES"
@@ -56,6 +57,7 @@ if [[ -n "${TRAIN_FILES:-}" ]]; then
     done
     for file in "${OWN_FILES[@]}"; do OWN_PAIRS+=(--pairs "$(realpath "$file")"); done
     for i in "${!HELD_OUT[@]}"; do HELD_OUT[i]=$(realpath "${HELD_OUT[i]}"); done
+    TOGETHER=1
     FILES=("data.train_files=$(hydra_list "$TRAIN_FILES")" "data.val_files=$(hydra_list "$VAL_FILES")")
 else
     HELD_OUT=("$OUT/world/heldout.parquet")
@@ -78,19 +80,19 @@ set_up_cpu
 OVERRIDES=(
     platform=cpu
     "${FILES[@]}"
-    data.train_batch_size=16
+    "data.train_batch_size=$((2 * PAIRS))"
     data.max_prompt_length=416
     data.max_response_length=96
     "data.seed=$SEED"
     "data.embedrl.family=$FAMILY"
     data.embedrl.prompt_style=compact
-    data.embedrl.pairs_together=4
+    "data.embedrl.pairs_together=$TOGETHER"
     data.embedrl.image_min_tokens=4
     data.embedrl.image_max_tokens=64
     data.embedrl.frame_min_tokens=4
     data.embedrl.frame_max_tokens=16
     "actor_rollout_ref.model.path='$OUT/sft'"
-    actor_rollout_ref.actor.ppo_mini_batch_size=8
+    "actor_rollout_ref.actor.ppo_mini_batch_size=$PAIRS"
     actor_rollout_ref.actor.optim.lr=5e-5
     actor_rollout_ref.rollout.n=8
     actor_rollout_ref.rollout.max_model_len=512

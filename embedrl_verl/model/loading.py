@@ -72,6 +72,7 @@ def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "a
     says. `device`: auto is a GPU if there is one."""
     from omegaconf import OmegaConf
 
+    _check_there(embedder, "the Embedder")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     on_cpu = device == "cpu" and not any(one.startswith("platform=") for one in overrides)
     record = (read_record(Path(embedder)) if Path(embedder).is_dir() else None) or TrainingRecord()
@@ -100,8 +101,16 @@ def load_embedder(settings: Settings, max_frames: int) -> Embeds:
     return LocalEmbedder(Embedder(model.to(settings.device).eval(), processor))
 
 
+def _check_there(path: str, what: str) -> None:
+    """A path that is not here and no hub id is a mistyped folder."""
+    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    if not is_hub_id and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"{what}: no such folder: {path} (name a folder, or a hub id OWNER/NAME)")
+
+
 def check_reasoner(path: str) -> None:
     """Refuse what is no folder or hub id of a model, without its weights."""
+    _check_there(path, "the Reasoner")
     try:
         load_config(path)
     except EmbedderError as error:

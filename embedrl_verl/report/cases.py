@@ -60,6 +60,8 @@ class Evaluated:
 
 def evaluated(folder: Path) -> list[Evaluated]:
     """The pairs of an evaluation, in the order of the file; DataError without `tcots.jsonl`."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}; name that of a run, or of embedrl eval")
     if not (folder / TCOTS).is_file():
         raise DataError(
             f"{folder} has no {TCOTS}, which an evaluation writes; --steps 1,40 shows the rollouts of training"

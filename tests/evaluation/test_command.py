@@ -76,7 +76,7 @@ def test_settings_come_from_overrides_then_from_the_reasoners_record_then_from_t
     [
         (["--reasoner", "raw=x"], 2, "names of their own, not raw; got 'raw=x'"),
         (["--reasoner", "a=x", "--reasoner", "a=y"], 2, "names of their own"),
-        (["--reasoner", "nowhere/at/all"], 2, "nowhere/at/all must be a Reasoner's folder or hub id"),
+        (["--reasoner", "nowhere/at/all"], 2, "the Reasoner: no such folder: nowhere/at/all"),
         (["--set", "embedrl.embedder.lr=1"], 2, "lr"),
         (["--set", "embedrl.embedder.profile=qwen3_vl_embedding"], 4, "qwen3_vl_embedding"),
     ],
@@ -144,7 +144,7 @@ def test_every_reasoner_is_looked_at_before_the_first_writes(world, tmp_path, ca
     monkeypatch.setattr("embedrl_verl.evaluation.command.load_embedder", lambda *_: pytest.fail("it has begun"))
     words = ["--reasoner", f"a={world / 'sft'}", "--reasoner", "b=nowhere/at/all"]
     assert evaluate(world, tmp_path / "out", *words, *SETTINGS) == 2
-    assert "nowhere/at/all must be a Reasoner's folder or hub id" in capsys.readouterr().err
+    assert "the Reasoner: no such folder: nowhere/at/all" in capsys.readouterr().err
 
 
 def test_the_interval_of_the_mean_over_sources_keeps_its_sources():

@@ -73,7 +73,8 @@ def test_of_a_step_the_best_and_the_worst_rollout_of_each_side_are_shown(run):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["none"], 3, "none has no tcots.jsonl, which an evaluation writes; --steps 1,40 shows"),
+        (["none"], 3, "there is no folder none; name that of a run, or of embedrl eval"),
+        (["run/rl"], 3, "run/rl has no tcots.jsonl, which an evaluation writes; --steps 1,40 shows"),
         (["run", "--steps", "5"], 2, "--steps 5 names no dumped step"),
         (["run", "--steps", "x"], 2, "--steps must be a list like 1,5-10; got 'x'"),
         (["run", "--data", "gone.parquet"], 3, "gone.parquet"),
