@@ -17,7 +17,7 @@ from typer import Argument, Option
 
 from embedrl_verl import __version__
 from embedrl_verl.cli.data import data
-from embedrl_verl.cli.options import Embedder, Files, MediaRoot, Out, Overwrite, Rules, command
+from embedrl_verl.cli.options import Embedder, Files, MediaRoot, Out, Overwrite, Rules, RunPage, command
 from embedrl_verl.cli.pair import gate, pair
 from embedrl_verl.errors import ConfigError, EmbedRLError
 
@@ -229,17 +229,13 @@ def evaluate(
     return 0
 
 
-@app.command()
+@command(app)
 def report(
+    *,
     run: Annotated[str, Argument(help="Folder of a run, or of embedrl eval.")],
     out: Annotated[str | None, Option(metavar="HTML", help="Page to write; none: RUN/report.html.")] = None,
     cases: Annotated[int, Option(min=0, help="Cases to show that RL fixed, and that it broke.")] = 6,
-    data: Annotated[
-        list[str] | None, Option(metavar="FILE", help="Pair files; none: those of the run; may be given again.")
-    ] = None,
-    media_root: Annotated[str | None, Option(metavar="DIR", help="Of media paths; none: as in the run.")] = None,
-    max_mib: Annotated[float, Option(min=0.25, help="Limit of the page's size.")] = 20.0,
-    picture_side: Annotated[int, Option(min=32, help="Longest side of a picture, pixels.")] = 640,
+    page: RunPage,
 ) -> int:
     """One HTML file about a run or an evaluation.
 
@@ -247,7 +243,7 @@ def report(
     """
     from embedrl_verl.report.run_report import report_run
 
-    report_run(run, out, cases=cases, data=data, media_root=media_root, max_mib=max_mib, picture_side=picture_side)
+    report_run(run, out, cases=cases, **vars(page))
     return 0
 
 
@@ -304,18 +300,14 @@ def benchmark(
 
 @command(rollouts, "show")
 def show_rollouts(
+    *,
     run: Annotated[str, Argument(help="Folder of a run, or of embedrl eval.")],
     steps: Annotated[
         str | None, Option(metavar="1,40", help="Rollouts of these steps; none: the evaluation's.")
     ] = None,
     out: Annotated[str | None, Option(metavar="HTML", help="Page to write; none: RUN/rollouts.html.")] = None,
     limit: Annotated[int, Option(min=1, help="Pairs, of each step.")] = 40,
-    data: Annotated[
-        list[str] | None, Option(metavar="FILE", help="Pair files; none: those of the run; may be given again.")
-    ] = None,
-    media_root: Annotated[str | None, Option(metavar="DIR", help="Of media paths; none: as in the run.")] = None,
-    max_mib: Annotated[float, Option(min=0.25, help="Limit of the page's size.")] = 20.0,
-    picture_side: Annotated[int, Option(min=32, help="Longest side of a picture, pixels.")] = 640,
+    page: RunPage,
 ) -> int:
     """An HTML page of T-CoTs with boxes, key frames, ranks and reward parts.
 
@@ -328,10 +320,7 @@ def show_rollouts(
         out,
         steps=steps,
         limit=limit,
-        data=data,
-        media_root=media_root,
-        max_mib=max_mib,
-        picture_side=picture_side,
+        **vars(page),
     )
     return 0
 

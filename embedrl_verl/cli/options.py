@@ -133,6 +133,18 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class RunPage:
+    """page"""
+
+    data: Annotated[
+        list[str] | None, Option(metavar="FILE", help="Pair files; none: those of the run; may be given again.")
+    ] = None
+    media_root: Annotated[str | None, Option(metavar="DIR", help="Of media paths; none: as in the run.")] = None
+    max_mib: Annotated[float, Option(min=0.25, help="Limit of the page's size.")] = 20.0
+    picture_side: Annotated[int, Option(min=32, help="Longest side of a picture, pixels.")] = 640
+
+
+@dataclass(frozen=True)
 class Page:
     """page"""
 

@@ -179,16 +179,13 @@ def _embed_side(
     for start in range(0, len(pairs.records), AT_ONCE):
         inputs: dict[int, EmbedInput] = {}
         for i in range(start, min(start + AT_ONCE, len(pairs.records))):
-            written = None if tcots is None else tcots[i]
-            if written is not None and written.text is None:
-                problems.append((i, written.problem))
-                continue
             try:
                 kind, item = pairs.ask(i, side)
-                inputs[i] = EmbedInput(item)
-                if written is not None and written.text is not None:
+                if tcots is None:
+                    inputs[i] = EmbedInput(item)
+                else:
                     assert family is not None, "T-CoTs are of a Reasoner of some family"
-                    inputs[i] = EmbedInput.with_tcot(item, written.text, family, evidence, written.seen_sizes)
+                    inputs[i] = tcots[i].about(item, family, evidence)
             except FAILURES as error:
                 problems.append((i, str(error)))
                 continue

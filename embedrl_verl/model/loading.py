@@ -72,7 +72,8 @@ def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "a
     says. `device`: auto is a GPU if there is one."""
     from omegaconf import OmegaConf
 
-    _check_there(embedder, "the Embedder")
+    if fault := _fault(embedder):
+        raise EmbedderError(f"the Embedder cannot be loaded: {fault}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     on_cpu = device == "cpu" and not any(one.startswith("platform=") for one in overrides)
     record = (read_record(Path(embedder)) if Path(embedder).is_dir() else None) or TrainingRecord()
@@ -101,16 +102,17 @@ def load_embedder(settings: Settings, max_frames: int) -> Embeds:
     return LocalEmbedder(Embedder(model.to(settings.device).eval(), processor))
 
 
-def _check_there(path: str, what: str) -> None:
-    """A path that is not here and no hub id is a mistyped folder."""
+def _fault(path: str) -> str:
+    """What is wrong with a path that is not here and no hub id: a mistyped folder. Else ""."""
     is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-    if not is_hub_id and not Path(path).expanduser().is_dir():
-        raise ConfigError(f"{what}: no such folder: {path} (name a folder, or a hub id OWNER/NAME)")
+    is_there = is_hub_id or Path(path).expanduser().is_dir()
+    return "" if is_there else f"no such folder: {path} (name a folder, or a hub id OWNER/NAME)"
 
 
 def check_reasoner(path: str) -> None:
     """Refuse what is no folder or hub id of a model, without its weights."""
-    _check_there(path, "the Reasoner")
+    if fault := _fault(path):
+        raise ConfigError(f"the Reasoner: {fault}")
     try:
         load_config(path)
     except EmbedderError as error:

@@ -253,7 +253,7 @@ class EmbedRLModel:
         inputs: dict[int, EmbedInput] = {}
         for number, one in written.items():
             try:
-                inputs[number] = self._with_tcot(asks[number], one)
+                inputs[number] = one.about(asks[number].item, self.family, self.evidence)
             except FAILURES as error:
                 found[number] = Encoding(None, one.text, problem=str(error), seen_sizes=one.seen_sizes)
         vectors = self.embedder.vectors(list(inputs.values()), side)
@@ -261,11 +261,6 @@ class EmbedRLModel:
             encoding = _encoding(vector, written[number].text, len(given.evidence))
             found[number] = replace(encoding, seen_sizes=written[number].seen_sizes)
         return found
-
-    def _with_tcot(self, ask: Ask, written: Written) -> EmbedInput:
-        if written.text is None:
-            raise EmbedderError(written.problem)
-        return EmbedInput.with_tcot(ask.item, written.text, self.family, self.evidence, written.seen_sizes)
 
 
 def _encoding(vector: Vector, tcot: str | None = None, evidence: int = 0) -> Encoding:

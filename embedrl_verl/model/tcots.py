@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from PIL import ExifTags, Image, ImageOps
 
+from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.media import DECODE_ERRORS, LoadedItem, load_image, load_item
 from embedrl_verl.data.pixels import to_rgb
 from embedrl_verl.data.schema import Item, PairRecord, Side, Video, input_kind
 from embedrl_verl.data.video import DEFAULT_FPS, even_indices, list_times
+from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import ConfigError, DataError, EmbedderError, MediaError
 from embedrl_verl.families import Family
 from embedrl_verl.kinds import InputKind
@@ -51,6 +53,12 @@ class Written:
     seen_sizes: tuple[tuple[int, int], ...] | None = None
     problem: str = ""
 
+    def about(self, item: LoadedItem, family: Family, evidence: EvidenceConfig) -> EmbedInput:
+        """The item with this T-CoT and its evidence; EmbedderError if there is none. `family`: of who wrote it."""
+        if self.text is None:
+            raise EmbedderError(self.problem)
+        return EmbedInput.with_tcot(item, self.text, family, evidence, self.seen_sizes)
+
 
 class Writes(Protocol):
     """A Reasoner, in this process or elsewhere. `family`: of its boxes."""
@@ -70,7 +78,6 @@ _KINDS: dict[str, Any] = {
     "kind": str,
 }
 _WORDS = {"text": "a text", "instruction": "a text", "images": "a list", "video": "a path or a list", "kind": "a text"}
-_TEXT_OF_SIDE: Mapping[Side, InputKind] = {"query": "query_text", "target": "target_text"}
 
 
 def ask_for(
@@ -81,7 +88,7 @@ def ask_for(
     Args:
         given: a text; an RGB image; a mapping with some of `text`, `instruction`, `image` or `images` (images, paths or
             encoded bytes), `video` (a path, or a list of frames at 2 a second) and `kind` ("page" for a document page);
-            an `Item` of a pair record, or a `LoadedItem`; or an `Ask`, which stays as it is.
+            an `Item` of a pair record, or a `LoadedItem`; or an `Ask`, whose kind stays.
         instruction: of inputs that bring none.
         max_frames: frames drawn from a video.
 
@@ -117,11 +124,9 @@ def ask_for(
     if instruction and not item.instruction:
         item = replace(item, instruction=instruction)
     medium = "video" if item.frames else "image" if item.images else "text"
-    if medium == "text":
-        return Ask(_TEXT_OF_SIDE[side], item)
     if medium == "image" and item.kind == "page":
         medium = "page"
-    return Ask(f"{side}_{medium}", item)  # type: ignore[arg-type]
+    return Ask(cast(InputKind, f"{side}_{medium}"), item)
 
 
 def _from_mapping(given: Mapping[str, Any], media_root: str | Path | None, max_frames: int) -> LoadedItem:

@@ -13,11 +13,10 @@ from datasets import Dataset, Image, Video
 
 from embedrl_verl.errors import ConfigError, DataError, EmbedderError
 from embedrl_verl.evaluation.mteb_model import MtebModel, load, main, model_meta
-from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.pair import Encoding
-from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import picture
+from tests.model.tiny_pair import LIMITS, make_pair
 
 if sys.version_info < (3, 11):
     pytest.skip("mteb 2.26 needs Python 3.11", allow_module_level=True)
@@ -29,21 +28,12 @@ from mteb.mocks.mock_tasks import MockAny2AnyRetrievalI2TTask, MockAny2AnyRetrie
 from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 
-LIMITS = [
-    *(f"embedrl.embedder.{kind}_min_tokens=4" for kind in ("image", "frame")),
-    *(f"embedrl.embedder.{kind}_max_tokens=64" for kind in ("image", "frame")),
-]
 IN_SPLIT = {"hf_split": "test", "hf_subset": "default"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    build_tiny_model(folder / "embedder", seed=1)
-    build_tiny_model(folder / "reasoner")
-    settings = {"prompt_style": "compact", "image_min_tokens": 4, "image_max_tokens": 64, "max_response_length": 6}
-    write_record(folder / "reasoner", TrainingRecord(stage="egrl", settings=settings))
-    return folder
+    return make_pair(tmp_path_factory.mktemp("pair"), longest=6)
 
 
 @pytest.fixture(scope="module")

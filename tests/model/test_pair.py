@@ -19,24 +19,14 @@ from embedrl_verl.model import EmbedRLModel, Written, ask_for
 from embedrl_verl.model.gate import ThinkGate, margins
 from embedrl_verl.model.tcots import PairSide
 from recipes.tiny_digits.canvas import HELD_OUT_SCANS
-from recipes.tiny_digits.models import build_tiny_model
 from recipes.tiny_digits.world import make_samples
 from tests.embedder.inputs import picture
-
-LIMITS = [
-    *(f"embedrl.embedder.{kind}_min_tokens=4" for kind in ("image", "frame")),
-    *(f"embedrl.embedder.{kind}_max_tokens=64" for kind in ("image", "frame")),
-]
+from tests.model.tiny_pair import LIMITS, make_pair
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    build_tiny_model(folder / "embedder", seed=1)
-    build_tiny_model(folder / "reasoner")
-    settings = {"prompt_style": "compact", "image_min_tokens": 4, "image_max_tokens": 64, "max_response_length": 12}
-    write_record(folder / "reasoner", TrainingRecord(stage="egrl", settings=settings))
-    return folder
+    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

@@ -12,24 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedrl_verl import cli
-from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.model import EmbedRLModel
-from recipes.tiny_digits.models import build_tiny_model
 from tests.embedder.inputs import picture
+from tests.model.tiny_pair import LIMITS, make_pair
 
-LIMITS = [f"embedrl.embedder.{kind}_{end}" for kind in ("image", "frame") for end in ("min_tokens=4", "max_tokens=64")]
 Pair = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of `embedder` and `reasoner`."""
-    folder = tmp_path_factory.mktemp("pair")
-    build_tiny_model(folder / "embedder", seed=1)
-    build_tiny_model(folder / "reasoner")
-    settings = {"prompt_style": "compact", "image_min_tokens": 4, "image_max_tokens": 64, "max_response_length": 12}
-    write_record(folder / "reasoner", TrainingRecord(stage="egrl", settings=settings))
-    return folder
+    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="session")
