@@ -16,12 +16,14 @@
 # TRAIN_FILES and VAL_FILES (parquet files or data set folders, separated by commas; docs/own_data.md), MEDIA_ROOT of their
 # paths: train on your own pairs. The models learn the form of a T-CoT from the digits, and from T-CoTs of your pairs.
 # SEED=0, STEPS=40 (of RL), PAIRS=8 (a step), PRETRAIN_STEPS=400, OUT=runs/tiny_cpu/seed0, FAMILY=qwen2_vl, qwen2_5_vl or qwen3_vl,
+# TCOT=full, no_evidence (nothing that a T-CoT points at is cut out for the Embedder) or answer_only (no thinking either),
 # REWARD=reward/no_judge.py, JUDGE=1 with reward/paper.py and reward/public_code.py (else 0), UNTIL=<stage>: end after it,
 # LOGGER=console (a line a step), tensorboard or wandb, several by comma (docs/logs.md). DRY_RUN=1 prints the plan of the RL
 # stage only.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SEED=${SEED:-0} STEPS=${STEPS:-40} PAIRS=${PAIRS:-8} PRETRAIN_STEPS=${PRETRAIN_STEPS:-400} FAMILY=${FAMILY:-qwen2_vl}
+TCOT=${TCOT:-full}
 OWN=seed # OUT's default name
 [[ -z "${TRAIN_FILES:-}" ]] || OWN=own
 OUT=$(realpath -m "${OUT:-$ROOT/runs/tiny_cpu/$OWN$SEED}")
@@ -34,6 +36,7 @@ esac
 FAMILIES=" qwen2_vl qwen2_5_vl qwen3_vl " STAGES=" world pretrain judge rl export evaluate "
 [[ "$FAMILIES" == *" $FAMILY "* ]] || fail 2 "FAMILY must be one of$FAMILIES; got $FAMILY"
 [[ -z "${UNTIL:-}" || "$STAGES" == *" $UNTIL "* ]] || fail 2 "UNTIL must be a stage ($STAGES); got $UNTIL"
+[[ " full no_evidence answer_only " == *" $TCOT "* ]] || fail 2 "TCOT must be full, no_evidence or answer_only; got $TCOT"
 whole_numbers STEPS PAIRS PRETRAIN_STEPS
 [[ "$SEED" =~ ^[0-9]+$ ]] || fail 2 "SEED must be a whole number from 0; got $SEED"
 [[ "$REWARD" == pkg://* || -f "$REWARD" ]] || fail 2 "REWARD must name a file of a reward function; there is no $REWARD"
@@ -121,6 +124,12 @@ OVERRIDES=(
     embedrl.judge.limit=64
 )
 
+TCOT_OPTION=()
+if [[ "$TCOT" != full ]]; then
+    TCOT_OPTION=(--tcot "$TCOT")
+    OVERRIDES+=(embedrl.evidence.max_items=0)
+fi
+
 if is_dry_run; then
     train "${OVERRIDES[@]}" "$@"
     exit
@@ -177,7 +186,7 @@ until_stage() { [[ "${UNTIL:-}" != "$1" ]] || exit 0; }
 same_stage() {
     local mark="$OUT/.stages/$1"
     [[ ! -f "$mark" || "$(cat "$mark")" == "${*:2}" ]] || fail 2 "OUT=$OUT holds a run whose stage $1 is" \
-        "'$(cat "$mark")', and now it would be '${*:2}' (SEED, FAMILY); choose another OUT"
+        "'$(cat "$mark")', and now it would be '${*:2}' (SEED, FAMILY, TCOT); choose another OUT"
 }
 
 make_world() {
@@ -252,12 +261,13 @@ evaluate() {
 }
 
 evaluate_by() {
-    tiny evaluate "$OUT/$1" "$OUT" "$OUT/sft" "$OUT/reasoner" "${HELD_OUT[@]}" --seed "$SEED" --suffix "$2" "${ROOT_OPTION[@]}"
+    tiny evaluate "$OUT/$1" "$OUT" "$OUT/sft" "$OUT/reasoner" "${HELD_OUT[@]}" --seed "$SEED" --suffix "$2" \
+        "${ROOT_OPTION[@]}" "${TCOT_OPTION[@]}"
 }
 
 mkdir -p "$OUT/.stages"
 same_stage world make_world "$FAMILY" "$SEED"
-PRETRAIN=(pretrain "$SEED" "$PRETRAIN_STEPS" "${OWN_PAIRS[@]}")
+PRETRAIN=(pretrain "$SEED" "$PRETRAIN_STEPS" "${TCOT_OPTION[@]}" "${OWN_PAIRS[@]}")
 ((${#OWN_PAIRS[@]} == 0)) || PRETRAIN+=("${ROOT_OPTION[@]}")
 same_stage pretrain "${PRETRAIN[@]}"
 ((JUDGE == 0)) || same_stage judge make_judge "$SEED"

@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {
-    *("build_data_tiny_cpu", "compare_rewards_tiny_cpu", "run_egrl_qwen2_5vl", "run_egrl_qwen2_5vl_megatron"),
+    *("build_data_tiny_cpu", "compare_tiny_cpu", "run_egrl_qwen2_5vl", "run_egrl_qwen2_5vl_megatron"),
     *("run_egrl_qwen2vl", "run_egrl_qwen3vl", "run_egrl_qwen3vl_megatron", "run_egrl_tiny_cpu"),
     *("run_embedder_contrastive", "run_embedder_tiny_cpu"),
 }

@@ -309,6 +309,7 @@ class RolloutConfig(Section):
 class ValidationConfig(Section):
     ndcg_k: Count
     keep_best: bool
+    case_images: Natural
 
 
 @section("embedrl")

@@ -41,7 +41,7 @@ from embedrl_verl.data.inspection import Facts, PairInspector, inspect_rows, rai
 from embedrl_verl.data.lengths import PromptMeter
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.prompts import load_prompt_media, prompt_messages
-from embedrl_verl.data.schema import SIDES, Item, Video, input_kind
+from embedrl_verl.data.schema import SIDES, Item, PairRecord, Video, input_kind
 from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.data.threads import default_threads
 from embedrl_verl.errors import ConfigError, DataError
@@ -113,6 +113,10 @@ class TCoTDataset(Dataset[dict[str, Any]]):
         pair = self._table[int(number)]
         assert isinstance(pair, LocatedPair)
         return pair
+
+    def record(self, pair: int) -> PairRecord:
+        """The record of a pair, by its place among those that are left."""
+        return self._pair(self._facts["row"][pair]).record
 
     def _without_overlong(self, facts: Facts, limit: int) -> Facts:
         """The pairs whose prompts fit; the others are reported, and a source of which none is left is an error."""

@@ -33,6 +33,7 @@ from embedrl_verl.evaluation.validation import RetrievalValidation, ValidationRo
 from embedrl_verl.export.checkpoint import make_way, writing
 from embedrl_verl.platforms import plugin
 from embedrl_verl.rewards.dump import dump_name
+from embedrl_verl.trainer.case_images import CaseImages
 from embedrl_verl.trainer.checkpoint import keep_if_best, prune_to, record_scores, write_records
 from embedrl_verl.trainer.reward_stage import (
     ScoredRows,
@@ -61,6 +62,7 @@ class EGRLMixin(EGRLSetup):
         super().__init__(config)
         self._validation = RetrievalValidation(self.embedrl.validation.ndcg_k)
         self._watch = PolicyWatch(self.embedrl.rollout.min_probs_correlation, synchronous=self.parent_mode == "sync")
+        self._cases: CaseImages | None = None
         self._dump_parts: dict[str, dict[str, Any]] = {}
 
     def on_step_begin(self) -> None:
@@ -151,6 +153,7 @@ class EGRLMixin(EGRLSetup):
             path = Path(folder) / dump_name(self.global_steps, part)
             scored.write_dump(path, self.config.reward.custom_reward_function)
         if not training:
+            self._case_images().note(scored.rows)
             known = [None if i in scored.vectors.failures else one for i, one in enumerate(scored.vectors.embeddings)]
             self._validation.add(
                 [
@@ -195,12 +198,22 @@ class EGRLMixin(EGRLSetup):
                 failed,
                 len(expected),
             )
+        self._case_images().log(self.global_steps)
         folder = self.config.trainer.default_local_dir
         record_scores(f"{folder}/global_step_{self.global_steps}", card_scores(retrieval))
         hit1 = retrieval.get("val-core/all/hit@1")
         if self.embedrl.validation.keep_best and hit1 is not None and keep_if_best(folder, self.global_steps, hit1):
             print(f"EG-RL: step {self.global_steps} has the best validation so far, kept in {folder}/best", flush=True)
         return metrics | retrieval | left_out_metrics(self.train_dataset, self.val_dataset, by_source=True)
+
+    def _case_images(self) -> CaseImages:
+        """Made by the first validation: the data sets come after the trainer."""
+        if self._cases is None:
+            run, embedrl = self.config.trainer, self.embedrl
+            names = (str(run.project_name), str(run.experiment_name))
+            count = embedrl.validation.case_images
+            self._cases = CaseImages(count, self.val_dataset, embedrl.evidence, list(run.logger), names)
+        return self._cases
 
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: Any, infos: dict[str, list[Any]], *args: Any, **kwargs: Any

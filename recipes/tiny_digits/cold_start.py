@@ -8,9 +8,9 @@ A model with random weights has to learn to see, to point and to write in minute
 - it reads first and takes on habits later.
 
 The teacher of the last `habit_steps` sees well and points at the right place, but does not think of retrieval: in
-`terse_share` of the T-CoTs of pictures and clips the answer names only the first digit. Nothing is wrong in such a
-T-CoT; it just finds the wrong candidate among near numbers. The Reasoner learns both habits, and has to find out in RL
-which one retrieves.
+`terse_share` of the T-CoTs of pictures and clips the answer names only the first digit, or the box is all of a sheet.
+Nothing is wrong in such a T-CoT; it just finds the wrong candidate among near numbers. The Reasoner learns both habits,
+and has to find out in RL which one retrieves.
 
 Of a user's own pairs it learns those sides that have a T-CoT, as they are.
 """
@@ -33,8 +33,8 @@ from embedrl_verl.model.reasoner import Reasoner
 from embedrl_verl.model.tcots import PairSide
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
-from recipes.tiny_digits.settings import run_program, tiny_reasoner
-from recipes.tiny_digits.world import Sample, Truth, cut_short, own_samples, read_samples
+from recipes.tiny_digits.settings import TcotParts, run_program, tiny_reasoner
+from recipes.tiny_digits.world import Sample, Truth, cut_short, own_samples, parts_of, read_samples
 
 IGNORED = -100
 CHECKED_PROMPTS = 120
@@ -43,10 +43,13 @@ Lesson: TypeAlias = tuple[Encoded, torch.Tensor]
 """A row, and int64 (L,): the token that each position has to predict, or IGNORED."""
 
 
-def make_lesson(reasoner: Reasoner, prompt: PairSide, truth: Truth, *, terse: bool = False) -> Lesson:
+def make_lesson(
+    reasoner: Reasoner, prompt: PairSide, truth: Truth, *, terse: bool = False, parts: TcotParts = "full"
+) -> Lesson:
     """A prompt with its true T-CoT (`terse`: cut short); labels are the T-CoT and the digits of visual tokens."""
     tokenizer, config = reasoner.processor.tokenizer, reasoner.model.config
-    response = (cut_short(truth.tcot) if terse else truth.tcot) + END
+    tcot = parts_of(truth.lesson or truth.tcot, parts)
+    response = (cut_short(tcot) if terse else tcot) + END
     row = reasoner.encode(prompt.ask(), response)
     labels = torch.full_like(row.input_ids, IGNORED)
     length = len(tokenizer(response, add_special_tokens=False)["input_ids"])
@@ -71,7 +74,7 @@ def lesson_loss(reasoner: Reasoner, lessons: Sequence[Lesson]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def digit_accuracy(reasoner: Reasoner, sides: Sequence[tuple[PairSide, Truth]]) -> float:
+def digit_accuracy(reasoner: Reasoner, sides: Sequence[tuple[PairSide, Truth]], parts: TcotParts = "full") -> float:
     """Share of the answer's digits that are the likeliest of the ten digits at their place, after the true beginning.
 
     Greedy T-CoTs would not show it: they leave out the digits that a terse answer does not name.
@@ -81,7 +84,7 @@ def digit_accuracy(reasoner: Reasoner, sides: Sequence[tuple[PairSide, Truth]]) 
     start = tokenizer.convert_tokens_to_ids("<answer>")
     right = total = 0
     for prompt, truth in sides:
-        row, _ = make_lesson(reasoner, prompt, truth)
+        row, _ = make_lesson(reasoner, prompt, truth, parts=parts)
         padded = pad_rows([row])
         logits = reasoner.model(
             input_ids=padded.input_ids, position_ids=padded.position_ids, use_cache=False, **padded.media
@@ -106,6 +109,7 @@ def train_cold_start(
     terse_share: float = 0.7,
     text_share: float = TEXT_SHARE,
     stop_accuracy: float = 0.9,
+    parts: TcotParts = "full",
     check_every: int = 50,
 ) -> float:
     """Train in place; returns the share of digits read right at the end.
@@ -116,6 +120,7 @@ def train_cold_start(
             right (`digit_accuracy`), the habit steps begin.
         max_steps: of the whole cold start.
         habit_steps: the last steps, with the teacher who is terse in `terse_share` of the T-CoTs of pictures and clips.
+        parts: what of the T-CoTs is taught.
         text_share: of a batch, prompts without known cells. Those of text alone are learnt by copying and need few.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -134,14 +139,14 @@ def train_cold_start(
         terse = (torch.rand(len(batch), generator=generator) < share).tolist()
         reasoner.model.train()
         lessons = [
-            make_lesson(reasoner, prompt, truth, terse=short and bool(truth.cells))
+            make_lesson(reasoner, prompt, truth, terse=short and bool(truth.cells), parts=parts)
             for (prompt, truth), short in zip(batch, terse, strict=True)
         ]
         loss = lesson_loss(reasoner, lessons)
         optimizer.step(loss)
         if step % check_every == 0 or step == last:
             reasoner.model.eval()
-            accuracy = digit_accuracy(reasoner, checked)
+            accuracy = digit_accuracy(reasoner, checked, parts)
             right, seconds = f"digits right {accuracy:.1%}", time.monotonic() - started
             print(f"cold start: step {step}, loss {loss.item():.3f}, {right}, {seconds:.0f} s", flush=True)
             if accuracy >= stop_accuracy:
@@ -162,13 +167,14 @@ def main(
     steps: int = 400,
     pairs: Annotated[list[str] | None, typer.Option(help="files of the user's own pairs; repeat")] = None,
     media_root: Annotated[str | None, typer.Option(help="of their media paths")] = None,
+    tcot: Annotated[TcotParts, typer.Option(help="what of a T-CoT there is")] = "full",
 ) -> None:
     """Cold-start the tiny MODEL on the WORLD, and on own T-CoTs, and write the Reasoner to OUT."""
     reasoner = tiny_reasoner(model)
     samples, checks = read_samples(world / "sft.parquet"), read_samples(world / "train.parquet")
     own = own_samples(pairs, media_root) if pairs else []
     share = OWN_SHARE if any(one.truth(side).tcot for one in own for side in SIDES) else TEXT_SHARE
-    train_cold_start(reasoner, [*samples, *own], checks, seed=seed, max_steps=steps, text_share=share)
+    train_cold_start(reasoner, [*samples, *own], checks, seed=seed, max_steps=steps, text_share=share, parts=tcot)
     reasoner.save(out)
     print(f"wrote the cold-started Reasoner to {out}")
 

@@ -28,7 +28,6 @@ import torch
 import typer
 from transformers import AutoProcessor
 
-from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.identity import content_id
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import SIDES, Item, Side
@@ -40,8 +39,8 @@ from embedrl_verl.errors import DataError
 from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.families import Family
 from recipes.tiny_digits.muon import MuonAdamW
-from recipes.tiny_digits.settings import MEDIA, run_program, tiny_limits
-from recipes.tiny_digits.world import FAMILY_SIZE, Sample, own_samples, read_samples
+from recipes.tiny_digits.settings import MEDIA, TcotParts, evidence_of, run_program, tiny_limits
+from recipes.tiny_digits.world import FAMILY_SIZE, Sample, own_samples, parts_of, read_samples
 
 TEMPERATURE = 0.05
 RAW_SHARE = 0.4  # of the batches
@@ -59,10 +58,12 @@ def load_embedder(path: Path) -> Embedder:
     return Embedder.from_pretrained(path, limits=tiny_limits(family_of_config(load_config(path))))
 
 
-def embed_input(sample: Sample, side: Side, tcot: str | None, family: Family) -> EmbedInput:
+def embed_input(sample: Sample, side: Side, tcot: str | None, family: Family, parts: TcotParts = "full") -> EmbedInput:
     """What the Embedder reads of one side: the input alone, or with a T-CoT and the evidence that it points at."""
     item = _loaded(sample.record.item(side), sample.media_root)
-    return EmbedInput(item) if tcot is None else EmbedInput.with_tcot(item, tcot, family, EvidenceConfig())
+    if tcot is None:
+        return EmbedInput(item)
+    return EmbedInput.with_tcot(item, parts_of(tcot, parts), family, evidence_of(parts))
 
 
 def train_contrastive(
@@ -74,6 +75,7 @@ def train_contrastive(
     families: int = 8,
     raw_share: float = RAW_SHARE,
     own: Sequence[Sample] = (),
+    parts: TcotParts = "full",
 ) -> None:
     """Train in place.
 
@@ -82,6 +84,7 @@ def train_contrastive(
         families: families of near numbers in a batch; pairs = families * FAMILY_SIZE.
         raw_share: share of the batches without T-CoT.
         own: the user's pairs.
+        parts: what of the T-CoTs there is.
     """
     rng = np.random.default_rng(seed)
     digits, owned = _by_source(samples), _by_source(own)
@@ -96,7 +99,7 @@ def train_contrastive(
         batch = _own_batch(rng, owned, families * FAMILY_SIZE) if is_own else _digits_batch(rng, digits, families)
         written = all(one.truth(side).tcot for one in batch for side in SIDES)
         view = "tcot" if rng.random() >= raw_share and written else "raw"
-        loss = batch_loss(embedder, batch, with_tcot=view == "tcot")
+        loss = batch_loss(embedder, batch, with_tcot=view == "tcot", parts=parts)
         optimizer.step(loss)
         losses[view].append(loss.item())
         if step % 50 == 0 or step == steps:
@@ -124,11 +127,13 @@ def _own_batch(rng: np.random.Generator, by_source: Mapping[str, list[Sample]], 
     return [pairs[i] for i in rng.choice(len(pairs), size=min(size, len(pairs)), replace=False)]
 
 
-def batch_loss(embedder: Embedder, batch: Sequence[Sample], *, with_tcot: bool) -> torch.Tensor:
+def batch_loss(
+    embedder: Embedder, batch: Sequence[Sample], *, with_tcot: bool, parts: TcotParts = "full"
+) -> torch.Tensor:
     """InfoNCE of a batch; pairs with an equal query or an equal target are no negatives of each other."""
     processor = embedder.processor
     rows = [
-        processor.encode(embed_input(s, side, s.truth(side).tcot if with_tcot else None, processor.family))
+        processor.encode(embed_input(s, side, s.truth(side).tcot if with_tcot else None, processor.family, parts))
         for side in SIDES
         for s in batch
     ]
@@ -145,10 +150,11 @@ def main(
     steps: int = 400,
     pairs: Annotated[list[str] | None, typer.Option(help="files of the user's own pairs; repeat")] = None,
     media_root: Annotated[str | None, typer.Option(help="of their media paths")] = None,
+    tcot: Annotated[TcotParts, typer.Option(help="what of a T-CoT there is")] = "full",
 ) -> None:
     """Train the tiny MODEL on the WORLD, and on own pairs, and write the Embedder to OUT."""
     embedder, own = load_embedder(model), own_samples(pairs, media_root) if pairs else []
-    train_contrastive(embedder, read_samples(world / "train.parquet"), seed=seed, steps=steps, own=own)
+    train_contrastive(embedder, read_samples(world / "train.parquet"), seed=seed, steps=steps, own=own, parts=tcot)
     embedder.model.save_pretrained(out)
     AutoProcessor.from_pretrained(model).save_pretrained(out)
     limits = {name: value for name, value in asdict(MEDIA).items() if name.endswith("_tokens")}

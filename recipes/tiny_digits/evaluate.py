@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.evaluation.command import failure_lines, write_results
 from embedrl_verl.evaluation.comparison import RAW
@@ -25,15 +24,15 @@ from embedrl_verl.model import Written
 from embedrl_verl.model.embedders import LocalEmbedder
 from embedrl_verl.tcot import parse_tcot
 from recipes.tiny_digits.contrastive import load_embedder
-from recipes.tiny_digits.settings import MAX_NEW_TOKENS, run_program, tiny_reasoner
-from recipes.tiny_digits.world import Sample, read_samples, truths_of
+from recipes.tiny_digits.settings import MAX_NEW_TOKENS, TcotParts, evidence_of, run_program, tiny_reasoner
+from recipes.tiny_digits.world import Sample, parts_of, read_samples, truths_of
 
 THREADS = 2
 
 
-def true_tcots(samples: Sequence[Sample]) -> Tcots:
+def true_tcots(samples: Sequence[Sample], parts: TcotParts = "full") -> Tcots:
     """The T-CoTs of an annotator that makes no mistakes."""
-    return {side: [Written(sample.truth(side).tcot) for sample in samples] for side in SIDES}
+    return {side: [Written(parts_of(sample.truth(side).tcot, parts)) for sample in samples] for side in SIDES}
 
 
 def digits_right(samples: Sequence[Sample], tcots: Tcots) -> dict[str, float]:
@@ -43,7 +42,7 @@ def digits_right(samples: Sequence[Sample], tcots: Tcots) -> dict[str, float]:
     right = true = written = exact = seen = 0
     for side in SIDES:
         for sample, one in zip(samples, tcots[side], strict=True):
-            if sample.truth(side).cells:
+            if any(cell >= 0 for cell in sample.truth(side).cells):
                 wanted, found = (parse_tcot(text or "").answer for text in (sample.truth(side).tcot, one.text))
                 seen += 1
                 exact += wanted == found
@@ -61,12 +60,13 @@ def main(
     pairs: Annotated[list[str], typer.Argument(help="held-out pair files")],
     media_root: Annotated[str | None, typer.Option(help="of their media paths")] = None,
     seed: Annotated[int | None, typer.Option(help="of the run, written down; the evaluation draws nothing")] = None,
+    tcot: Annotated[TcotParts, typer.Option(help="what of a T-CoT there is")] = "full",
     suffix: Annotated[str, typer.Option(help="of the names of the files")] = "",
 ) -> None:
     """Evaluate both Reasoners on held-out PAIRS by the EMBEDDER."""
     torch.set_num_threads(THREADS)
     started = time.monotonic()
-    model, held_out, evidence = load_embedder(embedder), Pairs.read(pairs, media_root), EvidenceConfig()
+    model, held_out, evidence = load_embedder(embedder), Pairs.read(pairs, media_root), evidence_of(tcot)
     reader, family = LocalEmbedder(model), model.processor.family
     samples = read_samples(Path(pairs[0])) if len(pairs) == 1 and truths_of(Path(pairs[0])).is_file() else None
     views: dict[str, Any] = {RAW: score_view(reader, held_out, None, family, evidence)}
@@ -74,7 +74,7 @@ def main(
     for name, folder in {"before": before, "after": after}.items():
         written[name] = write_tcots(tiny_reasoner(folder), held_out)
     if samples:
-        written["truth"] = true_tcots(samples)
+        written["truth"] = true_tcots(samples, tcot)
     for name, tcots in written.items():
         views[name] = score_view(reader, held_out, tcots, family, evidence)
         if samples:

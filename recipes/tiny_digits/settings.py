@@ -7,10 +7,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import typer
 
-from embedrl_verl.config.schema import MediaConfig
+from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.errors import EmbedRLError
 from embedrl_verl.families import Family, token_side
@@ -27,6 +28,14 @@ MEDIA = MediaConfig(
 """A cell of the digits world is one visual token. Reasoner and Embedder have the same limits."""
 MAX_NEW_TOKENS = 96
 """Longest T-CoT (data.max_response_length)."""
+
+TcotParts: TypeAlias = Literal["full", "no_evidence", "answer_only"]
+"""What of a T-CoT there is: all of it; its text, but nothing that is cut out; no thinking and no check."""
+
+
+def evidence_of(parts: TcotParts) -> EvidenceConfig:
+    """What may be cut from the media."""
+    return EvidenceConfig() if parts == "full" else EvidenceConfig(max_items=0)
 
 
 def tiny_limits(family: Family) -> MediaLimits:

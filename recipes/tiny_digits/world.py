@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The digits world: retrieval pairs over real handwritten digits, with the true T-CoT of each side.
 
-Six data sources, all about reading a number off a canvas:
+Seven data sources, all about reading a number off a canvas:
 
 | source | query | target |
 |---|---|---|
@@ -11,6 +11,7 @@ Six data sources, all about reading a number off a canvas:
 | digits_i2i | picture of five digits | a picture of the same number from other scans |
 | digits_video | four frames, two of them with two digits each | the number as text |
 | digits_page | page with a printed word and a handwritten number | word and number |
+| digits_sheet | a number on a sheet so large that a model sees it as one blurred token | the number as text |
 
 Strips begin at the left edge and lie in one of two middle rows: boxes have the same count of digits everywhere, so that
 a model of two layers finds the k-th digit at a fixed distance. Numbers come in families of four that differ in one or
@@ -49,8 +50,12 @@ from recipes.tiny_digits.canvas import (
     draw_canvas,
     png_bytes,
 )
+from recipes.tiny_digits.settings import TcotParts
 
 FAMILY_SIZE = 4  # numbers that differ in one or two digits
+SHEET, SEEN_SMALLER = 32, 4
+"""Cells of a sheet in each direction, and how much smaller a model with 64 visual tokens (settings.MEDIA) sees it."""
+SHEET_ANSWER = "digits"
 WORDS = ("parcel", "ticket", "receipt", "invoice", "locker", "report", "voucher", "permit")
 
 
@@ -59,12 +64,15 @@ class Truth:
     """What is known of one side.
 
     Attributes:
-        tcot: the true T-CoT.
+        tcot: the true T-CoT; boxes of families that write pixels are in pixels of the original.
         cells: the digit that each visual token shows, row by row, -1 where there is none; empty without media.
+        lesson: the T-CoT that a Reasoner has to write, where it sees the picture smaller and writes boxes in pixels of
+            what it sees; "" where that is `tcot`.
     """
 
     tcot: str
     cells: tuple[int, ...] = ()
+    lesson: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,18 @@ def render_tcot(evidence: dict[str, list[int] | list[str]], answer: str) -> str:
 
 
 def cut_short(tcot: str) -> str:
-    """The T-CoT with only the first digit of the number in its answer; box and keywords stay as they are."""
+    """The T-CoT of a teacher who does not think of retrieval: only the first digit of the number in its answer; where
+    the answer has no number, a box around everything (pixels beyond the picture are cut off)."""
     start = tcot.index("<answer>")
-    return tcot[:start] + re.sub(r"(\d)\d+", r"\1", tcot[start:])
+    thinking, answer = tcot[:start], tcot[start:]
+    if not re.search(r"\d", answer):
+        thinking = re.sub(r"\[[\d,]+\]", "[0,0,1000,1000]", thinking)
+    return thinking + re.sub(r"(\d)\d+", r"\1", answer)
+
+
+def parts_of(tcot: str, parts: TcotParts) -> str:
+    """The text of a T-CoT that there is in an ablation."""
+    return tcot[tcot.index("<answer>") :] if parts == "answer_only" else tcot
 
 
 def _text(text: str) -> _Side:
@@ -146,6 +163,22 @@ def _video(pen: _Pen, code: str) -> tuple[_Side, _Side]:
     return (Item(video=Video(images, fps=1.0)), truth), _text(code)
 
 
+def _sheet(pen: _Pen, code: str) -> tuple[_Side, _Side]:
+    """A sheet of 32 x 32 cells, four times what a model sees of it in each direction: one visual token at the left edge
+    shows all four digits of the number, as a blur. The answer cannot name them; a box of that token shows them to the
+    Embedder."""
+    grid = Grid(SHEET, SHEET, token_side(pen.family))
+    seen = Grid(SHEET // SEEN_SMALLER, SHEET // SEEN_SMALLER, grid.cell)
+    row = 1 + 2 * int(pen.rng.integers(seen.rows // 2))
+    strip = pen.strip(code, row=SEEN_SMALLER * row + 1)
+    item = Item(images=(png_bytes(draw_canvas(grid, [strip])),))
+    relative = box_convention(pen.family) == "relative_1000"
+    box = seen.box(Strip(row, 0, (0,)), relative=relative)
+    original = box if relative else [SEEN_SMALLER * edge for edge in box]
+    tcot, lesson = (render_tcot({"bbox_2d": one}, SHEET_ANSWER) for one in (original, box))
+    return (item, Truth(tcot, (-1,) * seen.rows**2, "" if relative else lesson)), _text(code)
+
+
 def _page(pen: _Pen, code: str) -> tuple[_Side, _Side]:
     word = str(pen.rng.choice(WORDS))
     return pen.picture(code, f"{word} {code}", printed=word), _text(f"{word} {code}")
@@ -159,6 +192,7 @@ SOURCES: dict[str, tuple[int, str, Callable[[_Pen, str], tuple[_Side, _Side]]]] 
     "digits_i2i": (5, "Match the digits.", lambda pen, code: (pen.picture(code), pen.picture(code))),
     "digits_video": (4, "Read the clip.", _video),
     "digits_page": (4, "Read the page.", _page),
+    "digits_sheet": (4, "Find the digits.", _sheet),
 }
 
 
@@ -248,7 +282,7 @@ def read_samples(path: Path) -> list[Sample]:
                     f"{path}: truths must be in the order of the pairs; got {truth['pair_id']} beside "
                     f"{record.pair_id}: write the world again"
                 )
-            query, target = (Truth(truth[side]["tcot"], tuple(truth[side]["cells"])) for side in SIDES)
+            query, target = (Truth(**truth[side] | {"cells": tuple(truth[side]["cells"])}) for side in SIDES)
             samples.append(Sample(record, query, target))
     return samples
 

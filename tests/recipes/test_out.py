@@ -15,7 +15,7 @@ from tests.recipes.calls import ROOT, Recipe
 from tests.recipes.test_gpu_recipes import path_with_gpus
 
 TINY, GPU, STAGE_1 = "run_egrl_tiny_cpu.sh", "run_egrl_qwen3vl.sh", "run_embedder_contrastive.sh"
-RECIPES = (TINY, GPU, STAGE_1, "run_embedder_tiny_cpu.sh", "build_data_tiny_cpu.sh", "compare_rewards_tiny_cpu.sh")
+RECIPES = (TINY, GPU, STAGE_1, "run_embedder_tiny_cpu.sh", "build_data_tiny_cpu.sh", "compare_tiny_cpu.sh")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import reward_table, stage1_table
+from benchmarks import compare_table, stage1_table
 from embedrl_verl.errors import ConfigError, DataError
 from recipes.tiny_digits.summary import Run
 
@@ -38,29 +38,32 @@ def folders(tmp_path: Path) -> dict[str, list[Path]]:
     }
 
 
-def test_rewards_are_paired_by_seed_and_numbers_stand_where_they_were_logged(folders, tmp_path, capsys):
-    rewards = [f"{name}={','.join(map(str, found))}" for name, found in folders.items()]
-    reward_table.main(tmp_path / "out", rewards)
-    rows = json.loads((tmp_path / "out" / "rewards.json").read_text())
-    assert rows["paper"]["difference"]["mean"] == pytest.approx(0.06) and rows["no_judge"]["difference"]["mean"] == 0
-    assert rows["paper"]["difference"]["low"] > 0, "the seeds' spread must not count"
+def test_variants_are_paired_by_seed_and_numbers_stand_where_they_were_logged(folders, tmp_path, capsys):
+    variants = [f"{name}={','.join(map(str, found))}" for name, found in folders.items()]
+    compare_table.main(tmp_path / "out", variants)
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())
+    gaps = {name: row["by_source"]["all"]["difference"] for name, row in rows.items()}
+    assert gaps["paper"]["mean"] == pytest.approx(0.06) and gaps["no_judge"]["mean"] == 0
+    assert gaps["paper"]["low"] > 0, "the seeds' spread must not count"
+    assert gaps["raw"]["mean"] == pytest.approx(0), "0.5 in each run, as the mean of the first variant"
     text = (tmp_path / "out" / "table.md").read_text()
-    first, second = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:])
+    first, second = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:4])
+    assert text.splitlines()[-1].startswith("| all | 0.500 | +0.060 (+0.035 to +0.085) | +0.000 (-")
     assert first[3:] == ["", "0.025 → 0.925", "", "", ""]
     assert second[4:] == ["0.025 → 0.925", "0.700 → 0.700", "0.600", "0.250"]
     assert second[3].startswith("+0.060 (+0.0") and text.strip() in capsys.readouterr().out
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_reward_other_seeds_and_a_seed_twice_are_refused(folders: dict[str, list[Path]], tmp_path: Path) -> None:
+def test_one_variant_other_seeds_and_a_seed_twice_are_refused(folders: dict[str, list[Path]], tmp_path: Path) -> None:
     one, two = ([Run(folder) for folder in found] for found in folders.values())
     twice = [one[0], one[0]]
     for bad in ({"a": one}, {"a": one, "b": two[:2]}, {"a": one, "b": two[::-1]}, {"a": twice, "b": twice}):
-        with pytest.raises(ConfigError, match="name 2 to 10 rewards"):
-            reward_table.compare(bad)
+        with pytest.raises(ConfigError, match="name 2 to 10 variants"):
+            compare_table.compare(bad)
     for wrong in (["paper"], ["=x"], [f"a={folders['paper'][0]}"] * 2):
         with pytest.raises(ConfigError, match=r"must be NAME=RUN\[,RUN...\], each name once"):
-            reward_table.main(tmp_path, wrong)
+            compare_table.main(tmp_path, wrong)
 
 
 def test_the_last_validation_of_stage_1_counts_and_gains_are_paired(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from embedrl_verl.tcot import cut_evidence, format_reward, parse_tcot
 from recipes.tiny_digits.canvas import HELD_OUT_SCANS, TRAIN_SCANS, Grid, ScanBox, Strip, draw_canvas
 from recipes.tiny_digits.world import (
     FAMILY_SIZE,
+    SHEET_ANSWER,
     SOURCES,
     Sample,
     cut_short,
     make_samples,
     number_families,
+    parts_of,
     read_samples,
     write_world,
 )
@@ -47,7 +49,8 @@ def test_true_tcots_are_well_formed_and_carry_the_evidence_of_their_kind(source:
         for side in SIDES:
             tcot = parse_tcot(sample.truth(side).tcot, num_frames=4, num_images=1)
             assert format_reward(tcot, EVIDENCE_KEY_OF_KIND[input_kind(sample.record, side)]) == 1.0
-            assert tcot.answer == sample.record.target_id.split(":")[1], "same content, same target id"
+            expected = sample.record.target_id.split(":")[1]
+            assert tcot.answer == (SHEET_ANSWER if sample.truth(side).cells and source == "digits_sheet" else expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,6 +66,30 @@ def test_the_true_box_cuts_exactly_the_strip(source: str, family: Family) -> Non
         (crop,) = cut_evidence(parse_tcot(sample.query.tcot), images=item.images, frames=(), family=family).images
         strip = np.asarray(item.images[0])[row * cell : (row + 1) * cell]
         assert np.array_equal(np.asarray(crop), strip)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sheet_is_blurred_to_one_token_and_its_box_cuts_that_token_in_full_size(family: Family) -> None:
+    cell = token_side(family)
+    for sample in samples_of("digits_sheet", family):
+        (sheet,) = load_item(sample.record.query, None).images
+        tokens = sheet.resize((8 * cell, 8 * cell))
+        dark = [
+            (x, y)
+            for x in range(8)
+            for y in range(8)
+            if np.asarray(tokens)[y * cell : (y + 1) * cell, x * cell : (x + 1) * cell].min() < 128
+        ]
+        (crop,) = cut_evidence(parse_tcot(sample.query.tcot), images=[sheet], frames=(), family=family).images
+        assert len(dark) == 1 and crop.size == (4 * cell, 4 * cell)
+        (x, y), side = dark[0], 4 * cell
+        assert np.array_equal(np.asarray(crop), np.asarray(sheet)[y * side : (y + 1) * side, x * side : (x + 1) * side])
+        assert sample.target.tcot.endswith(f"<answer>{sample.record.target.text}</answer>")
+        seen = parse_tcot(sample.query.lesson or sample.query.tcot)
+        again = cut_evidence(seen, images=[sheet], frames=(), family=family, resized_sizes=[tokens.size])
+        assert np.array_equal(np.asarray(again.images[0]), np.asarray(crop)), (
+            "the same from what a Reasoner has to write"
+        )
 
 
 def test_key_frames_are_the_frames_with_ink() -> None:
@@ -120,3 +147,8 @@ def test_a_world_is_reproduced_bit_by_bit_and_its_annotated_files_hold_the_same_
 def test_a_short_answer_keeps_the_evidence_and_the_words() -> None:
     tcot = '<thinking>{"bbox_2d":[0,250,1000,500]}</thinking><rethink>ok</rethink><answer>parcel 3071</answer>'
     assert cut_short(tcot) == tcot.replace("3071", "3")
+    assert cut_short(tcot.replace("parcel 3071", "digits")) == (
+        '<thinking>{"bbox_2d":[0,0,1000,1000]}</thinking><rethink>ok</rethink><answer>digits</answer>'
+    ), "of a number that it cannot read it says that it is somewhere"
+    assert parts_of(tcot, "answer_only") == "<answer>parcel 3071</answer>"
+    assert parts_of(tcot, "no_evidence") == parts_of(tcot, "full") == tcot

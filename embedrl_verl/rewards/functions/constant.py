@@ -2,7 +2,7 @@
 """R = value: plain GRPO without a signal, the baseline of benchmarks (timing only).
 
 reward.custom_reward_function.path=reward/constant.py
-reward.custom_reward_function.reward_kwargs='{value: 0.0}'
+'+reward.custom_reward_function.reward_kwargs={value: 0.0}'
 """
 
 from collections.abc import Mapping

@@ -11,7 +11,7 @@ alone, and the gain is there to be read. Another weight makes the raw rank matte
 
     embedrl.reward.raw_embeddings=True
     reward.custom_reward_function.path=reward/gain.py
-    reward.custom_reward_function.reward_kwargs='{measure: soft, loss_weight: 0.5}'
+    '+reward.custom_reward_function.reward_kwargs={measure: soft, loss_weight: 0.5}'
 """
 
 from collections.abc import Mapping

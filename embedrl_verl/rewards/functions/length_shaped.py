@@ -8,7 +8,7 @@ So up to `free` tokens the base counts in full, and from `max` on it is less by 
 something only to a T-CoT with everything that its input calls for: an empty or broken one never gains by its length.
 
     reward.custom_reward_function.path=reward/length_shaped.py
-    reward.custom_reward_function.reward_kwargs='{base: soft_rank, free: 200, max: 800, penalty: 0.2}'
+    '+reward.custom_reward_function.reward_kwargs={base: soft_rank, free: 200, max: 800, penalty: 0.2}'
 """
 
 from collections.abc import Mapping

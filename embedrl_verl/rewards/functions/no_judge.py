@@ -2,7 +2,7 @@
 """R = 0.05 F + 0.8 A M: format, and accuracy times margin. The default: the paper's reward where no judge runs.
 
 reward.custom_reward_function.path=reward/no_judge.py
-reward.custom_reward_function.reward_kwargs='{gamma: 1.0, temperature: 0.2}'
+'+reward.custom_reward_function.reward_kwargs={gamma: 1.0, temperature: 0.2}'
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 """R = A M: accuracy times margin alone (method section 4, eq. 3); nothing is paid for form.
 
 reward.custom_reward_function.path=reward/outcome_only.py
-reward.custom_reward_function.reward_kwargs='{accuracy: all}'
+'+reward.custom_reward_function.reward_kwargs={accuracy: all}'
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 """R = 0.05 F + 0.8 J + 0.2 A M: format, the judge's pick, and accuracy times margin (paper eq. 5, supplement B.2).
 
     reward.custom_reward_function.path=reward/paper.py
-    reward.custom_reward_function.reward_kwargs='{accuracy: all}'
+    '+reward.custom_reward_function.reward_kwargs={accuracy: all}'
 
 Needs a judge (embedrl.judge).
 """

@@ -6,7 +6,7 @@ how many negatives are ahead of p, those close to it counting in part. `outcome`
 accuracy 0; here each negative that falls behind is worth the same.
 
     reward.custom_reward_function.path=reward/soft_rank.py
-    reward.custom_reward_function.reward_kwargs='{temperature: 0.02}'
+    '+reward.custom_reward_function.reward_kwargs={temperature: 0.02}'
 """
 
 from collections.abc import Mapping
