@@ -28,7 +28,7 @@ from recipes.tiny_digits.judge_model import IGNORED, Lesson, TinyJudge
 from recipes.tiny_digits.models import END
 from recipes.tiny_digits.muon import MuonAdamW
 from recipes.tiny_digits.settings import run_program
-from recipes.tiny_digits.world import FAMILY_SIZE, Sample, cut_short, read_samples
+from recipes.tiny_digits.world import FAMILY_SIZE, SHEET_ANSWER, Sample, cut_short, read_samples
 
 STYLE = "compact"
 DRILL_STEPS = 800
@@ -77,6 +77,8 @@ class ListMaker:
         self._families: dict[str, list[Sequence[Sample]]] = {}
         for start in range(0, len(samples), FAMILY_SIZE):
             family = samples[start : start + FAMILY_SIZE]
+            if any(parse_tcot(family[0].truth(side).tcot).answer == SHEET_ANSWER for side in SIDES):
+                continue  # it names no number: a judge that reads T-CoTs has nothing to go by
             self._families.setdefault(family[0].record.data_source, []).append(family)
 
     def draw(self, *, questions: int = 1, grown: float = 1.0) -> JudgedList:

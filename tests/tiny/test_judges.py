@@ -45,6 +45,10 @@ def test_the_closest_answers_are_right_and_far_ones_are_not(judged, candidates, 
     assert best_matches(judged, candidates) == expected
 
 
+def test_lists_hold_no_pair_whose_tcot_names_no_number() -> None:
+    assert set(maker()._families) == set(SOURCES) - {"digits_sheet"}
+
+
 def test_a_misread_changes_one_digit_of_the_answer_alone() -> None:
     rng = random.Random(0)
     for _ in range(50):
