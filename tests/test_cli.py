@@ -38,6 +38,7 @@ OPTIONS = {
     + REASONED,
     "search": "embedder query image instruction top think gate index" + REASONED,
     "gate fit": "embedder out media-root limit" + REASONED,
+    "gate score": "embedder gate media-root limit" + REASONED,
     "serve": "embedder think instruction name host port batch-size max-inputs max-body-mib max-waiting" + REASONED,
     "doctor": "",
     "plan": "config-name",
@@ -56,8 +57,9 @@ OPTIONS = {
     + SIZES
     + READING,
     "data stats": "json limit seed set max-response-length" + SIZES + READING,
-    "benchmark": "embedder data-root out tasks reasoner engine prompts-like tcots against device set"
-    " frames short-clips white-space candidate-instruction pool revision",
+    "compare": "cell base",
+    "benchmark": "embedder data-root out tables tasks tcots limit frames short-clips white-space candidate-instruction"
+    " pool revision" + REASONED,
     "reward list": "",
     "reward try": "dump json kwargs limit steps",
 }

@@ -17,7 +17,18 @@ from typer import Argument, Option
 
 from embedrl_verl import __version__
 from embedrl_verl.cli.data import data
-from embedrl_verl.cli.options import Embedder, Files, MediaRoot, Out, Overwrite, Rules, RunPage, command
+from embedrl_verl.cli.options import (
+    Computed,
+    Embedder,
+    Files,
+    MediaRoot,
+    Out,
+    Overwrite,
+    Reasoned,
+    Rules,
+    RunPage,
+    command,
+)
 from embedrl_verl.cli.pair import gate, pair
 from embedrl_verl.errors import ConfigError, EmbedRLError
 
@@ -196,17 +207,13 @@ def evaluate(
     file: Files,
     embedder: Embedder,
     out: Out,
+    models: Computed,
     reasoner: Annotated[
         list[str] | None,
         Option(metavar="[NAME=]DIR", help="A Reasoner whose T-CoTs are tried; repeat, as before=A and after=B."),
     ] = None,
     media_root: MediaRoot = None,
     limit: Annotated[int | None, Option(min=1, help="Pairs of each data source, the first.")] = None,
-    device: Annotated[str, Option(help="auto: a GPU if there is one.")] = "auto",
-    set_: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE...", help="Settings of the run, spelt as for hydra."),
-    ] = None,
     overwrite: Overwrite = False,
 ) -> int:
     """Retrieval on pair files: plain, and with the T-CoTs of Reasoners.
@@ -222,8 +229,8 @@ def evaluate(
         out,
         media_root=media_root,
         limit=limit,
-        device=device,
-        overrides=[word for word in set_ or () if word],
+        device=models.device,
+        overrides=models.overrides,
         overwrite=overwrite,
     )
     return 0
@@ -249,28 +256,24 @@ def report(
 
 @command(app)
 def benchmark(
-    name: Annotated[Literal["mmeb_v2", "uvrb"], Argument(help="MMEB-V2 (78 tasks) or UVRB (16).")],
-    embedder: Annotated[str, Option(metavar="DIR", help="The Embedder: folder or hub id.")],
+    *,
+    name: Annotated[
+        Literal["mmeb_v2", "uvrb", "mmeb_v3", "own"],
+        Argument(help="MMEB-V2 (78 tasks), UVRB (16), or tasks of --tables: MMEB-V3's, or your own."),
+    ],
+    embedder: Embedder,
     data_root: Annotated[str, Option(metavar="DIR", help="Holds the hub's repositories as folders, media among them.")],
     out: Out,
+    reasoned: Reasoned,
     rules: Rules,
-    tasks: Annotated[str | None, Option(metavar="A,B", help="None: all.")] = None,
-    reasoner: Annotated[
-        str | None, Option(metavar="DIR", help="Writes T-CoTs of both sides; or a server's URL.")
-    ] = None,
-    engine: Annotated[Literal["transformers", "vllm"], Option(help="Runs the Reasoner's folder.")] = "transformers",
-    prompts_like: Annotated[
-        str | None, Option(metavar="DIR", help="Of a server: the folder of its model, which says how it is asked.")
-    ] = None,
-    tcots: Annotated[str | None, Option(metavar="DIR", help="Has T-CoTs: TASK.query.jsonl, .candidate.jsonl.")] = None,
-    against: Annotated[str | None, Option(metavar="DIR", help="Another run to compare with.")] = None,
-    device: Annotated[str, Option(help="auto: a GPU if there is one.")] = "auto",
-    set_: Annotated[
+    tables: Annotated[
         list[str] | None,
-        Option("--set", metavar="KEY=VALUE...", help="Settings of the run, spelt as for hydra."),
+        Option(metavar="YAML|DIR", help="Tasks, in the schema of VLM2Vec's tables; repeat."),
     ] = None,
+    tasks: Annotated[str | None, Option(metavar="A,B", help="None: all.")] = None,
+    tcots: Annotated[str | None, Option(metavar="DIR", help="Has T-CoTs: TASK.query.jsonl, .candidate.jsonl.")] = None,
 ) -> int:
-    """Score public benchmarks, plain and with T-CoTs.
+    """Score public benchmarks, or your own data in their layout, plain and with T-CoTs.
 
     The same command goes on where it was killed: tasks with a score file in --out are not computed again.
     """
@@ -285,16 +288,33 @@ def benchmark(
         out,
         data_root,
         tasks=tasks.split(",") if tasks else (),
-        reasoner=reasoner,
-        engine=engine,
-        prompts_like=prompts_like,
+        reasoner=reasoned.reasoner,
+        engine=reasoned.engine or "transformers",
+        prompts_like=reasoned.prompts_like,
         tcots=tcots,
-        against=against,
+        tables=tables or (),
         revision=revision,
         rules=task.Rules(**given),
-        device=device,
-        overrides=[word for word in set_ or () if word],
+        device=reasoned.device,
+        overrides=reasoned.overrides,
     )
+    return 0
+
+
+@command(app)
+def compare(
+    one: Annotated[str, Argument(metavar="DIR", help="A folder of embedrl benchmark, or of embedrl eval.")],
+    other: Annotated[str, Argument(metavar="DIR", help="Another (or the same, for two of its cells).")],
+    cell: Annotated[str | None, Option(help="Of the first (tcot-tcot, after); none: all that both have.")] = None,
+    base: Annotated[str | None, Option(help="Of the second, compared with --cell; none: the same.")] = None,
+) -> int:
+    """What one result gains over another, query by query, with paired 95% intervals.
+
+    Results of other data, candidates, frames, prompts or pixels are refused, and the first difference is named.
+    """
+    from embedrl_verl.evaluation.paired import compare as lines
+
+    print("\n".join(lines(one, other, cell=cell, base=base)))
     return 0
 
 

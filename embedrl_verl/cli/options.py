@@ -178,7 +178,22 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Reasoned:
+class Computed:
+    """models"""
+
+    device: Annotated[str, Option(help="Of all models; auto: a GPU if there is one.")] = "auto"
+    set: Annotated[list[str], Option(metavar="KEY=VALUE...", help="Settings of the run, spelt as for hydra.")] = field(
+        default_factory=list
+    )
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """`set` without the empty word of a bare --set."""
+        return tuple(word for word in self.set if word)
+
+
+@dataclass(frozen=True)
+class Reasoned(Computed):
     """pair"""
 
     reasoner: Annotated[
@@ -190,10 +205,6 @@ class Reasoned:
     prompts_like: Annotated[
         str | None, Option(metavar="DIR", help="Of a server: the folder of its model, which says how it is asked.")
     ] = None
-    device: Annotated[str, Option(help="Of both; auto: a GPU if there is one.")] = "auto"
-    set: Annotated[list[str], Option(metavar="KEY=VALUE...", help="Settings of the run, spelt as for hydra.")] = field(
-        default_factory=list
-    )
 
 
 @dataclass(frozen=True)
@@ -276,6 +287,7 @@ class Rules:
         Literal["table", "global"], Option(help="Candidates: local or global by task, or global for all.")
     ] = "table"
     revision: Annotated[str | None, Option(help="Of repositories on the hub.")] = None
+    limit: Annotated[int | None, Option(min=1, help="Queries of a task, the first (no score of all).")] = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ Always = Annotated[
     Literal["always", "never"] | None, Option(help="Embed with a T-CoT; none: always with a Reasoner, else never.")
 ]
 
+Limit = Annotated[int | None, Option(min=1, help="Pairs of each data source, the first.")]
+
 
 @command(pair)
 def embed(
@@ -121,7 +123,7 @@ def fit(
     reasoned: opt.Reasoned,
     out: Annotated[str, Option(metavar="FILE", help="File to write.")] = "gate.json",
     media_root: opt.MediaRoot = None,
-    limit: Annotated[int | None, Option(min=1, help="Pairs of each data source, the first.")] = None,
+    limit: Limit = None,
 ) -> int:
     """Find out on validation pairs which queries are worth a T-CoT.
 
@@ -133,13 +135,29 @@ def fit(
     options = _options(embedder, reasoned)
     options.think("when_needed")
     found = fit_gate(files, out, options, media_root=media_root, limit=limit)
-    for name, hit in found["hit1"].items():
-        print(f"{name:7} Hit@1 {hit:.3f}, {found['seconds'][name]:.3f} s a query")
-    print(
-        f"{found['share']:.1%} of {found['queries']} queries think (margin below {found['threshold']:.4f}); wrote {out}"
-    )
-    if found["failed"]:
-        print(f"ATTENTION: {found['failed']} inputs without a vector, counted as misses")
+    print(_gate_lines(found))
+    print(f"wrote {out}")
+    return 0
+
+
+@command(gate)
+def score(
+    *,
+    files: opt.Files,
+    embedder: opt.Embedder,
+    reasoned: opt.Reasoned,
+    gate_file: Annotated[str, Option("--gate", metavar="FILE", help="That embedrl gate fit wrote.")] = "gate.json",
+    media_root: opt.MediaRoot = None,
+    limit: Limit = None,
+) -> int:
+    """What a fitted gate does to other pairs: Hit@1 and seconds a query of never, always and gated thinking."""
+    from pathlib import Path
+
+    from embedrl_verl.retrieval.gate_file import measure_gate, read_gate
+
+    options = _options(embedder, reasoned)
+    options.think("when_needed")
+    print(_gate_lines(measure_gate(files, options, read_gate(Path(gate_file)), media_root=media_root, limit=limit)))
     return 0
 
 
@@ -179,10 +197,19 @@ def serve(
     return 0
 
 
+def _gate_lines(found: dict[str, Any]) -> str:
+    lines = [f"{name:7} Hit@1 {hit:.3f}, {found['seconds'][name]:.3f} s a query" for name, hit in found["hit1"].items()]
+    lines.append(f"{found['share']:.1%} of {found['queries']} queries think (margin below {found['threshold']:.4f})")
+    if found["failed"]:
+        lines.append(f"ATTENTION: {found['failed']} inputs without a vector, counted as misses")
+    return "\n".join(lines)
+
+
 def _named(reasoned: opt.Reasoned) -> dict[str, Any]:
     """`PairOptions` that were given."""
     values = dict(vars(reasoned))
-    values["overrides"] = tuple(word for word in values.pop("set") if word)
+    values["overrides"] = reasoned.overrides
+    del values["set"]
     return {name: value for name, value in values.items() if value}
 
 

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from embedrl_verl.data.files import write_atomically
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.evaluation.comparison import RAW, hit1_interval, source_table, verdict
+from embedrl_verl.evaluation.comparison import RAW, hit1_interval, interval_words, source_table, verdict
 from embedrl_verl.evaluation.retrieval import NDCG_K, Pairs, Tcots, score_view, tcot_lines, write_tcots
+from embedrl_verl.evaluation.stamp import ModelFacts, model_facts
 from embedrl_verl.model.loading import check_reasoner, load_embedder, load_reasoner, read_settings
 from embedrl_verl.model.tcots import Writes
 
@@ -74,7 +75,8 @@ def run_eval(
         views[name] = score_view(reader, pairs, tcots, reasoner.family, evidence)
         written[name] = tcot_lines(pairs, name, tcots, views[name]["ranks"])
         del reasoner
-    write_results(folder, pairs, views, written, prompts=prompts, files=files, media_root=root, limit=limit)
+    facts: dict[str, Any] = {"prompts": prompts, "files": files, "media_root": root, "limit": limit}
+    write_results(folder, pairs, views, written, model=model_facts(settings), **facts)
     print("\n".join(report_lines(views)))
     print(f"\n{time.monotonic() - started:.0f} s; wrote {folder}/evaluation.json and tcots.jsonl")
 
@@ -97,14 +99,23 @@ def write_results(
     views: Mapping[str, Mapping[str, Any]],
     tcots: Mapping[str, Sequence[Mapping[str, Any]]],
     suffix: str = "",
+    model: ModelFacts | None = None,
     **facts: Any,
 ) -> None:
-    """Write `evaluation.json` and `tcots.jsonl`, with `suffix` in their names; `facts` are of the evaluation."""
+    """Write `evaluation.json` and `tcots.jsonl`, with `suffix` in their names.
+
+    Args:
+        model: for the stamp.
+        facts: others, of the evaluation.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for several in tcots.values() for line in several]
     write_atomically(folder / f"tcots{suffix}.jsonl", "".join(lines))
     counts = {source: len(numbers) for source, numbers in pairs.by_source.items()}
-    result = {"pairs": len(pairs.records), "queries": counts, "ndcg_k": NDCG_K, **facts, "views": views}
+    ids = {source: [pairs.records[i].pair_id for i in numbers] for source, numbers in pairs.by_source.items()}
+    stamp = {"pairs": pairs.digest(), "max_frames": str(pairs.max_frames), **dataclasses.asdict(model or ModelFacts())}
+    result = {"pairs": len(pairs.records), "queries": counts, "ndcg_k": NDCG_K, "stamp": stamp, **facts}
+    result |= {"query_ids": ids, "views": views}
     write_atomically(folder / f"evaluation{suffix}.json", json.dumps(result, indent=1) + "\n")
 
 
@@ -118,8 +129,8 @@ def report_lines(views: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if quality := view["quality"]:
             gain = hit1_interval([views], name, RAW)
             lines.append(
-                f"{name}: Hit@1 {gain.mean:+.3f} against {RAW} (95% interval {gain.low:+.3f} to {gain.high:+.3f} over "
-                f"queries): {verdict(gain)}; well-formed {quality['well_formed']:.1%}"
+                f"{name}: Hit@1 {gain.mean:+.3f} against {RAW} ({interval_words(gain)} over queries): "
+                f"{verdict(gain)}; well-formed {quality['well_formed']:.1%}"
             )
     return lines + failure_lines(views)
 

@@ -2,7 +2,8 @@
 """How much better one view is than another, by data source, with intervals: where T-CoTs help and where they do not.
 
 A difference counts as one only if its 95% interval leaves out zero: over several runs Student's t on the differences of
-paired runs; with one run a bootstrap over its queries.
+paired runs; with one run a bootstrap over its queries. Below `MIN_QUERIES` of a data source a resample has few distinct
+values, so that two lucky queries would be "better": there is no interval then, and no verdict.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embedrl_verl.evaluation.stats import Interval, bootstrap_mean_of_means, mean_interval
+from embedrl_verl.evaluation.retrieval import ALL
+from embedrl_verl.evaluation.stats import Interval, bootstrap_interval, mean_interval
 from embedrl_verl.tables import table
 
 Views = Mapping[str, Mapping[str, Any]]
 """By name, as `score_view` returns them."""
-ALL = "all"
 RAW = "raw"
 """The view of the input alone."""
+MIN_QUERIES = 10
+"""Of each data source or task that goes into an interval over queries."""
 
 
 def hit1_interval(runs: Sequence[Views], view: str, minus: str | None = None, source: str = ALL) -> Interval:
-    """Hit@1 of a view, or its gain over another, with its 95% interval; the ends are NaN where there is but one query.
+    """Hit@1 of a view, or its gain over another, with its 95% interval, as `query_interval` has it for one run.
 
     Args:
         runs: the views of each run.
@@ -38,14 +41,33 @@ def hit1_interval(runs: Sequence[Views], view: str, minus: str | None = None, so
         for name, hits in views[view]["hits"].items()
         if source in (ALL, name)
     ]
-    if sum(map(len, groups)) > 1:
-        return bootstrap_mean_of_means(groups)
-    return Interval(statistics.fmean(groups[0]), math.nan, math.nan)
+    return query_interval(groups)
+
+
+def query_interval(groups: Sequence[Sequence[float]]) -> Interval:
+    """The plain mean of the groups' means with its 95% bootstrap interval; its ends are NaN if a group has too few
+    queries for a verdict (`MIN_QUERIES`)."""
+    if min(map(len, groups)) >= MIN_QUERIES:
+        return bootstrap_interval(groups)
+    return Interval(statistics.fmean(map(statistics.fmean, groups)), math.nan, math.nan)
 
 
 def verdict(gain: Interval) -> str:
-    """better, WORSE, or unclear where the interval holds 0."""
+    """better, WORSE, unclear where the interval holds 0, or too few queries for an interval."""
+    if math.isnan(gain.low):
+        return "too few queries"
     return "better" if gain.low > 0 else "WORSE" if gain.high < 0 else "unclear"
+
+
+def interval_words(gain: Interval) -> str:
+    """The interval in words."""
+    return "no interval" if math.isnan(gain.low) else f"95% interval {gain.low:+.3f} to {gain.high:+.3f}"
+
+
+def gain_cell(gain: Interval) -> str:
+    """A gain with interval and verdict as a cell of a table."""
+    ends = "" if math.isnan(gain.low) else f" [{gain.low:+.2f}, {gain.high:+.2f}]"
+    return f"{gain.mean:+.3f}{ends} {verdict(gain):7}"
 
 
 def source_rows(
@@ -65,8 +87,7 @@ def source_rows(
         queries = sum(len(hits) for name, hits in next(iter(runs[0].values()))["hits"].items() if source in (ALL, name))
         means = [statistics.fmean(run[view]["hit1"][source] for run in runs) for view in names]
         found = [hit1_interval(runs, view, base, source) for view, base in gains]
-        shown = [f"{one.mean:+.3f} [{one.low:+.2f}, {one.high:+.2f}] {verdict(one):7}" for one in found]
-        rows.append([source, queries, *(f"{mean:.3f}" for mean in means), *shown])
+        rows.append([source, queries, *(f"{mean:.3f}" for mean in means), *map(gain_cell, found)])
     return rows
 
 

@@ -86,15 +86,6 @@ def ndcg_at_k(
     return _result((grades / discount).sum(dim=1) / best.masked_fill(best == 0, 1.0), per_query)
 
 
-def first_rank(scores: Tensor, relevant: Tensor) -> Tensor:
-    """(Q,) int64, the rank of each query's first relevant candidate, from 1 and behind all others of its score; 0 where
-    none is retrieved. Arguments as in `hit_at_k`."""
-    wanted = relevant > 0
-    best = scores.masked_fill(~wanted | scores.isnan(), -torch.inf).amax(dim=1, keepdim=True)
-    ahead = (~wanted & (scores >= best)).sum(dim=1)  # NaN is not
-    return (1 + ahead).masked_fill(best[:, 0] == -torch.inf, 0)
-
-
 def _result(values: Tensor, per_query: bool) -> float | Tensor:
     return values if per_query else float(values.mean())
 

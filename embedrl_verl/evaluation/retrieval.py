@@ -9,27 +9,33 @@ and the evidence that they point at, cut from the originals.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.identity import ContentId, content_id, shares_content, target_content
-from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side
+from embedrl_verl.data.schema import SIDES, Item, PairRecord, Side, input_kind
 from embedrl_verl.data.table import LocatedPair, PairTable
-from embedrl_verl.embedder import EmbedInput
-from embedrl_verl.errors import DataError, EmbedRLError, MediaError
-from embedrl_verl.evaluation.metrics import first_rank, hit_at_k, ndcg_at_k
-from embedrl_verl.families import Family
+from embedrl_verl.errors import DataError, MediaError
+from embedrl_verl.evaluation.metrics import hit_at_k, ndcg_at_k
+from embedrl_verl.families import FAMILIES, Family
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND
+from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.embedders import Embeds
+from embedrl_verl.model.pair import Encoding
 from embedrl_verl.model.tcots import FAILURES, Ask, PairSide, Writes, Written
+from embedrl_verl.ranks import first_rank
 from embedrl_verl.tcot import format_reward, parse_tcot
 
+ALL = "all"
+"""The mean over data sources."""
 NDCG_K = 5
 MAX_FRAMES = MediaConfig().max_frames
 AT_ONCE = 64
@@ -51,11 +57,22 @@ class Pairs:
     ) -> None:
         if not records:
             raise DataError("an evaluation needs at least one pair; the files hold none")
+        if taken := next((one for one in records if one.data_source == ALL), None):
+            raise DataError(
+                f"data_source of pair {taken.pair_id} must not be {ALL!r}, which names the mean over sources; rename it"
+            )
         self.records, self.media_roots, self.max_frames = records, media_roots, max_frames
         self.by_source: dict[str, list[int]] = {}
         for number, record in enumerate(records):
             self.by_source.setdefault(record.data_source, []).append(number)
         self.contents = torch.tensor([_content(*one) for one in zip(records, media_roots, strict=True)])
+
+    def digest(self) -> str:
+        """Of all pairs with their contents, in order: equal if the same is ranked."""
+        found = hashlib.sha256()
+        for record, content in zip(self.records, self.contents.tolist(), strict=True):
+            found.update(json.dumps([record.pair_id, record.data_source, *content]).encode())
+        return found.hexdigest()[:16]
 
     def ask(self, number: int, side: Side) -> Ask:
         """One side of a pair, decoded; MediaError names what cannot be."""
@@ -133,13 +150,27 @@ def score_view(
         over both sides: "well_formed" keeps the form, "format" also has the evidence that its input calls for (the
         reward's F); "evidence": pieces cut for a T-CoT, mean.
     """
+    model = EmbedRLModel(embedder, family=family or FAMILIES[-1], evidence=evidence)
     sides = {
-        side: _embed_side(embedder, pairs, side, tcots[side] if tcots else None, family, evidence) for side in SIDES
+        side: list(
+            model.encodings(
+                [partial(pairs.ask, number, side) for number in range(len(pairs.records))],
+                side,
+                batch_size=AT_ONCE,
+                tcots=None if tcots is None else tcots[side],
+            )
+        )
+        for side in SIDES
     }
-    problems = [f"{side} of {pairs.records[i].pair_id}: {why}" for side in SIDES for i, why in sides[side].problems]
+    problems = [
+        f"{side} of {record.pair_id}: {one.problem}"
+        for side in SIDES
+        for record, one in zip(pairs.records, sides[side], strict=True)
+        if one.vector is None
+    ]
     # A side may have no vector at all: the width is that of the other.
-    known = [vector for side in SIDES for vector in sides[side].vectors.values()]
-    query, target = (_stacked(sides[side].vectors, len(pairs.records), len(known[0]) if known else 1) for side in SIDES)
+    width = next((len(one.vector) for side in SIDES for one in sides[side] if one.vector is not None), 1)
+    query, target = (stacked(sides[side], width) for side in SIDES)
     scores: dict[str, Any] = {"hit1": {}, "ndcg5": {}, "hits": {}, "ranks": {}}
     for source, rows in pairs.by_source.items():
         similarity = query[rows] @ target[rows].T
@@ -149,60 +180,31 @@ def score_view(
         scores["ranks"][source] = first_rank(similarity, relevant).tolist()
         scores["hits"][source] = [int(rank == 1) for rank in scores["ranks"][source]]
     for name in ("hit1", "ndcg5"):
-        scores[name]["all"] = statistics.fmean(scores[name].values())
+        scores[name][ALL] = statistics.fmean(scores[name].values())
     quality = None
     if tcots is not None:
-        forms = [form for side in SIDES for form in sides[side].forms]
+        forms = [form for side in SIDES for form in _forms(pairs, side, sides[side])]
         kept, complete, cut = (statistics.fmean(values) for values in zip(*forms, strict=True)) if forms else (0, 0, 0)
         quality = {"well_formed": kept, "format": complete, "evidence": cut}
     return scores | {"failed_rows": len(problems), "problems": problems[:5], "quality": quality}
 
 
-@dataclass(frozen=True)
-class _Side:
-    vectors: dict[int, torch.Tensor]  # by number of the pair, (D,) float32
-    problems: list[tuple[int, str]]
-    forms: list[tuple[float, float, int]]  # of each T-CoT: well-formed, the reward's F, pieces of evidence
+def _forms(pairs: Pairs, side: Side, encoded: Sequence[Encoding]) -> list[tuple[float, float, int]]:
+    """Of each T-CoT that was embedded: well-formed, the reward's F, pieces of evidence."""
+    forms = []
+    for record, one in zip(pairs.records, encoded, strict=True):
+        if one.tcot is not None:
+            tcot = parse_tcot(one.tcot)
+            complete = format_reward(tcot, EVIDENCE_KEY_OF_KIND[input_kind(record, side)])
+            forms.append((float(tcot.is_well_formed), complete, one.evidence))
+    return forms
 
 
-def _embed_side(
-    embedder: Embeds,
-    pairs: Pairs,
-    side: Side,
-    tcots: Sequence[Written] | None,
-    family: Family | None,
-    evidence: EvidenceConfig,
-) -> _Side:
-    vectors: dict[int, torch.Tensor] = {}
-    problems: list[tuple[int, str]] = []
-    forms: list[tuple[float, float, int]] = []
-    for start in range(0, len(pairs.records), AT_ONCE):
-        inputs: dict[int, EmbedInput] = {}
-        for i in range(start, min(start + AT_ONCE, len(pairs.records))):
-            try:
-                kind, item = pairs.ask(i, side)
-                if tcots is None:
-                    inputs[i] = EmbedInput(item)
-                else:
-                    assert family is not None, "T-CoTs are of a Reasoner of some family"
-                    inputs[i] = tcots[i].about(item, family, evidence)
-            except FAILURES as error:
-                problems.append((i, str(error)))
-                continue
-            if (tcot := inputs[i].tcot) is not None:
-                form = format_reward(tcot, EVIDENCE_KEY_OF_KIND[kind])
-                forms.append((float(tcot.is_well_formed), form, len(inputs[i].evidence)))
-        for i, vector in zip(inputs, embedder.vectors(list(inputs.values()), side), strict=True):
-            if isinstance(vector, EmbedRLError):
-                problems.append((i, str(vector)))
-            else:
-                vectors[i] = vector
-    return _Side(vectors, problems, forms)
-
-
-def _stacked(vectors: Mapping[int, torch.Tensor], count: int, width: int) -> torch.Tensor:
-    missing = torch.full((width,), torch.nan)
-    return torch.stack([vectors.get(i, missing) for i in range(count)])
+def stacked(encoded: Sequence[Encoding], width: int = 1) -> torch.Tensor:
+    """(n, D) float32, a row of NaN where there is no vector. `width`: D where no vector is known at all."""
+    known = [one.vector for one in encoded if one.vector is not None]
+    missing = torch.full_like(known[0], torch.nan) if known else torch.full((width,), torch.nan)
+    return torch.stack([missing if one.vector is None else one.vector.float() for one in encoded])
 
 
 def tcot_lines(pairs: Pairs, name: str, tcots: Tcots, ranks: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:

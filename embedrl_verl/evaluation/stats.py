@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class Interval(NamedTuple):
@@ -34,37 +33,29 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
 
 
 def bootstrap_interval(
-    values: Sequence[float] | Tensor, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    groups: Sequence[Sequence[float]], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Mean over queries with its percentile bootstrap interval; the same seed gives the same interval.
+    """The plain mean of the groups' means with its percentile bootstrap interval; each group is resampled by itself.
+
+    The same seed gives the same interval.
 
     Args:
-        values: (Q,) one number a query; for a gain, the differences of two systems query by query.
+        groups: numbers of queries, by data source or task (one group: the mean over queries); for a gain, the
+            differences of two systems query by query.
 
     Raises:
-        ValueError: as in `mean_interval`, or resamples < 1.
+        ValueError: as in `mean_interval`, of a group; no group, or resamples < 1.
     """
-    data = torch.as_tensor(values, dtype=torch.float64).cpu()
-    _check(data.tolist(), confidence)
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1; got {resamples}")
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [data[torch.randint(len(data), data.shape, generator=generator)].mean() for _ in range(resamples)]
-    )
-    tail = (1 - confidence) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(float(data.mean()), low, high)
-
-
-def bootstrap_mean_of_means(groups: Sequence[Sequence[float]], *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The plain mean of the groups' means with its 95% interval: each group is resampled by itself."""
+    if not groups or resamples < 1:
+        raise ValueError(f"groups and resamples must be at least 1; got {len(groups)} and {resamples}")
     generator, means = torch.Generator().manual_seed(seed), torch.zeros(resamples, dtype=torch.float64)
-    data = [torch.tensor(group, dtype=torch.float64) for group in groups]
+    data = [torch.as_tensor(group, dtype=torch.float64).cpu() for group in groups]
     for one in data:
+        _check(one.tolist(), confidence)
         draws = [one[torch.randint(len(one), one.shape, generator=generator)].mean() for _ in range(resamples)]
         means += torch.stack(draws) / len(data)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    tail = (1 - confidence) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(math.fsum(float(one.mean()) for one in data) / len(data), low, high)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embedrl_verl.ranks import first_rank
+
 
 @dataclass(frozen=True)
 class ThinkGate:
@@ -29,7 +31,7 @@ class ThinkGate:
             relevant: (Q, C) bool.
         """
         margin = margins(plain).nan_to_num(nan=-1.0)
-        hits = [_hits(one, relevant) for one in (plain, thought)]
+        hits = [(first_rank(one, relevant) == 1).double() for one in (plain, thought)]
         order = margin.argsort()
         # After the n queries of the smallest margins think: their hits with thinking, the others' without.
         gain = torch.cat([torch.zeros(1, dtype=torch.float64), (hits[1] - hits[0])[order].cumsum(0)])
@@ -39,27 +41,25 @@ class ThinkGate:
         best = int(gain.masked_fill(~allowed, -torch.inf).argmax())
         top = float(margin.max()) + 1.0
         threshold = float(margin[order][best]) if best < len(order) else top
-        count = len(margin)
-        plain_hit, thought_hit = (float(one.mean()) for one in hits)
-        return GateFit(cls(threshold), best / count, plain_hit, thought_hit, plain_hit + float(gain[best]) / count)
+        return cls(threshold).score(plain, thought, relevant)
+
+    def score(self, plain: Tensor, thought: Tensor, relevant: Tensor) -> GateFit:
+        """What this gate does to some queries. Arguments as `fit`."""
+        thinks = self.thinks(plain)
+        never, always = ((first_rank(one, relevant) == 1).double() for one in (plain, thought))
+        shares = (thinks.double(), never, always, torch.where(thinks, always, never))
+        return GateFit(self, *(float(one.mean()) for one in shares))
 
 
 @dataclass(frozen=True)
 class GateFit:
-    """A fitted gate; `share` of the validation queries that think, and Hit@1 with never, always and gated thinking."""
+    """A gate; `share` of some queries that think, and their Hit@1 with never, always and gated thinking."""
 
     gate: ThinkGate
     share: float
     never: float
     always: float
     gated: float
-
-
-def _hits(similarity: Tensor, relevant: Tensor) -> Tensor:
-    """(Q,) float64, 1 where a relevant candidate stands before all others (Hit@1; a tie is a miss)."""
-    known = similarity.nan_to_num(nan=-torch.inf)
-    own, other = (known.masked_fill(one, -torch.inf).amax(dim=1) for one in (~relevant, relevant))
-    return (own > other).double()
 
 
 def margins(similarity: Tensor) -> Tensor:

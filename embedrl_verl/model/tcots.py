@@ -88,7 +88,8 @@ def ask_for(
     Args:
         given: a text; an RGB image; a mapping with some of `text`, `instruction`, `image` or `images` (images, paths or
             encoded bytes), `video` (a path, or a list of frames at 2 a second) and `kind` ("page" for a document page);
-            an `Item` of a pair record, or a `LoadedItem`; or an `Ask`, whose kind stays.
+            an `Item` of a pair record, or a `LoadedItem`; or an `Ask`, whose kind stays, or a function that makes one
+            when it is needed, so that few inputs are decoded at a time.
         instruction: of inputs that bring none.
         max_frames: frames drawn from a video.
 
@@ -96,6 +97,8 @@ def ask_for(
         ConfigError: something else was given. MediaError: a medium cannot be decoded. DataError: it is empty, or its
             text is not Unicode.
     """
+    if callable(given):
+        given = given()
     if isinstance(given, Ask):
         return given if given.item.instruction else given._replace(item=replace(given.item, instruction=instruction))
     if isinstance(given, str):

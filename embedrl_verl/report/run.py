@@ -13,7 +13,16 @@ from urllib.parse import unquote
 from embedrl_verl.data.files import read_object
 from embedrl_verl.data.schema import SIDES
 from embedrl_verl.errors import DataError
-from embedrl_verl.evaluation.comparison import ALL, RAW, Views, hit1_interval, source_rows, sources_of, verdict
+from embedrl_verl.evaluation.comparison import (
+    RAW,
+    Views,
+    hit1_interval,
+    interval_words,
+    source_rows,
+    sources_of,
+    verdict,
+)
+from embedrl_verl.evaluation.retrieval import ALL
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.report.chart import Chart, draw
 from embedrl_verl.report.terms import findings, read_terms
@@ -59,6 +68,7 @@ WORDS = {
     "better": ("better in", "help in"),
     "unclear": ("not clearly different in", "do not clearly help in"),
     "WORSE": ("WORSE in", "do HARM in"),
+    "too few queries": ("not known, of too few queries, in", "have too few queries in"),
 }
 """For each verdict, of a view against another, and of T-CoTs against the input alone."""
 
@@ -203,7 +213,7 @@ def _by_source(views: Views) -> Section:
             kinds[verdict(hit1_interval([views], view, base, source))].append(source)
         found = [f"{WORDS[kind][base == RAW]} {', '.join(sources)}" for kind, sources in kinds.items() if sources]
         said.append(
-            f"{names[view]} against {names[base]}: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}], "
+            f"{names[view]} against {names[base]}: {gain.mean:+.3f} ({interval_words(gain)}), "
             f"{verdict(gain)}. {'T-CoTs' if base == RAW else 'It is'} {'; '.join(found)}."
         )
     for view, scores in views.items():

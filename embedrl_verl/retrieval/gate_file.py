@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`embedrl gate fit`: which queries think, decided on validation pairs, and the file that keeps it."""
+"""`embedrl gate fit` and `gate score`: which queries think, decided on validation pairs, and what that does."""
 
 from __future__ import annotations
 
@@ -30,10 +30,25 @@ AT_ONCE = 64
 def fit_gate(
     files: Sequence[str], out: str, pair: PairOptions, *, media_root: str | None = None, limit: int | None = None
 ) -> dict[str, Any]:
-    """Fit and write `out`; returns what it holds.
+    """Fit on these pairs, and write `out`; returns what it holds, as `measure_gate`."""
+    found = measure_gate(files, pair, None, media_root=media_root, limit=limit)
+    write_json(out, found)
+    return found
 
-    `threshold`: cosines; `share` of the queries that think. `hit1` and `seconds` (of a query, on this machine) of
-    "never", "always" and "gated" thinking: every query against the targets of its data source, which always think.
+
+def measure_gate(
+    files: Sequence[str],
+    pair: PairOptions,
+    gate: ThinkGate | None,
+    *,
+    media_root: str | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """What a gate does to the queries of these pairs; None: the one that is best for them.
+
+    `threshold`: cosines; `share` of the queries that think. `hit1` and `seconds` (of a query, on this machine, from
+    decoded media to the vector) of "never", "always" and "gated" thinking: every query against the targets of its data
+    source, which always think.
     """
     pairs = Pairs.read([str(Path(file).resolve()) for file in files], media_root, limit)
     model = pair.load("always")
@@ -45,10 +60,11 @@ def fit_gate(
     for rows in pairs.by_source.values():
         elsewhere[torch.tensor(rows)[:, None], torch.tensor(rows)] = False
     before, after = ((one @ targets.T).masked_fill(elsewhere, torch.nan) for one in (plain, thought))
-    fit = ThinkGate.fit(before, after, shares_content(pairs.contents, pairs.contents) & ~elsewhere)
+    known = before, after, shares_content(pairs.contents, pairs.contents) & ~elsewhere
+    fit = ThinkGate.fit(*known) if gate is None else gate.score(*known)
     chosen = fit.gate.thinks(before).nonzero()[:, 0].tolist()
     _, again_s = _vectors(model, pairs, "query", "always", chosen)
-    found = {
+    return {
         "threshold": fit.gate.threshold,
         "share": fit.share,
         "hit1": {"never": fit.never, "always": fit.always, "gated": fit.gated},
@@ -61,8 +77,6 @@ def fit_gate(
         "files": [str(file) for file in files],
         **pair.named(),
     }
-    write_json(out, found)
-    return found
 
 
 def read_gate(file: Path) -> ThinkGate:

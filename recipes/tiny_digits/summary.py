@@ -9,6 +9,7 @@ said, for each data source too.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from embedrl_verl.errors import ConfigError, DataError
-from embedrl_verl.evaluation.comparison import hit1_interval, source_table, verdict
+from embedrl_verl.evaluation.comparison import hit1_interval, interval_words, source_table, verdict
 from embedrl_verl.evaluation.stats import Interval, mean_interval
 from embedrl_verl.progress import read_metrics
 from embedrl_verl.tables import table as columns
@@ -99,13 +100,22 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
         },
         "over_runs": {key: mean_interval([row[key] for row in numbers])._asdict() for key in shared if several},
         "interval": "95%, Student's t over runs" if several else "95%, bootstrap over the queries of the one run",
-        "hit@1_differences": {f"{a} - {b}": hit1_interval(views, a, b)._asdict() for a, b in PAIRS},
+        "hit@1_differences": {f"{a} - {b}": _stored(hit1_interval(views, a, b)) for a, b in PAIRS},
         "hit@1_differences_by_source": {
-            source: {f"{a} - {b}": hit1_interval(views, a, b, source)._asdict() for a, b in PAIRS}
+            source: {f"{a} - {b}": _stored(hit1_interval(views, a, b, source)) for a, b in PAIRS}
             for source in _sources(runs)
         },
     }
     return result | {"findings": _findings(result)}
+
+
+def _stored(gain: Interval) -> dict[str, float | None]:
+    """JSON has no NaN: the ends are null where there are too few queries for an interval."""
+    return {name: None if math.isnan(value) else value for name, value in gain._asdict().items()}
+
+
+def _interval(stored: Mapping[str, float | None]) -> Interval:
+    return Interval(**{name: math.nan if value is None else value for name, value in stored.items()})
 
 
 def _sources(runs: Sequence[Run]) -> list[str]:
@@ -117,15 +127,12 @@ def _findings(result: Mapping[str, Any]) -> list[str]:
     over = f"over {len(runs)} runs" if len(runs) > 1 else "over the queries of one run"
     lines = []
     for a, b in PAIRS:
-        gain = Interval(**result["hit@1_differences"][f"{a} - {b}"])
+        gain = _interval(result["hit@1_differences"][f"{a} - {b}"])
         said = verdict(gain).replace("unclear", "NO CLEAR DIFFERENCE, the interval holds 0")
-        lines.append(
-            f"Hit@1, {VIEWS[a]} against {VIEWS[b]}: {gain.mean:+.3f} (95% interval {gain.low:+.3f} to {gain.high:+.3f} "
-            f"{over}): {said}"
-        )
-    by_source: dict[str, list[str]] = {"better": [], "unclear": [], "WORSE": []}
+        lines.append(f"Hit@1, {VIEWS[a]} against {VIEWS[b]}: {gain.mean:+.3f} ({interval_words(gain)} {over}): {said}")
+    by_source: dict[str, list[str]] = {"better": [], "unclear": [], "WORSE": [], "too few queries": []}
     for source, gains in result["hit@1_differences_by_source"].items():
-        by_source[verdict(Interval(**gains["after - raw"]))].append(source)
+        by_source[verdict(_interval(gains["after - raw"]))].append(source)
     found = "; ".join(f"{word} in {', '.join(names)}" for word, names in by_source.items() if names)
     lines.append(f"By data source, {VIEWS['after']} against {VIEWS['raw']}: {found}")
     rises = {name: run["reward/last_tenth"] - run["reward/first_tenth"] for name, run in runs.items()}

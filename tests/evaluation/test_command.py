@@ -11,11 +11,11 @@ from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.errors import ConfigError
-from embedrl_verl.evaluation.comparison import hit1_interval, source_table
+from embedrl_verl.evaluation.comparison import hit1_interval, source_table, verdict
 from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.model.loading import read_settings
 from recipes.tiny_digits.models import build_tiny_model
-from recipes.tiny_digits.world import write_world
+from recipes.tiny_digits.world import SOURCES, write_world
 
 LIMITS = ("image_min_tokens=4", "image_max_tokens=64", "frame_min_tokens=4", "frame_max_tokens=16")
 SETTINGS = ["--set", *(f"embedrl.embedder.{one}" for one in LIMITS)]
@@ -43,12 +43,12 @@ def test_plain_before_and_after_stand_in_a_table_and_every_tcot_is_kept(world, t
     reasoners = ["--reasoner", f"before={world / 'sft'}", "--reasoner", f"after={world / 'sft'}"]
     assert evaluate(world, tmp_path / "out", *reasoners, "--limit", "2", *SETTINGS) == 0
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert list(result["views"]) == ["raw", "before", "after"] and result["pairs"] == 12
+    assert list(result["views"]) == ["raw", "before", "after"] and result["pairs"] == 2 * len(SOURCES)
     assert result["views"]["before"] == result["views"]["after"], "the same Reasoner twice must score the same"
     prompt = result["prompts"]["after"]
     assert (prompt["prompt_style"], prompt["max_response_length"], prompt["family"]) == ("compact", 6, "qwen2_vl")
     lines = [json.loads(line) for line in (tmp_path / "out" / "tcots.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * 12 * 2 and all(line["tcot"] for line in lines)
+    assert len(lines) == 2 * 2 * len(SOURCES) * 2 and all(line["tcot"] for line in lines)
     printed = capsys.readouterr().out
     assert "before against raw" in printed and "digits_video" in printed and "well-formed 0.0%" in printed
     before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
@@ -102,17 +102,18 @@ def test_rows_that_are_no_pairs_and_media_that_are_not_there_are_told(world, tmp
     assert "ATTENTION: sft: 1 inputs" in printed
 
 
-def test_gains_are_paired_by_query_or_by_run_and_one_query_has_no_interval():
+def test_gains_are_paired_by_query_or_by_run_and_few_queries_have_no_interval():
     def views(**hits: list[int]) -> dict:
         scored = {name: {"hit1": {"a": sum(one) / len(one)}, "hits": {"a": one}} for name, one in hits.items()}
         return {name: one | {"hit1": one["hit1"] | {"all": one["hit1"]["a"]}} for name, one in scored.items()}
 
-    runs = [views(raw=[1, 0, 0, 0], after=[1, 1, 1, 0]), views(raw=[0, 0, 0, 0], after=[1, 1, 0, 0])]
+    runs = [views(raw=[1, 0, 0, 0] * 3, after=[1, 1, 1, 0] * 3), views(raw=[0] * 12, after=[1, 1, 0, 0] * 3)]
     assert hit1_interval(runs, "after", "raw", "a") == (0.5, 0.5, 0.5), "each run gains the same"
     one = hit1_interval(runs[:1], "after", "raw")
     assert one.mean == 0.5 and one.low < 0.5 < one.high
-    single = source_table([views(raw=[0], after=[1])], {"raw": "raw", "after": "after"}, "raw", ["after"])
-    assert single[-1].split() == ["a", "1", "0.000", "1.000", "+1.000", "[+nan,", "+nan]", "unclear"]
+    for count, said in ((1, "too few queries"), (9, "too few queries"), (10, "[+1.00, +1.00] better")):
+        lines = source_table([views(raw=[0] * count, after=[1] * count)], {"raw": "r", "after": "a"}, "raw", ["after"])
+        assert lines[-1].split() == ["a", str(count), "0.000", "1.000", "+1.000", *said.split()]
 
 
 def test_frames_are_those_of_the_reasoners_record_and_reasoners_that_differ_need_a_word(tmp_path):
@@ -148,5 +149,7 @@ def test_every_reasoner_is_looked_at_before_the_first_writes(world, tmp_path, ca
 
 
 def test_the_interval_of_the_mean_over_sources_keeps_its_sources():
-    views = {"x": {"hits": {"a": [1] * 2, "b": [1] * 200}, "hit1": {"all": 1.0}}}
+    views = {"x": {"hits": {"a": [1] * 10, "b": [1] * 200}, "hit1": {"all": 1.0}}}
     assert hit1_interval([views], "x") == pytest.approx((1.0, 1.0, 1.0)), "every query is hit in every resample"
+    views["x"]["hits"]["a"].pop()
+    assert verdict(hit1_interval([views], "x")) == "too few queries", "nine of one source decide half of the mean"

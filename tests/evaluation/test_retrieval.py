@@ -13,9 +13,9 @@ from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import DataError, EmbedderError
-from embedrl_verl.evaluation.metrics import first_rank
 from embedrl_verl.evaluation.retrieval import Pairs, score_view, tcot_lines, write_tcots
 from embedrl_verl.model import Written
+from embedrl_verl.ranks import first_rank
 from tests.embedder.inputs import picture
 
 
@@ -97,6 +97,8 @@ def test_an_input_without_tcot_or_vector_is_a_counted_miss():
 def test_pairs_that_cannot_all_be_ranked_are_refused(tmp_path):
     with pytest.raises(DataError, match="at least one pair"):
         Pairs([], [])
+    with pytest.raises(DataError, match="data_source of pair p0 must not be 'all'"):
+        Pairs(records("all"), [None] * 4)
     write_pairs([*records("a", "b"), records("a")[0]], tmp_path / "twice.parquet")
     with pytest.raises(DataError, match=r"1 rows cannot be used; the first: .*row 8.*pair_id must be unique"):
         Pairs.read([str(tmp_path / "twice.parquet")])

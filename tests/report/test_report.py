@@ -119,7 +119,7 @@ def test_prompts_whose_rollouts_all_score_the_same_are_counted(run):
 def test_where_t_cots_do_not_help_is_said(run):
     seen = Seen(page_of()).characters
     assert "after against before: +0.000" in seen and "after against plain: -0.333" in seen
-    assert "T-CoTs do not clearly help in odd, vqa, videos." in seen
+    assert "too few queries. T-CoTs have too few queries in odd, vqa, videos." in seen
 
 
 def test_cases_that_rl_fixed_come_before_those_that_it_broke_with_their_ranks(run):

@@ -119,6 +119,12 @@ def test_a_gate_is_fitted_on_pairs_and_decides_which_query_thinks(corpus, pair, 
     gate, out = json.loads(file.read_text()), capsys.readouterr().out
     assert gate["queries"] == 10 and gate["failed"] == 0 and f"{gate['share']:.1%} of 10 queries think" in out
     assert gate["hit1"]["gated"] >= max(gate["hit1"]["never"], gate["hit1"]["always"])
+    others = [PairRecord(f"o{i}", "s", "Find it.", Item(f"query {i}"), Item(f"target {i}")) for i in range(4)]
+    write_pairs(others, tmp_path / "others.parquet")
+    scored = [str(tmp_path / "others.parquet"), "--gate", str(file), *words(pair, reasoner=True)]
+    assert cli.main(["gate", "score", *scored]) == 0
+    assert f"of 4 queries think (margin below {gate['threshold']:.4f})" in capsys.readouterr().out
+    assert json.loads(file.read_text()) == gate, "it is only scored"
     targets = model.encode_document([f"target {i}" for i in range(10)])
     for name in ("never", "always"):
         queries = model.encode_query([f"query {i}" for i in range(10)], prompt="Find it.", think=name)

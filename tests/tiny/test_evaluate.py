@@ -15,7 +15,7 @@ from recipes.tiny_digits.canvas import HELD_OUT_SCANS
 from recipes.tiny_digits.contrastive import load_embedder
 from recipes.tiny_digits.evaluate import digits_right, main, true_tcots
 from recipes.tiny_digits.models import build_tiny_model
-from recipes.tiny_digits.world import Sample, make_samples, write_world
+from recipes.tiny_digits.world import SOURCES, Sample, make_samples, write_world
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def test_command_writes_every_view_with_counts_and_every_tcot(folder, tmp_path, 
     main(folder, tmp_path, folder, folder, [str(tmp_path / "world" / "heldout.parquet")], seed=3)
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(result["views"]) == ["raw", "before", "after", "truth"]
-    assert (result["seed"], result["pairs"], set(result["queries"].values())) == (3, 24, {4})
+    assert (result["seed"], result["pairs"], set(result["queries"].values())) == (3, 4 * len(SOURCES), {4})
     assert result["views"]["before"] == result["views"]["after"], "the same Reasoner twice must score the same"
     for name, view in result["views"].items():
         assert view["failed_rows"] == 0 and (view["quality"] is None) == (name == "raw")
         assert all(sum(view["hits"][source]) / 4 == view["hit1"][source] for source in result["queries"])
     lines = [json.loads(line) for line in (tmp_path / "tcots.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 * 24 * 2 and {line["view"] for line in lines} == {"before", "after", "truth"}
+    assert len(lines) == 3 * 4 * len(SOURCES) * 2 and {line["view"] for line in lines} == {"before", "after", "truth"}

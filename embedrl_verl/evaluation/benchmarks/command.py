@@ -4,25 +4,26 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.data.files import read_object, write_json
-from embedrl_verl.embedder.profiles import resolve_profile
+from embedrl_verl.data.files import write_json
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.evaluation.benchmarks import mmeb_v2
 from embedrl_verl.evaluation.benchmarks.runner import BENCHMARKS, BenchmarkRun
-from embedrl_verl.evaluation.benchmarks.stamp import UNKNOWN, ModelFacts, refuse_other_stamp
+from embedrl_verl.evaluation.benchmarks.tables import read_tables
 from embedrl_verl.evaluation.benchmarks.task import Rules, Source
+from embedrl_verl.evaluation.stamp import UNKNOWN, model_facts
 from embedrl_verl.export.record import public_model
 from embedrl_verl.families import FAMILIES
 from embedrl_verl.model import EmbedRLModel
-from embedrl_verl.model.loading import Engine, Settings, load_embedder, load_reasoner, read_settings
+from embedrl_verl.model.loading import Engine, load_embedder, load_reasoner, read_settings
 from embedrl_verl.tables import table
 
 Files = Mapping[str, Mapping[str, Any]]
 """Score files by task."""
+Averages = Callable[[Mapping[str, float]], dict[str, float]]
 
 
 def run_benchmark(
@@ -36,7 +37,7 @@ def run_benchmark(
     engine: Engine = "transformers",
     prompts_like: str | None = None,
     tcots: str | None = None,
-    against: str | None = None,
+    tables: Sequence[str] = (),
     revision: str | None = None,
     rules: Rules | None = None,
     device: str = "auto",
@@ -45,6 +46,14 @@ def run_benchmark(
     """Run and print; score files, `scores.json` and `leaderboard.CELL.json` in `out`. Arguments as the command's."""
     if reasoner is not None and tcots is not None:
         raise ConfigError("--reasoner writes T-CoTs and --tcots gives them; name one of the two")
+    if bool(tables) == (benchmark in BENCHMARKS):
+        raise ConfigError(f"--tables gives the tasks of mmeb_v3 and own, and of no other; got {benchmark}, {tables}")
+    read = read_tables(*tables) if tables else None
+    unsupported = {} if read is None else read.unsupported
+    for name in tasks:
+        if name in unsupported:
+            raise ConfigError(f"{name} of --tables cannot be read: {unsupported[name]}")
+    averages = BENCHMARKS[benchmark].averages if read is None else read.averages
     settings = read_settings(embedder, overrides, device)
     family = settings.data["embedrl"]["family"]
     if tcots is not None and family == "auto":
@@ -69,32 +78,16 @@ def run_benchmark(
         tcots=tcots if reasoner is None else "write",
         facts=model_facts(settings),
         made_by={"embedder": public_model(embedder), "reasoner": public_model(reasoner or "none")},
+        tasks=None if read is None else read.tasks,
     )
     found = run.run(tasks, said=print)
-    report = {cell: benchmark_scores(benchmark, found, cell) for cell in cells_of(found)}
+    report = {cell: benchmark_scores(averages, found, cell) for cell in cells_of(found)}
     write_json(Path(out) / "scores.json", report)
     for cell in report if benchmark == mmeb_v2.NAME else ():
         write_json(Path(out) / f"leaderboard.{cell}.json", leaderboard(found, cell, public_model(embedder)))
     print("\n".join(report_lines(found, report)))
-    if against is not None:
-        print("\n".join(["", *compared_lines(found, read_scores(Path(against), found), against)]))
-
-
-def model_facts(settings: Settings) -> ModelFacts:
-    """How the Embedder of these settings is asked and read, for the stamps."""
-    config = settings.embedrl.embedder
-    if config.backend == "sentence_transformers":
-        return ModelFacts("as the model has it", "as the model has it", "as the model has it")
-    profile = resolve_profile(config.path, config.profile)
-    image, frame = (
-        f"{low} to {high} tokens"
-        for low, high in (
-            (config.image_min_tokens, config.image_max_tokens),
-            (config.frame_min_tokens, config.frame_max_tokens),
-        )
-    )
-    place = "system turn" if profile.instruction_in_system else "user turn"
-    return ModelFacts(place, "after the last norm", f"image {image}, frame {frame}")
+    for name, reason in unsupported.items():
+        print(f"not run: {name}: {reason}")
 
 
 def cells_of(files: Files) -> list[str]:
@@ -102,10 +95,10 @@ def cells_of(files: Files) -> list[str]:
     return list(dict.fromkeys(cell for file in files.values() for cell in file["cells"]))
 
 
-def benchmark_scores(benchmark: str, files: Files, cell: str) -> dict[str, dict[str, float]]:
+def benchmark_scores(averages: Averages, files: Files, cell: str) -> dict[str, dict[str, float]]:
     """x100, of the tasks that have this cell: "tasks", and the "averages" of which all tasks do."""
     scores = {name: 100 * file["cells"][cell]["score"] for name, file in files.items() if cell in file["cells"]}
-    return {"tasks": scores, "averages": BENCHMARKS[benchmark].averages(scores)}
+    return {"tasks": scores, "averages": averages(scores)}
 
 
 def leaderboard(files: Files, cell: str, name: str) -> dict[str, Any]:
@@ -154,27 +147,3 @@ def report_lines(files: Files, report: Mapping[str, Mapping[str, Mapping[str, fl
 
 def _shown(report: Mapping[str, Mapping[str, Mapping[str, float]]], part: str, name: str) -> list[str]:
     return [f"{cell[part][name]:.2f}" if name in cell[part] else "-" for cell in report.values()]
-
-
-def read_scores(folder: Path, tasks: Sequence[str] | Files) -> Files:
-    """The score files of another run's folder, of these tasks."""
-    missing = [name for name in tasks if not (folder / f"{name}.json").is_file()]
-    if missing:
-        raise ConfigError(f"{folder} must have scores of the same tasks; it has none of {', '.join(missing)}")
-    return {name: read_object(folder / f"{name}.json") for name in tasks}
-
-
-def compared_lines(files: Files, other: Files, name: str) -> list[str]:
-    """Differences to another run, by task and cell, x100.
-
-    Raises:
-        ConfigError: a stamp differs.
-    """
-    rows: list[list[object]] = [["task", "cell", "score", name, "difference"]]
-    for task, file in files.items():
-        refuse_other_stamp(file["stamp"], other[task]["stamp"], f"the scores of {task} here and in {name}")
-        for cell, one in file["cells"].items():
-            if cell in other[task]["cells"]:
-                score, there = 100 * one["score"], 100 * other[task]["cells"][cell]["score"]
-                rows.append([task, cell, f"{score:.2f}", f"{there:.2f}", f"{score - there:+.2f}"])
-    return table(*rows, left=(0, 1))

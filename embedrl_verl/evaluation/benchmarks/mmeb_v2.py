@@ -15,6 +15,7 @@ from embedrl_verl.evaluation.benchmarks.task import Task
 
 NAME = "mmeb_v2"
 MODALITIES = ("image", "video", "visdoc")
+IMAGE_COLUMNS = ("qry_inst", "qry_text", "qry_img_path", "tgt_inst", "tgt_text", "tgt_img_path")
 PAGE_FIXED = ("ViDoSeek-page", "MMLongBench-page")
 """Tasks whose official name ends in -fixed too."""
 RETIRED = "MomentSeeker_1k8"
@@ -129,7 +130,6 @@ MMLongBench-doc OOD VLM2Vec/MMLongBench-doc test 838 0
 
 
 def _tasks() -> Iterator[Task]:
-    columns = ("qry_inst", "qry_text", "qry_img_path", "tgt_inst", "tgt_text", "tgt_img_path")
     for line in _IMAGE.strip().splitlines():
         name, group, domain, query, target, candidates = line.split()
         yield Task(
@@ -139,7 +139,7 @@ def _tasks() -> Iterator[Task]:
             "image",
             "ziyjiang/MMEB_Test_Instruct",
             config=name,
-            columns=columns,
+            columns=IMAGE_COLUMNS,
             is_local=True,
             queries=1000,
             candidates=int(candidates),
@@ -165,6 +165,7 @@ def _tasks() -> Iterator[Task]:
             instruction=said,
             target_instruction=_TARGETS.get(reader, ""),
             finds_video=reader in _TARGETS,
+            file="momentseeker_1k6.jsonl" if reader == "moment_seeker" else "",
         )
     for line in _PAGES.strip().splitlines():
         name, group, repo, split, queries, pages = line.split()

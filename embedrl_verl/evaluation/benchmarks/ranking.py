@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from embedrl_verl.evaluation.benchmarks.task import Query
-from embedrl_verl.evaluation.metrics import first_rank, top_grades
+from embedrl_verl.evaluation.metrics import top_grades
+from embedrl_verl.ranks import first_rank
 
 KS = (1, 5, 10)
 BLOCK = 256

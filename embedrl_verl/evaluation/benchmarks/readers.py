@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of MMEB-V2: each turns the rows of its tasks into queries, candidates by name, and relevance."""
+"""Readers of MMEB-V2 and of tables in its layout: each makes of the rows queries, candidates by name, and relevance."""
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -13,15 +14,20 @@ from typing import Any, NamedTuple
 from embedrl_verl.data.schema import Item
 from embedrl_verl.errors import DataError
 from embedrl_verl.evaluation.benchmarks.task import MakeItem, Rules, Source, Task, TaskData
+from embedrl_verl.evaluation.benchmarks.text_files import read_texts
 
 Row = Mapping[str, Any]
+
+
+def _rows(task: Task, source: Source) -> Any:
+    return source.rows(task.repo, task.config, task.split, columns=task.columns, file=task.file or None)
 
 
 def read_image(task: Task, source: Source, rules: Rules) -> TaskData:
     """The first of a row's targets is the positive. Where query and target are images, a candidate is its picture and
     its caption (RefCOCO-Matching has several objects of one picture), else its picture, or its text."""
     data, (query_form, target_form) = TaskData(), task.form
-    for row in source.rows(task.repo, task.config, task.split, columns=task.columns):
+    for row in _rows(task, source):
         options: list[tuple[str, MakeItem]] = []
         for text, path in zip_longest(row["tgt_text"] or (), row["tgt_img_path"] or (), fillvalue=""):
             if "I" not in target_form:
@@ -40,7 +46,7 @@ def read_image(task: Task, source: Source, rules: Rules) -> TaskData:
 
 
 def _picture(task: Task, path: str, text: str, instruction: str) -> Item:
-    return Item(text=text, images=(f"{task.media}/{path}",), instruction=instruction)
+    return Item(text=text, images=(f"{task.media}/{path}",), kind=task.kind, instruction=instruction)
 
 
 def _clip(task: Task, source: Source, rules: Rules, folder: str, text: str = "", instruction: str = "") -> Item:
@@ -49,9 +55,9 @@ def _clip(task: Task, source: Source, rules: Rules, folder: str, text: str = "",
 
 def read_labels(task: Task, source: Source, rules: Rules) -> TaskData:
     """Video classification: against the row's own labels, or all of `labels/TASK.txt` and of the rows."""
-    rows = source.rows(task.repo, task.config, task.split, columns=task.columns)
+    rows = _rows(task, source)
     if task.is_local:  # the set has more rows than the benchmark takes
-        rows = rows.select(range(min(task.queries, len(rows))))
+        rows = rows.select(range(min(task.queries or len(rows), len(rows))))
     data = TaskData()
     for label in source.lines(f"labels/{task.name}.txt"):
         data.items[label] = partial(Item, text=label)
@@ -136,7 +142,7 @@ def read_questions(task: Task, source: Source, rules: Rules) -> TaskData:
 def _with_subset(task: Task, source: Source) -> Iterator[Row]:
     """The rows of all configs of a task ("a,b"), each with the name of its config."""
     for config in (task.config or "").split(","):
-        for row in source.rows(task.repo, config or None, task.split, columns=task.columns):
+        for row in _rows(replace(task, config=config or None), source):
             yield {**row, "subset": config}
 
 
@@ -145,7 +151,7 @@ def read_captions(task: Task, source: Source, rules: Rules) -> TaskData:
     which a list's first is used."""
     clip, caption = task.columns
     data = TaskData()
-    for row in source.rows(task.repo, task.config, task.split, columns=task.columns):
+    for row in _rows(task, source):
         text = row[caption] if isinstance(row[caption], str) else row[caption][0]
         name = posixpath.splitext(posixpath.basename(row[clip]))[0] if clip == "video" else row[clip]
         target = partial(_clip, task, source, rules, name, "", rules.for_target(task.target_instruction))
@@ -157,7 +163,7 @@ def read_captions(task: Task, source: Source, rules: Rules) -> TaskData:
 def read_moments(task: Task, source: Source, rules: Rules) -> TaskData:
     """The clips are folders beside the whole video, which is `query`; the positive's name begins so."""
     data, said = TaskData(), rules.for_target(task.target_instruction)
-    for row in source.rows(task.repo, task.config, task.split, columns=task.columns):
+    for row in _rows(task, source):
         name = posixpath.splitext(posixpath.basename(row["video_path"]))[0]
         folder = source.root / task.media / name
         found = sorted(one.name for one in folder.iterdir() if one.is_dir()) if folder.is_dir() else []
@@ -181,7 +187,7 @@ MOMENT_SEEKER = {
 def read_moment_seeker(task: Task, source: Source, rules: Rules) -> TaskData:
     """The ending of `input_frames` says what stands beside the text; several clips may be right."""
     data, said = TaskData(), rules.for_target(task.target_instruction)
-    for row in source.rows(task.repo, columns=task.columns, file="momentseeker_1k6.jsonl"):
+    for row in _rows(task, source):
         text, given = rules.text(row["query"]), row["input_frames"] or ""
         ending = next(ending for ending in MOMENT_SEEKER if given.endswith(ending))
         query = partial(Item, text=text, instruction=MOMENT_SEEKER[ending])
@@ -234,4 +240,5 @@ READERS: Mapping[str, Callable[[Task, Source, Rules], TaskData]] = {
     "moments": read_moments,
     "moment_seeker": read_moment_seeker,
     "pages": read_pages,
+    "texts": read_texts,
 }

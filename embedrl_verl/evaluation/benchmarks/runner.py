@@ -6,7 +6,7 @@ the candidates, so a run with T-CoTs has up to four: "tcot-plain" are queries wi
 
 In the folder of a run are `run.json` (models and rules) and, for each task, `TASK.json` (scores and stamp),
 `TASK.parquet` (a row for each query and cell) and `tcots/TASK.{query,candidate}.jsonl`. `TASK.json` is written last: a
-task that has one is not computed again, nor are T-CoTs written again that are there.
+task that has one is not computed again, nor are T-CoTs written again that are there, or in the `.part` of a killed run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,11 +30,12 @@ from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.evaluation.benchmarks import mmeb_v2, uvrb
 from embedrl_verl.evaluation.benchmarks.ranking import score_queries
 from embedrl_verl.evaluation.benchmarks.readers import READERS
-from embedrl_verl.evaluation.benchmarks.stamp import ModelFacts, Stamp
+from embedrl_verl.evaluation.benchmarks.stamp import Stamp
 from embedrl_verl.evaluation.benchmarks.task import MakeItem, Rules, Source, Task, TaskData
+from embedrl_verl.evaluation.retrieval import stacked
+from embedrl_verl.evaluation.stamp import ModelFacts
 from embedrl_verl.model import Ask, EmbedRLModel, Written, ask_for
 from embedrl_verl.model.pair import Encoding
-from embedrl_verl.model.tcots import FAILURES
 
 BENCHMARKS: Mapping[str, Any] = {mmeb_v2.NAME: mmeb_v2, uvrb.NAME: uvrb}
 AT_ONCE = 32
@@ -49,6 +50,8 @@ def read_task(task: Task, source: Source, rules: Rules) -> TaskData:
     """The queries and candidates of a task."""
     reader = uvrb.read_set if task.reader == "uvrb" else READERS[task.reader]
     data = reader(task, source, rules)
+    if rules.limit is not None:
+        data = _limited(data, rules.limit)
     if not data.queries:
         raise DataError(f"{task.name} must have queries; {source.root / task.repo} holds none")
     for query in data.queries:
@@ -59,6 +62,15 @@ def read_task(task: Task, source: Source, rules: Rules) -> TaskData:
                 f"{missing[0]!r} is not"
             )
     return data
+
+
+def _limited(data: TaskData, limit: int) -> TaskData:
+    """The first queries, with all candidates of a task, or with their own."""
+    queries = data.queries[:limit]
+    if any(query.candidates is None for query in queries):
+        return TaskData(queries, data.items)
+    own = {name for query in queries for name in query.candidates or ()}
+    return TaskData(queries, {name: make for name, make in data.items.items() if name in own})
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class BenchmarkRun:
     """The folder of a run, and how its tasks are computed.
 
     Args:
-        benchmark: mmeb_v2 or uvrb.
+        benchmark: mmeb_v2 or uvrb; or the name of the `tasks` that are given.
         model: what embeds; with a Reasoner if T-CoTs are to be written.
         out: folder of the score files.
         tcots: a folder of `TASK.{query,candidate}.jsonl` with {"id", "tcot"} lines (a side without a file is plain
@@ -93,10 +105,12 @@ class BenchmarkRun:
         tcots: str | Path | None = None,
         facts: ModelFacts | None = None,
         made_by: Mapping[str, str] | None = None,
+        tasks: Mapping[str, Task] | None = None,
     ) -> None:
         if tcots == "write" and model.reasoner is None:
             raise ConfigError("T-CoTs can only be written by a Reasoner; name one, or a folder of T-CoTs")
-        self.benchmark, self.tasks = benchmark, BENCHMARKS[benchmark].TASKS
+        self.benchmark = benchmark
+        self.tasks: Mapping[str, Task] = BENCHMARKS[benchmark].TASKS if tasks is None else tasks
         self.model, self.source, self.out = model, source, Path(out)
         self.rules, self.tcots, self.facts = rules or Rules(), tcots, facts or ModelFacts()
         mode = "none" if tcots is None else "written" if tcots == "write" else f"given {Path(tcots).name}"
@@ -164,6 +178,7 @@ class BenchmarkRun:
                 rows += _rows(cell, values, task, data, queries)
         table = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), table)
+        (self.out / task.name).parent.mkdir(parents=True, exist_ok=True)  # MMEB-V3's names have slashes
         write_atomically(self.out / f"{task.name}.parquet", table.getvalue())
         result = {"task": task.name, "stamp": stamp, "metric": task.metric, "cells": cells}
         write_json(self.out / f"{task.name}.json", result)
@@ -173,7 +188,7 @@ class BenchmarkRun:
         makes = {query.id: query.item for query in data.queries} if side == "query" else data.items
         if len(makes) < len(data.queries) and side == "query":
             raise DataError(f"{task.name}: the ids of queries must be unique; some are there twice")
-        yield "plain", _stacked(self._encoded(task, makes, side, None))
+        yield "plain", _vectors(list(self._encoded(task, makes, side, None)))
         given, kept = None, self.out / "tcots" / f"{task.name}.{side}.jsonl"
         if self.tcots is None:
             return
@@ -186,11 +201,27 @@ class BenchmarkRun:
             given = read_tcots(files[side])
         elif kept.is_file():
             given = read_tcots(kept)
-        encoded = list(self._encoded(task, makes, side, given, writes=given is None))
-        if given is None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, "".join(_tcot_lines(makes, encoded)))
-        yield "tcot", _stacked(encoded)
+        encoded = self._written(task, makes, side, kept) if given is None else self._encoded(task, makes, side, given)
+        yield "tcot", _vectors(list(encoded))
+
+    def _written(self, task: Task, makes: Mapping[str, MakeItem], side: SideName, kept: Path) -> list[Encoding]:
+        """With T-CoTs that the Reasoner writes. Each goes to a part file at once: a killed run loses a batch."""
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(".part")
+        lines = part.read_text(encoding="utf-8") if part.is_file() else ""
+        write_atomically(part, lines[: lines.rfind("\n") + 1])  # the last may be torn
+        known = read_tcots(part)
+        before = {name: make for name, make in makes.items() if name in known}
+        rest = {name: make for name, make in makes.items() if name not in known}
+        done = dict(zip(before, self._encoded(task, before, side, known), strict=True))
+        with open(part, "a", encoding="utf-8") as file:
+            for name, one in zip(rest, self._encoded(task, rest, side, None, writes=True), strict=True):
+                file.write(_tcot_line(name, one))
+                file.flush()
+                done[name] = one
+        write_atomically(kept, "".join(_tcot_line(name, done[name]) for name in makes))
+        part.unlink()
+        return [done[name] for name in makes]
 
     def _encoded(
         self,
@@ -202,29 +233,16 @@ class BenchmarkRun:
         writes: bool = False,
     ) -> Iterator[Encoding]:
         """Of each item in order: with the T-CoTs given, with those that the Reasoner `writes`, else alone."""
-        names = list(makes)
+        none = Written(None, problem="no T-CoT is given for it")
         about = f"{task.name}, {side} {'plain' if tcots is None and not writes else 'tcot'}"
-        for start in tqdm(range(0, len(names), AT_ONCE), desc=about, disable=None):
-            asks: dict[str, Ask] = {}
-            problems: dict[str, Encoding] = {}
-            for name in names[start : start + AT_ONCE]:
-                try:
-                    asks[name] = self._ask(task, makes[name], side)
-                except FAILURES as error:
-                    problems[name] = Encoding(None, problem=str(error))
-            given = None
-            if tcots is not None:
-                none = Written(None, problem="no T-CoT is given for it")
-                given = [tcots.get(name, none) for name in asks]
-            encoded = self.model.encodings(
-                list(asks.values()),
-                "query" if side == "query" else "target",
-                batch_size=AT_ONCE,
-                think="always" if writes else "never",
-                tcots=given,
-            )
-            done = problems | dict(zip(asks, encoded, strict=True))
-            yield from (done[name] for name in names[start : start + AT_ONCE])
+        encoded = self.model.encodings(
+            [partial(self._ask, task, make, side) for make in makes.values()],
+            "query" if side == "query" else "target",
+            batch_size=AT_ONCE,
+            think="always" if writes else "never",
+            tcots=None if tcots is None else [tcots.get(name, none) for name in makes],
+        )
+        yield from tqdm(encoded, total=len(makes), desc=about, disable=None)
 
     def _ask(self, task: Task, make: MakeItem, side: SideName) -> Ask:
         item = load_item(make(), self.source.root, max_frames=self.rules.frames)
@@ -240,13 +258,9 @@ def _not_tiny(item: LoadedItem) -> LoadedItem:
     return replace(item, images=tuple(images))
 
 
-def _stacked(encoded: Iterator[Encoding] | list[Encoding]) -> Vectors:
-    found = list(encoded)
-    known = [one.vector for one in found if one.vector is not None]
-    missing = torch.full_like(known[0], torch.nan) if known else torch.full((1,), torch.nan)
-    rows = [missing if one.vector is None else one.vector.float() for one in found]
-    problems = {number: one.problem for number, one in enumerate(found) if one.vector is None}
-    return Vectors(torch.stack(rows), problems)
+def _vectors(encoded: Sequence[Encoding]) -> Vectors:
+    problems = {number: one.problem for number, one in enumerate(encoded) if one.vector is None}
+    return Vectors(stacked(encoded), problems)
 
 
 def _summary(
@@ -282,10 +296,9 @@ def _rows(
         yield row | {name: column[number] for name, column in columns.items()}
 
 
-def _tcot_lines(names: Mapping[str, MakeItem], encoded: Sequence[Encoding]) -> Iterator[str]:
-    for name, one in zip(names, encoded, strict=True):
-        line = {"id": name, "tcot": one.tcot, "seen_sizes": one.seen_sizes}
-        yield json.dumps(line if one.tcot is not None else {**line, "problem": one.problem}, ensure_ascii=False) + "\n"
+def _tcot_line(name: str, one: Encoding) -> str:
+    line = {"id": name, "tcot": one.tcot, "seen_sizes": one.seen_sizes}
+    return json.dumps(line if one.tcot is not None else {**line, "problem": one.problem}, ensure_ascii=False) + "\n"
 
 
 def read_tcots(file: Path) -> dict[str, Written]:

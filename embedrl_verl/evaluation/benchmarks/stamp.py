@@ -7,28 +7,10 @@ where the instruction stands, the hidden state before or after the last norm, pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
-from embedrl_verl.errors import ConfigError
 from embedrl_verl.evaluation.benchmarks.task import Rules, Task
-
-UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a score file says of how the Embedder was asked.
-
-    Attributes:
-        instruction_place: the turn that holds the instruction.
-        hidden_state: that is pooled.
-        pixel_budget: of images and frames.
-    """
-
-    instruction_place: str = UNKNOWN
-    hidden_state: str = UNKNOWN
-    pixel_budget: str = UNKNOWN
+from embedrl_verl.evaluation.stamp import UNKNOWN, ModelFacts
 
 
 @dataclass(frozen=True)
@@ -78,19 +60,3 @@ class Stamp:
             white_space=rules.white_space,
             **asdict(model),
         )
-
-
-def refuse_other_stamp(
-    one: Mapping[str, str], other: Mapping[str, str], where: str, *, but: tuple[str, ...] = ()
-) -> None:
-    """ConfigError that names the first stamp that differs, or that one of two score files lacks.
-
-    Args:
-        where: what the two are, for the message.
-        but: stamps that may differ.
-    """
-    for name in (field.name for field in fields(Stamp)):
-        if name not in but and one.get(name) != other.get(name):
-            raise ConfigError(
-                f"{where} must have equal stamps to be compared; {name} is {one.get(name)!r} and {other.get(name)!r}"
-            )

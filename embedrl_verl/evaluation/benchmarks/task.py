@@ -32,12 +32,15 @@ class Task:
         is_local: a query is ranked against the candidates of its own row; else against all of the task.
         queries, candidates: how many the published set has; candidates of a query if local, else of the task. 0: not
             known.
+        file: JSON lines in `repo` that are its rows, instead of config and split.
+        files: of texts: queries, candidates, relevance ("" = the queries have it), in the data root.
         media: folder of its media, in the data root.
         form: what query and target of an image task are made of: I image, T text.
         instruction, target_instruction: said to the sides; "" = none, or the rows bring them.
         metric: of the score.
         in_domain: the reference training mixture has a set of the same source.
         finds_video: its candidates are videos.
+        kind: "page" if its pictures are document pages.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Task:
     is_local: bool = False
     queries: int = 0
     candidates: int = 0
+    file: str = ""
+    files: tuple[str, ...] = ()
     media: str = ""
     form: tuple[str, str] = ("T", "T")
     instruction: str = ""
@@ -58,6 +63,7 @@ class Task:
     metric: str = "hit@1"
     in_domain: bool = False
     finds_video: bool = False
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Rules:
         white_space: texts as in the data, or with " \\n" made "\\n" (VLM2Vec).
         candidate_instruction: that of the task, or none.
         pool: candidates as the table says (local or global), or global for all tasks.
+        limit: queries of a task, the first; their scores are stamped, and none is compared with a score of all.
     """
 
     frames: int = 8
@@ -77,6 +84,7 @@ class Rules:
     white_space: Literal["raw", "collapsed"] = "raw"
     candidate_instruction: Literal["task", "none"] = "task"
     pool: Literal["table", "global"] = "table"
+    limit: int | None = None
 
     def text(self, text: str) -> str:
         """A text of the data, without the image placeholder of the first version's files."""
@@ -185,7 +193,7 @@ class Source:
 
         Args:
             columns: that must be there.
-            file: JSON lines in the repository, instead of config and split.
+            file: JSON lines or parquet in the repository, instead of config and split.
         """
         import datasets
 
@@ -194,7 +202,8 @@ class Source:
             if file is not None:
                 pinned = f"{repo}@{self.revision}" if self.revision else repo
                 place = str(folder / file) if folder.is_dir() else f"hf://datasets/{pinned}/{file}"
-                found = datasets.load_dataset("json", data_files=place, split="train")
+                kind = "parquet" if file.endswith(".parquet") else "json"
+                found = datasets.load_dataset(kind, data_files=place, split="train")
             elif not folder.is_dir():
                 found = datasets.load_dataset(repo, config, split=split, revision=self.revision)
             elif _declares_configs(folder):

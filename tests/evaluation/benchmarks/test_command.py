@@ -70,12 +70,17 @@ def test_runs_are_compared_by_task_and_those_of_another_protocol_are_refused(
 ) -> None:
     first, words = str(tmp_path / "first"), {"name": "uvrb", "tasks": "MSRVTT"}
     assert benchmark(world, tmp_path / "first", **words) == 0
-    assert benchmark(world, tmp_path / "second", "--against", first, **words) == 0
-    assert "+0.00" in capsys.readouterr().out and not list((tmp_path / "second").glob("leaderboard*"))
-    assert benchmark(world, tmp_path / "third", "--against", first, "--frames", "4", **words) == 2
+    assert not list((tmp_path / "first").glob("leaderboard*"))
+    assert benchmark(world, tmp_path / "third", "--frames", "4", **words) == 0
+    assert cli.main(["compare", first, first]) == 0
+    assert "+0.000 too few queries" in capsys.readouterr().out
+    assert cli.main(["compare", str(tmp_path / "third"), first]) == 2
     assert "must have equal stamps to be compared; frame_rule is '4 at" in capsys.readouterr().err
-    assert benchmark(world, tmp_path / "fourth", "--against", str(tmp_path / "nowhere"), **words) == 2
-    assert "it has none of MSRVTT" in capsys.readouterr().err
+    assert benchmark(world, tmp_path / "fourth", "--limit", "2", **words) == 0
+    assert cli.main(["compare", first, str(tmp_path / "fourth")]) == 2
+    assert "queries is '3 of 1000' and '2 of 1000'" in capsys.readouterr().err
+    assert benchmark(world, tmp_path / "fifth", name="own", tasks="MSRVTT") == 2
+    assert "--tables gives the tasks of mmeb_v3 and own" in capsys.readouterr().err
     both = ["--reasoner", "a", "--tcots", "b"]
     assert benchmark(world, tmp_path / "fifth", *both, **words) == 2
     assert "name one of the two" in capsys.readouterr().err

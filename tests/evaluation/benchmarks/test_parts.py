@@ -15,9 +15,10 @@ from embedrl_verl.errors import ConfigError, DataError, MediaError
 from embedrl_verl.evaluation.benchmarks import mmeb_v2
 from embedrl_verl.evaluation.benchmarks.ranking import metrics_at, score_queries
 from embedrl_verl.evaluation.benchmarks.readers import _QUESTIONS
-from embedrl_verl.evaluation.benchmarks.stamp import ModelFacts, Stamp, refuse_other_stamp
+from embedrl_verl.evaluation.benchmarks.stamp import Stamp
 from embedrl_verl.evaluation.benchmarks.task import Query, Rules, Source, frame_indices
 from embedrl_verl.evaluation.benchmarks.uvrb import _video
+from embedrl_verl.evaluation.stamp import ModelFacts, refuse_other_stamp
 from tests.data.clips import numbers, write_clip
 from tests.evaluation.benchmarks.world import lines
 

@@ -15,8 +15,8 @@ from PIL import Image
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.evaluation.benchmarks import mmeb_v2, uvrb
 from embedrl_verl.evaluation.benchmarks.runner import BenchmarkRun, read_task
-from embedrl_verl.evaluation.benchmarks.stamp import ModelFacts
 from embedrl_verl.evaluation.benchmarks.task import Rules, Source, Task
+from embedrl_verl.evaluation.stamp import ModelFacts
 from embedrl_verl.model import EmbedRLModel
 from tests.evaluation.benchmarks.world import TASKS, FakeEmbedder, FakeReasoner, lines, make
 
@@ -120,6 +120,26 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(tmp_pa
     assert (tmp_path / "killed" / "DocVQA.json").stat().st_mtime_ns == before["DocVQA.json"]
     kept = "tcots/K700.query.jsonl"
     assert (tmp_path / "killed" / kept).stat().st_mtime_ns == before[kept]
+
+
+def test_a_side_that_was_killed_asks_only_for_the_tcots_that_are_not_there(tmp_path: Path) -> None:
+    make(tmp_path / "data", DOCVQA)
+    run("mmeb_v2", tmp_path / "data", tmp_path / "whole", "DocVQA", tcots="write")
+    lines = (tmp_path / "whole" / "tcots" / "DocVQA.query.jsonl").read_text().splitlines(keepends=True)
+    part = tmp_path / "out" / "tcots" / "DocVQA.query.part"
+    part.parent.mkdir(parents=True)
+    part.write_text(lines[1] + lines[0][:20])  # torn while it was written
+    asked: list[str] = []
+
+    class Recording(FakeReasoner):
+        def write(self, asks: Any) -> Any:
+            asked.extend(kind for kind, _ in asks)
+            return super().write(asks)
+
+    model = EmbedRLModel(FakeEmbedder(), Recording())
+    BenchmarkRun("mmeb_v2", model, Source(tmp_path / "data"), tmp_path / "out", tcots="write").run(["DocVQA"])
+    assert asked.count("query_image") == 2
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
