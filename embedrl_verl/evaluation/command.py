@@ -56,7 +56,7 @@ def run_eval(
         raise ConfigError(f"--out {out} has an evaluation.json; choose another folder, or replace it with --overwrite")
     _check_out(folder)
     settings = read_settings(embedder, overrides, device)
-    root, evidence = media_root or settings.data["media_root"], settings.embedrl.evidence
+    root = media_root or settings.data["media_root"]
     root = root and str(Path(root).expanduser().resolve())  # it is noted for who reads the T-CoTs elsewhere
     files = [str(Path(file).resolve()) for file in files]
     for path in named.values():  # not after hours with those before it
@@ -65,12 +65,14 @@ def run_eval(
     pairs = Pairs.read(files, root, limit, max_frames)
     started = time.monotonic()
     reader = load_embedder(settings, max_frames)
-    views, written = {RAW: score_view(reader, pairs, None, None, evidence)}, {}
+    views, written = {RAW: score_view(reader, pairs, None, None, settings.embedrl.evidence)}, {}
     prompts: dict[str, Any] = {}
     for name, path in named.items():
         reasoner = load_reasoner(path, settings)
         media, length = settings.asked(path)
         prompts[name] = dataclasses.asdict(media) | {"family": reasoner.family, "max_response_length": length}
+        evidence = settings.evidence(path)
+        prompts[name]["evidence"] = dataclasses.asdict(evidence)
         tcots = _write(name, reasoner, pairs)
         views[name] = score_view(reader, pairs, tcots, reasoner.family, evidence)
         written[name] = tcot_lines(pairs, name, tcots, views[name]["ranks"])

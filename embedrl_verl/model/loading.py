@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.config.compose import compose
-from embedrl_verl.config.schema import MediaConfig
+from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder import Embedder
 from embedrl_verl.embedder.loading import family_of_config, load_config, load_generation_model
@@ -34,8 +34,8 @@ Engine = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True)
 class Settings:
-    """`embedrl`: the section; `data`: the section as plain values; `given`: names of `data.embedrl` (and
-    `max_response_length`) that an override gives; `device` to compute on."""
+    """`embedrl`: the section; `data`: the section as plain values; `given`: names of `data.embedrl` and
+    `embedrl.evidence` (and `max_response_length`) that an override gives; `device` to compute on."""
 
     embedrl: EmbedRLConfig
     data: Mapping[str, Any]
@@ -49,12 +49,17 @@ class Settings:
     def asked(self, path: str) -> tuple[MediaConfig, int]:
         """How the Reasoner of a folder is asked, and its longest answer in tokens: by overrides, else as its record
         says, else by the defaults."""
-        record = (read_record(Path(path)) if Path(path).is_dir() else None) or TrainingRecord()
-        known = prompt_settings(record.settings, "auto")
+        known = prompt_settings(_record_of(path).settings, "auto")
         whole = {**self.data["embedrl"], "max_response_length": self.data["max_response_length"]}
         chosen = {name: whole[name] if name in self.given else value for name, value in known.items()}
         length = chosen.pop("max_response_length")
         return MediaConfig.from_config({"embedrl": chosen}), length
+
+    def evidence(self, reasoner: str | None) -> EvidenceConfig:
+        """What may be cut for the T-CoTs of a Reasoner's folder: by overrides, else as its record says, else by the
+        defaults."""
+        recorded = _record_of(reasoner).settings.get("evidence", {}) if reasoner else {}
+        return replace(self.embedrl.evidence, **{key: one for key, one in recorded.items() if key not in self.given})
 
     def max_frames(self, reasoners: Sequence[str]) -> int:
         """Frames that are drawn from a clip, for these Reasoners (folders or hub ids) and the Embedder alike."""
@@ -76,14 +81,15 @@ def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "a
         raise EmbedderError(f"the Embedder cannot be loaded: {fault}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     on_cpu = device == "cpu" and not any(one.startswith("platform=") for one in overrides)
-    record = (read_record(Path(embedder)) if Path(embedder).is_dir() else None) or TrainingRecord()
-    trained = [f"embedrl.embedder.{name}={record.settings[name]}" for name in OF_EMBEDDER if name in record.settings]
+    recorded = _record_of(embedder).settings
+    trained = [f"embedrl.embedder.{name}={recorded[name]}" for name in OF_EMBEDDER if name in recorded]
     path = f"embedrl.embedder.path={json.dumps(embedder)}"
     config = compose([*(["platform=cpu"] if on_cpu else []), *trained, *overrides, path])
     data = OmegaConf.to_container(config.data, resolve=True)
     assert isinstance(data, dict)
     keys = [one.lstrip("+").partition("=")[0] for one in overrides]
-    given = {key.rpartition(".")[2] for key in keys if key.startswith(("data.embedrl.", "data.max_response_length"))}
+    named = ("data.embedrl.", "data.max_response_length", "embedrl.evidence.")
+    given = {key.rpartition(".")[2] for key in keys if key.startswith(named)}
     plain = {str(key): value for key, value in data.items()}
     return Settings(load_embedrl_config(config), plain, frozenset(given), device)
 
@@ -100,6 +106,11 @@ def load_embedder(settings: Settings, max_frames: int) -> Embeds:
         return ServerEmbedder(config, processor)
     model = load_generation_model(config.path, dtype=settings.dtype)
     return LocalEmbedder(Embedder(model.to(settings.device).eval(), processor))
+
+
+def _record_of(path: str) -> TrainingRecord:
+    """What a model's folder says of its training; nothing of a hub id."""
+    return (read_record(Path(path)) if Path(path).is_dir() else None) or TrainingRecord()
 
 
 def _fault(path: str) -> str:

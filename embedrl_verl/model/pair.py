@@ -111,7 +111,7 @@ class EmbedRLModel:
             writer,
             think=think,
             gate=gate,
-            evidence=read.embedrl.evidence,
+            evidence=read.evidence(prompts_like or reasoner),
             media_root=media_root,
             max_frames=max_frames,
         )

@@ -124,7 +124,7 @@ class CaseReader:
         table = PairTable(files, media_root or noted.get("media_root"))
         media = MediaConfig.from_config(noted)
         reader = _reader(media)
-        readers = {view: _reader(MediaConfig.from_config({"embedrl": one})) for view, one in prompts.items()}
+        readers = {view: _reader(*_asked(one)) for view, one in prompts.items()}
         units = dict.fromkeys(BOX_UNITS[one.convention].words for one in readers.values() or [reader])
         return cls(Examiner(reader, media.max_frames), table, " or ".join(units), readers)
 
@@ -169,14 +169,21 @@ def _of_evaluation(folder: Path) -> tuple[Mapping[str, Any], dict[str, dict[str,
     }
     if not prompts:
         return {}, {}
-    media = next(iter(prompts.values()))
+    media = {name: value for name, value in next(iter(prompts.values())).items() if name != "evidence"}
     return {"val_files": found["files"], "media_root": found["media_root"], "embedrl": media}, prompts
 
 
-def _reader(media: MediaConfig) -> TcotReader:
+def _asked(prompt: Mapping[str, Any]) -> tuple[MediaConfig, EvidenceConfig]:
+    """How a view was asked, and what of its T-CoTs was cut; older evaluations do not say the latter."""
+    values = dict(prompt)
+    evidence = EvidenceConfig(**values.pop("evidence", {}))
+    return MediaConfig.from_config({"embedrl": values}), evidence
+
+
+def _reader(media: MediaConfig, evidence: EvidenceConfig = EvidenceConfig()) -> TcotReader:  # noqa: B008 - immutable
     family = family_of(media.family) if media.family != "auto" else DEFAULT_FAMILY
     limits = MediaLimits.of(media, token_side(family), media.max_frames)
-    return TcotReader(box_convention(family), limits, EvidenceConfig())
+    return TcotReader(box_convention(family), limits, evidence)
 
 
 def _numbers(table: PairTable, chosen: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:

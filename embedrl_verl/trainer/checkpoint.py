@@ -174,6 +174,7 @@ def write_records(trainer: Any, step_folder: str) -> None:
         "max_response_length": config.data.max_response_length,
         "seed": config.data.get("seed") or 0,
         **{name: value for name, value in media.items() if name != "pairs_together"},
+        "evidence": dataclasses.asdict(embedrl.evidence),
     }
     base = str(config.actor_rollout_ref.model.path)
     record = TrainingRecord(stage="egrl", base_model=base, settings=settings, **common)

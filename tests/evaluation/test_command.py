@@ -71,6 +71,14 @@ def test_settings_come_from_overrides_then_from_the_reasoners_record_then_from_t
     assert read_settings("some/embedder", [], "cpu").asked(str(world / "sft"))[1] == 6
 
 
+def test_evidence_is_cut_as_in_the_reasoners_training_unless_an_override_says_otherwise(tmp_path):
+    write_record(tmp_path, TrainingRecord(settings={"evidence": {"max_items": 0, "min_side": 7, "max_aspect": 50.0}}))
+    settings = read_settings("some/embedder", ["embedrl.evidence.min_side=9"], "cpu")
+    found = settings.evidence(str(tmp_path))
+    assert (found.max_items, found.min_side, found.max_aspect) == (0, 9, 50.0)
+    assert settings.evidence(None) == settings.evidence("some/reasoner") == settings.embedrl.evidence
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

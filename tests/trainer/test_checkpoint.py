@@ -237,7 +237,7 @@ def test_a_checkpoint_without_record_is_refused(record, tmp_path):
 
 def test_each_models_export_finds_its_own_record(tmp_path):
     train = ["train.enable=True", "train.lr=1e-4", "train.matryoshka_dims=[8]", "path=some/embedder"]
-    run = ["actor_rollout_ref.model.path=some/reasoner", "data.train_batch_size=16"]
+    run = ["actor_rollout_ref.model.path=some/reasoner", "data.train_batch_size=16", "embedrl.evidence.max_items=3"]
     config = compose([*run, "data.embedrl.family=qwen2_vl", *(f"embedrl.embedder.{one}" for one in train)])
     trainer = SimpleNamespace(
         config=config,
@@ -256,6 +256,7 @@ def test_each_models_export_finds_its_own_record(tmp_path):
     reasoner, embedder = read_record(tmp_path / "actor"), read_record(tmp_path / "embedder")
     assert (reasoner.stage, reasoner.step, reasoner.base_model) == ("egrl", 20, "some/reasoner")
     assert reasoner.settings["pairs_per_step"] == 8 and reasoner.settings["reward_function"].endswith("no_judge")
+    assert reasoner.settings["evidence"]["max_items"] == 3
     prompt = [reasoner.settings[name] for name in ("family", "prompt_style", "few_shot", "image_max_tokens")]
     assert prompt == ["qwen2_vl", "paper", True, 768]
     assert reasoner.scores == {"hit@1 (all)": 0.5} and json.loads((tmp_path / RECORD).read_text()) == {"a": 1}

@@ -65,7 +65,7 @@ def run_benchmark(
     model = EmbedRLModel(
         load_embedder(settings, max_frames),
         reasoner if reasoner is None else load_reasoner(reasoner, settings, engine=engine, prompts_like=prompts_like),
-        evidence=settings.embedrl.evidence,
+        evidence=settings.evidence(prompts_like or reasoner),
         family=FAMILIES[-1] if family == "auto" else family,
         max_frames=max_frames,
     )
