@@ -34,3 +34,16 @@ def pytest_configure(config: pytest.Config) -> None:
         server = ForkServer(os.environ, [*MODULES, "peft", "sklearn.datasets"], on_demand=True)
         os.environ[PYTHON] = server.python
         config.add_cleanup(server.close)
+
+
+@pytest.fixture
+def two_nodes():
+    """A Ray cluster of two nodes with a CPU each (`ray.cluster_utils.Cluster`)."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        cluster.shutdown()

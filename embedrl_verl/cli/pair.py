@@ -44,13 +44,23 @@ def embed(
         bool, Option("--retry-failed", help="Make parts of an unfinished folder again that lack vectors.")
     ] = False,
     batch_size: Annotated[int, Option(min=1, help="Inputs at a time.")] = 64,
-    rows_per_part: Annotated[int, Option(min=1, help="Rows of a written file, and lost at most when killed.")] = 1024,
+    rows_per_part: Annotated[
+        int, Option(min=1, help="Rows of a written file, and lost at most, of each worker, when killed.")
+    ] = 1024,
+    workers: Annotated[
+        int | None,
+        Option(min=1, help="Processes with models of their own, and a GPU each; none: this one, with --ray one a GPU."),
+    ] = None,
+    ray: Annotated[
+        str | None, Option(metavar="HOST:PORT|auto", help="Ray cluster that has the workers; none: this machine.")
+    ] = None,
 ) -> int:
     """Vectors of many inputs, as parquet parts; resumable.
 
     Killed and started again with the same command it goes on where it was. Rows without a vector are counted, and
     named in rejected.jsonl; exit code 3 above --max-failed-share.
     """
+    from embedrl_verl.platforms.cluster import Cluster
     from embedrl_verl.retrieval.embed import embed_inputs
     from embedrl_verl.retrieval.inputs import Reading
 
@@ -66,6 +76,7 @@ def embed(
         max_failed_share=max_failed_share,
         retry_failed=retry_failed,
         command=["embedrl", *sys.argv[1:]],
+        cluster=None if workers is ray is None else Cluster(ray, workers),
     )
     print("\n".join(lines))
     return 0

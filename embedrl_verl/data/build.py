@@ -50,12 +50,15 @@ from embedrl_verl.data.files import (
     write_json,
 )
 from embedrl_verl.data.pool import run_tasks
-from embedrl_verl.errors import ConfigError, DataError
+from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
 Task = TypeVar("Task")
 Report: TypeAlias = dict[str, Any]
 """What a task remembers, JSON: `records` (in its part), `by_source` (name -> records), `rejected` (lines of
 `rejected.jsonl`: file, row or line, field, reason, pair_id), and more of its own."""
+
+RunTasks: TypeAlias = Callable[[Callable[..., Any], Any, Iterator[Any], int], Iterator[Any]]
+"""`data.pool.run_tasks`, or what does the same elsewhere."""
 
 BUILD_FILE = "build.json"
 GONE_FOLDER = "._work_done"
@@ -137,6 +140,7 @@ def make_parts(
     max_bad_share: float,
     label: str,
     option: str = "--max-bad-share",
+    run: RunTasks = run_tasks,
 ) -> list[Report]:
     """Run the tasks that have no report yet; returns all reports, in the order of the tasks.
 
@@ -148,6 +152,7 @@ def make_parts(
         workers: processes; with 1 the tasks run in this one.
         label: of the progress bar, and of the log lines without a terminal.
         option: what a user sets `max_bad_share` by.
+        run: what runs them, if not processes here.
 
     Raises:
         DataError: too many bad rows; the message has the causes, `rejected.jsonl` all that were found.
@@ -163,7 +168,10 @@ def make_parts(
     jobs = ((number, tasks[number], out / part_name(number), files[number]) for number in todo)
     with tqdm(total=len(tasks), initial=len(reports), desc=label, unit="part", disable=not sys.stderr.isatty()) as bar:
         stop_if_bad(reports.values(), rows, max_bad_share, out, option)
-        for number, report in run_tasks(_make_one, make, jobs, max(1, min(workers, len(todo)))):
+        for number, report in run(_make_one, make, jobs, min(workers, len(todo))) if todo else ():
+            # The part, not its report: NFS may remember for a minute that a name we have looked for is not there.
+            if not (part := out / part_name(number)).is_file():
+                raise ResourceError(f"{part} was written and is not here: {out} must be on a disk that all nodes share")
             reports[number] = report
             bar.update()
             if bar.disable:

@@ -22,16 +22,17 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoProcessor
 
+from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.media import LoadedItem
 from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.embedder.messages import IMAGE_PAD, VISION_END, VISION_START, EmbedInput
-from embedrl_verl.embedder.processor import EmbedProcessor
+from embedrl_verl.embedder.processor import processor_for
 from embedrl_verl.embedder.profiles import EMBED_RL
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.card import render_card
 from embedrl_verl.export.checkpoint import Checkpoint, Kind, find_checkpoint
 from embedrl_verl.export.lora import Adapter, merge_adapter, split_adapter
-from embedrl_verl.export.record import prompt_settings, public_model, public_record, write_record
+from embedrl_verl.export.record import OF_EMBEDDER, prompt_settings, public_model, public_record, write_record
 from embedrl_verl.export.sentence_files import write_sentence_files
 from embedrl_verl.export.shards import read_shards
 from embedrl_verl.export.weights import complete, empty_model, main_dtype, read_files, read_megatron
@@ -204,9 +205,9 @@ def _public(content: Any, dtype: str) -> Any:
 
 def _add_embedder(found: Checkpoint, new: Path, profile: str) -> dict[str, Any]:
     """Check the profile on the written folder, add sentence-transformers' files. Returns facts for the card."""
-    if profile == "auto":
-        profile = str(found.record.settings.get("profile", profile))  # the one it was trained with
-    processor, dim = EmbedProcessor.from_pretrained(new, profile), _dim(new)
+    trained = {name: value for name, value in found.record.settings.items() if name in OF_EMBEDDER}
+    given = {} if profile == "auto" else {"profile": profile}
+    processor, dim = processor_for(EmbedderConfig(path=str(new), **{**trained, **given})), _dim(new)
     write_sentence_files(processor, dim, new)
     prompt = processor.prompt_text(EmbedInput(LoadedItem("TEXT", "", (), (), None, None)))
     image = f"{VISION_START}{IMAGE_PAD}{VISION_END}" if processor.profile.chat else f"{IMAGE_PAD} "

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,19 @@ PREFIXES = ("HF_", "VERL_", "VLLM_", "WANDB_")
 OF_A_NODE = ("VLLM_HOST_IP", "VLLM_PORT")
 KEY_NAMES = ("embedrl.judge.api_key_env", "embedrl.embedder.server.api_key_env")
 ANSWER_WITHIN_S = 10
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the workers of a command are.
+
+    Attributes:
+        address: HOST:PORT of a Ray cluster that is there, or "auto"; None: this machine alone.
+        workers: of them; None: one a GPU, without GPUs one a node.
+    """
+
+    address: str | None = None
+    workers: int | None = None
 
 
 def make_paths_absolute(config: Any) -> None:
@@ -85,13 +100,17 @@ def variables_to_hand_on(config: Any) -> dict[str, str]:
 
     Without those that the job was submitted with: they are everywhere, and Ray refuses to be given them again.
     """
+    return variables_of({OmegaConf.select(config, key) for key in KEY_NAMES} - {None})
+
+
+def variables_of(names: Collection[str]) -> dict[str, str]:
+    """`variables_to_hand_on`: the usual ones, and these."""
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-    names = {*HANDED_ON, *(name for name in os.environ if name.startswith(PREFIXES))}
-    names |= {OmegaConf.select(config, key) for key in KEY_NAMES} - {None}
+    named = {*names, *HANDED_ON, *(name for name in os.environ if name.startswith(PREFIXES))}
     job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
     given = {*OF_A_NODE, *((job.get("runtime_env") or {}).get("env_vars") or {})}
-    return {name: os.environ[name] for name in sorted(names - given) if name in os.environ}
+    return {name: os.environ[name] for name in sorted(named - given) if name in os.environ}
 
 
 def check_home() -> None:
@@ -133,7 +152,7 @@ def join_cluster(config: Any) -> None:
             f"{address}. Set +ray_kwargs.ray_init.address=local to start one all the same, end that one (ray stop), or "
             f"set {' and '.join(own_slots)} to null."
         )
-    _refuse_silent(address)
+    refuse_silent(address)
     default = get_ppo_ray_runtime_env(config)
     given = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
     assert isinstance(given, dict)
@@ -145,7 +164,8 @@ def join_cluster(config: Any) -> None:
     _refuse_busy(address)
 
 
-def _refuse_silent(address: str) -> None:
+def refuse_silent(address: str) -> None:
+    """Refuse HOST:PORT that does not answer. ResourceError."""
     host, _, port = address.rpartition(":")
     try:
         # Ray itself would try for minutes.

@@ -8,7 +8,11 @@ data/build.py: parts are whole or not there, and a command that was killed goes 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -17,14 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedrl_verl import __version__
-from embedrl_verl.data.build import Report, building, finish, make_parts
-from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, publish, read_object, temporary_name
+from embedrl_verl.data.build import Report, RunTasks, building, finish, make_parts
+from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, part_name, publish, read_object, temporary_name
 from embedrl_verl.data.media import LoadedItem
+from embedrl_verl.data.pool import run_tasks
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import EmbedRLError
 from embedrl_verl.model import Ask, EmbedRLModel
 from embedrl_verl.model.pair import Encoding, Think
+from embedrl_verl.platforms.cluster import Cluster
 from embedrl_verl.retrieval.inputs import ROW_ERRORS, Inputs, Part, Reading, Row, read_part
 from embedrl_verl.retrieval.pair import PairOptions
 
@@ -52,12 +58,16 @@ def embed_inputs(
     max_failed_share: float,
     retry_failed: bool,
     command: Sequence[str],
+    cluster: Cluster | None = None,
 ) -> list[str]:
-    """Do what is left to do. Arguments as the command's. Returns lines for the terminal.
+    """Do what is left to do. Arguments as the command's; `cluster`: where, if not in this process. Returns lines for
+    the terminal.
 
     Raises:
         DataError: more than `max_failed_share` of the rows have no vector.
     """
+    inputs = [os.path.abspath(one) for one in inputs]  # workers of other nodes have another working directory
+    how = replace(how, media_root=how.media_root and os.path.abspath(how.media_root))
     given = Inputs(inputs, rows_per_part)
     settings = {
         **pair.named(),
@@ -68,25 +78,29 @@ def embed_inputs(
         "rows_per_part": rows_per_part,
     }
     facts = {"tool": f"embedrl-verl {__version__}", "command": "embed", "settings": settings, "input": given.facts}
-    folder = Path(out)
+    folder = Path(os.path.abspath(out))
     with building(folder, facts, command, stamps=[given.stamps, pair.stamps()]) as work:
         if work is None:
             return [f"{out} is finished; nothing to do", *_report(folder)]
         for report in work.glob("part-*.json") if retry_failed else ():
             if read_object(report)["rejected"]:
                 report.unlink()  # a part without a report is made again
-        maker = _Maker(pair.load(think), how, batch_size)
-        reports = make_parts(
-            maker,
-            given.parts,
-            work,
-            rows=given.count,
-            workers=1,
-            max_bad_share=max_failed_share,
-            label="embed",
-            option="--max-failed-share",
-        )
-        more = {"format": FORMAT, "dim": maker.dim, "models": pair.stamps()}
+        known = PairOptions.of(pair.named(), device=pair.device)
+        must_see = [str(work), *inputs, *known.folders(), *([how.media_root] if how.media_root else [])]
+        with _place(cluster, known, must_see) as (run, workers, device):
+            reports = make_parts(
+                Maker(replace(known, device=device), think, how, batch_size),
+                given.parts,
+                work,
+                rows=given.count,
+                workers=workers,
+                max_bad_share=max_failed_share,
+                label="embed",
+                option="--max-failed-share",
+                run=run,
+            )
+        dim = pq.read_schema(folder / part_name(0)).field("vector").type.list_size
+        more = {"format": FORMAT, "dim": dim, "models": pair.stamps()}
         finish(folder, "vectors", facts, reports, media_root=None, more=more)
     return _report(folder)
 
@@ -99,24 +113,43 @@ def _report(folder: Path) -> list[str]:
     return lines + ([f"  all of them: {folder / REJECTED_FILE}"] if failed["rows"] else [])
 
 
-class _Maker:
-    """Makes the part of a task. In memory at a time: a batch, what threads decode ahead of it, and a part's vectors."""
+@contextmanager
+def _place(cluster: Cluster | None, pair: PairOptions, must_see: Sequence[str]) -> Iterator[tuple[RunTasks, int, str]]:
+    """What runs tasks, in how many processes, and the device of each."""
+    if cluster is None:
+        yield run_tasks, 1, pair.device
+        return
+    from embedrl_verl.platforms.ray_tasks import joined
 
-    def __init__(self, model: EmbedRLModel, how: Reading, batch_size: int) -> None:
-        self._model, self._how, self._batch_size = model, how, batch_size
-        (probe,) = model.embedder.vectors([EmbedInput(LoadedItem("a heron", "", (), ()))], how.side)
+    with joined(cluster, pair.device, [Path(one) for one in must_see], pair.key_names()) as place:
+        yield place.run, place.workers, place.device
+
+
+class Maker:
+    """Makes the part of a task, here or in a worker of a cluster; its first task loads the models, so that it can be
+    pickled before. In memory at a time: a batch, what threads decode ahead of it, and a part's vectors."""
+
+    def __init__(self, pair: PairOptions, think: Think, how: Reading, batch_size: int) -> None:
+        self._pair, self._think, self._how, self._batch_size = pair, think, how, batch_size
+
+    @cached_property
+    def _loaded(self) -> tuple[EmbedRLModel, int]:
+        """The models, and the numbers of a vector."""
+        model = self._pair.load(self._think)
+        (probe,) = model.embedder.vectors([EmbedInput(LoadedItem("a heron", "", (), ()))], self._how.side)
         if isinstance(probe, EmbedRLError):  # no row would have a vector
             raise probe
-        self.dim = len(probe)
+        return model, len(probe)
 
     def __call__(self, part: Part, file: Path) -> Report:
-        found = list(self._encode(part))
-        vectors = np.full((len(found), self.dim), np.nan, np.float32)
+        model, dim = self._loaded
+        found = list(self._encode(model, part))
+        vectors = np.full((len(found), dim), np.nan, np.float32)
         for number, (_, _, one) in enumerate(found):
             if one.vector is not None:
                 vectors[number] = one.vector.numpy()
         failed = [one.vector is None for _, _, one in found]
-        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.dim, mask=pa.array(failed))
+        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim, mask=pa.array(failed))
         columns = {
             "id": [name for name, _, _ in found],
             "tcot": [one.tcot for _, _, one in found],
@@ -126,7 +159,7 @@ class _Maker:
         table = pa.table({**columns, "vector": values})
         temporary = temporary_name(file)
         try:
-            table = table.select(schema(self.dim).names).cast(schema(self.dim))
+            table = table.select(schema(dim).names).cast(schema(dim))
             pq.write_table(table, temporary, use_dictionary=False, write_page_checksum=True)
             publish(temporary, file)
         finally:
@@ -138,12 +171,12 @@ class _Maker:
         ]
         return {"records": len(found), "by_source": {}, "rejected": rejected}
 
-    def _encode(self, part: Part) -> Iterator[tuple[str, str, Encoding]]:
+    def _encode(self, model: EmbedRLModel, part: Part) -> Iterator[tuple[str, str, Encoding]]:
         """Id and place of each row, and what became of it; not the row, which can hold the bytes of its media."""
-        rows = in_threads(_decode, read_part(part, self._how), default_threads())
+        rows = in_threads(_decode, read_part(part, self._how), default_threads(), lambda row: not row.has_media)
         while batch := list(islice(rows, self._batch_size)):
             asks = [ask for _, ask in batch if isinstance(ask, Ask)]
-            done = self._model.encodings(asks, self._how.side, batch_size=self._batch_size)
+            done = model.encodings(asks, self._how.side, batch_size=self._batch_size)
             for row, ask in batch:
                 yield row.id, row.where, next(done) if isinstance(ask, Ask) else Encoding(None, problem=ask)
 

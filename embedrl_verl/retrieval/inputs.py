@@ -24,6 +24,8 @@ from embedrl_verl.model.tcots import PairSide
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+MEDIA_KEYS = ("image", "images", "video")
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -66,11 +68,12 @@ class Reading:
 class Row(NamedTuple):
     """A row: its id, where it stands (for people), and what decodes it.
 
-    `ask` raises ConfigError or DataError, of this row alone; call it in a thread."""
+    `ask` raises ConfigError or DataError, of this row alone; call it in a thread if the row has media."""
 
     id: str
     where: str
     ask: Callable[[], Ask]
+    has_media: bool = True
 
 
 class Inputs:
@@ -183,7 +186,7 @@ def _read_lines(part: Lines, how: Reading) -> Iterator[Row]:
                 continue
             values = {key: value for key, value in values.items() if value is not None}
             given = values.pop("id", name)
-            yield Row(str(given), where, _asker(values, how, root))
+            yield Row(str(given), where, _asker(values, how, root), not values.keys().isdisjoint(MEDIA_KEYS))
 
 
 def _asker(values: Mapping[str, Any], how: Reading, root: str | Path) -> Callable[[], Ask]:

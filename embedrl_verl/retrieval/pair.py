@@ -14,6 +14,7 @@ from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.gate import ThinkGate
 from embedrl_verl.model.loading import Engine
 from embedrl_verl.model.pair import Think
+from embedrl_verl.platforms.cluster import KEY_NAMES
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ class PairOptions:
             name: [stamp_of(file) for file in sorted(Path(path or "").glob("*.safetensors"))] if path else []
             for name, path in (("embedder", self.embedder), ("reasoner", self.reasoner))
         }
+
+    def folders(self) -> list[str]:
+        """Absolute paths of the models that are on this machine."""
+        named = self.named()
+        return [
+            path for name in ("embedder", "reasoner", "prompts_like") if (path := named[name]) and Path(path).is_dir()
+        ]
+
+    def key_names(self) -> set[str]:
+        """Environment variables that hold the keys of servers, as the settings name them."""
+        words = (one.lstrip("+").partition("=") for one in self.overrides)
+        return {value for key, _, value in words if key in KEY_NAMES}
 
     def load(self, think: Think, gate: ThinkGate | None = None) -> EmbedRLModel:
         """Both models; without thinking the Embedder alone."""

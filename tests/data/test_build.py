@@ -73,6 +73,17 @@ def test_other_facts_are_refused_by_name_and_change_nothing(tmp_path, is_finishe
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_part_that_another_node_has_written_elsewhere_is_an_error(tmp_path):
+    def run(function, make, jobs, workers):
+        yield from ((number, {"records": 1}) for number, *_ in jobs)
+
+    with (
+        build.building(tmp_path, FACTS, ["again"]) as work,
+        pytest.raises(ResourceError, match=r"part-00000\.parquet was written and is not here"),
+    ):
+        build.make_parts(Maker(), ["a"], work, rows=1, workers=2, max_bad_share=0, label="test", run=run)
+
+
 def test_two_writers_are_refused(tmp_path):
     with (
         build.building(tmp_path, FACTS, ["first"]),

@@ -121,6 +121,16 @@ def test_tokenizer_processor_template_and_generation_config_are_those_of_the_che
     assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
 
 
+def test_sentence_transformers_is_told_the_sizes_that_the_embedder_was_trained_with(model_copy, tmp_path):
+    folder = model_copy()
+    sizes = {"image_min_tokens": 4, "image_max_tokens": 64, "max_text_tokens": 300}
+    (folder / "training.json").write_text(json.dumps({"settings": sizes}))
+    out = export_checkpoint(folder, tmp_path / "out").folder
+    told = json.loads((out / "sentence_bert_config.json").read_text())["processing_kwargs"]
+    assert told["image"]["size"] == {"shortest_edge": 4 * 28**2, "longest_edge": 64 * 28**2}
+    assert "4 to 64 visual tokens" in (out / "README.md").read_text()
+
+
 def test_the_card_of_an_embedder_says_what_the_run_says_without_paths(model_copy, tmp_path):
     folder = model_copy()
     (folder / "training.json").write_text(json.dumps(RECORD))

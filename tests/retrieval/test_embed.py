@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 
 from embedrl_verl.data.schema import Item, PairRecord, Video
 from embedrl_verl.data.writer import write_pairs
+from embedrl_verl.platforms.forkserver import python
 from tests.embedder.inputs import picture
 from tests.retrieval.conftest import rows_of, words, write_corpus
 
@@ -119,8 +119,8 @@ def test_other_options_are_refused_and_the_same_do_nothing(embed, tmp_path, caps
 
 @pytest.mark.slow
 def test_killed_and_started_again_no_row_is_lost_or_doubled(pair, tmp_path):
-    file, out = write_corpus(tmp_path / "in", 400), tmp_path / "out"
-    run = [sys.executable, "-m", "embedrl_verl.cli", "embed", str(file), "--out", str(out), "--rows-per-part", "10"]
+    file, out = write_corpus(tmp_path / "in", 120), tmp_path / "out"
+    run = [python(), "-m", "embedrl_verl.cli", "embed", str(file), "--out", str(out), "--rows-per-part", "4"]
     run += words(pair)
     kept = {}
     for count in (1, 9):
@@ -133,7 +133,7 @@ def test_killed_and_started_again_no_row_is_lost_or_doubled(pair, tmp_path):
         kept |= {path: (out / path.stem).stat().st_mtime_ns for path in out.glob("_work/part-*.json")}
     assert subprocess.call(run, stdout=subprocess.DEVNULL) == 0 and kept
     assert all((out / path.stem).stat().st_mtime_ns == stamp for path, stamp in kept.items())
-    assert [row["id"] for row in rows_of(out)] == [f"d{i}" for i in range(400)]
+    assert [row["id"] for row in rows_of(out)] == [f"d{i}" for i in range(120)]
     assert not [*out.glob("_work"), *out.glob(".*.tmp")]
 
 

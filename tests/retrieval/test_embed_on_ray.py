@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedrl embed` on two Ray nodes, which this machine plays: the files of one process, also when a node dies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.retrieval.conftest import words, write_corpus
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def test_two_nodes_write_the_files_of_one_process_and_one_node_does_after_the_other_has_died(
+    pair, embed, two_nodes, tmp_path, monkeypatch
+):
+    write_corpus(tmp_path / "in", 40)
+    with open(tmp_path / "in" / "corpus.jsonl", "a") as lines:
+        lines.write('{"id": "bad", "image": "gone.png"}\n')
+    monkeypatch.chdir(tmp_path)
+    options = ["--rows-per-part", "2", "--max-failed-share", "0.1"]
+    assert embed(Path("in/corpus.jsonl"), tmp_path / "local", *options) == 0
+    local = files_of(tmp_path / "local")
+    assert len(local) == 21 + 3
+
+    out = tmp_path / "shared"
+    run = [sys.executable, "-m", "embedrl_verl.cli", "embed", "in/corpus.jsonl", "--out", "shared", *options]
+    run += [*words(pair), "--ray", two_nodes.address, "--workers", "2"]
+    log = tmp_path / "log.txt"
+    with log.open("w") as stderr, subprocess.Popen(run, stderr=stderr) as process:
+        while process.poll() is None and len([*out.glob("_work/part-*.json")]) < 2:
+            time.sleep(0.05)
+        process.kill()  # and with the same command it goes on
+    kept = {file.stem: (out / file.stem).stat().st_mtime_ns for file in out.glob("_work/part-*.json")}
+    assert 2 <= len(kept) < 21
+    with log.open("w") as stderr, subprocess.Popen(run, stderr=stderr) as process:
+        while process.poll() is None and len([*out.glob("_work/part-*.json")]) <= len(kept) + 1:
+            time.sleep(0.02)
+        two_nodes.remove_node(two_nodes.worker_nodes.copy().pop(), allow_graceful=False)
+    assert process.returncode == 0 and "a worker is gone" in log.read_text(), log.read_text()
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert files_of(out) == local
