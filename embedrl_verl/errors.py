@@ -31,6 +31,10 @@ class EmbedderError(EmbedRLError):
     """The Embedder cannot be loaded or cannot embed."""
 
 
+class ModelFailedError(EmbedderError):
+    """A model or its server has failed, and not because of the input that it was given."""
+
+
 class PluginError(EmbedRLError):
     """The plugin is not registered in verl, or the installed verl is not one it supports."""
 

@@ -39,7 +39,8 @@ OPTIONS = {
     "search": "embedder query image instruction top think gate index" + REASONED,
     "gate fit": "embedder out media-root limit" + REASONED,
     "gate score": "embedder gate media-root limit" + REASONED,
-    "serve": "embedder think instruction name host port batch-size max-inputs max-body-mib max-waiting" + REASONED,
+    "serve": "embedder think instruction name host port batch-size max-inputs max-body-mib max-waiting"
+    " api-key page vectors gate" + REASONED,
     "doctor": "",
     "plan": "config-name",
     "add-emb": "out",

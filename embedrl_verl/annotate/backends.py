@@ -47,10 +47,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Refused:
-    """The request has no reply, for a reason of its own. `cause`: a few words to count by."""
+    """The request has no reply, for a reason of its own. `cause`: a few words to count by; `is_input_fault`: a server
+    has read and refused it (others have failed at it again and again)."""
 
     cause: str
     detail: str
+    is_input_fault: bool = True
 
 
 class Backend(Protocol):
@@ -152,7 +154,7 @@ class ServerBackend:
                 if is_tried or is_late:
                     is_well = await self._is_well()
                     if is_well and is_tried:
-                        return Refused(error.cause, str(error))
+                        return Refused(error.cause, str(error), is_input_fault=False)
                     if is_late and not is_well:
                         why = f"nothing is answered any more, for {self.patience_s:g} s (--patience)"
                         raise ServersLost(f"{error}; {why}. Mend the servers, then run the command again") from error
@@ -180,7 +182,7 @@ def read_reply(answer: Any) -> Reply | Refused:
         choice = answer["choices"][0]
         text, reason = choice["message"].get("content"), choice.get("finish_reason")
     except (TypeError, KeyError, IndexError, AttributeError):
-        return Refused("malformed response", repr(answer)[:300])
+        return Refused("malformed response", repr(answer)[:300], is_input_fault=False)
     usage = answer["usage"] if isinstance(answer.get("usage"), dict) else {}
     clean = (text if isinstance(text, str) else "").encode("utf-8", "replace").decode()  # lone surrogates
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]

@@ -186,6 +186,14 @@ def serve(
     max_inputs: Annotated[int, Option(min=1, help="Inputs of a request.")] = 256,
     max_body_mib: Annotated[float, Option(min=0.01, help="Size of a request.")] = 16.0,
     max_waiting: Annotated[int, Option(min=1, help="Inputs that wait; above it requests are refused.")] = 1024,
+    page: Annotated[bool, Option("--page", help="Also a page at / that searches --vectors.")] = False,
+    vectors: Annotated[str | None, Option(metavar="DIR", help="Of --page: folder that embedrl embed wrote.")] = None,
+    gate_file: Annotated[
+        str | None, Option("--gate", metavar="FILE", help="Of --page; none: DIR/gate.json, if it is there.")
+    ] = None,
+    api_key: Annotated[
+        str | None, Option(envvar="EMBEDRL_API_KEY", metavar="KEY", help="Asked of clients, as OpenAI's; none: open.")
+    ] = None,
 ) -> int:
     """The pair behind OpenAI's /v1/embeddings: thinks, then embeds.
 
@@ -193,18 +201,26 @@ def serve(
     """
     from pathlib import Path
 
-    from embedrl_verl.retrieval.service import Limits, run_service
+    if page != (vectors is not None):
+        raise ConfigError("--page and --vectors DIR (what it searches) belong together; name both or none")
+    if api_key == "":
+        raise ConfigError("--api-key (or EMBEDRL_API_KEY) must not be empty; leave it out for a server without a key")
+    from embedrl_verl.retrieval.service import Limits, Service, application, run_service
 
     options = _options(embedder, reasoned)
-    how = options.think(think)
-    run_service(
-        options.load(how),
+    service = Service(
+        options.load(options.think(think)),
         name or Path(embedder).resolve().name,
         Limits(batch_size, max_inputs, int(max_body_mib * 2**20), max_waiting),
-        instruction=instruction,
-        host=host,
-        port=port,
+        instruction,
+        options.cut_to(),
     )
+    app = application(service, api_key)
+    if vectors is not None:
+        from embedrl_verl.retrieval.page import open_page
+
+        open_page(service, vectors, options, gate_file).add_to(app)
+    run_service(app, service.name, host=host, port=port)
     return 0
 
 

@@ -18,6 +18,7 @@ class Gatherer(Generic[T, R]):
         run: the results of several items; what it raises goes to those who wait for them, and the next call is tried.
         kind: items of different kinds are not carried out together.
         most: items of one call.
+        at_once: calls under way.
     """
 
     def __init__(
@@ -26,20 +27,28 @@ class Gatherer(Generic[T, R]):
         *,
         kind: Callable[[T], Hashable] = lambda item: None,
         most: int | None = None,
+        at_once: int = 1,
     ) -> None:
-        self._run, self._kind, self._most = run, kind, most
+        self._run, self._kind, self._most, self._free = run, kind, most, at_once
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, item: T) -> R:
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._work())
+        if self._free:
+            self._free -= 1
+            task = asyncio.create_task(self._work())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return await future
 
     async def _work(self) -> None:
-        while self._waiting:
+        while True:
+            self._waiting = [one for one in self._waiting if not one[1].done()]  # nobody waits for cancelled ones
+            if not self._waiting:
+                self._free += 1
+                return
             kind = self._kind(self._waiting[0][0])
             alike = [place for place, (item, _) in enumerate(self._waiting) if self._kind(item) == kind]
             taken = set(alike[: self._most])

@@ -5,8 +5,9 @@ sentence-transformers. An input that fails alone is an error in its place, and t
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -15,15 +16,23 @@ from embedrl_verl.data.schema import Side
 from embedrl_verl.embedder import Embedder, EmbedInput, Encoded
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.served.client import ServedEmbedder
-from embedrl_verl.errors import EmbedderError, EmbedRLError
+from embedrl_verl.errors import EmbedRLError, ModelFailedError
 from embedrl_verl.model.remote import Loop
 from embedrl_verl.model.tcots import FAILURES
 
 if TYPE_CHECKING:
     from embedrl_verl.embedder.sentence import SentenceRow
 
-Vector = torch.Tensor | EmbedRLError
-"""float32 (D,) of length 1, or why there is none."""
+
+class Embedded(NamedTuple):
+    """float32 (D,) of length 1, and how many tokens the model has read for it; None where its backend does not say."""
+
+    vector: torch.Tensor
+    tokens: int | None = None
+
+
+Vector = Embedded | EmbedRLError
+"""An input's vector, or why there is none."""
 
 
 class Embeds(Protocol):
@@ -38,6 +47,7 @@ class LocalEmbedder:
 
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
+        self._lock = threading.Lock()  # a batch is encoded while another one is embedded, in another thread
 
     def vectors(self, inputs: Sequence[EmbedInput], side: Side) -> list[Vector]:
         """See `Embeds`."""
@@ -48,9 +58,12 @@ class LocalEmbedder:
                 rows[number] = self.embedder.processor.encode(one)
             except FAILURES as error:
                 found[number] = error
-        for number, vector in zip(rows, self.embedder.embed_encoded(list(rows.values())), strict=True):
+        with self._lock:
+            vectors = self.embedder.embed_encoded(list(rows.values()))
+        for number, vector in zip(rows, vectors, strict=True):
             is_finite = bool(vector.isfinite().all())
-            found[number] = vector if is_finite else EmbedderError("the vector is not finite")
+            tokens = len(rows[number])
+            found[number] = Embedded(vector, tokens) if is_finite else ModelFailedError("the vector is not finite")
         return [found[number] for number in range(len(inputs))]
 
 
@@ -66,7 +79,8 @@ class ServerEmbedder:
 
         async def one(given: EmbedInput) -> Vector:
             try:
-                return await self._client.embed(await asyncio.to_thread(self._client.prepare, given))
+                request = await asyncio.to_thread(self._client.prepare, given)
+                return Embedded(await self._client.embed(request), len(request.input_ids))
             except FAILURES as error:
                 return error
 
@@ -93,5 +107,6 @@ class SentenceEmbedder:
                 rows[number] = self._client.prepare(one, side)
             except FAILURES as error:
                 found[number] = error
-        found |= dict(zip(rows, self._model.embed(list(rows.values())), strict=True))
+        for number, vector in zip(rows, self._model.embed(list(rows.values())), strict=True):
+            found[number] = vector if isinstance(vector, EmbedRLError) else Embedded(vector)
         return [found[number] for number in range(len(inputs))]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.schema import Side
 from embedrl_verl.embedder import EmbedInput
-from embedrl_verl.errors import ConfigError, EmbedderError, EmbedRLError
+from embedrl_verl.errors import ConfigError, EmbedderError, EmbedRLError, ModelFailedError
 from embedrl_verl.families import FAMILIES, Family
 from embedrl_verl.model.embedders import Embeds, Vector
 from embedrl_verl.model.gate import ThinkGate
@@ -37,13 +37,18 @@ THINK: tuple[Think, ...] = ("always", "never", "when_needed")
 @dataclass(frozen=True)
 class Encoding:
     """One input: float32 (D,) of length 1, or None and `problem`; its T-CoT (None: it was embedded alone), how many
-    pieces of evidence were cut for it, and (width, height) of its images as the Reasoner saw them."""
+    pieces of evidence were cut for it, and (width, height) of its images as the Reasoner saw them. `is_input_fault`:
+    the problem is of the input, and not of a model. `tokens`: that the Embedder read, T-CoT and evidence among them;
+    `tcot_tokens`: that the Reasoner wrote; both None where nobody counted."""
 
     vector: torch.Tensor | None
     tcot: str | None = None
     evidence: int = 0
     problem: str = ""
     seen_sizes: tuple[tuple[int, int], ...] | None = None
+    is_input_fault: bool = True
+    tokens: int | None = None
+    tcot_tokens: int | None = None
 
 
 class EmbedRLModel:
@@ -255,15 +260,17 @@ class EmbedRLModel:
             try:
                 inputs[number] = one.about(asks[number].item, self.family, self.evidence)
             except FAILURES as error:
-                found[number] = Encoding(None, one.text, problem=str(error), seen_sizes=one.seen_sizes)
+                found[number] = replace(_encoding(error, one.text), seen_sizes=one.seen_sizes)
         vectors = self.embedder.vectors(list(inputs.values()), side)
         for (number, given), vector in zip(inputs.items(), vectors, strict=True):
-            encoding = _encoding(vector, written[number].text, len(given.evidence))
-            found[number] = replace(encoding, seen_sizes=written[number].seen_sizes)
+            one = written[number]
+            encoding = _encoding(vector, one.text, len(given.evidence))
+            found[number] = replace(encoding, seen_sizes=one.seen_sizes, tcot_tokens=one.tokens)
         return found
 
 
 def _encoding(vector: Vector, tcot: str | None = None, evidence: int = 0) -> Encoding:
     if isinstance(vector, EmbedRLError):
-        return Encoding(None, tcot, evidence, str(vector))
-    return Encoding(vector, tcot, evidence)
+        fault = not isinstance(vector, ModelFailedError)
+        return Encoding(None, tcot, evidence, str(vector), is_input_fault=fault)
+    return Encoding(vector.vector, tcot, evidence, tokens=vector.tokens)

@@ -6,6 +6,7 @@ Prompts are those that the RL data set and its agent loop make (a test compares 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +66,7 @@ class Reasoner:
         if media.family not in ("auto", self.family):
             raise ConfigError(f"data.embedrl.family must be auto or {self.family}, of {path}; got {media.family}")
         self.media, self.max_new_tokens, self.batch_size = media, max_new_tokens, batch_size
+        self._lock = threading.Lock()  # `write` may be called by several threads; one computes
         self.limits = MediaLimits.of(media, token_side(self.family), media.max_frames)
         self._expander = PromptExpander(self.processor, self.family, time_steps_a_second(self.model.config))
 
@@ -105,13 +107,15 @@ class Reasoner:
         order = list(rows)
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
-            for number, text in zip(chunk, self._answer([rows[one][0] for one in chunk]), strict=True):
-                found[number] = Written(text, rows[number][1])
+            with self._lock:
+                written = self._answer([rows[one][0] for one in chunk])
+            for number, (text, length) in zip(chunk, written, strict=True):
+                found[number] = Written(text, rows[number][1], tokens=length)
         return [found[number] for number in range(len(asks))]
 
     @torch.no_grad()
-    def _answer(self, rows: Sequence[Encoded]) -> list[str]:
-        """Greedy T-CoTs of the rows of prompts, all in one batch."""
+    def _answer(self, rows: Sequence[Encoded]) -> list[tuple[str, int]]:
+        """Greedy T-CoTs of the rows of prompts, all in one batch, and their tokens with the one that ends them."""
         config, tokenizer, device = self.model.config, self.processor.tokenizer, self.model.device
         ids = _pad_left([row.input_ids for row in rows], tokenizer.pad_token_id).to(device)
         media = {name: value.to(device) for name, value in pad_rows(rows).media.items()}
@@ -125,7 +129,11 @@ class Reasoner:
             do_sample=False,
             **media,
         )
-        return list(tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True))
+        new = tokens[:, ids.shape[1] :]
+        ends = torch.isin(new, torch.tensor(self.model.generation_config.eos_token_id, device=device))
+        lengths = (ends.cumsum(1) - ends.long() == 0).sum(1)  # padding stands after the first end
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return list(zip(texts, lengths.tolist(), strict=True))
 
 
 def _pad_left(rows: Sequence[torch.Tensor], value: int = 0) -> torch.Tensor:

@@ -63,8 +63,8 @@ class BackendReasoner:
             request, _ = await asyncio.to_thread(self._backend.prepare, prompt, self._sampling)
             reply = await self._backend.complete(request)
         if isinstance(reply, Reply):
-            return Written(reply.text, prompt.seen_sizes)
-        return Written(None, problem=f"{reply.cause}: {reply.detail}")
+            return Written(reply.text, prompt.seen_sizes, tokens=reply.completion_tokens)
+        return Written(None, problem=f"{reply.cause}: {reply.detail}", is_input_fault=reply.is_input_fault)
 
 
 def _prompts(family: Family, media: MediaConfig, limits: MediaLimits) -> TcotPrompts:

@@ -16,7 +16,7 @@ from embedrl_verl.data.pixels import to_rgb
 from embedrl_verl.data.schema import Item, PairRecord, Side, Video, input_kind
 from embedrl_verl.data.video import DEFAULT_FPS, even_indices, list_times
 from embedrl_verl.embedder import EmbedInput
-from embedrl_verl.errors import ConfigError, DataError, EmbedderError, MediaError
+from embedrl_verl.errors import ConfigError, DataError, EmbedderError, MediaError, ModelFailedError
 from embedrl_verl.families import Family
 from embedrl_verl.kinds import InputKind
 
@@ -47,16 +47,19 @@ class PairSide(NamedTuple):
 @dataclass(frozen=True)
 class Written:
     """What a Reasoner wrote for one side: the T-CoT, and (width, height) in pixels of each image as it saw it; or why
-    there is none."""
+    there is none. `tokens`: of the T-CoT, with that which ends it; None where they were not counted. `is_input_fault`:
+    the problem is of the input, and not of the Reasoner or its server."""
 
     text: str | None
     seen_sizes: tuple[tuple[int, int], ...] | None = None
     problem: str = ""
+    tokens: int | None = None
+    is_input_fault: bool = True
 
     def about(self, item: LoadedItem, family: Family, evidence: EvidenceConfig) -> EmbedInput:
         """The item with this T-CoT and its evidence; EmbedderError if there is none. `family`: of who wrote it."""
         if self.text is None:
-            raise EmbedderError(self.problem)
+            raise (EmbedderError if self.is_input_fault else ModelFailedError)(self.problem)
         return EmbedInput.with_tcot(item, self.text, family, evidence, self.seen_sizes)
 
 

@@ -98,8 +98,7 @@ def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 2
         if count
     )
     rows = dict(head.counts)
-    folder = resources.files("embedrl_verl.report")
-    style, script = (Markup((folder / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    style, script = _file("page.css"), _file("page.js")
     html = rendered(
         "page",
         head=head,
@@ -109,8 +108,7 @@ def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 2
         flags=[(f"flag:{code}", label, flags[code]) for code, label in (FAULTS | NOTES).items() if flags[code]],
         cards=fitting,
         generator=f"{GENERATOR} {__version__}",
-        policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'",
+        policy=_policy(style, script),
         style=style,
         script=script,
     )
@@ -120,6 +118,24 @@ def render_page(head: PageHead, cards: Iterable[CardView], *, max_mib: float = 2
 def rendered(name: str, **values: Any) -> Markup:
     """A template with values, all of them escaped."""
     return Markup(_UNPRINTABLE.sub("\ufffd", _TEMPLATES.get_template(f"{name}.html.jinja").render(values)))
+
+
+def search_page(**facts: Any) -> tuple[str, str]:
+    """The page of `embedrl serve --page` and its content security policy; `facts`: what its template names."""
+    style, script = _file("page.css"), _file("search.js")
+    html = rendered("search", style=style, script=script, **facts)
+    return str(html), _policy(style, script) + "; connect-src 'self'; frame-ancestors 'none'"
+
+
+def _file(name: str) -> Markup:
+    return Markup((resources.files("embedrl_verl.report") / name).read_text(encoding="utf-8"))
+
+
+def _policy(style: str, script: str) -> str:
+    return (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def _size(html: str) -> int:

@@ -139,7 +139,7 @@ class Maker:
         (probe,) = model.embedder.vectors([EmbedInput(LoadedItem("a heron", "", (), ()))], self._how.side)
         if isinstance(probe, EmbedRLError):  # no row would have a vector
             raise probe
-        return model, len(probe)
+        return model, len(probe.vector)
 
     def __call__(self, part: Part, file: Path) -> Report:
         model, dim = self._loaded

@@ -38,9 +38,10 @@ Found = tuple[torch.Tensor, torch.Tensor]
 
 
 class Hit(NamedTuple):
-    """A row that was found; its cosine with the query."""
+    """A row that was found, by its number in the folder; its cosine with the query."""
 
     score: float
+    row: int
     id: str
     tcot: str | None
 
@@ -49,7 +50,9 @@ class Index:
     """See the module.
 
     Attributes:
-        settings: of the command that wrote the folder; `models`: its `PairOptions.stamps`.
+        settings: of the command that wrote the folder.
+        models: its `PairOptions.stamps`.
+        inputs: its `Inputs.facts`.
         vectors: float32 (rows, D), memory-mapped.
 
     Raises:
@@ -65,6 +68,7 @@ class Index:
                 f"{folder} holds {card.get('format')!r}, not vectors; name a folder that embedrl embed wrote"
             )
         self.settings: dict[str, Any] = card["build"]["settings"]
+        self.inputs: list[dict[str, Any]] = card["build"]["input"]
         self.models: dict[str, list[str]] = card["models"]
         self._ends = list(accumulate(part["records"] for part in card["parts"]))
         name = sha256_of(Path(folder) / CARD_FILE)[:12]
@@ -89,13 +93,19 @@ class Index:
 
     def hits(self, scores: torch.Tensor, rows: torch.Tensor) -> list[Hit]:
         """What one query has found, scores and rows (k,), with its ids."""
-        return [self._hit(score, row) for score, row in zip(scores.tolist(), rows.tolist(), strict=True) if row >= 0]
+        return [self.hit(score, row) for score, row in zip(scores.tolist(), rows.tolist(), strict=True) if row >= 0]
 
-    def _hit(self, score: float, row: int) -> Hit:
+    def place(self, row: int) -> tuple[int, int]:
+        """The part of a row, and its number there, both from 0."""
         part = bisect_right(self._ends, row)
+        return part, row - (self._ends[part - 1] if part else 0)
+
+    def hit(self, score: float, row: int) -> Hit:
+        """A row with its id and T-CoT."""
+        part, offset = self.place(row)
         table = pq.read_table(self._parts[part], columns=["id", "tcot"])
-        values = table.slice(row - (self._ends[part - 1] if part else 0), 1).to_pylist()[0]
-        return Hit(score, values["id"], values["tcot"])
+        values = table.slice(offset, 1).to_pylist()[0]
+        return Hit(score, row, values["id"], values["tcot"])
 
     def _write_vectors(self, file: Path, dim: int) -> None:
         temporary = temporary_name(file)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedrl_verl.data.files import stamp_of
+from embedrl_verl.embedder.loading import load_config
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.gate import ThinkGate
@@ -69,6 +70,10 @@ class PairOptions:
         """Environment variables that hold the keys of servers, as the settings name them."""
         words = (one.lstrip("+").partition("=") for one in self.overrides)
         return {value for key, _, value in words if key in KEY_NAMES}
+
+    def cut_to(self) -> list[int]:
+        """What the Embedder was trained to have its vectors cut to (`matryoshka_dims`); often nothing."""
+        return list(getattr(load_config(self.embedder), "matryoshka_dimensions", None) or ())
 
     def load(self, think: Think, gate: ThinkGate | None = None) -> EmbedRLModel:
         """Both models; without thinking the Embedder alone."""

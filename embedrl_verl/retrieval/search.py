@@ -11,6 +11,7 @@ import torch
 
 from embedrl_verl.errors import EmbedderError
 from embedrl_verl.model import EmbedRLModel
+from embedrl_verl.model.gate import ThinkGate
 from embedrl_verl.model.pair import Encoding, Think
 from embedrl_verl.retrieval.gate_file import GATE_FILE, read_gate
 from embedrl_verl.retrieval.index import Hit, Index, Kind
@@ -37,24 +38,32 @@ def search_folder(
     """
     index = Index(folder, kind)
     options = PairOptions.of(index.settings, **pair)
-    same_place = options.named()["embedder"] == index.settings["embedder"]
-    if same_place and options.stamps()["embedder"] != index.models["embedder"]:
-        logger.warning(
-            "%s has changed since %s was embedded; if it is another model, hits mean nothing", options.embedder, folder
-        )
+    warn_of_another_embedder(index, options)
     how = options.think(think or (index.settings["think"] if options.reasoner else None))
     needed = read_gate(Path(gate or Path(folder) / GATE_FILE)) if how == "when_needed" else None
     model = options.load(how, needed)
     query = {**query, "instruction": query.get("instruction") or index.settings["instruction"]}
     found = _encode(model, query, "never" if how == "when_needed" else how)
     vector = _vector(found)
-    if needed is not None:
-        scores, _ = index.search(vector, 2)
-        if needed.thinks(scores.masked_fill(scores == -torch.inf, torch.nan)).item():
-            found = _encode(model, query, "always")
-            vector = _vector(found)
+    if needed is not None and needs_tcot(needed, index.search(vector, 2)[0]):
+        found = _encode(model, query, "always")
+        vector = _vector(found)
     scores, rows = index.search(vector, top)
     return found, index.hits(scores[0], rows[0])
+
+
+def needs_tcot(gate: ThinkGate, scores: torch.Tensor) -> bool:
+    """Whether a query gets one, by the cosines (1, k) of its best rows."""
+    return bool(gate.thinks(scores.masked_fill(scores == -torch.inf, torch.nan)).item())
+
+
+def warn_of_another_embedder(index: Index, options: PairOptions) -> None:
+    """Tell the user if the Embedder is not as it was when the folder was embedded."""
+    same_place = options.named()["embedder"] == index.settings["embedder"]
+    if same_place and options.stamps()["embedder"] != index.models["embedder"]:
+        logger.warning(
+            "%s has changed since the folder was embedded; if retrained, hits mean nothing", options.embedder
+        )
 
 
 def _encode(model: EmbedRLModel, query: dict[str, Any], think: Think) -> Encoding:

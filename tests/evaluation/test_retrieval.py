@@ -15,6 +15,7 @@ from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import DataError, EmbedderError
 from embedrl_verl.evaluation.retrieval import Pairs, score_view, tcot_lines, write_tcots
 from embedrl_verl.model import Written
+from embedrl_verl.model.embedders import Embedded
 from embedrl_verl.ranks import first_rank
 from tests.embedder.inputs import picture
 
@@ -35,10 +36,10 @@ class Vectors:
         self.known = {f"q{i}": one for i, one in enumerate(query)} | {f"t{i}": one for i, one in enumerate(target)}
 
     def vectors(self, inputs: list[EmbedInput], side: str) -> list[Any]:
-        found = [self.known.get(one.item.text, EmbedderError("too long")) for one in inputs]
+        found = [self.known.get(one.item.text) for one in inputs]
+        bad = EmbedderError("the vector is not finite")
         return [
-            EmbedderError("the vector is not finite") if isinstance(one, torch.Tensor) and one.isinf().any() else one
-            for one in found
+            EmbedderError("too long") if one is None else bad if one.isinf().any() else Embedded(one) for one in found
         ]
 
 
@@ -135,7 +136,7 @@ def test_of_a_clip_as_many_frames_are_drawn_as_the_pairs_say():
     class Reader:
         def vectors(self, inputs: list[EmbedInput], side: str) -> list[Any]:
             seen.extend(len(one.item.frames) for one in inputs)
-            return [torch.ones(1)] * len(inputs)
+            return [Embedded(torch.ones(1))] * len(inputs)
 
     class Writer:
         family = "qwen2_vl"

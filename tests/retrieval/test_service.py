@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
@@ -19,6 +20,9 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from embedrl_verl.embedder import EmbedInput
+from embedrl_verl.errors import ModelFailedError
+from embedrl_verl.model import Written, ask_for
 from embedrl_verl.retrieval.service import Limits, Service, application
 from tests.embedder.inputs import picture
 from tests.retrieval.conftest import words
@@ -28,12 +32,13 @@ LIMITS = Limits(batch_size=8, max_inputs=5, max_body=200_000, max_waiting=64)
 
 @pytest.fixture(scope="module")
 def service(model):
-    return Service(model, "tiny", LIMITS)
+    return Service(model, "tiny", LIMITS, cut_to=[32])
 
 
-@pytest.fixture(scope="module")
-def client(service):
-    config = uvicorn.Config(application(service), port=0, log_level="warning")
+@contextmanager
+def listening(app):
+    """A client of the app, over loopback."""
+    config = uvicorn.Config(app, port=0, log_level="warning")
     bound, server = config.bind_socket(), uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
@@ -43,6 +48,12 @@ def client(service):
         yield found
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with listening(application(service)) as found:
+        yield found
 
 
 def data_url(image) -> str:
@@ -66,7 +77,7 @@ def chat(*parts, system=None):
 
 def test_vectors_are_those_of_the_library(client, model):
     answer = ask(client, input="a text").json()
-    assert set(answer) == {"object", "data", "model"} and answer["model"] == "tiny"
+    assert set(answer) == {"object", "data", "model", "usage"} and answer["model"] == "tiny"
     (one,) = answer["data"]
     vector, tcot = model.encode_query("a text", return_tcots=True)
     assert cosine(one["embedding"], vector) >= 0.999 and one["tcot"] == tcot and one["object"] == "embedding"
@@ -107,7 +118,9 @@ REFUSED = {
     "odd side": ({"input": "a", "side": ["query"]}, 400, "side must be one of query, document"),
     "gate": ({"input": "a", "think": "when_needed"}, 400, "think must be one of always, never"),
     "form": ({"input": "a", "encoding_format": "int8"}, 400, "encoding_format must be"),
-    "dimensions": ({"input": "a", "dimensions": 64}, 400, "dimensions must be 128"),
+    "dimensions": ({"input": "a", "dimensions": 64}, 400, "dimensions must be 32 or 128"),
+    "odd dimensions": ({"input": "a", "dimensions": True}, 400, "dimensions must be 32 or 128"),
+    "empty": ({"input": ""}, 400, "input 0: .*empty"),
     "another model": ({"input": "a", "model": "gpt"}, 404, "model must be 'tiny'"),
     "many inputs": ({"input": ["a"] * 6}, 413, "5 inputs; got 6"),
     "many bytes": ({"input": "a" * 300_000}, 413, "200000 bytes"),
@@ -120,7 +133,11 @@ REFUSED = {
         url: ({"messages": chat({"type": "image_url", "image_url": {"url": url}})}, 400, "nothing is fetched")
         for url in ("http://127.0.0.1/a.png", "file:///etc/passwd", "/etc/passwd", "data:text/plain;base64,YQ==", "")
     },
-    "base64": ({"messages": chat({"type": "image_url", "image_url": {"url": PICTURE[:-3] + "!!"}})}, 400, "is broken"),
+    "base64": (
+        {"messages": chat({"type": "image_url", "image_url": {"url": PICTURE[:-3] + "!!"}})},
+        400,
+        r"messages\[0\]\.content\[0\]\.image_url: a picture's base64 is broken",
+    ),
     "no picture": ({"messages": chat({"type": "image_url", "image_url": {"url": PICTURE[:62]}})}, 400, "input 0"),
     "system picture": (
         {"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": PICTURE}}]}, *chat()]},
@@ -165,10 +182,101 @@ def test_a_client_that_leaves_and_a_model_that_fails_harm_nobody_else(client, se
     assert waiting("embedrl_waiting_inputs") == 0
 
 
+def test_usage_is_the_tokens_that_the_models_read_and_wrote(client, model):
+    processor, asks = model.embedder.embedder.processor, [ask_for(text, "query") for text in ("a text", "another one")]
+    plain = sum(len(processor.encode(EmbedInput(one.item))) for one in asks)
+    usage = ask(client, input=["a text", "another one"], think="never").json()["usage"]
+    assert usage == {"prompt_tokens": plain, "total_tokens": plain}
+    thought = ask(client, input=["a text", "another one"], think="always").json()
+    read = [
+        EmbedInput.with_tcot(one.item, item["tcot"], model.family, model.evidence)
+        for one, item in zip(asks, thought["data"], strict=True)
+    ]
+    assert thought["usage"]["prompt_tokens"] == sum(len(processor.encode(one)) for one in read) > plain
+    assert thought["usage"]["completion_tokens"] == 2 * 12  # an untrained Reasoner does not end before its limit
+
+
+def test_vectors_are_cut_to_lengths_that_the_embedder_was_trained_for(client):
+    for form in ("float", "base64"):
+        whole, cut = (
+            ask(client, input="a", think="never", dimensions=dim, encoding_format=form).json()["data"][0]["embedding"]
+            for dim in (None, 32)
+        )
+        if form == "base64":
+            whole, cut = (np.frombuffer(base64.b64decode(one), "<f4") for one in (whole, cut))
+        assert len(cut) == 32 and np.linalg.norm(cut) == pytest.approx(1) and cosine(cut, whole[:32]) > 0.999999
+
+
+def test_who_has_no_key_learns_nothing_but_that_the_server_lives(service):
+    with listening(application(service, "sésame")) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}):
+            for method, path in (("POST", "/v1/embeddings"), ("GET", "/v1/models"), ("GET", "/metrics")):
+                answer = client.request(method, path, json={"input": "a"}, headers=headers)
+                assert answer.status_code == 401 and "API key" in answer.json()["error"]["message"]
+            assert client.get("/health", headers=headers).status_code == 200
+        key = {"Authorization": "Bearer sésame".encode()}
+        body = {"input": "a", "think": "never"}
+        assert client.post("/v1/embeddings", json=body, headers=key).status_code == 200
+
+
+def test_what_a_client_that_left_has_asked_for_is_not_embedded(client, service, monkeypatch):
+    embedded, may_go = [], threading.Event()
+    encodings = service.model.encodings
+
+    def slow(asks, *args, **options):
+        embedded.extend(one.item.text for one in asks)
+        assert may_go.wait(60)
+        return encodings(asks, *args, **options)
+
+    monkeypatch.setattr(service.model, "encodings", slow)
+    waiting = lambda: service.metrics.registry.get_sample_value("embedrl_waiting_inputs")  # noqa: E731
+    with ThreadPoolExecutor() as pool:
+        first = []
+        for number in (1, 2):  # batches at a time
+            first.append(pool.submit(ask, client, input="first", think="never"))
+            until(lambda number=number: len(embedded) == number)
+        body = b'{"input": "left", "think": "never"}'
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as left:
+            left.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: waiting() == 3)
+        until(lambda: waiting() == 2)
+        last = pool.submit(ask, client, input="last", think="never")
+        until(lambda: waiting() == 3)
+        may_go.set()
+        assert [one.result().status_code for one in (*first, last)] == [200] * 3
+    assert embedded == ["first", "first", "last"] and waiting() == 0
+
+
+def until(holds):
+    """Wait for it, a minute at most."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_model_that_is_away_is_no_fault_of_the_input_and_gives_no_vector(client, service, monkeypatch):
+    with monkeypatch.context() as patch:
+        lost = lambda inputs, side: [ModelFailedError("embedding server: connection refused")] * len(inputs)  # noqa: E731
+        patch.setattr(service.model.embedder, "vectors", lost)
+        for think in ("never", "always"):
+            answer = ask(client, input="a", think=think)
+            assert answer.status_code == 502 and answer.json()["error"]["type"] == "server_error"
+            assert "connection refused" in answer.json()["error"]["message"]
+    with monkeypatch.context() as patch:
+        lost = lambda asks: [Written(None, problem="HTTP 500", is_input_fault=False)] * len(asks)  # noqa: E731
+        patch.setattr(service.model.reasoner, "write", lost)
+        assert ask(client, input="a").status_code == 502
+        assert ask(client, input="a", think="never").status_code == 200
+    assert ask(client, input="a").status_code == 200
+
+
 def test_small_files_of_large_pictures_are_refused_before_they_are_decoded(client, service, monkeypatch):
     image = {"type": "image_url", "image_url": {"url": data_url(Image.new("L", (7000, 7000)))}}
     answer = ask(client, messages=chat(image, image))
     assert answer.status_code == 413 and "98000000" in answer.json()["error"]["message"]
+    bomb = {"type": "image_url", "image_url": {"url": data_url(Image.new("1", (20_000, 20_000)))}}
+    assert ask(client, messages=chat(bomb)).status_code == 413
     monkeypatch.setattr(service, "limits", replace(LIMITS, max_pixels=7000))
     assert ask(client, messages=chat({"type": "image_url", "image_url": PICTURE})).status_code == 200
     monkeypatch.setattr(service, "limits", replace(LIMITS, max_pixels=6000))
@@ -179,6 +287,7 @@ def test_too_many_that_wait_are_refused_with_503(client, service, monkeypatch):
     monkeypatch.setattr(service, "_waiting", LIMITS.max_waiting)
     answer = ask(client, input="a")
     assert answer.status_code == 503 and "try again later" in answer.json()["error"]["message"]
+    assert int(answer.headers["Retry-After"]) >= 1
 
 
 def test_metrics_are_in_the_form_of_prometheus_and_count_what_happened(client):

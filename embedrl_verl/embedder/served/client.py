@@ -29,7 +29,7 @@ from embedrl_verl.embedder.messages import EmbedInput
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.served.command import longest_prompt
 from embedrl_verl.embedder.served.requests import PATH, EmbedRequest, embed_request, read_vector
-from embedrl_verl.errors import EmbedderError
+from embedrl_verl.errors import EmbedderError, ModelFailedError
 from embedrl_verl.serving import ServerError, ServerPool
 from embedrl_verl.tcot import parse_tcot
 
@@ -69,13 +69,15 @@ class ServedEmbedder:
         """The row's vector: float32 (D,), length 1.
 
         Raises:
-            EmbedderError: no server gave one before the deadline. The message is the cause alone, to count rows by.
+            EmbedderError: no server gave one before the deadline (ModelFailedError unless they refused the row). The
+                message is the cause alone, to count rows by.
         """
         try:
             answer = await self.pool.post(PATH, request.payload, deadline=time.monotonic() + self._deadline_s)
         except ServerError as error:
             logger.warning("a row has no vector: %s", error)
-            raise EmbedderError(f"{NAME}: {error.cause}") from error
+            kind = ModelFailedError if error.transient else EmbedderError
+            raise kind(f"{NAME}: {error.cause}") from error
         return read_vector(answer, request)
 
 

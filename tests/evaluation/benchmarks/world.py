@@ -19,6 +19,7 @@ from PIL import Image
 
 from embedrl_verl.evaluation.benchmarks import mmeb_v2, uvrb
 from embedrl_verl.evaluation.benchmarks.task import Task
+from embedrl_verl.model.embedders import Embedded
 from embedrl_verl.model.tcots import Written
 
 LOOKS, TRUTH = (0, 1, 0), (0, 1, 2)
@@ -43,10 +44,10 @@ class FakeEmbedder:
     def __init__(self, collapsed: bool = False) -> None:
         self.collapsed, self.seen = collapsed, 0
 
-    def vectors(self, inputs: Any, side: str) -> list[torch.Tensor]:
+    def vectors(self, inputs: Any, side: str) -> list[Embedded]:
         self.seen += len(inputs)
         named = [int(one.tcot.text[-1]) if one.tcot else digits(one.item)[0] for one in inputs]
-        return list(torch.eye(10)[[0 if self.collapsed else digit for digit in named]])
+        return [Embedded(one) for one in torch.eye(10)[[0 if self.collapsed else digit for digit in named]]]
 
 
 class FakeReasoner:
