@@ -34,8 +34,8 @@ SPLIT = (
 )
 REASONED = " reasoner engine prompts-like device set"
 OPTIONS = {
-    "embed": "embedder out think side instruction media-root max-failed-share retry-failed batch-size rows-per-part"
-    " workers ray" + REASONED,
+    "embed": "embedder out think with-plain side instruction media-root max-failed-share retry-failed batch-size"
+    " rows-per-part workers ray" + REASONED,
     "search": "embedder query image instruction top think gate index" + REASONED,
     "gate fit": "embedder out media-root limit" + REASONED,
     "gate score": "embedder gate media-root limit" + REASONED,

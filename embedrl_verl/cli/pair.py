@@ -30,6 +30,9 @@ def embed(
     out: opt.Out,
     reasoned: opt.Reasoned,
     think: Always = None,
+    with_plain: Annotated[
+        bool, Option("--with-plain", help="Also vectors without T-CoTs, which --think when_needed of a search needs.")
+    ] = False,
     side: Annotated[
         Literal["query", "target"], Option(help="What inputs are: of pair records, this side is taken.")
     ] = "target",
@@ -71,6 +74,7 @@ def embed(
         options,
         Reading(side, instruction, media_root),
         think=options.think(think),
+        with_plain=with_plain,
         rows_per_part=rows_per_part,
         batch_size=batch_size,
         max_failed_share=max_failed_share,

@@ -27,7 +27,7 @@ class ThinkGate:
         """The gate that has the highest Hit@1 on validation queries; of equal ones that which thinks least.
 
         Args:
-            plain, thought: (Q, C) similarities of the queries without and with T-CoT, to the same candidates.
+            plain, thought: (Q, C) similarities of queries and candidates that are both without, and both with T-CoT.
             relevant: (Q, C) bool.
         """
         margin = margins(plain).nan_to_num(nan=-1.0)

@@ -148,7 +148,9 @@ class EmbedRLModel:
             inputs: one input or a sequence of inputs, as `ask_for` takes them.
             prompt: the instruction, of inputs that bring none.
             think: other than the model's.
-            against: (C, D) vectors of the candidates, which decide what is needed for "when_needed".
+            against: (C, D) vectors of the candidates without T-CoTs, which decide what is needed for "when_needed". A
+                query that does not think is then compared with these, one that thinks (`return_tcots` tells) with the
+                candidates' vectors with T-CoTs.
             convert_to_tensor: torch instead of numpy.
             return_tcots: also the T-CoTs, a list of str (None: embedded alone).
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`embedrl embed`: inputs in, parquet parts of vectors out, resumable.
 
-Columns: `id`; `vector`, float32 of fixed size and length 1, null where there is none; `tcot`, null where the input was
-embedded alone; `evidence`, pieces cut for it; `problem`, why there is no vector, else null. The folder is made by
-data/build.py: parts are whole or not there, and a command that was killed goes on with the next part.
+Columns: `id`; `vector`, float32 of fixed size and length 1, null where there is none; `plain`, the same of the input
+alone, if it was asked for beside the one with T-CoT; `tcot`, null where the input was embedded alone; `evidence`,
+pieces cut for it; `problem`, why there is no vector, else null. The folder is made by data/build.py: parts are whole or
+not there, and a command that was killed goes on with the next part.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from embedrl_verl import __version__
 from embedrl_verl.data.build import Report, RunTasks, building, finish, make_parts
@@ -27,7 +30,7 @@ from embedrl_verl.data.media import LoadedItem
 from embedrl_verl.data.pool import run_tasks
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.embedder import EmbedInput
-from embedrl_verl.errors import EmbedRLError
+from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.model import Ask, EmbedRLModel
 from embedrl_verl.model.pair import Encoding, Think
 from embedrl_verl.platforms.cluster import Cluster
@@ -37,10 +40,10 @@ from embedrl_verl.retrieval.pair import PairOptions
 FORMAT = "embedrl vectors 1"
 
 
-def schema(dim: int) -> pa.Schema:
-    """Of parts with vectors of `dim` numbers."""
-    vector = pa.list_(pa.float32(), dim)
-    return pa.schema([("id", pa.string()), ("vector", vector), *((name, kind) for name, kind in _MORE.items())])
+def schema(dim: int, vectors: Sequence[str] = ("vector",)) -> pa.Schema:
+    """Of parts with vectors of `dim` numbers in these columns."""
+    columns = [(name, pa.list_(pa.float32(), dim)) for name in vectors]
+    return pa.schema([("id", pa.string()), *columns, *((name, kind) for name, kind in _MORE.items())])
 
 
 _MORE = {"tcot": pa.string(), "evidence": pa.int32(), "problem": pa.string()}
@@ -53,6 +56,7 @@ def embed_inputs(
     how: Reading,
     *,
     think: Think,
+    with_plain: bool = False,
     rows_per_part: int,
     batch_size: int,
     max_failed_share: float,
@@ -60,18 +64,22 @@ def embed_inputs(
     command: Sequence[str],
     cluster: Cluster | None = None,
 ) -> list[str]:
-    """Do what is left to do. Arguments as the command's; `cluster`: where, if not in this process. Returns lines for
+    """Do what is left to do. Arguments as the command's; `with_plain`: beside vectors with T-CoTs those of the inputs
+    alone, which decide what queries think (ThinkGate); `cluster`: where, if not in this process. Returns lines for
     the terminal.
 
     Raises:
         DataError: more than `max_failed_share` of the rows have no vector.
     """
+    if with_plain and think == "never":
+        raise ConfigError("--with-plain adds vectors without T-CoTs to those with; without thinking they are the same")
     inputs = [os.path.abspath(one) for one in inputs]  # workers of other nodes have another working directory
     how = replace(how, media_root=how.media_root and os.path.abspath(how.media_root))
     given = Inputs(inputs, rows_per_part)
     settings = {
         **pair.named(),
         "think": think,
+        "with_plain": with_plain,
         "side": how.side,
         "instruction": how.instruction,
         "media_root": how.media_root,
@@ -89,7 +97,7 @@ def embed_inputs(
         must_see = [str(work), *inputs, *known.folders(), *([how.media_root] if how.media_root else [])]
         with _place(cluster, known, must_see) as (run, workers, device):
             reports = make_parts(
-                Maker(replace(known, device=device), think, how, batch_size),
+                Maker(replace(known, device=device), think, how, batch_size, with_plain=with_plain),
                 given.parts,
                 work,
                 rows=given.count,
@@ -129,8 +137,11 @@ class Maker:
     """Makes the part of a task, here or in a worker of a cluster; its first task loads the models, so that it can be
     pickled before. In memory at a time: a batch, what threads decode ahead of it, and a part's vectors."""
 
-    def __init__(self, pair: PairOptions, think: Think, how: Reading, batch_size: int) -> None:
+    def __init__(
+        self, pair: PairOptions, think: Think, how: Reading, batch_size: int, *, with_plain: bool = False
+    ) -> None:
         self._pair, self._think, self._how, self._batch_size = pair, think, how, batch_size
+        self._with_plain = with_plain
 
     @cached_property
     def _loaded(self) -> tuple[EmbedRLModel, int]:
@@ -144,22 +155,20 @@ class Maker:
     def __call__(self, part: Part, file: Path) -> Report:
         model, dim = self._loaded
         found = list(self._encode(model, part))
-        vectors = np.full((len(found), dim), np.nan, np.float32)
-        for number, (_, _, one) in enumerate(found):
-            if one.vector is not None:
-                vectors[number] = one.vector.numpy()
-        failed = [one.vector is None for _, _, one in found]
-        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim, mask=pa.array(failed))
-        columns = {
+        columns: dict[str, Any] = {"vector": _column([one.vector for _, _, one in found], dim)}
+        if self._with_plain:
+            columns["plain"] = _column([one.plain for _, _, one in found], dim)
+        wanted = schema(dim, list(columns))
+        columns |= {
             "id": [name for name, _, _ in found],
             "tcot": [one.tcot for _, _, one in found],
             "evidence": [one.evidence for _, _, one in found],
             "problem": [one.problem or None for _, _, one in found],
         }
-        table = pa.table({**columns, "vector": values})
+        table = pa.table(columns)
         temporary = temporary_name(file)
         try:
-            table = table.select(schema(dim).names).cast(schema(dim))
+            table = table.select(wanted.names).cast(wanted)
             pq.write_table(table, temporary, use_dictionary=False, write_page_checksum=True)
             publish(temporary, file)
         finally:
@@ -171,14 +180,44 @@ class Maker:
         ]
         return {"records": len(found), "by_source": {}, "rejected": rejected}
 
-    def _encode(self, model: EmbedRLModel, part: Part) -> Iterator[tuple[str, str, Encoding]]:
+    def _encode(self, model: EmbedRLModel, part: Part) -> Iterator[tuple[str, str, _Row]]:
         """Id and place of each row, and what became of it; not the row, which can hold the bytes of its media."""
         rows = in_threads(_decode, read_part(part, self._how), default_threads(), lambda row: not row.has_media)
         while batch := list(islice(rows, self._batch_size)):
             asks = [ask for _, ask in batch if isinstance(ask, Ask)]
             done = model.encodings(asks, self._how.side, batch_size=self._batch_size)
+            alone = model.encodings(asks, self._how.side, think="never", batch_size=self._batch_size)
             for row, ask in batch:
-                yield row.id, row.where, next(done) if isinstance(ask, Ask) else Encoding(None, problem=ask)
+                if isinstance(ask, Ask):
+                    yield row.id, row.where, _Row.of(next(done), next(alone) if self._with_plain else None)
+                else:
+                    yield row.id, row.where, _Row(problem=ask)
+
+
+class _Row(NamedTuple):
+    """What is written of a row; a problem leaves it without vectors."""
+
+    vector: torch.Tensor | None = None
+    plain: torch.Tensor | None = None
+    tcot: str | None = None
+    evidence: int = 0
+    problem: str = ""
+
+    @classmethod
+    def of(cls, one: Encoding, alone: Encoding | None) -> _Row:
+        problem = one.problem or (alone.problem if alone is not None else "")
+        if problem:
+            return cls(tcot=one.tcot, evidence=one.evidence, problem=problem)
+        return cls(one.vector, None if alone is None else alone.vector, one.tcot, one.evidence)
+
+
+def _column(vectors: Sequence[torch.Tensor | None], dim: int) -> pa.FixedSizeListArray:
+    values = np.full((len(vectors), dim), np.nan, np.float32)
+    for number, one in enumerate(vectors):
+        if one is not None:
+            values[number] = one.numpy()
+    missing = pa.array([one is None for one in vectors])
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim, mask=missing)
 
 
 def _decode(row: Row) -> tuple[Row, Ask | str]:

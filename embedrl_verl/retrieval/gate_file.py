@@ -23,6 +23,7 @@ from embedrl_verl.model.tcots import PairSide
 from embedrl_verl.retrieval.pair import PairOptions
 
 GATE_FILE = "gate.json"
+MARGINS = "plain queries, plain candidates"
 AT_ONCE = 64
 """Inputs whose decoded media are in memory at a time."""
 
@@ -48,10 +49,11 @@ def measure_gate(
 
     `threshold`: cosines; `share` of the queries that think. `hit1` and `seconds` (of a query, on this machine, from
     decoded media to the vector) of "never", "always" and "gated" thinking: every query against the targets of its data
-    source, which always think.
+    source; one that does not think against their vectors without T-CoTs, and one that thinks against those with.
     """
     pairs = Pairs.read([str(Path(file).resolve()) for file in files], media_root, limit)
     model = pair.load("always")
+    alone, _ = _vectors(model, pairs, "target", "never")
     targets, _ = _vectors(model, pairs, "target", "always")
     every = range(len(pairs.records))
     plain, never_s = _vectors(model, pairs, "query", "never")
@@ -59,13 +61,15 @@ def measure_gate(
     elsewhere = torch.ones(len(every), len(every), dtype=torch.bool)
     for rows in pairs.by_source.values():
         elsewhere[torch.tensor(rows)[:, None], torch.tensor(rows)] = False
-    before, after = ((one @ targets.T).masked_fill(elsewhere, torch.nan) for one in (plain, thought))
+    both = (plain, alone), (thought, targets)
+    before, after = ((queries @ found.T).masked_fill(elsewhere, torch.nan) for queries, found in both)
     known = before, after, shares_content(pairs.contents, pairs.contents) & ~elsewhere
     fit = ThinkGate.fit(*known) if gate is None else gate.score(*known)
     chosen = fit.gate.thinks(before).nonzero()[:, 0].tolist()
     _, again_s = _vectors(model, pairs, "query", "always", chosen)
     return {
         "threshold": fit.gate.threshold,
+        "margins": MARGINS,
         "share": fit.share,
         "hit1": {"never": fit.never, "always": fit.always, "gated": fit.gated},
         "seconds": {
@@ -73,7 +77,7 @@ def measure_gate(
             for name, value in (("never", never_s), ("always", always_s), ("gated", never_s + again_s))
         },
         "queries": len(every),
-        "failed": int(sum(one.isnan().any(dim=1).sum() for one in (plain, thought, targets))),
+        "failed": int(sum(one.isnan().any(dim=1).sum() for one in (plain, thought, alone, targets))),
         "files": [str(file) for file in files],
         **pair.named(),
     }
@@ -85,9 +89,15 @@ def read_gate(file: Path) -> ThinkGate:
         raise ConfigError(
             f"{file}: no such file; --think when_needed needs the gate that embedrl gate fit writes (--gate)"
         )
-    threshold = read_object(file).get("threshold")
+    found = read_object(file)
+    threshold = found.get("threshold")
     if not isinstance(threshold, float):
         raise DataError(f"{file}: threshold must be a number; got {json.dumps(threshold)}. Fit the gate again")
+    if found.get("margins") != MARGINS:
+        raise DataError(
+            f"{file}: margins must be those of {MARGINS!r}, without T-CoTs on either side; got "
+            f"{json.dumps(found.get('margins'))}: another version fitted it. Fit the gate again"
+        )
     return ThinkGate(threshold)
 
 

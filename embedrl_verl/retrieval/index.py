@@ -3,13 +3,15 @@
 
 Beside the parts there are, made by the first search and named after the data card, so that they are of this folder's
 rows: `vectors-*.npy`, float32 (rows, D), NaN where a row has no vector, which is memory-mapped; `hnsw-*.faiss`, which
-is read into memory and holds the vectors again.
+is read into memory and holds the vectors again. `plain-*.npy` and `hnsw-plain-*.faiss` are those without T-CoTs, of a
+folder that has them.
 """
 
 from __future__ import annotations
 
 import logging
 from bisect import bisect_right
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,6 +52,7 @@ class Index:
     """See the module.
 
     Attributes:
+        folder: where it is.
         settings: of the command that wrote the folder.
         models: its `PairOptions.stamps`.
         inputs: its `Inputs.facts`.
@@ -61,6 +64,7 @@ class Index:
     """
 
     def __init__(self, folder: str | Path, kind: Kind = "exact") -> None:
+        self.folder, self._kind = Path(folder), kind
         self._parts = pair_files([folder])
         card = read_object(Path(folder) / CARD_FILE)
         if card.get("format") != FORMAT:
@@ -71,25 +75,40 @@ class Index:
         self.inputs: list[dict[str, Any]] = card["build"]["input"]
         self.models: dict[str, list[str]] = card["models"]
         self._ends = list(accumulate(part["records"] for part in card["parts"]))
-        name = sha256_of(Path(folder) / CARD_FILE)[:12]
-        file = Path(folder) / f"vectors-{name}.npy"
-        if not file.is_file():
-            self._write_vectors(file, card["dim"])
-        # Copy-on-write, of which nothing is written: torch warns of memory that cannot be.
-        self.vectors: npt.NDArray[np.float32] = np.load(file, mmap_mode="c")
-        self._graph = _graph(Path(folder) / f"hnsw-{name}.faiss", self.vectors) if kind == "hnsw" else None
+        self._dim, self._name = card["dim"], sha256_of(Path(folder) / CARD_FILE)[:12]
+        self.vectors, self._graph = self._column("vector", "vectors", "hnsw")
 
-    def search(self, queries: torch.Tensor, top: int) -> Found:
-        """The `top` best rows of each query; queries: float32 (Q, D) of length 1."""
-        if queries.shape[1] != self.vectors.shape[1]:
+    @property
+    def has_plain(self) -> bool:
+        """Whether there are vectors without T-CoTs beside those with."""
+        return bool(self.settings.get("with_plain"))
+
+    @cached_property
+    def _plain(self) -> tuple[npt.NDArray[np.float32], Any]:
+        return self._column("plain", "plain", "hnsw-plain")
+
+    def _column(self, column: str, name: str, graph: str) -> tuple[npt.NDArray[np.float32], Any]:
+        """Vectors of a column, float32 (rows, D), and their graph, None where all are compared."""
+        file = self.folder / f"{name}-{self._name}.npy"
+        if not file.is_file():
+            self._write_vectors(file, column)
+        # Copy-on-write, of which nothing is written: torch warns of memory that cannot be.
+        vectors = np.load(file, mmap_mode="c")
+        return vectors, _graph(self.folder / f"{graph}-{self._name}.faiss", vectors) if self._kind == "hnsw" else None
+
+    def search(self, queries: torch.Tensor, top: int, *, plain: bool = False) -> Found:
+        """The `top` best rows of each query; queries: float32 (Q, D) of length 1. `plain`: among the vectors without
+        T-CoTs, of a folder that has them."""
+        vectors, graph = self._plain if plain else (self.vectors, self._graph)
+        if queries.shape[1] != self._dim:
             raise ConfigError(
-                f"queries must have the folder's {self.vectors.shape[1]} numbers a vector; the Embedder gives "
+                f"queries must have the folder's {self._dim} numbers a vector; the Embedder gives "
                 f"{queries.shape[1]}. Use the one that the folder was embedded with"
             )
-        if self._graph is not None:
-            scores, rows = map(torch.from_numpy, self._graph.search(queries.numpy(), top))
+        if graph is not None:
+            scores, rows = map(torch.from_numpy, graph.search(queries.numpy(), top))
             return scores.masked_fill(rows < 0, -torch.inf), rows
-        return exact(torch.from_numpy(self.vectors), queries, top)
+        return exact(torch.from_numpy(vectors), queries, top)
 
     def hits(self, scores: torch.Tensor, rows: torch.Tensor) -> list[Hit]:
         """What one query has found, scores and rows (k,), with its ids."""
@@ -107,15 +126,15 @@ class Index:
         values = table.slice(offset, 1).to_pylist()[0]
         return Hit(score, row, values["id"], values["tcot"])
 
-    def _write_vectors(self, file: Path, dim: int) -> None:
-        temporary = temporary_name(file)
+    def _write_vectors(self, file: Path, name: str) -> None:
+        dim, temporary = self._dim, temporary_name(file)
         with disk_errors(file):
             try:
                 shape = (self._ends[-1], dim)
                 written = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
                 start = 0
                 for part in self._parts:
-                    column = pq.read_table(part, columns=["vector"])["vector"].combine_chunks()
+                    column = pq.read_table(part, columns=[name])[name].combine_chunks()
                     rows = written[start : start + len(column)]
                     rows[:] = np.nan
                     rows[column.is_valid().to_numpy(zero_copy_only=False)] = (

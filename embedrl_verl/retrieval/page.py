@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,11 +22,11 @@ from embedrl_verl.model.pair import Encoding, Think
 from embedrl_verl.report.page import search_page
 from embedrl_verl.report.views import CardView
 from embedrl_verl.retrieval.corpus import Corpus, rendered_card, side_view, tcot_reader
-from embedrl_verl.retrieval.gate_file import GATE_FILE, read_gate
+from embedrl_verl.retrieval.gate_file import GATE_FILE
 from embedrl_verl.retrieval.index import Found, Index
 from embedrl_verl.retrieval.pair import PairOptions
 from embedrl_verl.retrieval.requests import THINK, Refusal, Request
-from embedrl_verl.retrieval.search import needs_tcot, warn_of_another_embedder
+from embedrl_verl.retrieval.search import gate_of, needs_tcot, warn_of_another_embedder
 from embedrl_verl.retrieval.service import Service, answered, unless_gone
 
 TOP = 10
@@ -85,8 +84,9 @@ class SearchPage:
         request = replace(request, inputs=[{**given, "instruction": instruction}])
         how = request.think or self._service.model.think
         first: Think = "never" if how == "when_needed" else how
-        ask, found, (scores, rows) = await unless_gone(http, self._nearest(request, first))
-        if how == "when_needed" and self._gate is not None and needs_tcot(self._gate, scores):
+        gated = how == "when_needed"
+        ask, found, (scores, rows) = await unless_gone(http, self._nearest(request, first, plain=gated))
+        if gated and self._gate is not None and needs_tcot(self._gate, scores):
             ask, found, (scores, rows) = await unless_gone(http, self._nearest(request, "always"))
         hits = await asyncio.to_thread(self._index.hits, scores[0], rows[0])
         view = CardView("Query", "", "", (side_view("As embedded", ask, found.tcot, self._reader),))
@@ -97,14 +97,15 @@ class SearchPage:
             "hits": [one._asdict() for one in hits],
         }
 
-    async def _nearest(self, request: Request, think: Think) -> tuple[Ask, Encoding, Found]:
+    async def _nearest(self, request: Request, think: Think, *, plain: bool = False) -> tuple[Ask, Encoding, Found]:
         (ask,), (one,) = await self._service.encodings(request, think)
         assert one.vector is not None
-        return ask, one, await asyncio.to_thread(self._index.search, one.vector[None], TOP)
+        return ask, one, await asyncio.to_thread(self._index.search, one.vector[None], TOP, plain=plain)
 
 
 def open_page(service: Service, folder: str, options: PairOptions, gate: str | None) -> SearchPage:
     """The page over a folder; `gate`: file of the gate, None: the folder's, if it has one."""
-    index, file = Index(folder), Path(gate or Path(folder) / GATE_FILE)
+    index = Index(folder)
     warn_of_another_embedder(index, options)
-    return SearchPage(service, index, options, read_gate(file) if gate or file.is_file() else None)
+    has_gate = gate or (index.has_plain and (index.folder / GATE_FILE).is_file())
+    return SearchPage(service, index, options, gate_of(index, gate) if has_gate else None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from embedrl_verl.errors import EmbedderError
+from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.gate import ThinkGate
 from embedrl_verl.model.pair import Encoding, Think
@@ -40,20 +40,29 @@ def search_folder(
     options = PairOptions.of(index.settings, **pair)
     warn_of_another_embedder(index, options)
     how = options.think(think or (index.settings["think"] if options.reasoner else None))
-    needed = read_gate(Path(gate or Path(folder) / GATE_FILE)) if how == "when_needed" else None
+    needed = gate_of(index, gate) if how == "when_needed" else None
     model = options.load(how, needed)
     query = {**query, "instruction": query.get("instruction") or index.settings["instruction"]}
     found = _encode(model, query, "never" if how == "when_needed" else how)
-    vector = _vector(found)
-    if needed is not None and needs_tcot(needed, index.search(vector, 2)[0]):
+    scores, rows = index.search(_vector(found), max(top, 2), plain=how == "when_needed")
+    if needed is not None and needs_tcot(needed, scores):
         found = _encode(model, query, "always")
-        vector = _vector(found)
-    scores, rows = index.search(vector, top)
-    return found, index.hits(scores[0], rows[0])
+        scores, rows = index.search(_vector(found), top)
+    return found, index.hits(scores[0, :top], rows[0, :top])
+
+
+def gate_of(index: Index, file: str | None) -> ThinkGate:
+    """The gate of a file, None: of the folder; ConfigError where the folder cannot be searched by one."""
+    if not index.has_plain:
+        raise ConfigError(
+            f"--think when_needed first searches the vectors without T-CoTs, which {index.folder} does not have: "
+            "embed it with --think always --with-plain"
+        )
+    return read_gate(Path(file or index.folder / GATE_FILE))
 
 
 def needs_tcot(gate: ThinkGate, scores: torch.Tensor) -> bool:
-    """Whether a query gets one, by the cosines (1, k) of its best rows."""
+    """Whether a query gets one, by the cosines (1, k), k >= 2, of its best rows, all without T-CoTs."""
     return bool(gate.thinks(scores.masked_fill(scores == -torch.inf, torch.nan)).item())
 
 

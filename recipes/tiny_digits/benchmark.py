@@ -142,8 +142,8 @@ def gate_table(fitted: Mapping[str, Any], scored: Mapping[str, Any]) -> list[str
             for name, share in shares.items()
         ),
         "",
-        "Documents always think here, so never is the cell plain-tcot, which this Embedder was not trained for; "
-        "without T-CoTs on either side Hit@1 is that of plain-plain. Times on the CPU, with decoded media.",
+        "A query that does not think is compared with candidates without T-CoTs, one that thinks with those that have one: "
+        "never is the cell plain-plain, always tcot-tcot. Times on the CPU, with decoded media.",
         "",
         f"Threshold {fitted['threshold']:.4f}, fitted on {fitted['queries']} other pairs (Hit@1 there: never "
         f"{fitted['hit1']['never']:.3f}, always {fitted['hit1']['always']:.3f}, gated {fitted['hit1']['gated']:.3f}; "

@@ -41,7 +41,7 @@ def folder(tmp_path_factory, pair):
     with open(corpus, "a") as lines:
         lines.write(json.dumps({"id": "<b>odd</b>", "text": SCRIPT}) + '\n{"id": "gone", "image": "gone.png"}\n')
     run = ["embed", str(corpus), "--out", str(place / "out"), "--rows-per-part", "6", "--max-failed-share", "0.5"]
-    assert cli.main([*run, "--think", "always", *words(pair, reasoner=True)]) == 0
+    assert cli.main([*run, "--think", "always", "--with-plain", *words(pair, reasoner=True)]) == 0
     return place / "out"
 
 

@@ -15,6 +15,7 @@ from embedrl_verl import cli
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
 from embedrl_verl.retrieval import index as index_module
+from embedrl_verl.retrieval.gate_file import MARGINS
 from embedrl_verl.retrieval.index import Index, exact
 from tests.embedder.inputs import picture
 from tests.retrieval.conftest import LIMITS, rows_of, words, write_corpus
@@ -102,7 +103,7 @@ def test_what_cannot_be_searched_is_refused(corpus, tmp_path, capsys, monkeypatc
     write_pairs([PairRecord("p", "s", "", Item("q"), Item("t"))], tmp_path / "part-00000.parquet")
     (tmp_path / "data_card.json").write_text('{"format": "embedrl pair records 1"}')
     assert "not vectors" in refused(str(tmp_path), "--query", "a")
-    assert "gate" in refused(str(corpus), "--query", "a", "--think", "when_needed", "--reasoner", "x")
+    assert "--with-plain" in refused(str(corpus), "--query", "a", "--think", "when_needed", "--reasoner", "x")
     assert "needs a Reasoner" in refused(str(corpus), "--query", "a", "--think", "always")
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert "pip install faiss-cpu" in refused(str(corpus), "--query", "a", "--index", "hnsw")
@@ -125,22 +126,42 @@ def test_a_gate_is_fitted_on_pairs_and_decides_which_query_thinks(corpus, pair, 
     assert cli.main(["gate", "score", *scored]) == 0
     assert f"of 4 queries think (margin below {gate['threshold']:.4f})" in capsys.readouterr().out
     assert json.loads(file.read_text()) == gate, "it is only scored"
-    targets = model.encode_document([f"target {i}" for i in range(10)])
     for name in ("never", "always"):
+        targets = model.encode_document([f"target {i}" for i in range(10)], think=name)
         queries = model.encode_query([f"query {i}" for i in range(10)], prompt="Find it.", think=name)
         of_source = [targets[i % 2 :: 2] @ queries[i] for i in range(10)]
         hits = [int(np.argmax(cosines)) == i // 2 for i, cosines in enumerate(of_source)]
         assert gate["hit1"][name] == pytest.approx(np.mean(hits))
     search = ["search", str(corpus), "--query", "document 3", "--think", "when_needed", "--device", "cpu"]
-    search += ["--reasoner", str(pair / "reasoner"), "--set", *LIMITS]
-    for threshold, thinks in ((9.0, True), (-1.0, False)):
-        file.write_text(json.dumps({**gate, "threshold": threshold}))
+    assert cli.main([*search, "--reasoner", str(pair / "reasoner"), "--set", *LIMITS]) == 2
+    assert "embed it with --think always --with-plain" in capsys.readouterr().err
+
+
+def test_a_gated_query_is_compared_with_vectors_of_its_own_kind(embed, model, tmp_path, capsys):
+    """Without T-CoT on both sides, or with them on both."""
+    file, folder = write_corpus(tmp_path / "in", 9), tmp_path / "out"
+    with open(file, "a") as lines:
+        lines.write('{"id": "bad", "image": "gone.png"}\n')
+    given = ("--rows-per-part", "4", "--max-failed-share", "0.5", "--with-plain")
+    assert (
+        embed(file, tmp_path / "never", *given) == 2 and "without thinking they are the same" in capsys.readouterr().err
+    )
+    assert embed(file, folder, *given, reasoner=True) == 0
+    rows = [row for row in rows_of(folder) if row["vector"]]
+    assert len(rows) == 9 and all(row["plain"] is None for row in rows_of(folder) if not row["vector"])
+    search = ["search", str(folder), "--query", "document 3", "--think", "when_needed", "--device", "cpu"]
+    for threshold, think, column in ((9.0, "always", "vector"), (-1.0, "never", "plain")):
+        gate = {"threshold": threshold, "margins": MARGINS}
+        (folder / "gate.json").write_text(json.dumps(gate))
         capsys.readouterr()
-        assert cli.main(search) == 0
+        assert cli.main([*search, "--top", "1"]) == 0
         hits, error = printed(capsys)
-        vector = model.encode_query("document 3", think="always" if thinks else "never")
-        assert hits[0][0] == pytest.approx(float(np.nanmax(Index(corpus).vectors @ vector)), abs=1e-4)
-        assert ("thought: " in error) == thinks
+        cosines = np.array([row[column] for row in rows], np.float32) @ model.encode_query("document 3", think=think)
+        assert hits == [(pytest.approx(float(cosines.max()), abs=1e-4), rows[int(cosines.argmax())]["id"])]
+        assert ("thought: " in error) == (think == "always")
+    assert not np.allclose([row["vector"] for row in rows], [row["plain"] for row in rows])
+    (folder / "gate.json").write_text(json.dumps({"threshold": 0.1}))
+    assert cli.main(search) == 3 and "another version fitted it" in capsys.readouterr().err
 
 
 def test_another_model_at_the_folders_path_is_told(pair, tmp_path, caplog):
