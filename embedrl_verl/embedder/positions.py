@@ -39,13 +39,15 @@ def mrope_positions(tokens: Sequence[int], media: Mapping[int, Sequence[Medium]]
     positions = np.empty((4, len(tokens)), np.int64)
     positions[0] = np.arange(len(tokens))
     queues = {pad: list(waiting) for pad, waiting in media.items()}
+    left = sum(map(len, queues.values()))
     place = behind = start = 0
-    while place < len(tokens):
+    while left and place < len(tokens):
         waiting = queues.get(tokens[place])
         if not waiting:  # text; also a placeholder that the policy itself has sampled
             place += 1
             continue
         (t, h, w), time_step = waiting.pop(0)
+        left -= 1
         positions[1:, behind:place] = np.arange(start, start + place - behind)
         start += place - behind
         grid = np.indices((t, h, w)).reshape(3, -1)

@@ -142,7 +142,7 @@ def gate_table(fitted: Mapping[str, Any], scored: Mapping[str, Any]) -> list[str
             for name, share in shares.items()
         ),
         "",
-        "A query that does not think is compared with candidates without T-CoTs, one that thinks with those that have one: "
+        "A query that does not think is compared with candidates without T-CoTs, one that thinks with those with: "
         "never is the cell plain-plain, always tcot-tcot. Times on the CPU, with decoded media.",
         "",
         f"Threshold {fitted['threshold']:.4f}, fitted on {fitted['queries']} other pairs (Hit@1 there: never "
