@@ -292,6 +292,19 @@ def missing_files(named: Mapping[str, Sequence[str]], media_root: str | None) ->
     return missing
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether it is OWNER/NAME, and not a file of a folder that is here."""
+    owner, _, name = path.partition("/")
+    return bool(owner and name) and "/" not in name and path[0] not in ".~" and not Path(owner).is_dir()
+
+
+def no_such_model(path: str) -> str:
+    """What is wrong with a path that is not here and no hub id: a mistyped folder. Else ""."""
+    if is_hub_id(path) or Path(path).expanduser().is_dir():
+        return ""
+    return f"no such folder: {path} (name a folder, or a hub id OWNER/NAME)"
+
+
 def missing_inputs(config: Any) -> list[str]:
     """What is not there of the files and folders that a run names. Hub ids (no such local path, one slash) pass."""
     needed = ("data.train_files", "data.val_files")
@@ -301,11 +314,10 @@ def missing_inputs(config: Any) -> list[str]:
     judge = ["reward.reward_model.model_path"] if config.reward.reward_model.enable else []
     for key in ("actor_rollout_ref.model.path", "embedrl.embedder.path", *judge):
         value = str(OmegaConf.select(config, key))
-        is_hub_id = value.count("/") == 1 and not value.startswith((".", "/", "~"))
         if set("[]*?") & set(value):
             problems.append(f"{key}: vLLM reads [, ], * and ? in a model's path as a pattern; rename it: {value}")
-        elif not is_hub_id and "://" not in value and not Path(value).expanduser().is_dir():
-            problems.append(f"{key}: no such folder: {value} (name a folder, or a hub id OWNER/NAME)")
+        elif "://" not in value and (fault := no_such_model(value)):
+            problems.append(f"{key}: {fault}")
     return problems
 
 

@@ -17,6 +17,7 @@ import torch
 
 from embedrl_verl.config import EmbedRLConfig, load_embedrl_config
 from embedrl_verl.config.compose import compose
+from embedrl_verl.config.rules import no_such_model
 from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder import Embedder
@@ -77,7 +78,7 @@ def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "a
     says. `device`: auto is a GPU if there is one."""
     from omegaconf import OmegaConf
 
-    if fault := _fault(embedder):
+    if fault := no_such_model(embedder):
         raise EmbedderError(f"the Embedder cannot be loaded: {fault}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     on_cpu = device == "cpu" and not any(one.startswith("platform=") for one in overrides)
@@ -113,16 +114,9 @@ def _record_of(path: str) -> TrainingRecord:
     return (read_record(Path(path)) if Path(path).is_dir() else None) or TrainingRecord()
 
 
-def _fault(path: str) -> str:
-    """What is wrong with a path that is not here and no hub id: a mistyped folder. Else ""."""
-    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-    is_there = is_hub_id or Path(path).expanduser().is_dir()
-    return "" if is_there else f"no such folder: {path} (name a folder, or a hub id OWNER/NAME)"
-
-
 def check_reasoner(path: str) -> None:
     """Refuse what is no folder or hub id of a model, without its weights."""
-    if fault := _fault(path):
+    if fault := no_such_model(path):
         raise ConfigError(f"the Reasoner: {fault}")
     try:
         load_config(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from embedrl_verl.config import EmbedRLConfig
 from embedrl_verl.config.batch import SEPARATE, SIDES, BatchPlan, is_megatron, mini_batches, replica_size
-from embedrl_verl.config.rules import COLOCATE, files_of, missing_inputs
+from embedrl_verl.config.rules import COLOCATE, files_of, is_hub_id, missing_inputs
 from embedrl_verl.data.run_files import local, pairs_by_source, steps_an_epoch
 from embedrl_verl.platforms.needs import problems
 
@@ -227,4 +227,4 @@ def _folder(path: object) -> str:
     text = str(path)
     if Path(text).expanduser().is_dir():
         return text
-    return f"{text} (not a folder here" + (": a hub id)" if text.count("/") == 1 and text[0] not in "./~" else ")")
+    return f"{text} (not a folder here" + (": a hub id)" if is_hub_id(text) else ")")

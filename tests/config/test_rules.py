@@ -15,6 +15,7 @@ from embedrl_verl.config.rules import (
     check_resumed_step,
     check_run_config,
     last_step,
+    no_such_model,
     refuse_videos_that_megatron_misplaces,
 )
 from embedrl_verl.errors import ConfigError
@@ -270,3 +271,12 @@ def test_a_checkpoint_of_a_later_step_than_the_last_is_refused(tmp_path):
     check_resumed_step(tmp_path, 30, 30)
     with pytest.raises(ConfigError, match=r"is of step 40, and this run ends at step 30: raise trainer\.total"):
         check_resumed_step(tmp_path, 40, 30)
+
+
+def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "reasoner").mkdir(parents=True)
+    for path in ("models/reasoner", "Qwen/Qwen3-VL-2B-Instruct", str(tmp_path / "models")):
+        assert no_such_model(path) == "", path
+    for path in ("models/resoner", "reasoner", "./some/model", "~/gone", "/gone", "a/b/c", "owner/"):
+        assert no_such_model(path).startswith(f"no such folder: {path} (name a folder, or a hub id"), path

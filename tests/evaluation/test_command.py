@@ -128,11 +128,11 @@ def test_frames_are_those_of_the_reasoners_record_and_reasoners_that_differ_need
     for name, frames in (("four", 4), ("twelve", 12)):
         write_record(tmp_path / name, TrainingRecord(stage="egrl", settings={"max_frames": frames}))
     four, twelve = str(tmp_path / "four"), str(tmp_path / "twelve")
-    assert read_settings("e", [], "cpu").max_frames([twelve]) == 12
-    assert read_settings("e", [], "cpu").max_frames([]) == 8
-    assert read_settings("e", ["data.embedrl.max_frames=6"], "cpu").max_frames([four, twelve]) == 6
+    assert read_settings("some/embedder", [], "cpu").max_frames([twelve]) == 12
+    assert read_settings("some/embedder", [], "cpu").max_frames([]) == 8
+    assert read_settings("some/embedder", ["data.embedrl.max_frames=6"], "cpu").max_frames([four, twelve]) == 6
     with pytest.raises(ConfigError, match=r"4 and 12 frames .* data\.embedrl\.max_frames"):
-        read_settings("e", [], "cpu").max_frames([four, twelve])
+        read_settings("some/embedder", [], "cpu").max_frames([four, twelve])
 
 
 def test_a_checkpoints_huggingface_folder_is_asked_as_its_run_was(tmp_path):
@@ -140,7 +140,7 @@ def test_a_checkpoints_huggingface_folder_is_asked_as_its_run_was(tmp_path):
     for name in ("actor/huggingface", "actor/model/huggingface", "actor"):
         folder = tmp_path / "global_step_4" / name
         folder.mkdir(parents=True, exist_ok=True)
-        assert read_settings("e", [], "cpu").asked(str(folder))[1] == 77, name
+        assert read_settings("some/embedder", [], "cpu").asked(str(folder))[1] == 77, name
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_anything_is_computed(world, tmp_path, capsys):
