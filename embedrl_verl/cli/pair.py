@@ -2,6 +2,7 @@
 """The trained pair as a tool: `embedrl embed`, `search`, `serve` and `gate fit`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typer import Argument, Option, Typer
@@ -112,6 +113,8 @@ def search(
     """
     if not query and not image:
         raise ConfigError("name what is searched for: --query TEXT, --image FILE, or both")
+    if missing := [file for file in image or () if not Path(file).is_file()]:
+        raise ConfigError(f"--image must name files; there is no {', '.join(missing)}")
     from embedrl_verl.retrieval.search import search_folder
 
     found, hits = search_folder(
@@ -166,13 +169,15 @@ def score(
     limit: Limit = None,
 ) -> int:
     """What a fitted gate does to other pairs: Hit@1 and seconds a query of never, always and gated thinking."""
-    from pathlib import Path
-
     from embedrl_verl.retrieval.gate_file import measure_gate, read_gate
 
     options = _options(embedder, reasoned)
     options.think("when_needed")
-    print(_gate_lines(measure_gate(files, options, read_gate(Path(gate_file)), media_root=media_root, limit=limit)))
+    print(
+        _gate_lines(
+            measure_gate(files, options, read_gate(Path(gate_file), options), media_root=media_root, limit=limit)
+        )
+    )
     return 0
 
 
@@ -203,8 +208,6 @@ def serve(
 
     Texts and chat messages with pictures as data: URLs; nothing is fetched. Beside it /v1/models, /health, /metrics.
     """
-    from pathlib import Path
-
     if page != (vectors is not None):
         raise ConfigError("--page and --vectors DIR (what it searches) belong together; name both or none")
     if api_key == "":

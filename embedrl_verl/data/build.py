@@ -261,7 +261,11 @@ def list_causes(reports: Iterable[Report], out: Path) -> str:
     rejected = [line for report in reports for line in report["rejected"]]
     write_lines(out / REJECTED_FILE, rejected)
     causes, examples = count_causes(rejected)
-    return "\n".join(f"  {count} x {cause} (first: {examples[cause]})" for cause, count in causes.most_common(5))
+    shown = causes.most_common(5)
+    lines = [f"  {count} x {cause} (first: {examples[cause]})" for cause, count in shown]
+    if left := causes.total() - sum(count for _, count in shown):
+        lines.append(f"  {left} x other causes")
+    return "\n".join(lines)
 
 
 def rejection(file: str | Path, row: int, error: DataError, pair_id: str | None = None) -> dict[str, Any]:
@@ -280,7 +284,7 @@ def count_causes(rejected: Iterable[Mapping[str, Any]]) -> tuple[Counter[str], d
     examples: dict[str, str] = {}
     for line in rejected:
         field = re.sub(r"\[\d+\]", "[]", str(line["field"]))
-        cause = re.sub(r"""(['"]).*?\1|\b\d+(?:[.x]\d+)?\b""", "…", str(line["reason"]))
+        cause = re.sub(r"""(?<!\w)(['"]).*?\1(?!\w)|\b\d+(?:[.x]\d+)?\b""", "…", str(line["reason"]))
         cause = f"{field}: {cause}" if field else cause
         if cause not in causes and len(causes) >= MAX_CAUSES:
             cause = "(other causes)"

@@ -36,6 +36,7 @@ from embedrl_verl.model.pair import Encoding, Think
 from embedrl_verl.platforms.cluster import Cluster
 from embedrl_verl.retrieval.inputs import ROW_ERRORS, Inputs, Part, Reading, Row, read_part
 from embedrl_verl.retrieval.pair import PairOptions
+from embedrl_verl.tcot import parse_tcot
 
 FORMAT = "embedrl vectors 1"
 
@@ -108,15 +109,28 @@ def embed_inputs(
                 run=run,
             )
         dim = pq.read_schema(folder / part_name(0)).field("vector").type.list_size
-        more = {"format": FORMAT, "dim": dim, "models": pair.stamps()}
+        more = {"format": FORMAT, "dim": dim, "models": pair.stamps(), "tcots": _count_tcots(folder, len(reports))}
         finish(folder, "vectors", facts, reports, media_root=None, more=more)
     return _report(folder)
 
 
+def _count_tcots(folder: Path, parts: int) -> dict[str, int]:
+    """T-CoTs that were written, and those of them that are well formed."""
+    counts = {"written": 0, "well_formed": 0}
+    for part in range(parts):
+        for text in pq.read_table(folder / part_name(part), columns=["tcot"])["tcot"].drop_null().to_pylist():
+            counts["written"] += 1
+            counts["well_formed"] += parse_tcot(text).is_well_formed
+    return counts
+
+
 def _report(folder: Path) -> list[str]:
     card = read_object(folder / CARD_FILE)
-    failed = card["rejected"]
+    failed, tcots = card["rejected"], card.get("tcots", {})
     lines = [f"{folder}: {card['records']:,} rows, {failed['rows']:,} without a vector, {card['dim']} numbers a vector"]
+    if written := tcots.get("written"):
+        share = tcots["well_formed"] / written
+        lines.append(f"  {written:,} T-CoTs, {share:.1%} of them well formed; others are embedded as they are")
     lines += [f"  {cause['rows']} x {cause['cause']} (first: {cause['example']})" for cause in failed["causes"]]
     return lines + ([f"  all of them: {folder / REJECTED_FILE}"] if failed["rows"] else [])
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from embedrl_verl.model.pair import Think
 from embedrl_verl.model.tcots import PairSide
 from embedrl_verl.retrieval.pair import PairOptions
 
+logger = logging.getLogger(__name__)
 GATE_FILE = "gate.json"
 MARGINS = "plain queries, plain candidates"
 AT_ONCE = 64
@@ -83,8 +85,9 @@ def measure_gate(
     }
 
 
-def read_gate(file: Path) -> ThinkGate:
-    """The gate of a file that `embedrl gate fit` wrote; ConfigError if there is none."""
+def read_gate(file: Path, pair: PairOptions) -> ThinkGate:
+    """The gate of a file that `embedrl gate fit` wrote; ConfigError if there is none. Warns if it was fitted with other
+    models than those of `pair`, whose margins it does not know."""
     if not file.is_file():
         raise ConfigError(
             f"{file}: no such file; --think when_needed needs the gate that embedrl gate fit writes (--gate)"
@@ -98,6 +101,12 @@ def read_gate(file: Path) -> ThinkGate:
             f"{file}: margins must be those of {MARGINS!r}, without T-CoTs on either side; got "
             f"{json.dumps(found.get('margins'))}: another version fitted it. Fit the gate again"
         )
+    now = pair.named()
+    for name in ("embedder", "reasoner"):
+        if found.get(name) != now[name]:
+            logger.warning(
+                "%s was fitted with the %s %s, and now it is %s: fit it again", file, name, found.get(name), now[name]
+            )
     return ThinkGate(threshold)
 
 

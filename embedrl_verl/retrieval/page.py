@@ -108,4 +108,4 @@ def open_page(service: Service, folder: str, options: PairOptions, gate: str | N
     index = Index(folder)
     warn_of_another_embedder(index, options)
     has_gate = gate or (index.has_plain and (index.folder / GATE_FILE).is_file())
-    return SearchPage(service, index, options, gate_of(index, gate) if has_gate else None)
+    return SearchPage(service, index, options, gate_of(index, gate, options) if has_gate else None)

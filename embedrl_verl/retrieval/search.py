@@ -40,7 +40,7 @@ def search_folder(
     options = PairOptions.of(index.settings, **pair)
     warn_of_another_embedder(index, options)
     how = options.think(think or (index.settings["think"] if options.reasoner else None))
-    needed = gate_of(index, gate) if how == "when_needed" else None
+    needed = gate_of(index, gate, options) if how == "when_needed" else None
     model = options.load(how, needed)
     query = {**query, "instruction": query.get("instruction") or index.settings["instruction"]}
     found = _encode(model, query, "never" if how == "when_needed" else how)
@@ -51,14 +51,15 @@ def search_folder(
     return found, index.hits(scores[0, :top], rows[0, :top])
 
 
-def gate_of(index: Index, file: str | None) -> ThinkGate:
-    """The gate of a file, None: of the folder; ConfigError where the folder cannot be searched by one."""
+def gate_of(index: Index, file: str | None, options: PairOptions) -> ThinkGate:
+    """The gate of a file, None: of the folder, for the pair of `options`; ConfigError where the folder cannot be
+    searched by one."""
     if not index.has_plain:
         raise ConfigError(
             f"--think when_needed first searches the vectors without T-CoTs, which {index.folder} does not have: "
             "embed it with --think always --with-plain"
         )
-    return read_gate(Path(file or index.folder / GATE_FILE))
+    return read_gate(Path(file or index.folder / GATE_FILE), options)
 
 
 def needs_tcot(gate: ThinkGate, scores: torch.Tensor) -> bool:
@@ -67,9 +68,13 @@ def needs_tcot(gate: ThinkGate, scores: torch.Tensor) -> bool:
 
 
 def warn_of_another_embedder(index: Index, options: PairOptions) -> None:
-    """Tell the user if the Embedder is not as it was when the folder was embedded."""
-    same_place = options.named()["embedder"] == index.settings["embedder"]
-    if same_place and options.stamps()["embedder"] != index.models["embedder"]:
+    """Tell the user if the Embedder is not as it was when the folder was embedded, or another one."""
+    before = index.settings["embedder"]
+    if options.named()["embedder"] != before:
+        logger.warning(
+            "the folder was embedded with %s; if %s is another model, hits mean nothing", before, options.embedder
+        )
+    elif options.stamps()["embedder"] != index.models["embedder"]:
         logger.warning(
             "%s has changed since the folder was embedded; if retrained, hits mean nothing", options.embedder
         )

@@ -36,6 +36,7 @@ from embedrl_verl.errors import DataError, EmbedRLError
 from embedrl_verl.model import Ask, EmbedRLModel, ask_for
 from embedrl_verl.model.pair import Encoding, Think
 from embedrl_verl.retrieval.requests import THINK, Refusal, Request, read_request
+from embedrl_verl.tcot import parse_tcot
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -117,7 +118,8 @@ class Service:
             tokens = sum(one.tokens or 0 for one in found)
             answer["usage"] = {"prompt_tokens": tokens, "total_tokens": tokens}
             if any(one.tcot_tokens is not None for one in found):
-                answer["usage"]["completion_tokens"] = sum(one.tcot_tokens or 0 for one in found)
+                written = sum(one.tcot_tokens or 0 for one in found)
+                answer["usage"] |= {"completion_tokens": written, "total_tokens": tokens + written}
         return answer
 
     async def read(self, http: HttpRequest, think: Sequence[Think] = THINK) -> Request:
@@ -170,7 +172,8 @@ def _item(number: int, one: Encoding, request: Request) -> dict[str, Any]:
     if request.dim < len(values):
         values = values[: request.dim] / np.linalg.norm(values[: request.dim])
     vector = base64.b64encode(values.astype("<f4").tobytes()).decode() if request.as_base64 else values.tolist()
-    return {"object": "embedding", "index": number, "embedding": vector, "tcot": one.tcot}
+    item = {"object": "embedding", "index": number, "embedding": vector, "tcot": one.tcot}
+    return item if one.tcot is None else {**item, "well_formed": parse_tcot(one.tcot).is_well_formed}
 
 
 def _pixels(request: Request) -> int:

@@ -172,7 +172,7 @@ def main(
     ]
     write_pairs([sample.record for sample in samples], out / "gate.parquet")
     fitted = fit_gate([str(out / "gate.parquet")], str(out / "gate.json"), pair)
-    scored = measure_gate([str(heldout)], pair, read_gate(out / "gate.json"))
+    scored = measure_gate([str(heldout)], pair, read_gate(out / "gate.json", pair))
     lines = [
         "# The tiny pair on held-out digits, through embedrl benchmark",
         "",

@@ -193,6 +193,7 @@ def test_usage_is_the_tokens_that_the_models_read_and_wrote(client, model):
         for one, item in zip(asks, thought["data"], strict=True)
     ]
     assert thought["usage"]["prompt_tokens"] == sum(len(processor.encode(one)) for one in read) > plain
+    assert thought["usage"]["total_tokens"] == thought["usage"]["prompt_tokens"] + 2 * 12
     assert thought["usage"]["completion_tokens"] == 2 * 12  # an untrained Reasoner does not end before its limit
 
 
