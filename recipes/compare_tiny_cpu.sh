@@ -19,6 +19,10 @@ OUT=$(realpath -m "${OUT:-$ROOT/runs/ablations}")
 export STEPS=${STEPS:-40}
 TINY="$RECIPES/run_egrl_tiny_cpu.sh"
 
+for list in "${VARIANTS[*]}" "${SEEDS[*]}"; do
+    twice=$(tr ' ' '\n' <<<"$list" | sort | uniq -d)
+    [[ -z "$twice" ]] || fail 2 "VARIANTS and SEEDS must name each one once; $(tr '\n' ' ' <<<"$twice")is there twice"
+done
 ((${#VARIANTS[@]} > 1)) || fail 2 "VARIANTS must name two or more variants to compare; got ${VARIANTS[*]}"
 JUDGE=0
 for variant in "${VARIANTS[@]}"; do

@@ -44,10 +44,15 @@ class Gatherer(Generic[T, R]):
         return await future
 
     async def _work(self) -> None:
+        try:
+            await self._until_none_waits()
+        finally:  # also when the event loop ends: another may follow
+            self._free += 1
+
+    async def _until_none_waits(self) -> None:
         while True:
             self._waiting = [one for one in self._waiting if not one[1].done()]  # nobody waits for cancelled ones
             if not self._waiting:
-                self._free += 1
                 return
             kind = self._kind(self._waiting[0][0])
             alike = [place for place, (item, _) in enumerate(self._waiting) if self._kind(item) == kind]

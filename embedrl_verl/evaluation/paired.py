@@ -42,8 +42,10 @@ def read_results(folder: Path) -> dict[str, TaskResult]:
     found = {}
     for file in sorted(folder.rglob("*.parquet")):
         name = str(file.relative_to(folder).with_suffix(""))
-        if (score_file := folder / f"{name}.json").is_file():  # it is written last
-            found[name] = _of_task(read_object(score_file), file)
+        # It is written last. Other files may lie beside the results, in pairs too.
+        scores = read_object(score_file) if (score_file := folder / f"{name}.json").is_file() else {}
+        if {"metric", "stamp"} <= scores.keys():
+            found[name] = _of_task(scores, file)
     if not found:
         raise ConfigError(f"{folder} must be a folder of embedrl benchmark or of embedrl eval; it has no results")
     return found

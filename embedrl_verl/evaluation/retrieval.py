@@ -14,6 +14,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -68,10 +69,14 @@ class Pairs:
         self.contents = torch.tensor([_content(*one) for one in zip(records, media_roots, strict=True)])
 
     def digest(self) -> str:
-        """Of all pairs with their contents, in order: equal if the same is ranked."""
+        """Of all pairs with their contents, in order: equal if the same is asked and ranked. Stated ids of contents
+        say what is relevant; texts, instructions and media are looked at beside."""
         found = hashlib.sha256()
-        for record, content in zip(self.records, self.contents.tolist(), strict=True):
-            found.update(json.dumps([record.pair_id, record.data_source, *content]).encode())
+        for record, root, ids in zip(self.records, self.media_roots, self.contents.tolist(), strict=True):
+            items = [record.item(side) for side in SIDES]
+            said = [[one.instruction, one.text, one.kind] for one in items]
+            shown = _content(replace(record, query_id="", target_id=""), root)
+            found.update(json.dumps([record.pair_id, record.data_source, *ids, *said, *shown]).encode())
         return found.hexdigest()[:16]
 
     def ask(self, number: int, side: Side) -> Ask:

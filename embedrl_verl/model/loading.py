@@ -8,7 +8,7 @@ is asked as it was trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,8 @@ from embedrl_verl.model.reasoner import Reasoner
 from embedrl_verl.model.remote import BackendReasoner, engine_reasoner, server_reasoner
 
 Engine = Literal["transformers", "vllm"]
+ASKED = ("data.embedrl.", "data.max_response_length", "embedrl.evidence.")
+"""Settings that a Reasoner's record stands for where no override gives them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Settings:
     def evidence(self, reasoner: str | None) -> EvidenceConfig:
         """What may be cut for the T-CoTs of a Reasoner's folder: by overrides, else as its record says, else by the
         defaults."""
-        recorded = _record_of(reasoner).settings.get("evidence", {}) if reasoner else {}
+        recorded = (_record_of(reasoner).settings.get("evidence") if reasoner else None) or {}
+        if not isinstance(recorded, Mapping):
+            raise ConfigError(f"training.json of {reasoner}: evidence must be an object; got {recorded!r:.200}")
         return replace(self.embedrl.evidence, **{key: one for key, one in recorded.items() if key not in self.given})
 
     def max_frames(self, reasoners: Sequence[str]) -> int:
@@ -88,11 +92,18 @@ def read_settings(embedder: str, overrides: Sequence[str] = (), device: str = "a
     config = compose([*(["platform=cpu"] if on_cpu else []), *trained, *overrides, path])
     data = OmegaConf.to_container(config.data, resolve=True)
     assert isinstance(data, dict)
-    keys = [one.lstrip("+").partition("=")[0] for one in overrides]
-    named = ("data.embedrl.", "data.max_response_length", "embedrl.evidence.")
-    given = {key.rpartition(".")[2] for key in keys if key.startswith(named)}
+    given = {key.rpartition(".")[2] for key in _keys(overrides) if key.startswith(ASKED)}
     plain = {str(key): value for key, value in data.items()}
     return Settings(load_embedrl_config(config), plain, frozenset(given), device)
+
+
+def _keys(overrides: Sequence[str]) -> Iterator[str]:
+    """What overrides give, to the last name: also "embedrl.evidence={max_items: 0}"."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for one in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = one.key_or_group, one.value()
+        yield from (f"{key}.{name}" for name in value) if isinstance(value, dict) else (key,)
 
 
 def load_embedder(settings: Settings, max_frames: int) -> Embeds:

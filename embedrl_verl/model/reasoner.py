@@ -24,7 +24,7 @@ from embedrl_verl.embedder.batching import pad_rows
 from embedrl_verl.embedder.expand import PromptExpander
 from embedrl_verl.embedder.positions import time_steps_a_second
 from embedrl_verl.embedder.processor import Encoded
-from embedrl_verl.errors import ConfigError
+from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.export.record import TrainingRecord, write_record
 from embedrl_verl.families import family_of, token_side
 from embedrl_verl.model.tcots import FAILURES, Ask, Written
@@ -102,7 +102,9 @@ class Reasoner:
         for number, ask in enumerate(asks):
             try:
                 rows[number] = self._encode(ask)
+                self._check_length(rows[number][0])
             except FAILURES as error:
+                rows.pop(number, None)
                 found[number] = Written(None, problem=str(error))
         order = list(rows)
         for start in range(0, len(order), self.batch_size):
@@ -112,6 +114,13 @@ class Reasoner:
             for number, (text, length) in zip(chunk, written, strict=True):
                 found[number] = Written(text, rows[number][1], tokens=length)
         return [found[number] for number in range(len(asks))]
+
+    def _check_length(self, row: Encoded) -> None:
+        """EmbedderError if the model has no positions for a prompt and its answer: one text of megabytes would hold up
+        all others for hours, and the answer would mean nothing."""
+        most = self.model.config.get_text_config().max_position_embeddings - self.max_new_tokens
+        if (length := int(row.position_ids.max()) + 1) > most:
+            raise EmbedderError(f"a prompt of the Reasoner may have {most} positions; this one has {length}")
 
     @torch.no_grad()
     def _answer(self, rows: Sequence[Encoded]) -> list[tuple[str, int]]:

@@ -11,6 +11,7 @@ from typing import Any
 from embedrl_verl.data.files import stamp_of
 from embedrl_verl.embedder.loading import load_config
 from embedrl_verl.errors import ConfigError
+from embedrl_verl.export.record import RECORD_FILE
 from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.gate import ThinkGate
 from embedrl_verl.model.loading import Engine
@@ -53,9 +54,16 @@ class PairOptions:
         }
 
     def stamps(self) -> dict[str, list[str]]:
-        """Sizes and times of change of both models' weights, which tell that a path holds another model by now."""
+        """Sizes and times of change of both models' weights, and of what says how they are asked, which tell that a path
+        holds another model by now."""
         return {
-            name: [stamp_of(file) for file in sorted(Path(path or "").glob("*.safetensors"))] if path else []
+            name: [
+                stamp_of(file)
+                for pattern in ("*.safetensors", RECORD_FILE)
+                for file in sorted(Path(path).glob(pattern))
+            ]
+            if path
+            else []
             for name, path in (("embedder", self.embedder), ("reasoner", self.reasoner))
         }
 

@@ -125,7 +125,8 @@ class Service:
     async def read(self, http: HttpRequest, think: Sequence[Think] = THINK) -> Request:
         """What is asked for, with a `think` that this server can do."""
         body = await _body(http, self.limits.max_body)
-        more: dict[str, Any] = {"model": self.name, "dims": self.dims, "max_inputs": self.limits.max_inputs}
+        most = min(self.limits.max_inputs, self.limits.max_waiting)  # more would never find room
+        more: dict[str, Any] = {"model": self.name, "dims": self.dims, "max_inputs": most}
         request = await asyncio.to_thread(read_request, body, **more, think=think)
         if request.think not in (None, "never") and self.model.reasoner is None:
             reason = f"think={request.think!r} needs a Reasoner, and this server has none; leave it out"
@@ -139,17 +140,24 @@ class Service:
         if waiting > self.limits.max_waiting or pixels + self._pixels > self.limits.max_pixels:
             raise Refusal(503, f"{self._waiting} inputs wait already; try again later")
         self._count(len(request.inputs), pixels)
+        decoded = asyncio.ensure_future(asyncio.to_thread(self._asks, request))
         try:
-            asks = await asyncio.to_thread(self._asks, request)
+            asks = await asyncio.shield(decoded)
             encode = self._gatherers[request.side, think]
             found = await asyncio.gather(*(encode((ask, request.side, think)) for ask in asks))
         finally:
-            self._count(-len(request.inputs), -pixels)
+            # A thread goes on for a client that has left, and its pictures are in memory until it ends.
+            decoded.add_done_callback(lambda one: self._discount(one, request, pixels))
         self.metrics.failed.inc(sum(one.vector is None for one in found))
         for number, one in enumerate(found):
             if one.vector is None:
                 raise Refusal(400 if one.is_input_fault else 502, f"input {number} has no vector: {one.problem}")
         return asks, found
+
+    def _discount(self, decoded: asyncio.Future[list[Ask]], request: Request, pixels: int) -> None:
+        self._count(-len(request.inputs), -pixels)
+        if not decoded.cancelled():
+            decoded.exception()  # of a client that has left nobody asks for it
 
     def _count(self, inputs: int, pixels: int) -> None:
         self._waiting += inputs
@@ -223,7 +231,7 @@ def application(service: Service, api_key: str | None = None) -> FastAPI:
     """The endpoints; all but /health need the key, if there is one."""
 
     async def check_key(http: HttpRequest) -> None:
-        if api_key is None or http.url.path == "/health":
+        if api_key is None or http.scope["path"] == "/health":
             return
         if not hmac.compare_digest(_key_of(http.headers.get("Authorization", "")), api_key.encode()):
             raise Refusal(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")

@@ -109,8 +109,12 @@ def cut_short(tcot: str) -> str:
 
 
 def parts_of(tcot: str, parts: TcotParts) -> str:
-    """The text of a T-CoT that there is in an ablation."""
-    return tcot[tcot.index("<answer>") :] if parts == "answer_only" else tcot
+    """The text of a T-CoT that there is in an ablation; DataError if it is a user's and has no answer."""
+    if parts != "answer_only":
+        return tcot
+    if "<answer>" not in tcot:
+        raise DataError(f"with answer_only a T-CoT must have an <answer>; got {tcot[:60]!r}")
+    return tcot[tcot.index("<answer>") :]
 
 
 def _text(text: str) -> _Side:

@@ -126,6 +126,21 @@ def test_a_call_that_is_cancelled_takes_no_other_along():
     assert asyncio.run(run()) == [2, 4, 6]
 
 
+def test_calls_go_on_in_another_event_loop_when_one_has_ended():
+    async def wait(items: list[int]) -> list[int]:
+        await asyncio.sleep(60 if items == [0] else 0)
+        return items
+
+    gatherer = Gatherer(wait)
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(gatherer(0), timeout=0.01)
+
+    asyncio.run(give_up())
+    assert asyncio.run(asyncio.wait_for(gatherer(1), timeout=60)) == 1
+
+
 def test_agent_loop_workers_share_the_limit(checkpoint):
     server = EmbedderServerConfig(urls=("http://localhost:1",), limit=20, max_model_len=100)
     config = EmbedderConfig(path=str(checkpoint()), backend="server", server=server)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from embedrl_verl import cli
+from embedrl_verl.config.schema import EvidenceConfig
 from embedrl_verl.data.parquet import read_pairs
 from embedrl_verl.data.schema import Item, PairRecord
 from embedrl_verl.data.writer import write_pairs
@@ -77,6 +78,13 @@ def test_evidence_is_cut_as_in_the_reasoners_training_unless_an_override_says_ot
     found = settings.evidence(str(tmp_path))
     assert (found.max_items, found.min_side, found.max_aspect) == (0, 9, 50.0)
     assert settings.evidence(None) == settings.evidence("some/reasoner") == settings.embedrl.evidence
+    whole = ["embedrl.evidence={max_items: 3, min_side: 9}", "data.embedrl={max_frames: 5}"]
+    settings = read_settings("some/embedder", whole, "cpu")
+    assert settings.evidence(str(tmp_path)) == EvidenceConfig(max_items=3, min_side=9, max_aspect=50.0)
+    assert settings.asked(str(tmp_path))[0].max_frames == 5
+    write_record(tmp_path, TrainingRecord(settings={"evidence": [0]}))
+    with pytest.raises(ConfigError, match=r"training\.json of .*: evidence must be an object; got \[0\]"):
+        settings.evidence(str(tmp_path))
 
 
 @pytest.mark.parametrize(

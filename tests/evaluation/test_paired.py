@@ -90,3 +90,10 @@ def test_evaluations_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "c" / "evaluation.json").write_text('{"views": {}}')
     assert cli.main(["compare", one, third]) == 2
     assert "of an older version, without a stamp" in capsys.readouterr().err
+
+
+def test_other_files_beside_results_are_no_results(tmp_path: Path) -> None:
+    ours = benchmark(tmp_path, {"scores/one": {"plain": LOW}}, IDS)
+    pq.write_table(pa.table({"pair_id": ["p"]}), tmp_path / "gate.parquet")
+    (tmp_path / "gate.json").write_text('{"threshold": 0.1}')
+    assert list(read_results(Path(ours))) == ["scores/one"]

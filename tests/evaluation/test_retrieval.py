@@ -147,3 +147,15 @@ def test_of_a_clip_as_many_frames_are_drawn_as_the_pairs_say():
 
     score_view(Reader(), pairs, write_tcots(Writer(), pairs), "qwen2_vl", EvidenceConfig())
     assert seen == [12, 0, 12, 0]
+
+
+def test_pairs_with_equal_ids_of_contents_are_others_if_they_say_or_ask_something_else() -> None:
+    ids = {"query_id": "q1", "target_id": "t1"}
+    one = PairRecord("p", "s", "Find it.", Item(text="a"), Item(text="t"), **ids)
+    others = [
+        replace(one, instruction="Find another."),
+        replace(one, query=Item(text="b")),
+        replace(one, target=Item(text="t", instruction="A text.")),
+    ]
+    digests = {Pairs([record], [None]).digest() for record in (one, *others)}
+    assert len(digests) == 4

@@ -13,7 +13,7 @@ from embedrl_verl.data.schema import SIDES
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.families import FAMILIES
 from embedrl_verl.model.reasoner import Reasoner
-from embedrl_verl.model.tcots import PairSide
+from embedrl_verl.model.tcots import PairSide, ask_for
 from recipes.tiny_digits.canvas import TRAIN_SCANS
 from recipes.tiny_digits.models import build_tiny_model
 from recipes.tiny_digits.settings import tiny_reasoner
@@ -59,3 +59,10 @@ def test_settings_of_another_family_and_what_is_no_model_are_refused(reasoner, t
         Reasoner(reasoner.model.name_or_path, MediaConfig(family=other), max_new_tokens=1)
     with pytest.raises(ConfigError, match="must be a Reasoner's folder or hub id"):
         Reasoner(Path(tmp_path), MediaConfig(), max_new_tokens=1)
+
+
+def test_a_prompt_beyond_the_models_positions_fails_alone(reasoner: Reasoner) -> None:
+    asks = [ask_for(text, "query") for text in ("a b " * 5000, "a text")]
+    long, short = reasoner.write(asks)
+    assert long.text is None and "a prompt of the Reasoner may have" in long.problem and long.is_input_fault
+    assert short.text is not None

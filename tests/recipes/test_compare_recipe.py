@@ -69,7 +69,11 @@ def test_a_finished_run_is_not_run_again_and_overrides_reach_every_training(comp
 
 @pytest.mark.parametrize(
     ("variants", "message"),
-    [("no_judge nothing", "there is no reward/nothing.py"), ("paper", "two or more variants")],
+    [
+        ("no_judge nothing", "there is no reward/nothing.py"),
+        ("paper", "two or more variants"),
+        ("full paper full", "full is there twice"),
+    ],
 )
 def test_a_comparison_that_cannot_end_is_refused_before_anything_runs(comparison, variants, message):
     assert comparison.run(VARIANTS=variants) == (2, [])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`embedrl serve` over loopback: the library's vectors, requests that share batches, and refusals with a reason."""
 
+import asyncio
 import base64
 import io
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import ModelFailedError
 from embedrl_verl.model import Written, ask_for
+from embedrl_verl.retrieval.requests import Refusal, Request
 from embedrl_verl.retrieval.service import Limits, Service, application
 from tests.embedder.inputs import picture
 from tests.retrieval.conftest import words
@@ -210,7 +212,8 @@ def test_vectors_are_cut_to_lengths_that_the_embedder_was_trained_for(client):
 
 def test_who_has_no_key_learns_nothing_but_that_the_server_lives(service):
     with listening(application(service, "sésame")) as client:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}):
+        wrong = ({"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}, {"Host": "a/health?"})
+        for headers in ({}, *wrong):
             for method, path in (("POST", "/v1/embeddings"), ("GET", "/v1/models"), ("GET", "/metrics")):
                 answer = client.request(method, path, json={"input": "a"}, headers=headers)
                 assert answer.status_code == 401 and "API key" in answer.json()["error"]["message"]
@@ -324,3 +327,26 @@ def test_the_command_serves_and_ends_when_it_is_told_to(pair, model):
         finally:
             process.terminate()
         process.wait(timeout=300)
+
+
+def test_pictures_of_a_client_that_left_count_until_they_are_decoded(model, monkeypatch):
+    service, may_go = Service(model, "tiny", replace(LIMITS, max_waiting=2)), threading.Event()
+    decode = service._asks
+    monkeypatch.setattr(service, "_asks", lambda request: may_go.wait(60) and decode(request))
+    request = Request([{"text": "a"}] * 2, "query", "never", 128, False)
+
+    async def leave() -> None:
+        first = asyncio.ensure_future(service.encodings(request, "never"))
+        while not service._waiting:
+            await asyncio.sleep(0.01)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        with pytest.raises(Refusal, match="2 inputs wait already"):
+            await service.encodings(request, "never")
+        may_go.set()
+        while service._waiting:
+            await asyncio.sleep(0.01)
+        assert len((await service.encodings(request, "never"))[1]) == 2
+
+    asyncio.run(asyncio.wait_for(leave(), 60))

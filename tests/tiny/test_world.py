@@ -152,3 +152,5 @@ def test_a_short_answer_keeps_the_evidence_and_the_words() -> None:
     ), "of a number that it cannot read it says that it is somewhere"
     assert parts_of(tcot, "answer_only") == "<answer>parcel 3071</answer>"
     assert parts_of(tcot, "no_evidence") == parts_of(tcot, "full") == tcot
+    with pytest.raises(DataError, match="with answer_only a T-CoT must have an <answer>; got 'mine'"):
+        parts_of("mine", "answer_only")

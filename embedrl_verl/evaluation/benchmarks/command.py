@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.data.files import write_json
+from embedrl_verl.data.files import stamp_of, write_json
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.evaluation.benchmarks import mmeb_v2
 from embedrl_verl.evaluation.benchmarks.runner import BENCHMARKS, BenchmarkRun
@@ -18,7 +19,7 @@ from embedrl_verl.evaluation.stamp import UNKNOWN, model_facts
 from embedrl_verl.export.record import public_model
 from embedrl_verl.families import FAMILIES
 from embedrl_verl.model import EmbedRLModel
-from embedrl_verl.model.loading import Engine, load_embedder, load_reasoner, read_settings
+from embedrl_verl.model.loading import Engine, Settings, load_embedder, load_reasoner, read_settings
 from embedrl_verl.tables import table
 
 Files = Mapping[str, Mapping[str, Any]]
@@ -61,11 +62,12 @@ def run_benchmark(
             "data.embedrl.family must say whose boxes the T-CoTs have, as --set "
             f"data.embedrl.family={FAMILIES[-1]}; got auto"
         )
-    max_frames = settings.max_frames([prompts_like or reasoner] if reasoner else [])
+    asked, evidence = prompts_like or reasoner, settings.evidence(prompts_like or reasoner)
+    max_frames = settings.max_frames([asked] if asked else [])
     model = EmbedRLModel(
         load_embedder(settings, max_frames),
         reasoner if reasoner is None else load_reasoner(reasoner, settings, engine=engine, prompts_like=prompts_like),
-        evidence=settings.evidence(prompts_like or reasoner),
+        evidence=evidence,
         family=FAMILIES[-1] if family == "auto" else family,
         max_frames=max_frames,
     )
@@ -77,7 +79,15 @@ def run_benchmark(
         rules=rules,
         tcots=tcots if reasoner is None else "write",
         facts=model_facts(settings),
-        made_by={"embedder": public_model(embedder), "reasoner": public_model(reasoner or "none")},
+        made_by={
+            "embedder": public_model(embedder),
+            "reasoner": public_model(reasoner or "none"),
+            # Folders of one name are told apart by their weights.
+            "weights": {"embedder": _weights(embedder), "reasoner": _weights(reasoner)},
+            "profile": settings.embedrl.embedder.profile,
+            "evidence": dataclasses.asdict(evidence),
+            "prompts": _prompts(settings, asked),
+        },
         tasks=None if read is None else read.tasks,
     )
     found = run.run(tasks, said=print)
@@ -88,6 +98,18 @@ def run_benchmark(
     print("\n".join(report_lines(found, report)))
     for name, reason in unsupported.items():
         print(f"not run: {name}: {reason}")
+
+
+def _weights(path: str | None) -> list[str]:
+    """Sizes and times of change of a folder's weights; of a hub id or a server none."""
+    return [stamp_of(file) for file in sorted(Path(path).glob("*.safetensors"))] if path else []
+
+
+def _prompts(settings: Settings, path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    media, length = settings.asked(path)
+    return {**dataclasses.asdict(media), "max_response_length": length}
 
 
 def cells_of(files: Files) -> list[str]:

@@ -27,17 +27,21 @@ def read_image(task: Task, source: Source, rules: Rules) -> TaskData:
     """The first of a row's targets is the positive. Where query and target are images, a candidate is its picture and
     its caption (RefCOCO-Matching has several objects of one picture), else its picture, or its text."""
     data, (query_form, target_form) = TaskData(), task.form
-    for row in _rows(task, source):
+    for number, row in enumerate(_rows(task, source)):
         options: list[tuple[str, MakeItem]] = []
-        for text, path in zip_longest(row["tgt_text"] or (), row["tgt_img_path"] or (), fillvalue=""):
+        texts, paths = (_several(row, column, f"{task.name}, row {number}") for column in ("tgt_text", "tgt_img_path"))
+        for text, path in zip_longest(texts, paths, fillvalue=""):
             if "I" not in target_form:
-                options.append((text, partial(Item, text=text)))
+                said = rules.for_target(task.target_instruction)
+                options.append((text, partial(Item, text=text, instruction=said)))
                 continue
             name = f"{path}:" + text.strip('"') if "I" in query_form and text else path
-            said = rules.for_target(rules.text(row["tgt_inst"] or "").strip())
+            said = rules.for_target(rules.text(row["tgt_inst"] or "").strip() or task.target_instruction)
             options.append((name, partial(_picture, task, path, rules.text(text), said)))
+        if not options:
+            raise DataError(f"{task.name}, row {number}: tgt_text or tgt_img_path must have a target; both are empty")
         text = rules.text(row["qry_text"] or "")
-        said = rules.text(row["qry_inst"] or "").strip()
+        said = rules.text(row["qry_inst"] or "").strip() or task.instruction
         query = partial(Item, text=text, instruction=said)
         if "I" in query_form:
             query = partial(_picture, task, row["qry_img_path"], text, said)
@@ -45,12 +49,23 @@ def read_image(task: Task, source: Source, rules: Rules) -> TaskData:
     return data
 
 
+def _several(row: Row, column: str, where: str) -> list[str]:
+    found = row[column] or []
+    if isinstance(found, str):  # each letter would be a candidate
+        raise DataError(f"{where}: {column} must be a list; got {found[:60]!r}")
+    return list(found)
+
+
+def _in_media(task: Task, path: str) -> str:
+    return f"{task.media}/{path}" if task.media else path
+
+
 def _picture(task: Task, path: str, text: str, instruction: str) -> Item:
-    return Item(text=text, images=(f"{task.media}/{path}",), kind=task.kind, instruction=instruction)
+    return Item(text=text, images=(_in_media(task, path),), kind=task.kind, instruction=instruction)
 
 
 def _clip(task: Task, source: Source, rules: Rules, folder: str, text: str = "", instruction: str = "") -> Item:
-    return Item(text=text, video=rules.clip(source.root, f"{task.media}/{folder}"), instruction=instruction)
+    return Item(text=text, video=rules.clip(source.root, _in_media(task, folder)), instruction=instruction)
 
 
 def read_labels(task: Task, source: Source, rules: Rules) -> TaskData:
@@ -59,12 +74,13 @@ def read_labels(task: Task, source: Source, rules: Rules) -> TaskData:
     if task.is_local:  # the set has more rows than the benchmark takes
         rows = rows.select(range(min(task.queries or len(rows), len(rows))))
     data = TaskData()
+    said = rules.for_target(task.target_instruction)
     for label in source.lines(f"labels/{task.name}.txt"):
-        data.items[label] = partial(Item, text=label)
-    for row in rows:
+        data.items[label] = partial(Item, text=label, instruction=said)
+    for number, row in enumerate(rows):
         query = partial(_clip, task, source, rules, str(row["video_id"]), "", task.instruction)
-        labels = row["neg_text"] if task.is_local else [row["pos_text"]]
-        options = [(label, partial(Item, text=label)) for label in labels]
+        labels = _several(row, "neg_text", f"{task.name}, row {number}") if task.is_local else [row["pos_text"]]
+        options = [(label, partial(Item, text=label, instruction=said)) for label in labels]
         data.ask(query, options, [row["pos_text"]], is_local=task.is_local)
     return data
 

@@ -7,6 +7,7 @@ the candidates, so a run with T-CoTs has up to four: "tcot-plain" are queries wi
 In the folder of a run are `run.json` (models and rules) and, for each task, `TASK.json` (scores and stamp),
 `TASK.parquet` (a row for each query and cell) and `tcots/TASK.{query,candidate}.jsonl`. `TASK.json` is written last: a
 task that has one is not computed again, nor are T-CoTs written again that are there, or in the `.part` of a killed run.
+Both are refused if they are of another table entry; T-CoTs also if they are of other rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 from tqdm import tqdm
 
-from embedrl_verl.data.files import read_object, write_atomically, write_json
+from embedrl_verl.data.files import read_object, sha256_of, write_atomically, write_json
 from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.evaluation.benchmarks import mmeb_v2, uvrb
@@ -51,9 +52,14 @@ def read_task(task: Task, source: Source, rules: Rules) -> TaskData:
     reader = uvrb.read_set if task.reader == "uvrb" else READERS[task.reader]
     data = reader(task, source, rules)
     if rules.limit is not None:
-        data = _limited(data, rules.limit)
+        data = _limited(data, rules.limit, is_local=task.is_local and rules.pool == "table")
     if not data.queries:
         raise DataError(f"{task.name} must have queries; {source.root / task.repo} holds none")
+    if not any(query.grades for query in data.queries):
+        raise DataError(
+            f"{task.name} must have relevant candidates; no query has one. Do ids of queries and of qrels match? The "
+            f"first query is {data.queries[0].id!r}"
+        )
     for query in data.queries:
         own = data.items if query.candidates is None else query.candidates
         if missing := [name for name in query.grades if name not in own]:
@@ -64,10 +70,10 @@ def read_task(task: Task, source: Source, rules: Rules) -> TaskData:
     return data
 
 
-def _limited(data: TaskData, limit: int) -> TaskData:
+def _limited(data: TaskData, limit: int, *, is_local: bool) -> TaskData:
     """The first queries, with all candidates of a task, or with their own."""
     queries = data.queries[:limit]
-    if any(query.candidates is None for query in queries):
+    if not is_local:
         return TaskData(queries, data.items)
     own = {name for query in queries for name in query.candidates or ()}
     return TaskData(queries, {name: make for name, make in data.items.items() if name in own})
@@ -91,7 +97,7 @@ class BenchmarkRun:
         tcots: a folder of `TASK.{query,candidate}.jsonl` with {"id", "tcot"} lines (a side without a file is plain
             only); "write": the model's Reasoner writes them; None: plain only.
         facts: of the model, for the stamps.
-        made_by: names of the models, which a folder's score files must agree on.
+        made_by: names of the models and how they are asked, which a folder's score files must agree on.
     """
 
     def __init__(
@@ -104,7 +110,7 @@ class BenchmarkRun:
         rules: Rules | None = None,
         tcots: str | Path | None = None,
         facts: ModelFacts | None = None,
-        made_by: Mapping[str, str] | None = None,
+        made_by: Mapping[str, object] | None = None,
         tasks: Mapping[str, Task] | None = None,
     ) -> None:
         if tcots == "write" and model.reasoner is None:
@@ -126,7 +132,22 @@ class BenchmarkRun:
         found = {}
         for name in names or self.tasks:
             file = self.out / f"{name}.json"
-            found[name] = read_object(file) if file.is_file() else self._compute(self.tasks[name], said)
+            found[name] = self._known(self.tasks[name]) if file.is_file() else self._compute(self.tasks[name], said)
+        return found
+
+    def _known(self, task: Task) -> dict[str, Any]:
+        """The score file that is there, of what would be computed now."""
+        file = self.out / f"{task.name}.json"
+        found, mine = read_object(file), self._made_of(task)
+        _refuse_other(file, found.get("made_of", mine), mine)  # older files do not say
+        return found
+
+    def _made_of(self, task: Task) -> dict[str, str]:
+        """What makes a score, and is not of the whole run: the entry of the task, and T-CoTs that are given."""
+        found = {"task": task.said(), "metric": task.metric, "is_local": str(task.is_local)}
+        if self.tcots not in (None, "write"):
+            files = {side: Path(str(self.tcots)) / f"{task.name}.{side}.jsonl" for side in SIDES}
+            found |= {f"T-CoTs of {side}": sha256_of(file) for side, file in files.items() if file.is_file()}
         return found
 
     def _claim(self) -> None:
@@ -165,6 +186,8 @@ class BenchmarkRun:
         is_local = task.is_local and self.rules.pool == "table"
         most = max(len(query.candidates or ()) for query in data.queries) if is_local else len(data.items)
         stamp = self._stamp(task, source, len(data.queries), most)
+        if self.tcots == "write":
+            self._claim_tcots(task, stamp)
         said(f"{task.name}: {len(data.queries)} queries, {len(data.items)} candidates")
         views = {side: dict(self._views(task, data, side)) for side in SIDES}
         cells: dict[str, Any] = {}
@@ -180,9 +203,18 @@ class BenchmarkRun:
         pq.write_table(pa.Table.from_pylist(rows), table)
         (self.out / task.name).parent.mkdir(parents=True, exist_ok=True)  # MMEB-V3's names have slashes
         write_atomically(self.out / f"{task.name}.parquet", table.getvalue())
-        result = {"task": task.name, "stamp": stamp, "metric": task.metric, "cells": cells}
+        result = {"task": task.name, "stamp": stamp, "metric": task.metric, "made_of": self._made_of(task)}
+        result |= {"cells": cells}
         write_json(self.out / f"{task.name}.json", result)
         return result
+
+    def _claim_tcots(self, task: Task, stamp: Mapping[str, str]) -> None:
+        """Write what the T-CoTs of a task are about, or find it there: their ids are often numbers of rows."""
+        file, mine = self.out / "tcots" / f"{task.name}.json", {name: stamp[name] for name in ("data", "task")}
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, mine)
+        _refuse_other(file, read_object(file), mine)
 
     def _views(self, task: Task, data: TaskData, side: SideName) -> Iterator[tuple[str, Vectors]]:
         makes = {query.id: query.item for query in data.queries} if side == "query" else data.items
@@ -208,9 +240,10 @@ class BenchmarkRun:
         """With T-CoTs that the Reasoner writes. Each goes to a part file at once: a killed run loses a batch."""
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part")
-        lines = part.read_text(encoding="utf-8") if part.is_file() else ""
-        write_atomically(part, lines[: lines.rfind("\n") + 1])  # the last may be torn
-        known = read_tcots(part)
+        lines = part.read_bytes() if part.is_file() else b""
+        write_atomically(part, lines[: lines.rfind(b"\n") + 1])  # the last may be torn, within a letter too
+        # Failures are tried again: a server may be back.
+        known = {name: one for name, one in read_tcots(part).items() if one.text is not None}
         before = {name: make for name, make in makes.items() if name in known}
         rest = {name: make for name, make in makes.items() if name not in known}
         done = dict(zip(before, self._encoded(task, before, side, known), strict=True))
@@ -305,12 +338,23 @@ def read_tcots(file: Path) -> dict[str, Written]:
     """T-CoTs by item id. A line is {"id", "tcot"}, and may have `seen_sizes`, (width, height) of the images as the
     Reasoner saw them; a `tcot` of null has a `problem`."""
     found = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):  # of a text it would also end at U+2028
         try:
             row = json.loads(line)
             sizes = row.get("seen_sizes")
             seen = None if sizes is None else tuple((int(width), int(height)) for width, height in sizes)
             found[str(row["id"])] = Written(row["tcot"], seen, row.get("problem", ""))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f'{file}, line {number}: must be {{"id": ..., "tcot": ...}}; got {line[:60]!r}') from error
+            raise DataError(
+                f'{file}, line {number}: must be {{"id": ..., "tcot": ...}}; got {line[:60].decode(errors="replace")!r}'
+            ) from error
     return found
+
+
+def _refuse_other(file: Path, known: Mapping[str, str], mine: Mapping[str, str]) -> None:
+    for name in dict.fromkeys([*known, *mine]):
+        if known.get(name) != mine.get(name):
+            raise ConfigError(
+                f"{file} must be of this task; its {name} is {known.get(name)!r}, not {mine.get(name)!r}. Remove "
+                "it, or choose another folder"
+            )

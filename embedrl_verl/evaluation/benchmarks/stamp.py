@@ -15,12 +15,13 @@ from embedrl_verl.evaluation.stamp import UNKNOWN, ModelFacts
 
 @dataclass(frozen=True)
 class Stamp:
-    """Of one score file. `data`: digest of the rows that were read; `queries` and `candidate_count` (of a query if
-    local, the most): "N of M", which the published set has."""
+    """Of one score file. `data`: digest of the rows that were read; `task`: how they were (`Task.said`); `queries`
+    and `candidate_count` (of a query if local, the most): "N of M", which the published set has."""
 
     benchmark: str
     revision: str
     data: str
+    task: str
     queries: str
     pages: str
     candidates: str
@@ -51,6 +52,7 @@ class Stamp:
             benchmark=benchmark,
             revision=revision or "as found",
             data=data or "",
+            task=task.said(),
             queries=f"{queries} of {task.queries or UNKNOWN}",
             pages="fixed" if task.repo.endswith("-page-fixed") else "not concerned",
             candidates="local" if is_local else "global",

@@ -16,6 +16,7 @@ What cannot be read here is listed with its reason, and is never left out in sil
 
 from __future__ import annotations
 
+import posixpath
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -147,12 +148,14 @@ def _task(name: str, entry: Mapping[str, Any], where: str) -> Task | str:
     if entry.get("eval_type") not in ("local", "global"):
         raise ConfigError(f"{where}: eval_type must be local or global; got {entry.get('eval_type')!r}")
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or name in ("run", "scores"):
+    if parts.is_absolute() or ".." in parts.parts or posixpath.normpath(name) != name or name in ("run", "scores", "."):
         raise ConfigError(f"{where}: a task's name becomes the name of its score file; choose another")
     ours: dict[str, Any] = {one: str(entry[one]) for one in OURS if one in entry}
     if ours.get("kind", "page") != "page" or ours.get("metric", METRICS[0]) not in METRICS:
         raise ConfigError(f"{where}: kind must be page, and metric one of {', '.join(METRICS)}")
     is_local = entry["eval_type"] == "local"
+    if is_local and (parser in TEXTS or OWN.get(parser, ("",))[0] in ("captions", "pages")):
+        return "its eval_type is local, and rows of this parser have no candidates of their own"
     if parser in TEXTS:
         modality, metric = TEXTS[parser]
         files = tuple(_inside(entry, one, where) for one in ("query_file", "candidate_file", "qrels_file"))
@@ -167,7 +170,8 @@ def _task(name: str, entry: Mapping[str, Any], where: str) -> Task | str:
         reader, modality, columns, metric = OWN[parser]
         columns += ("neg_text",) if reader == "labels" and is_local else ()
         task = Task(name, modality, "", reader, _inside(entry, "data_path", where), metric=metric, columns=columns)
-        task = replace(task, config=entry.get("subset_name"), split=str(entry.get("dataset_split", "test")))
+        task = replace(task, config=_inside(entry, "subset_name", where) or None)
+        task = replace(task, split=str(entry.get("dataset_split", "test")))
         task = replace(task, form=FORMS.get(parser, ("T", "T")), finds_video=reader in ("captions", "moments"))
     elif name in mmeb_v2.TASKS:
         task = _of_v3(mmeb_v2.TASKS[name])

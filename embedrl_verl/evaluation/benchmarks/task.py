@@ -65,6 +65,11 @@ class Task:
     finds_video: bool = False
     kind: str | None = None
 
+    def said(self) -> str:
+        """How rows are read and asked, for stamps: what a table says beside where they lie."""
+        form, instructions = "-".join(self.form), f"{self.instruction!r}, candidates {self.target_instruction!r}"
+        return f"{self.reader} {form}, {self.kind or 'no pages'}, media in {self.media!r}, instruction {instructions}"
+
 
 @dataclass(frozen=True)
 class Rules:

@@ -30,27 +30,28 @@ INSTRUCTIONS = {"InfoSearch": "instruction_changed", "FollowIR": "instruction_og
 def read_texts(task: Task, source: Source, rules: Rules) -> TaskData:
     """Candidates are those of the whole file."""
     query_file, candidate_file, qrels_file = task.files
-    data = TaskData()
+    data, said = TaskData(), rules.for_target(task.target_instruction)
     for number, row in enumerate(source.rows("", file=candidate_file)):
         where = f"{candidate_file}, row {number}"
-        text = _as_text(_first(row, CANDIDATE, where))
-        text = f"{row['title']}\n{text}" if row.get("title") and text else text
+        title = row.get("title") or ""
+        text = "" if title and not any(row.get(one) for one in CANDIDATE) else _as_text(_first(row, CANDIDATE, where))
+        text = "\n".join(part for part in (title, text) if part)
         name = str(_first(row, CANDIDATE_ID, where))
-        data.items.setdefault(name, partial(Item, text=rules.text(text)))
+        data.items.setdefault(name, partial(Item, text=rules.text(text), instruction=said))
     grades: dict[str, dict[str, float]] = {}
     for number, row in enumerate(source.rows("", file=qrels_file)) if qrels_file else ():
         where = f"{qrels_file}, row {number}"
-        grade = float(row.get("label", row.get("score", 1)))
+        grade = _grade(row, where)
         if grade > 0:
-            own = grades.setdefault(str(_first(row, OF_QUERY, where)), {})
-            own[str(_first(row, OF_CANDIDATE, where))] = grade
+            own, name = grades.setdefault(str(_first(row, OF_QUERY, where)), {}), str(_first(row, OF_CANDIDATE, where))
+            own[name] = max(own.get(name, 0.0), grade)
     for number, row in enumerate(source.rows("", file=query_file)):
         where = f"{query_file}, row {number}"
         name = str(_first(row, QUERY_ID, where))
         relevant = grades.get(name, {}) if qrels_file else dict.fromkeys(_ids(row, where), 1.0)
-        said = row.get(INSTRUCTIONS.get(task.group, "instruction")) or task.instruction
+        asked = row.get(INSTRUCTIONS.get(task.group, "instruction")) or task.instruction
         text = rules.text(str(_first(row, QUERY, where)))
-        data.ask(partial(Item, text=text, instruction=said), (), relevant, is_local=False, query_id=name)
+        data.ask(partial(Item, text=text, instruction=asked), (), relevant, is_local=False, query_id=name)
     return data
 
 
@@ -68,6 +69,17 @@ def _as_text(value: Any) -> str:
     except ValueError:
         return str(value)
     return json.dumps(found) if isinstance(found, dict) else str(found)
+
+
+def _grade(row: Mapping[str, Any], where: str) -> float:
+    """1 where qrels have no column of grades."""
+    for name in ("label", "score"):
+        if name in row:
+            try:
+                return float(row[name])
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{where}: {name} must be a number; got {row[name]!r}") from error
+    return 1.0
 
 
 def _ids(row: Mapping[str, Any], where: str) -> list[str]:

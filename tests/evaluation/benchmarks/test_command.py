@@ -65,6 +65,19 @@ def test_tasks_are_scored_plain_and_with_tcots_stamped_and_written_as_the_leader
     assert (tmp_path / "out" / "DiDeMo.json").stat().st_mtime_ns == before
 
 
+def test_a_folder_of_another_model_of_the_same_name_or_with_other_evidence_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: dict[str, str] = {"name": "uvrb", "tasks": "MSRVTT"}
+    out = tmp_path / "out"
+    assert benchmark(world, out, **words) == 0
+    build_tiny_model(tmp_path / "embedder", seed=2)
+    assert benchmark(world, out, "--embedder", str(tmp_path / "embedder"), **words) == 2
+    assert "must be of this run; its weights is" in capsys.readouterr().err
+    assert benchmark(world, out, "--set", "embedrl.evidence.max_items=1", **words) == 2
+    assert "must be of this run; its evidence is" in capsys.readouterr().err
+
+
 def test_runs_are_compared_by_task_and_those_of_another_protocol_are_refused(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,7 +128,7 @@ def test_a_side_that_was_killed_asks_only_for_the_tcots_that_are_not_there(tmp_p
     lines = (tmp_path / "whole" / "tcots" / "DocVQA.query.jsonl").read_text().splitlines(keepends=True)
     part = tmp_path / "out" / "tcots" / "DocVQA.query.part"
     part.parent.mkdir(parents=True)
-    part.write_text(lines[1] + lines[0][:20])  # torn while it was written
+    part.write_bytes((lines[1] + lines[0][:20]).encode() + "鸟".encode()[:2])  # torn while it was written, in a letter
     asked: list[str] = []
 
     class Recording(FakeReasoner):
@@ -227,3 +227,58 @@ def _name_page(repo: Path, page: int) -> None:
 
     table = datasets.Dataset.from_dict({"query-id": ["q0"], "corpus-id": [page], "score": [1]})
     table.to_parquet(repo / "qrels" / "test-00000-of-00001.parquet")
+
+
+class Separating(FakeReasoner):
+    def write(self, asks: Any) -> Any:
+        return [replace(one, text=f"\u2028\x85{one.text}") for one in super().write(asks)]
+
+
+def test_tcots_with_separators_of_lines_are_read_again(tmp_path: Path) -> None:
+    make(tmp_path, DOCVQA)
+    model = EmbedRLModel(FakeEmbedder(), Separating())
+    found = []
+    for _ in range(2):
+        found.append(BenchmarkRun("mmeb_v2", model, Source(tmp_path), tmp_path / "out", tcots="write").run(["DocVQA"]))
+        (tmp_path / "out" / "DocVQA.json").unlink()
+    assert found[0] == found[1] and found[0]["DocVQA"]["cells"]["tcot-plain"]["score"] == 1.0
+
+
+def test_what_is_there_of_another_entry_other_rows_or_other_tcots_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "data", DOCVQA)
+
+    def compute(task: Task, tcots: str | Path | None) -> Any:
+        model, source = EmbedRLModel(FakeEmbedder(), FakeReasoner()), Source(tmp_path / "data")
+        return BenchmarkRun("own", model, source, tmp_path / "out", tcots=tcots, tasks={task.name: task}).run()
+
+    compute(DOCVQA, "write")
+    for change, what in ({"instruction": "Look."}, "its task is"), ({"metric": "hit@10"}, "its metric is 'hit@1', not"):
+        with pytest.raises(ConfigError, match=rf"DocVQA\.json must be of this task; {what}"):
+            compute(replace(DOCVQA, **change), "write")
+    (tmp_path / "out" / "DocVQA.json").unlink()  # killed before its end, and then
+    (rows,) = (tmp_path / "data" / DOCVQA.repo).rglob("*.jsonl")
+    rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
+    with pytest.raises(ConfigError, match=r"tcots/DocVQA\.json must be of this task; its data is"):
+        compute(DOCVQA, "write")
+    given = tmp_path / "given"
+    (tmp_path / "out" / "tcots").rename(given)
+    (tmp_path / "out" / "run.json").unlink()
+    compute(DOCVQA, given)
+    (given / "DocVQA.query.jsonl").write_text('{"id": "0", "tcot": "it is 3"}\n')
+    with pytest.raises(ConfigError, match="its T-CoTs of query is"):
+        compute(DOCVQA, given)
+
+
+def test_a_limited_local_task_that_is_ranked_globally_keeps_all_candidates(tmp_path: Path) -> None:
+    make(tmp_path, DOCVQA)
+    names = list(read_task(DOCVQA, Source(tmp_path), Rules(pool="global")).items)
+    assert list(read_task(DOCVQA, Source(tmp_path), Rules(pool="global", limit=1)).items) == names
+
+
+def test_a_side_that_was_killed_asks_again_for_what_had_failed(tmp_path: Path) -> None:
+    make(tmp_path, DOCVQA)
+    part = tmp_path / "out" / "tcots" / "DocVQA.query.part"
+    part.parent.mkdir(parents=True)
+    part.write_text('{"id": "0", "tcot": null, "seen_sizes": null, "problem": "the server is away"}\n')
+    cells = run("mmeb_v2", tmp_path, tmp_path / "out", "DocVQA", tcots="write")["DocVQA"]["cells"]
+    assert cells["tcot-plain"]["score"] == 1.0 and not cells["tcot-plain"]["failed"]["query"]

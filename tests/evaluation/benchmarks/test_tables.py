@@ -131,6 +131,7 @@ def test_texts_are_read_with_their_instruction_titles_and_grades(tmp_path: Path)
         ({"image_root": "/else"}, "image_root must be relative to the data root"),
         ({"kind": "photo"}, "kind must be page"),
         ({"metric": "hit@3"}, "kind must be page, and metric one of hit@1"),
+        ({"subset_name": "../mine"}, "subset_name must be relative to the data root"),
     ],
 )
 def test_a_wrong_entry_is_refused_by_file_task_and_key(change: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -165,3 +166,70 @@ def test_a_limited_run_has_the_first_queries_and_says_so(tmp_path: Path) -> None
     stamp = run.run(["DocVQA"])["DocVQA"]["stamp"]
     assert stamp["queries"] == "1 of 1000" and stamp["candidate_count"].startswith("3 of")
     assert embedder.seen == 1 + 3
+
+
+def own(folder: Path, rows: list[dict[str, Any]], **entry: str) -> Any:
+    """The data of an entry over these rows, whose media lie in the data root itself."""
+    lines(folder / "rows" / "mine" / "test.jsonl", rows)
+    given = {"data_path": "rows", "subset_name": "mine", "image_root": ".", "eval_type": "global", **entry}
+    task = read_tables(write(folder / "t", {"own.yaml": {"mine": given}})).tasks["mine"]
+    return read_task(task, Source(folder), Rules())
+
+
+ROW = {"qry_inst": "", "qry_text": "", "qry_img_path": "q.png", "tgt_inst": "", "tgt_img_path": []}
+
+
+def test_instructions_of_an_entry_are_of_rows_that_bring_none(tmp_path: Path) -> None:
+    said = {"instruction": "Find the bird.", "target_instruction": "A bird."}
+    rows = [{**ROW, "tgt_text": ["heron"]}, {**ROW, "tgt_text": ["ibis"], "qry_inst": "Name it."}]
+    data = own(tmp_path / "a", rows, dataset_parser="image_i2t", **said)
+    first, second = (query.item() for query in data.queries)
+    assert (first.images, first.instruction, second.instruction) == (("q.png",), "Find the bird.", "Name it.")
+    assert data.items["heron"]().instruction == "A bird."
+    pictures = [{**ROW, "tgt_text": [], "tgt_img_path": ["a.png"]}]
+    data = own(tmp_path / "b", pictures, dataset_parser="image_i2i_vg", **said)
+    assert data.items["a.png"]().instruction == "A bird."
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tgt_text": "heron"}, "mine, row 0: tgt_text must be a list; got 'heron'"),
+        ({"tgt_text": []}, "mine, row 0: tgt_text or tgt_img_path must have a target"),
+    ],
+)
+def test_rows_without_a_list_of_targets_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        own(tmp_path, [{**ROW, **row}], dataset_parser="image_i2t")
+
+
+@pytest.mark.parametrize("parser", ["msrvtt", "vidore", "complex_text_retrieve"])
+def test_rows_without_candidates_of_their_own_are_never_local(parser: str, tmp_path: Path) -> None:
+    entry = {"dataset_parser": parser, "data_path": "rows", "eval_type": "local", **TEXT}
+    with pytest.raises(ConfigError, match="mine: its eval_type is local, and rows of this parser have no candidates"):
+        read_tables(write(tmp_path, {"own.yaml": {"mine": entry}}))
+
+
+@pytest.mark.parametrize("name", ["./run", "a//b", "."])
+def test_a_name_that_is_no_plain_path_is_refused(name: str, tmp_path: Path) -> None:
+    entry = {"dataset_parser": "image_i2t", "data_path": "rows", "eval_type": "local"}
+    with pytest.raises(ConfigError, match="becomes the name of its score file"):
+        read_tables(write(tmp_path, {"own.yaml": {name: entry}}))
+
+
+def test_qrels_have_numbers_and_ids_of_queries_and_a_title_is_a_text(tmp_path: Path) -> None:
+    lines(tmp_path / "t" / "queries.jsonl", [{"_id": "q", "text": "a"}])
+    lines(tmp_path / "t" / "corpus.jsonl", [{"_id": "d", "title": "T", "text": ""}, {"_id": "e", "text": "b"}])
+    entry = {"dataset_parser": "complex_text_retrieve", "eval_type": "global", "qrels_file": "t/qrels.jsonl", **TEXT}
+    task = read_tables(write(tmp_path / "own", {"own.yaml": {"mine": entry}})).tasks["mine"]
+
+    def read(*rows: tuple[str, Any]) -> Any:
+        lines(tmp_path / "t" / "qrels.jsonl", [{"query-id": one, "corpus-id": "d", "score": two} for one, two in rows])
+        return read_task(task, Source(tmp_path), Rules())
+
+    data = read(("q", 2), ("q", 1))
+    assert data.queries[0].grades == {"d": 2.0} and data.items["d"]().text == "T"
+    with pytest.raises(DataError, match="no query has one. Do ids of queries and of qrels match"):
+        read(("q1", 1))
+    with pytest.raises(DataError, match=r"qrels\.jsonl, row 1: score must be a number; got None"):
+        read(("q", 1), ("q", None))
