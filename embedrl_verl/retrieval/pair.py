@@ -54,8 +54,8 @@ class PairOptions:
         }
 
     def stamps(self) -> dict[str, list[str]]:
-        """Sizes and times of change of both models' weights, and of what says how they are asked, which tell that a path
-        holds another model by now."""
+        """Sizes and times of change of both models' weights and training.json, which tell that a path holds another
+        model by now."""
         return {
             name: [
                 stamp_of(file)
