@@ -272,6 +272,9 @@ def benchmark(
     ] = None,
     tasks: Annotated[str | None, Option(metavar="A,B", help="None: all.")] = None,
     tcots: Annotated[str | None, Option(metavar="DIR", help="Has T-CoTs: TASK.query.jsonl, .candidate.jsonl.")] = None,
+    retry_failed: Annotated[
+        bool, Option("--retry-failed", help="Compute tasks again of which items had no vector or no T-CoT.")
+    ] = False,
 ) -> int:
     """Score public benchmarks, or your own data in their layout, plain and with T-CoTs.
 
@@ -295,6 +298,7 @@ def benchmark(
         tables=tables or (),
         revision=revision,
         rules=task.Rules(**given),
+        retry_failed=retry_failed,
         device=reasoned.device,
         overrides=reasoned.overrides,
     )

@@ -64,10 +64,11 @@ def interval_words(gain: Interval) -> str:
     return "no interval" if math.isnan(gain.low) else f"95% interval {gain.low:+.3f} to {gain.high:+.3f}"
 
 
-def gain_cell(gain: Interval) -> str:
-    """A gain with interval and verdict as a cell of a table."""
-    ends = "" if math.isnan(gain.low) else f" [{gain.low:+.2f}, {gain.high:+.2f}]"
-    return f"{gain.mean:+.3f}{ends} {verdict(gain):7}"
+def gain_cell(gain: Interval, *, in_points: bool = False) -> str:
+    """A gain in [-1, 1] with interval and verdict as a cell of a table; `in_points`: x100, as scores beside it."""
+    factor, digits = (100, 2) if in_points else (1, 3)
+    ends = "" if math.isnan(gain.low) else f" [{factor * gain.low:+.2f}, {factor * gain.high:+.2f}]"
+    return f"{factor * gain.mean:+.{digits}f}{ends} {verdict(gain):7}"
 
 
 def source_rows(

@@ -102,8 +102,7 @@ def paired_gains(
                 continue
             if lost := sorted(a.keys() ^ b.keys()):
                 raise DataError(f"{name}: both must have the same queries in {where}; only one has {lost[0]}")
-            title = own if base in (None, own) else f"{own} - {base}"
-            found[name, title] = [(a[query], b[query]) for query in a]
+            found[name, _title(own, base)] = [(a[query], b[query]) for query in a]
     if not found:
         cells = sorted({one for result in (*ours.values(), *theirs.values()) for one in result.cells})
         raise ConfigError(f"{where} must share a task and a cell; there are {', '.join(ours)} and {', '.join(cells)}")
@@ -111,13 +110,18 @@ def paired_gains(
 
 
 def compare(one: str, other: str, *, cell: str | None = None, base: str | None = None) -> list[str]:
-    """Lines of a table: scores x100 and the gain of the first folder over the second, in [0, 1], with its 95% interval.
+    """Lines of a table, all x100: scores, and the gain of the first folder over the second with its 95% interval; under
+    it the tasks and cells that are not compared.
 
-    Arguments as `paired_gains`.
+    Arguments and errors as `paired_gains`. ConfigError too if a folder has no such cell.
     """
     ours, theirs = read_results(Path(one)), read_results(Path(other))
+    _check_cell(ours, one, "--cell", cell)
+    _check_cell(
+        theirs, other, "--base" if base else "--cell (--base names another cell of the second folder)", base or cell
+    )
     pairs = paired_gains(ours, theirs, f"{one} and {other}", cell=cell, base=base)
-    rows: list[list[object]] = [["task", "cell", "queries", one, other, "gain"]]
+    rows: list[list[object]] = [["task", "cell", "queries", one, other, "gain (points)"]]
     for (name, title), scores in pairs.items():
         rows.append([name, title, *_row([scores])])
     for title in dict.fromkeys(title for _, title in pairs):
@@ -127,7 +131,40 @@ def compare(one: str, other: str, *, cell: str | None = None, base: str | None =
     lines = table(*rows, left=(0, 1, 5))
     if only := sorted(ours.keys() ^ theirs.keys()):
         lines.append(f"only in one of the two: {', '.join(only)}")
-    return lines
+    return lines + _left_out(ours, theirs, pairs, cell, base)
+
+
+def _cells(results: Mapping[str, TaskResult]) -> list[str]:
+    return list(dict.fromkeys(cell for result in results.values() for cell in result.cells))
+
+
+def _check_cell(results: Mapping[str, TaskResult], folder: str, option: str, cell: str | None) -> None:
+    if cell is not None and cell not in _cells(results):
+        raise ConfigError(f"{option} must be a cell of {folder}: {', '.join(_cells(results))}; got {cell!r}")
+
+
+def _left_out(
+    ours: Mapping[str, TaskResult],
+    theirs: Mapping[str, TaskResult],
+    pairs: Mapping[tuple[str, str], object],
+    cell: str | None,
+    base: str | None,
+) -> list[str]:
+    """A line for each cell that is not compared in tasks that both have, because one of the two lacks it there."""
+    tasks: dict[str, list[str]] = {}
+    for name in (name for name in ours if name in theirs):
+        asked = [cell] if cell else [*ours[name].cells, *(() if base else theirs[name].cells)]
+        for own in dict.fromkeys(asked):
+            title = _title(own, base)
+            if (name, title) not in pairs:
+                tasks.setdefault(title, []).append(name)
+    return [
+        f"cell not compared, one of the two lacks it: {title} of {', '.join(names)}" for title, names in tasks.items()
+    ]
+
+
+def _title(cell: str, base: str | None) -> str:
+    return cell if base in (None, cell) else f"{cell} - {base}"
 
 
 class Paired(NamedTuple):
@@ -152,4 +189,9 @@ def paired(groups: Sequence[Sequence[tuple[float, float]]]) -> Paired:
 
 def _row(groups: Sequence[Sequence[tuple[float, float]]]) -> list[object]:
     found = paired(groups)
-    return [found.queries, f"{100 * found.ours:.2f}", f"{100 * found.theirs:.2f}", gain_cell(found.gain)]
+    return [
+        found.queries,
+        f"{100 * found.ours:.2f}",
+        f"{100 * found.theirs:.2f}",
+        gain_cell(found.gain, in_points=True),
+    ]

@@ -44,15 +44,15 @@ def test_queries_are_paired_by_id_in_whatever_order_and_tasks_weigh_the_same(tmp
     assert gain.gain.low > 0, "no query is lost: unpaired intervals of 20 queries would overlap"
     lines = compare(ours, theirs)
     assert lines[1].split()[:5] == ["two", "plain", "20", "50.00", "50.00"] and lines[1].endswith("unclear")
-    assert "+0.250" in lines[2] and lines[2].endswith("better")
-    assert lines[3].startswith("mean of 2") and "+0.125" in lines[3]
+    assert "+25.00 [+" in lines[2] and lines[2].endswith("better")
+    assert lines[3].startswith("mean of 2") and "+12.50 [" in lines[3]
     assert lines[4] == "only in one of the two: mine"
 
 
 def test_two_cells_of_one_run_are_compared_and_few_queries_have_no_verdict(tmp_path: Path) -> None:
     ours = benchmark(tmp_path / "a", {"one": {"plain": [0.0] * 9, "tcot": [1.0] * 9}}, IDS[:9])
     (line,) = compare(ours, ours, cell="tcot", base="plain")[1:]
-    assert line.split() == ["one", "tcot", "-", "plain", "9", "100.00", "0.00", "+1.000", "too", "few", "queries"]
+    assert line.split() == ["one", "tcot", "-", "plain", "9", "100.00", "0.00", "+100.00", "too", "few", "queries"]
 
 
 def test_other_stamps_queries_and_folders_are_refused_and_named(tmp_path: Path) -> None:
@@ -63,11 +63,35 @@ def test_other_stamps_queries_and_folders_are_refused_and_named(tmp_path: Path) 
     other = benchmark(tmp_path / "c", {"one": {"plain": LOW}}, [*IDS[:19], "else"])
     with pytest.raises(DataError, match="same queries .* only one has else"):
         compare(ours, other)
+    elsewhere = benchmark(tmp_path / "d", {"two": {"plain": LOW}}, IDS)
     with pytest.raises(ConfigError, match=r"must share a task and a cell; there are one and plain"):
-        compare(ours, ours, cell="tcot-tcot")
+        compare(ours, elsewhere)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="it has no results"):
         compare(ours, str(tmp_path / "empty"))
+
+
+def test_a_cell_that_a_folder_lacks_is_named_with_the_option_and_the_cells_there(tmp_path: Path) -> None:
+    ours = benchmark(tmp_path / "a", {"one": {"plain": LOW, "tcot": HIGH}}, IDS)
+    theirs = benchmark(tmp_path / "b", {"one": {"plain": LOW}}, IDS)
+    with pytest.raises(ConfigError, match=r"^--cell must be a cell of \S+/a: plain, tcot; got 'x'"):
+        compare(ours, theirs, cell="x", base="y")
+    with pytest.raises(ConfigError, match=r"^--base must be a cell of \S+/b: plain; got 'raw'"):
+        compare(ours, theirs, cell="tcot", base="raw")
+    with pytest.raises(ConfigError, match=r"^--cell \(--base names another .*\) must be a cell of \S+/b: plain; got"):
+        compare(ours, theirs, cell="tcot")
+
+
+def test_all_cells_in_common_are_compared_and_the_others_are_said_to_be_left_out(tmp_path: Path) -> None:
+    cells = {"plain": LOW, "tcot": HIGH}
+    ours = benchmark(tmp_path / "a", {"one": cells | {"mine": LOW}, "two": cells}, IDS)
+    theirs = benchmark(tmp_path / "b", {"one": cells, "two": {"plain": LOW}}, IDS)
+    lines = compare(ours, theirs)
+    assert [line.split()[:2] for line in lines[1:4]] == [["one", "plain"], ["one", "tcot"], ["two", "plain"]]
+    left = "cell not compared, one of the two lacks it: "
+    assert lines[-2:] == [f"{left}mine of one", f"{left}tcot of two"]
+    assert compare(ours, theirs, cell="tcot")[-1] == f"{left}tcot of two"
+    assert not compare(ours, theirs, cell="tcot", base="plain")[-1].startswith(left)
 
 
 def evaluation(folder: Path, hits: list[int], **stamp: str) -> str:
@@ -82,8 +106,8 @@ def test_evaluations_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixt
     one, other = evaluation(tmp_path / "a", [1] * 12), evaluation(tmp_path / "b", [0] * 6 + [1] * 6)
     assert cli.main(["compare", one, other]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].split()[:2] == ["s", "raw"] and "+0.000" in printed[1]
-    assert printed[2].split()[:2] == ["s", "after"] and "+0.500" in printed[2] and printed[2].endswith("better")
+    assert printed[1].split()[:2] == ["s", "raw"] and "+0.00" in printed[1]
+    assert printed[2].split()[:2] == ["s", "after"] and "+50.00 [+" in printed[2] and printed[2].endswith("better")
     third = evaluation(tmp_path / "c", [1] * 12, pairs="others")
     assert cli.main(["compare", one, third]) == 2
     assert "pairs is 'p' and 'others'" in capsys.readouterr().err

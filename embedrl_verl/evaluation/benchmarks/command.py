@@ -41,6 +41,7 @@ def run_benchmark(
     tables: Sequence[str] = (),
     revision: str | None = None,
     rules: Rules | None = None,
+    retry_failed: bool = False,
     device: str = "auto",
     overrides: Sequence[str] = (),
 ) -> None:
@@ -89,6 +90,7 @@ def run_benchmark(
             "prompts": _prompts(settings, asked),
         },
         tasks=None if read is None else read.tasks,
+        retry_failed=retry_failed,
     )
     found = run.run(tasks, said=print)
     report = {cell: benchmark_scores(averages, found, cell) for cell in cells_of(found)}
@@ -160,7 +162,10 @@ def report_lines(files: Files, report: Mapping[str, Mapping[str, Mapping[str, fl
         for cell, one in file["cells"].items():
             if any(one["failed"].values()):
                 failed = " and ".join(f"{number} {side}" for side, number in one["failed"].items())
-                lines.append(f"ATTENTION: {name}, {cell}: {failed} items without a vector, counted as misses:")
+                lines.append(
+                    f"ATTENTION: {name}, {cell}: {failed} items without a vector, counted as misses; once mended, "
+                    "--retry-failed computes the task again:"
+                )
                 lines += [f"  {problem}" for problem in one["problems"]]
             if one["optimistic"] != one["score"]:
                 lines.append(f"{name}, {cell}: {100 * one['optimistic']:.2f} if ties counted for the model")

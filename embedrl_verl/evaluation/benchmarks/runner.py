@@ -8,6 +8,7 @@ In the folder of a run are `run.json` (models and rules) and, for each task, `TA
 `TASK.parquet` (a row for each query and cell) and `tcots/TASK.{query,candidate}.jsonl`. `TASK.json` is written last: a
 task that has one is not computed again, nor are T-CoTs written again that are there, or in the `.part` of a killed run.
 Both are refused if they are of another table entry; T-CoTs also if they are of other rows.
+With `retry_failed` a task with failed items is, and what has no T-CoT is asked for again.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class BenchmarkRun:
             only); "write": the model's Reasoner writes them; None: plain only.
         facts: of the model, for the stamps.
         made_by: names of the models and how they are asked, which a folder's score files must agree on.
+        retry_failed: compute tasks again whose score file has failed items.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class BenchmarkRun:
         facts: ModelFacts | None = None,
         made_by: Mapping[str, object] | None = None,
         tasks: Mapping[str, Task] | None = None,
+        retry_failed: bool = False,
     ) -> None:
         if tcots == "write" and model.reasoner is None:
             raise ConfigError("T-CoTs can only be written by a Reasoner; name one, or a folder of T-CoTs")
@@ -119,6 +122,7 @@ class BenchmarkRun:
         self.tasks: Mapping[str, Task] = BENCHMARKS[benchmark].TASKS if tasks is None else tasks
         self.model, self.source, self.out = model, source, Path(out)
         self.rules, self.tcots, self.facts = rules or Rules(), tcots, facts or ModelFacts()
+        self.retry_failed = retry_failed
         mode = "none" if tcots is None else "written" if tcots == "write" else f"given {Path(tcots).name}"
         self.made_by = {**(made_by or {}), "tcots": mode}
 
@@ -132,7 +136,10 @@ class BenchmarkRun:
         found = {}
         for name in names or self.tasks:
             file = self.out / f"{name}.json"
-            found[name] = self._known(self.tasks[name]) if file.is_file() else self._compute(self.tasks[name], said)
+            known = self._known(self.tasks[name]) if file.is_file() else None
+            if known is None or (self.retry_failed and has_failed_items(known)):
+                known = self._compute(self.tasks[name], said)
+            found[name] = known
         return found
 
     def _known(self, task: Task) -> dict[str, Any]:
@@ -220,7 +227,7 @@ class BenchmarkRun:
         makes = {query.id: query.item for query in data.queries} if side == "query" else data.items
         if len(makes) < len(data.queries) and side == "query":
             raise DataError(f"{task.name}: the ids of queries must be unique; some are there twice")
-        yield "plain", _vectors(list(self._encoded(task, makes, side, None)))
+        yield "plain", _vectors(list(self._encoded(task, makes, side, None)), list(makes), f"{task.name}: no {side}")
         given, kept = None, self.out / "tcots" / f"{task.name}.{side}.jsonl"
         if self.tcots is None:
             return
@@ -231,15 +238,17 @@ class BenchmarkRun:
             if not files[side].is_file():
                 return
             given = read_tcots(files[side])
-        elif kept.is_file():
+        elif kept.is_file() and not self.retry_failed:
             given = read_tcots(kept)
         encoded = self._written(task, makes, side, kept) if given is None else self._encoded(task, makes, side, given)
-        yield "tcot", _vectors(list(encoded))
+        yield "tcot", _vectors(list(encoded), list(makes), f"{task.name}: with T-CoTs no {side}")
 
     def _written(self, task: Task, makes: Mapping[str, MakeItem], side: SideName, kept: Path) -> list[Encoding]:
         """With T-CoTs that the Reasoner writes. Each goes to a part file at once: a killed run loses a batch."""
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part")
+        if kept.is_file():  # with retry_failed; of two lines of an item the last counts
+            kept.replace(part)
         lines = part.read_bytes() if part.is_file() else b""
         write_atomically(part, lines[: lines.rfind(b"\n") + 1])  # the last may be torn, within a letter too
         # Failures are tried again: a server may be back.
@@ -291,9 +300,20 @@ def _not_tiny(item: LoadedItem) -> LoadedItem:
     return replace(item, images=tuple(images))
 
 
-def _vectors(encoded: Sequence[Encoding]) -> Vectors:
+def _vectors(encoded: Sequence[Encoding], names: Sequence[str], none: str) -> Vectors:
+    """`none`: the start of the error if no item has a vector, as a score would be of nothing."""
     problems = {number: one.problem for number, one in enumerate(encoded) if one.vector is None}
+    if 0 < len(encoded) == len(problems):
+        raise DataError(
+            f"{none} has a vector: {problems[0]} ({names[0]}, the first of {len(names)}). Mend it and repeat the "
+            "command with --retry-failed"
+        )
     return Vectors(stacked(encoded), problems)
+
+
+def has_failed_items(score_file: Mapping[str, Any]) -> bool:
+    """Whether a cell has items without a vector."""
+    return any(any(cell["failed"].values()) for cell in score_file["cells"].values())
 
 
 def _summary(

@@ -86,7 +86,7 @@ def test_runs_are_compared_by_task_and_those_of_another_protocol_are_refused(
     assert not list((tmp_path / "first").glob("leaderboard*"))
     assert benchmark(world, tmp_path / "third", "--frames", "4", **words) == 0
     assert cli.main(["compare", first, first]) == 0
-    assert "+0.000 too few queries" in capsys.readouterr().out
+    assert "+0.00 too few queries" in capsys.readouterr().out
     assert cli.main(["compare", str(tmp_path / "third"), first]) == 2
     assert "must have equal stamps to be compared; frame_rule is '4 at" in capsys.readouterr().err
     assert benchmark(world, tmp_path / "fourth", "--limit", "2", **words) == 0
@@ -109,7 +109,8 @@ def test_what_failed_and_what_ties_would_have_given_stand_under_the_table() -> N
     lines = report_lines(files, report)
     assert lines[1].split() == ["N24News", "hit@1", "local", "50.00"]
     assert lines[2:] == [
-        "ATTENTION: N24News, plain-plain: 1 query and 2 candidate items without a vector, counted as misses:",
+        "ATTENTION: N24News, plain-plain: 1 query and 2 candidate items without a vector, counted as misses; once "
+        "mended, --retry-failed computes the task again:",
         "  query 3: no file",
         "N24News, plain-plain: 75.00 if ties counted for the model",
     ]

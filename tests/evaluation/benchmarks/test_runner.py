@@ -174,6 +174,42 @@ def test_items_that_fail_are_misses_and_are_named(tmp_path: Path) -> None:
     assert rows[0]["problem"] and not rows[1]["problem"]
 
 
+@pytest.mark.parametrize("side", ["query", "candidate"])
+def test_a_task_of_which_a_side_has_no_vector_is_refused_with_the_first_problem(side: str, tmp_path: Path) -> None:
+    task = replace(DOCVQA, form=("I", "T") if side == "query" else ("T", "I"))
+    make(tmp_path, task)
+    (tmp_path / task.media).rename(tmp_path / "elsewhere")
+    model = EmbedRLModel(FakeEmbedder(), FakeReasoner())
+    task_run = BenchmarkRun("mmeb_v2", model, Source(tmp_path), tmp_path / "out", tcots="write", tasks={"DocVQA": task})
+    with pytest.raises(DataError, match=rf"^DocVQA: no {side} has a vector: media path .*no such file.* first of 3"):
+        task_run.run()
+    assert "DocVQA.json" not in files(tmp_path / "out") and "DocVQA.parquet" not in files(tmp_path / "out")
+
+
+def test_failed_items_are_computed_again_with_retry_failed_and_kept_tcots_are_not_asked_again(tmp_path: Path) -> None:
+    make(tmp_path / "data", DOCVQA)
+    run("mmeb_v2", tmp_path / "data", tmp_path / "whole", "DocVQA", tcots="write")
+    picture, out = tmp_path / "data" / DOCVQA.media / "DocVQA" / "q1.png", tmp_path / "out"
+    picture.rename(tmp_path / "q1.png")
+    first = run("mmeb_v2", tmp_path / "data", out, "DocVQA", tcots="write")
+    assert first["DocVQA"]["cells"]["tcot-tcot"]["failed"] == {"query": 1, "candidate": 0}
+    (tmp_path / "q1.png").rename(picture)
+    assert run("mmeb_v2", tmp_path / "data", out, "DocVQA", tcots="write") == first
+    asked: list[str] = []
+
+    class Recording(FakeReasoner):
+        def write(self, asks: Any) -> Any:
+            asked.extend(kind for kind, _ in asks)
+            return super().write(asks)
+
+    model = EmbedRLModel(FakeEmbedder(), Recording())
+    again = BenchmarkRun("mmeb_v2", model, Source(tmp_path / "data"), out, tcots="write", retry_failed=True)
+    again.run(["DocVQA"])
+    assert asked == ["query_image"] and files(out) == files(tmp_path / "whole")
+    again.run(["DocVQA"])
+    assert asked == ["query_image"], "nothing failed: the task is finished"
+
+
 def test_a_candidate_without_a_vector_is_never_retrieved(tmp_path: Path) -> None:
     make(tmp_path, DOCVQA)
     lines(tmp_path / "tcots" / "DocVQA.candidate.jsonl", [{"id": f"this #{one}@9", "tcot": f"{one}"} for one in (1, 2)])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,17 @@ def test_qrels_have_numbers_and_ids_of_queries_and_a_title_is_a_text(tmp_path: P
         read(("q1", 1))
     with pytest.raises(DataError, match=r"qrels\.jsonl, row 1: score must be a number; got None"):
         read(("q", 1), ("q", None))
+
+
+@pytest.mark.parametrize("unused", [["", ""], []])
+def test_the_row_of_the_documentation_is_a_text_against_its_pictures(unused: list[str], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (row,) = (json.loads(block.partition("```")[0]) for block in page.split("```json\n")[1:])
+    assert row["tgt_text"] == ["", ""]
+    lines(tmp_path / "rows" / "mine" / "test.jsonl", [row | {"tgt_text": unused}])
+    entry = yaml.safe_load(page.split("```yaml\n")[1].partition("```")[0])["mine"] | {"dataset_parser": "image_t2i"}
+    tasks = read_tables(write(tmp_path, {"own.yaml": {"mine": entry}}) / "own.yaml").tasks
+    data = read_task(tasks["mine"], Source(tmp_path), Rules())
+    (query,), asked = data.queries, data.queries[0].item()
+    assert (asked.text, asked.images, query.grades) == ("a red bicycle", (), {"bikes/red.png": 1})
+    assert [make().images for make in data.items.values()] == [("media/bikes/red.png",), ("media/bikes/blue.png",)]
