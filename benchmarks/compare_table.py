@@ -141,7 +141,7 @@ def _draw_bars(axes: Axes, rows: Mapping[str, Mapping[str, Any]], colors: Mappin
 
 
 def _draw_gaps(axes: Axes, rows: Mapping[str, Mapping[str, Any]], colors: Mapping[str, str]) -> None:
-    """A line a data source: left of 0 a variant finds less than the first one."""
+    """A line a data source, in the colours of the bars: left of 0 a variant finds less than the first one."""
     first, *others = rows
     sources = list(rows[first]["by_source"])
     for i, name in enumerate(others):
@@ -150,14 +150,12 @@ def _draw_gaps(axes: Axes, rows: Mapping[str, Mapping[str, Any]], colors: Mappin
             if gap := rows[name]["by_source"][source].get("difference"):
                 ends = [[gap["mean"] - gap["low"]], [gap["high"] - gap["mean"]]]
                 style = {"fmt": "o", "color": colors[name], "capsize": 2, "markersize": 4}
-                axes.errorbar([gap["mean"]], [place + shift], xerr=ends, label=name if place == 0 else None, **style)
+                axes.errorbar([gap["mean"]], [place + shift], xerr=ends, **style)
     axes.axvline(0, color="#222222", linewidth=1)
     axes.set_yticks(range(len(sources)), sources)
     axes.set(title=f"Hit@1 more than {first}, 95% over seeds", xlabel="share of queries", xlim=(-1, 1))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.25)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=9)
 
 
 def _mean_curve(axes: Axes, runs: Sequence[Run], key: str, color: str, **style: Any) -> None:
