@@ -38,7 +38,8 @@ def test_labels_are_the_tcot_and_the_digits_of_visual_tokens(reasoner, samples, 
         shown = [str(cell) for cell in sample.query.cells if cell >= 0]
         assert tokenizer.convert_ids_to_tokens(labels[visual & (labels != IGNORED)].tolist()) == shown
         written = labels[~visual & (labels != IGNORED)]
-        assert tokenizer.decode(written) == (cut_short(sample.query.tcot) if terse else sample.query.tcot) + END
+        taught = sample.query.lesson or sample.query.tcot
+        assert tokenizer.decode(written) == (cut_short(taught) if terse else taught) + END
         assert torch.equal(labels[-len(written) - 1 : -1], ids[-len(written) :]), "labels name the next token"
 
 

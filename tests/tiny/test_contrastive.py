@@ -46,7 +46,7 @@ def test_own_pairs_are_trained_on_with_their_media_root_and_tcots_and_one_pair_a
     write_pairs(own, tmp_path / "own.parquet")
     seen: list[tuple[str, bool]] = []
 
-    def see(_: object, batch: list[Sample], *, with_tcot: bool) -> torch.Tensor:
+    def see(_: object, batch: list[Sample], *, with_tcot: bool, parts: str) -> torch.Tensor:
         seen.append((batch[0].record.data_source, with_tcot))
         return torch.zeros((), requires_grad=True)
 
