@@ -32,7 +32,14 @@ from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.card import render_card
 from embedrl_verl.export.checkpoint import Checkpoint, Kind, find_checkpoint
 from embedrl_verl.export.lora import Adapter, merge_adapter, split_adapter
-from embedrl_verl.export.record import OF_EMBEDDER, prompt_settings, public_model, public_record, write_record
+from embedrl_verl.export.record import (
+    OF_EMBEDDER,
+    TrainingRecord,
+    prompt_settings,
+    public_model,
+    public_record,
+    write_record,
+)
 from embedrl_verl.export.sentence_files import write_sentence_files
 from embedrl_verl.export.shards import read_shards
 from embedrl_verl.export.weights import complete, empty_model, main_dtype, read_files, read_megatron
@@ -110,7 +117,7 @@ def export_checkpoint(
         facts["lora"] = None if adapter is None else (adapter.rank, adapter.alpha)
         card = render_card(found, name=target.name, base_model=base_model, **facts)
         (new / "README.md").write_text(card, encoding="utf-8")
-        if found.record.stage is not None:
+        if found.record != TrainingRecord():
             write_record(new, public_record(found.record))
         for file in new.rglob("*.safetensors"):  # these are made readable by their owner alone
             shutil.copymode(new / "README.md", file)
