@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from embedrl_verl.data.files import sha256_of
+from embedrl_verl.data.files import sha256_of, stamp_of
 
 _MODEL_FILES = (
     *("*.safetensors", "*.bin", "config.json", "tokenizer*", "*.jinja", "*processor_config.json", "vocab.json"),
@@ -25,6 +25,13 @@ def model_folder(path: str) -> Path | None:
         return folder
     known = try_to_load_from_cache(path, "config.json") if path.count("/") == 1 else None
     return Path(known).parent if isinstance(known, str) else None
+
+
+def weight_stamps(path: str | None, *more: str) -> list[str]:
+    """Sizes and times of change of a folder's weights, and of files of these names in it; of a hub id, a URL or None
+    nothing."""
+    patterns = ("*.safetensors", *more) if path else ()
+    return [stamp_of(file) for pattern in patterns for file in sorted(Path(str(path)).glob(pattern))]
 
 
 def model_digest(path: str) -> str | None:

@@ -15,12 +15,11 @@ from typing_extensions import Self
 
 from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.files import read_object
-from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.data.schema import SIDES, Side, input_kind
 from embedrl_verl.data.table import LocatedPair, PairTable
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.evaluation.comparison import RAW
-from embedrl_verl.families import BOX_UNITS, DEFAULT_FAMILY, box_convention, family_of, token_side
+from embedrl_verl.families import BOX_UNITS, DEFAULT_FAMILY, family_of
 from embedrl_verl.report.evidence import TcotReader
 from embedrl_verl.report.rows import rows_with_ids
 from embedrl_verl.report.show import Examiner, Written
@@ -182,8 +181,7 @@ def _asked(prompt: Mapping[str, Any]) -> tuple[MediaConfig, EvidenceConfig]:
 
 def _reader(media: MediaConfig, evidence: EvidenceConfig = EvidenceConfig()) -> TcotReader:  # noqa: B008 - immutable
     family = family_of(media.family) if media.family != "auto" else DEFAULT_FAMILY
-    limits = MediaLimits.of(media, token_side(family), media.max_frames)
-    return TcotReader(box_convention(family), limits, evidence)
+    return TcotReader.of(media, family, evidence)
 
 
 def _numbers(table: PairTable, chosen: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:

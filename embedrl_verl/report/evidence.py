@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from embedrl_verl.config.schema import EvidenceConfig
+from typing_extensions import Self
+
+from embedrl_verl.config.schema import EvidenceConfig, MediaConfig
 from embedrl_verl.data.media import LoadedItem, MediaLimits, smart_resize
 from embedrl_verl.errors import MediaError
-from embedrl_verl.families import BOX_UNITS, FACTS, BoxConvention
+from embedrl_verl.families import BOX_UNITS, FACTS, BoxConvention, Family, box_convention, token_side
 from embedrl_verl.kinds import EVIDENCE_KEY_OF_KIND, InputKind
 from embedrl_verl.report.text import is_in_text
 from embedrl_verl.report.views import BoxView, Facts, Flag, PieceView, TcotView
@@ -31,6 +33,12 @@ class TcotReader:
     convention: BoxConvention
     limits: MediaLimits
     evidence: EvidenceConfig = EvidenceConfig()  # noqa: RUF009 - immutable
+
+    @classmethod
+    def of(cls, media: MediaConfig, family: Family, evidence: EvidenceConfig) -> Self:
+        """Of a Reasoner of a family that was asked by `media`."""
+        limits = MediaLimits.of(media, token_side(family), media.max_frames)
+        return cls(box_convention(family), limits, evidence)
 
     def view(
         self,

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from itertools import islice
 
-from embedrl_verl.data.media import MediaLimits
 from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.errors import DataError
-from embedrl_verl.families import FACTS, token_side
 from embedrl_verl.model import Ask
 from embedrl_verl.model.loading import read_settings
 from embedrl_verl.report.evidence import TcotReader
@@ -57,9 +55,7 @@ def tcot_reader(*options: PairOptions) -> TcotReader | None:
     if path is None or named is None:
         return None
     settings = read_settings(named.embedder, named.overrides, named.device)
-    media, family = settings.asked(path)[0], family_of_config(load_config(path))
-    limits = MediaLimits.of(media, token_side(family), media.max_frames)
-    return TcotReader(FACTS[family].boxes, limits, settings.embedrl.evidence)
+    return TcotReader.of(settings.asked(path)[0], family_of_config(load_config(path)), settings.evidence(path))
 
 
 def side_view(title: str, ask: Ask, tcot: str | None, reader: TcotReader | None) -> SideView:

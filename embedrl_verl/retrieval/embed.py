@@ -109,19 +109,10 @@ def embed_inputs(
                 run=run,
             )
         dim = pq.read_schema(folder / part_name(0)).field("vector").type.list_size
-        more = {"format": FORMAT, "dim": dim, "models": pair.stamps(), "tcots": _count_tcots(folder, len(reports))}
+        tcots = {name: sum(report["tcots"][name] for report in reports) for name in ("written", "well_formed")}
+        more = {"format": FORMAT, "dim": dim, "models": pair.stamps(), "tcots": tcots}
         finish(folder, "vectors", facts, reports, media_root=None, more=more)
     return _report(folder)
-
-
-def _count_tcots(folder: Path, parts: int) -> dict[str, int]:
-    """T-CoTs that were written, and those of them that are well formed."""
-    counts = {"written": 0, "well_formed": 0}
-    for part in range(parts):
-        for text in pq.read_table(folder / part_name(part), columns=["tcot"])["tcot"].drop_null().to_pylist():
-            counts["written"] += 1
-            counts["well_formed"] += parse_tcot(text).is_well_formed
-    return counts
 
 
 def _report(folder: Path) -> list[str]:
@@ -192,7 +183,10 @@ class Maker:
             for name, where, one in found
             if one.vector is None
         ]
-        return {"records": len(found), "by_source": {}, "rejected": rejected}
+        tcots = [one.tcot for _, _, one in found if one.tcot is not None]
+        well_formed = sum(parse_tcot(text).is_well_formed for text in tcots)
+        counts = {"written": len(tcots), "well_formed": well_formed}
+        return {"records": len(found), "by_source": {}, "rejected": rejected, "tcots": counts}
 
     def _encode(self, model: EmbedRLModel, part: Part) -> Iterator[tuple[str, str, _Row]]:
         """Id and place of each row, and what became of it; not the row, which can hold the bytes of its media."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.data.files import stamp_of
+from embedrl_verl.data.model_files import weight_stamps
 from embedrl_verl.embedder.loading import load_config
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import RECORD_FILE
@@ -57,13 +57,7 @@ class PairOptions:
         """Sizes and times of change of both models' weights and training.json, which tell that a path holds another
         model by now."""
         return {
-            name: [
-                stamp_of(file)
-                for pattern in ("*.safetensors", RECORD_FILE)
-                for file in sorted(Path(path).glob(pattern))
-            ]
-            if path
-            else []
+            name: weight_stamps(path, RECORD_FILE)
             for name, path in (("embedder", self.embedder), ("reasoner", self.reasoner))
         }
 

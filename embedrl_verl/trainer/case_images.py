@@ -18,10 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from embedrl_verl.config.schema import EvidenceConfig
-from embedrl_verl.data.media import LoadedItem, MediaLimits, load_item
+from embedrl_verl.data.media import LoadedItem, load_item
 from embedrl_verl.data.schema import SIDES, input_kind
 from embedrl_verl.errors import MediaError
-from embedrl_verl.families import box_convention, token_side
 from embedrl_verl.report.evidence import TcotReader
 from embedrl_verl.report.views import TcotView
 
@@ -65,8 +64,7 @@ class CaseImages:
                 "EG-RL: embedrl.validation.case_images=%d draws for wandb and tensorboard; trainer.logger has neither",
                 count,
             )
-        limits = MediaLimits.of(dataset.settings, token_side(dataset.family), dataset.settings.max_frames)
-        self._reader = TcotReader(box_convention(dataset.family), limits, evidence)
+        self._reader = TcotReader.of(dataset.settings, dataset.family, evidence)
         self._places = dict(self._chosen(count)) if self._loggers else {}
         self._texts: dict[tuple[str, str], str] = {}
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedrl_verl.data.files import stamp_of, write_json
+from embedrl_verl.data.files import write_json
+from embedrl_verl.data.model_files import weight_stamps
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.evaluation.benchmarks import mmeb_v2
 from embedrl_verl.evaluation.benchmarks.runner import BENCHMARKS, BenchmarkRun
@@ -84,7 +85,7 @@ def run_benchmark(
             "embedder": public_model(embedder),
             "reasoner": public_model(reasoner or "none"),
             # Folders of one name are told apart by their weights.
-            "weights": {"embedder": _weights(embedder), "reasoner": _weights(reasoner)},
+            "weights": {"embedder": weight_stamps(embedder), "reasoner": weight_stamps(reasoner)},
             "profile": settings.embedrl.embedder.profile,
             "evidence": dataclasses.asdict(evidence),
             "prompts": _prompts(settings, asked),
@@ -100,11 +101,6 @@ def run_benchmark(
     print("\n".join(report_lines(found, report)))
     for name, reason in unsupported.items():
         print(f"not run: {name}: {reason}")
-
-
-def _weights(path: str | None) -> list[str]:
-    """Sizes and times of change of a folder's weights; of a hub id or a server none."""
-    return [stamp_of(file) for file in sorted(Path(path).glob("*.safetensors"))] if path else []
 
 
 def _prompts(settings: Settings, path: str | None) -> dict[str, Any] | None:

@@ -69,6 +69,22 @@ def test_candidates_are_embedded_once_however_many_queries_list_them(tmp_path: P
     assert embedder.seen == 3 + 3
 
 
+class Recording(FakeReasoner):
+    """Keeps what it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Any] = []
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self.asked]
+
+    def write(self, asks: Any) -> Any:
+        self.asked.extend(asks)
+        return super().write(asks)
+
+
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
@@ -84,17 +100,11 @@ def test_the_reasoner_is_asked_as_in_training_and_tiny_pictures_are_made_larger(
     if name == "DocVQA":
         for file in (tmp_path / DOCVQA.media / name).iterdir():
             Image.open(file).resize((40, 27)).save(file)
-    asked = []
-
-    class Recording(FakeReasoner):
-        def write(self, asks: Any) -> Any:
-            asked.extend(asks)
-            return super().write(asks)
-
-    model = EmbedRLModel(FakeEmbedder(), Recording())
+    reasoner = Recording()
+    model = EmbedRLModel(FakeEmbedder(), reasoner)
     BenchmarkRun("mmeb_v2", model, Source(tmp_path), tmp_path / "out", tcots="write").run([name])
-    assert {kind for kind, _ in asked} == kinds
-    sizes = {image.size for _, item in asked for image in item.images}
+    assert set(reasoner.kinds) == kinds
+    sizes = {image.size for _, item in reasoner.asked for image in item.images}
     assert sizes == {"DiDeMo": set(), "ViDoRe_tabfquad": {(32, 32)}, "DocVQA": {(56, 56)}}[name]
 
 
@@ -129,16 +139,10 @@ def test_a_side_that_was_killed_asks_only_for_the_tcots_that_are_not_there(tmp_p
     part = tmp_path / "out" / "tcots" / "DocVQA.query.part"
     part.parent.mkdir(parents=True)
     part.write_bytes((lines[1] + lines[0][:20]).encode() + "鸟".encode()[:2])  # torn while it was written, in a letter
-    asked: list[str] = []
-
-    class Recording(FakeReasoner):
-        def write(self, asks: Any) -> Any:
-            asked.extend(kind for kind, _ in asks)
-            return super().write(asks)
-
-    model = EmbedRLModel(FakeEmbedder(), Recording())
+    reasoner = Recording()
+    model = EmbedRLModel(FakeEmbedder(), reasoner)
     BenchmarkRun("mmeb_v2", model, Source(tmp_path / "data"), tmp_path / "out", tcots="write").run(["DocVQA"])
-    assert asked.count("query_image") == 2
+    assert reasoner.kinds.count("query_image") == 2
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
@@ -195,19 +199,13 @@ def test_failed_items_are_computed_again_with_retry_failed_and_kept_tcots_are_no
     assert first["DocVQA"]["cells"]["tcot-tcot"]["failed"] == {"query": 1, "candidate": 0}
     (tmp_path / "q1.png").rename(picture)
     assert run("mmeb_v2", tmp_path / "data", out, "DocVQA", tcots="write") == first
-    asked: list[str] = []
-
-    class Recording(FakeReasoner):
-        def write(self, asks: Any) -> Any:
-            asked.extend(kind for kind, _ in asks)
-            return super().write(asks)
-
-    model = EmbedRLModel(FakeEmbedder(), Recording())
+    reasoner = Recording()
+    model = EmbedRLModel(FakeEmbedder(), reasoner)
     again = BenchmarkRun("mmeb_v2", model, Source(tmp_path / "data"), out, tcots="write", retry_failed=True)
     again.run(["DocVQA"])
-    assert asked == ["query_image"] and files(out) == files(tmp_path / "whole")
+    assert reasoner.kinds == ["query_image"] and files(out) == files(tmp_path / "whole")
     again.run(["DocVQA"])
-    assert asked == ["query_image"], "nothing failed: the task is finished"
+    assert reasoner.kinds == ["query_image"], "nothing failed: the task is finished"
 
 
 def test_a_candidate_without_a_vector_is_never_retrieved(tmp_path: Path) -> None:
