@@ -242,6 +242,31 @@ def test_mtebs_command_line_runs_tasks_on_the_pair_and_keeps_results_by_model(pa
     assert "cannot be loaded" in capsys.readouterr().err
 
 
+def test_a_packaged_task_reads_its_own_layout_and_scores_what_the_vectors_give(pair, tmp_path, monkeypatch):
+    # The task's own loader, prompt and metrics; only its address is another, since its pages lie on the hub.
+    pages, queries = [picture(number) for number in range(7)], [f"page {number}" for number in range(5)]
+    tables = {
+        "corpus": Dataset.from_dict({"corpus-id": range(7), "image": pages}).cast_column("image", Image()),
+        "queries": Dataset.from_dict({"query-id": range(5), "query": queries}),
+        "qrels": Dataset.from_dict({"query-id": range(5), "corpus-id": range(1, 6), "score": [1] * 5}),
+    }
+    configs = []
+    for name, table in tables.items():
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        configs.append({"config_name": name, "data_files": [{"split": "test", "path": f"{name}.parquet"}]})
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
+    task = mteb.get_task("VidoreArxivQARetrieval")
+    monkeypatch.setitem(task.metadata.dataset, "path", str(tmp_path))
+    (result,) = mteb.evaluate(pair, [task], cache=None, show_progress_bar=False).task_results
+    prompt = pair.instruction(task.metadata, PromptType.query)
+    found = pair.model.encode_query(queries, prompt=prompt)
+    similarity = found @ pair.model.encode_document([{"image": page, "kind": "page"} for page in pages]).T
+    ranks = [1 + int((row > row[number + 1]).sum()) for number, row in enumerate(similarity)]
+    gains = [1 / np.log2(rank + 1) * (rank <= 5) for rank in ranks]
+    assert prompt == "Find a screenshot that relevant to the user's question." and len(set(ranks)) > 1
+    assert result.scores["test"][0]["ndcg_at_5"] == pytest.approx(np.mean(gains), abs=1e-4)
+
+
 def test_it_is_an_encoder_to_mteb_and_thinking_when_needed_is_refused(pair, plain):
     assert isinstance(pair, EncoderProtocol) and pair.mteb_model_meta.name.startswith("embedrl/")
     one, two = (np.eye(3, dtype=np.float32)[[index]] for index in (0, 1))
