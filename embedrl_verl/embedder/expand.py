@@ -35,11 +35,12 @@ class PromptExpander:
                     f"{one.do_rescale}, do_normalize={one.do_normalize}, rescale_factor={one.rescale_factor}"
                 )
         self._family, self._clip_time = family, facts_of(family).clip_time
-        self._tokenizer = processor.tokenizer
+        # Bare: transformers' wrapper takes as long again in every row, for arguments that are never given.
+        self._tokenizer = processor.tokenizer.backend_tokenizer
         self._image, self._video = processor.image_processor, processor.video_processor
         self._tokens_per_second = tokens_per_second
-        self._image_id = self._tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        self._video_id = self._tokenizer.convert_tokens_to_ids(VIDEO_PAD)
+        self._image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self._video_id = processor.tokenizer.convert_tokens_to_ids(VIDEO_PAD)
 
     def tokens(
         self, prompt: str, images: Sequence[Image.Image], videos: Sequence[Clip]
@@ -66,7 +67,7 @@ class PromptExpander:
         }
         sizes = {pad: iter([t * h * w for (t, h, w), _ in some]) for pad, some in media.items()}
         tokens: list[int] = []
-        for token in self._tokenizer(prompt, add_special_tokens=False)["input_ids"]:
+        for token in self._tokenizer.encode(prompt, add_special_tokens=False).ids:
             tokens += [token] * (next(sizes[token]) if token in sizes else 1)
         return torch.tensor(tokens), mrope_positions(tokens, media)
 
@@ -107,13 +108,12 @@ def _patchify(frames: np.ndarray, processor: Any) -> tuple[torch.Tensor, Grid]:
         float32 (patches, 3 * temporal * patch * patch), and the grid (t, h, w) in patches.
     """
     temporal, patch, merge = processor.temporal_patch_size, processor.patch_size, processor.merge_size
-    if len(frames) == 1:
-        frames = np.broadcast_to(frames, (temporal, *frames.shape[1:]))
+    seen = 1 if len(frames) == 1 else temporal  # frames of a patch that differ
     total, height, width, channels = frames.shape
-    t, h, w = total // temporal, height // patch, width // patch
-    split = frames.reshape(t, temporal, h // merge, merge, patch, w // merge, merge, patch, channels)
-    rows = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, -1).astype(np.float32)
+    t, h, w = total // seen, height // patch, width // patch
+    split = frames.reshape(t, seen, h // merge, merge, patch, w // merge, merge, patch, channels)
+    rows = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, seen, patch**2).astype(np.float32)
     white = 1 / processor.rescale_factor
-    rows -= np.array(processor.image_mean, np.float32)[:, None] * white
-    rows /= np.array(processor.image_std, np.float32)[:, None] * white
-    return torch.from_numpy(rows).flatten(1), (t, h, w)
+    rows -= np.array(processor.image_mean, np.float32)[:, None, None] * white
+    rows /= np.array(processor.image_std, np.float32)[:, None, None] * white
+    return torch.from_numpy(rows.repeat(temporal // seen, axis=2)).flatten(1), (t, h, w)

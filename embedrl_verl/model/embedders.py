@@ -14,6 +14,7 @@ import torch
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.schema import Side
 from embedrl_verl.embedder import Embedder, EmbedInput, Encoded
+from embedrl_verl.embedder.batching import failed_rows
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.served.client import ServedEmbedder
 from embedrl_verl.errors import EmbedRLError, ModelFailedError
@@ -60,10 +61,12 @@ class LocalEmbedder:
                 found[number] = error
         with self._lock:
             vectors = self.embedder.embed_encoded(list(rows.values()))
+        broken = {list(rows)[index] for index in failed_rows(vectors)}
         for number, vector in zip(rows, vectors, strict=True):
-            is_finite = bool(vector.isfinite().all())
             tokens = len(rows[number])
-            found[number] = Embedded(vector, tokens) if is_finite else ModelFailedError("the vector is not finite")
+            found[number] = (
+                ModelFailedError("the vector is not finite") if number in broken else Embedded(vector, tokens)
+            )
         return [found[number] for number in range(len(inputs))]
 
 

@@ -2,7 +2,7 @@
 """The attention `torch_varlen`: packed rows without flash-attn, by torch's own kernel.
 
 torch 2.11 has FlashAttention-2 with its backward pass (`torch.nn.attention.varlen`), so nothing has to be compiled or
-installed. The kernel takes bfloat16 and float16 on CUDA; elsewhere rows run one after another through torch's
+installed. The kernel takes bfloat16 and float16 on CUDA; elsewhere rows go through torch's
 scaled-dot-product attention, which gives the same numbers without a kernel of its own.
 
 `register` makes the name known to transformers. Actors need two changes of verl beside it (platforms.patches). The name
@@ -11,6 +11,7 @@ must not hold "flash": transformers would ask for that package.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -93,12 +94,16 @@ def attend(
         # In float32, grouped keys would go through the kernel that keeps all scores.
         groups = query.shape[1] // key.shape[1]
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-    parts = zip(*(tensor.split(rows.lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    results = [
-        functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=True)
-        for q, k, v in parts
-    ]
-    return torch.cat(results, dim=2).transpose(1, 2), None
+    # Neighbours of one length in one call: images of a size, rows sorted by length.
+    runs = [(length, len(list(same))) for length, same in groupby(rows.lengths)]
+    sizes = [length * count for length, count in runs]
+    parts = zip(runs, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
+    results = []
+    for (length, count), *states in parts:
+        q, k, v = (one.unflatten(1, (count, length)).transpose(0, 1) for one in states)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=True)
+        results.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(results)[None], None
 
 
 def rows_of(positions: torch.Tensor | None, bounds: torch.Tensor | None, query: torch.Tensor) -> Rows:
