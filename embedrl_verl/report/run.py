@@ -108,7 +108,10 @@ def read_run(folder: Path) -> RunView:
         facts.append(("evaluated", f"{evaluation['pairs']:,} pairs of {len(evaluation['queries'])} sources"))
         sections.append(_by_source(evaluation["views"]))
     else:
-        missing.append(f"plain against before and after: there is no {EVALUATION}; `embedrl eval` writes it.")
+        missing.append(
+            f"plain against before and after: there is no {EVALUATION}. The report of a folder that "
+            "`embedrl eval` wrote has it."
+        )
         sections.append(_validation(metrics, missing))
     return RunView(tuple(facts), sections, missing)
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -63,16 +64,16 @@ class SearchPage:
             return await answered(self._service.metrics, lambda: self.search(http))
 
         @app.get("/rows/{row}")
-        async def row(row: int) -> Response:
+        async def row(row: str) -> Response:
             return HTMLResponse(await asyncio.to_thread(self.card, row), headers=CARD_POLICY)
 
-    def card(self, row: int) -> str:
+    def card(self, row: str) -> str:
         """HTML of a row; Refusal if there is none, or it has no vector."""
-        if not 0 <= row < len(self._index.vectors) or self._index.vectors[row, 0] != self._index.vectors[row, 0]:
-            raise Refusal(
-                404, f"row must be one that has a vector, from 0 to {len(self._index.vectors) - 1}; got {row}"
-            )
-        return self._corpus.card(row)
+        last = len(self._index.vectors) - 1
+        number = int(row) if row.isdecimal() and len(row) <= len(str(last)) else -1
+        if not 0 <= number <= last or math.isnan(self._index.vectors[number, 0]):
+            raise Refusal(404, f"row must be one that has a vector, from 0 to {last}; got {row}")
+        return self._corpus.card(number)
 
     async def search(self, http: HttpRequest) -> dict[str, Any]:
         """The query as it was embedded, and the best rows."""
