@@ -109,8 +109,8 @@ def read_run(folder: Path) -> RunView:
         sections.append(_by_source(evaluation["views"]))
     else:
         missing.append(
-            f"plain against before and after: there is no {EVALUATION}. The report of a folder that "
-            "`embedrl eval` wrote has it."
+            f"plain against before and after: there is no {EVALUATION}; `embedrl eval --out FOLDER` writes one, and "
+            "`embedrl report FOLDER` shows it."
         )
         sections.append(_validation(metrics, missing))
     return RunView(tuple(facts), sections, missing)

@@ -147,7 +147,7 @@ def test_what_a_run_lacks_is_named(run):
         (run / name).unlink()
     seen = Seen(page_of())
     for said in (
-        "no evaluation.json; `embedrl eval`",
+        "no evaluation.json; `embedrl eval --out FOLDER`",
         "no reward dump",
         "No case can be shown: there is no tcots.jsonl",
     ):
