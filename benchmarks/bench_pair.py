@@ -41,10 +41,10 @@ from embedrl_verl.data.media import LoadedItem
 from embedrl_verl.embedder import build_messages
 from embedrl_verl.export.folder import export_checkpoint
 from embedrl_verl.export.record import TrainingRecord, read_record, write_record
+from embedrl_verl.model.options import PairOptions
 from embedrl_verl.retrieval.embed import Maker
 from embedrl_verl.retrieval.index import Index, _graph, exact
 from embedrl_verl.retrieval.inputs import Inputs, Reading
-from embedrl_verl.retrieval.pair import PairOptions
 from recipes.tiny_digits.canvas import Grid, ScanBox, Strip, draw_canvas
 from recipes.tiny_digits.models import build_tiny_model
 from recipes.tiny_digits.world import TRAIN_SCANS

@@ -60,7 +60,7 @@ OPTIONS = {
     "data stats": "json limit seed set max-response-length" + SIZES + READING,
     "compare": "cell base",
     "benchmark": "embedder data-root out tables tasks tcots limit frames short-clips white-space candidate-instruction"
-    " pool retry-failed revision" + REASONED,
+    " pool retry-failed revision workers ray" + REASONED,
     "reward list": "",
     "reward try": "dump json kwargs limit steps",
 }

@@ -24,6 +24,7 @@ from embedrl_verl.cli.options import (
     MediaRoot,
     Out,
     Overwrite,
+    Placed,
     Reasoned,
     Rules,
     RunPage,
@@ -266,6 +267,7 @@ def benchmark(
     out: Out,
     reasoned: Reasoned,
     rules: Rules,
+    placed: Placed,
     tables: Annotated[
         list[str] | None,
         Option(metavar="YAML|DIR", help="Tasks, in the schema of VLM2Vec's tables; repeat."),
@@ -278,7 +280,8 @@ def benchmark(
 ) -> int:
     """Score public benchmarks, or your own data in their layout, plain and with T-CoTs.
 
-    The same command goes on where it was killed: tasks with a score file in --out are not computed again.
+    The same command goes on where it was killed: tasks with a score file in --out are not computed again. With
+    --workers or --ray each task is computed by one of them.
     """
     from embedrl_verl.evaluation.benchmarks import task
     from embedrl_verl.evaluation.benchmarks.command import run_benchmark
@@ -287,20 +290,16 @@ def benchmark(
     revision = given.pop("revision")
     run_benchmark(
         name,
-        embedder,
+        reasoned.pair(embedder),
         out,
         data_root,
         tasks=tasks.split(",") if tasks else (),
-        reasoner=reasoned.reasoner,
-        engine=reasoned.engine or "transformers",
-        prompts_like=reasoned.prompts_like,
         tcots=tcots,
         tables=tables or (),
         revision=revision,
         rules=task.Rules(**given),
         retry_failed=retry_failed,
-        device=reasoned.device,
-        overrides=reasoned.overrides,
+        cluster=placed.cluster,
     )
     return 0
 

@@ -206,6 +206,39 @@ class Reasoned(Computed):
         str | None, Option(metavar="DIR", help="Of a server: the folder of its model, which says how it is asked.")
     ] = None
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """`PairOptions` that were given, without the Embedder."""
+        values = {**vars(self), "overrides": self.overrides}
+        del values["set"]
+        return {name: value for name, value in values.items() if value}
+
+    def pair(self, embedder: str) -> Any:
+        """`PairOptions` with this Embedder."""
+        from embedrl_verl.model.options import PairOptions
+
+        return PairOptions(embedder, **self.named)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """where"""
+
+    workers: Annotated[
+        int | None,
+        Option(min=1, help="Processes with models of their own, and a GPU each; none: this one, with --ray one a GPU."),
+    ] = None
+    ray: Annotated[
+        str | None, Option(metavar="HOST:PORT|auto", help="Ray cluster that has the workers; none: this machine.")
+    ] = None
+
+    @property
+    def cluster(self) -> Any:
+        """Of these workers; None: this process alone."""
+        from embedrl_verl.platforms.cluster import Cluster
+
+        return None if self.workers is self.ray is None else Cluster(self.ray, self.workers)
+
 
 @dataclass(frozen=True)
 class Media:

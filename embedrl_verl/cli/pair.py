@@ -30,6 +30,7 @@ def embed(
     embedder: opt.Embedder,
     out: opt.Out,
     reasoned: opt.Reasoned,
+    placed: opt.Placed,
     think: Always = None,
     with_plain: Annotated[
         bool, Option("--with-plain", help="Also vectors without T-CoTs, which --think when_needed of a search needs.")
@@ -51,24 +52,16 @@ def embed(
     rows_per_part: Annotated[
         int, Option(min=1, help="Rows of a written file, and lost at most, of each worker, when killed.")
     ] = 1024,
-    workers: Annotated[
-        int | None,
-        Option(min=1, help="Processes with models of their own, and a GPU each; none: this one, with --ray one a GPU."),
-    ] = None,
-    ray: Annotated[
-        str | None, Option(metavar="HOST:PORT|auto", help="Ray cluster that has the workers; none: this machine.")
-    ] = None,
 ) -> int:
     """Vectors of many inputs, as parquet parts; resumable.
 
     Killed and started again with the same command it goes on where it was. Rows without a vector are counted, and
     named in rejected.jsonl; exit code 3 above --max-failed-share.
     """
-    from embedrl_verl.platforms.cluster import Cluster
     from embedrl_verl.retrieval.embed import embed_inputs
     from embedrl_verl.retrieval.inputs import Reading
 
-    options = _options(embedder, reasoned)
+    options = reasoned.pair(embedder)
     lines = embed_inputs(
         inputs,
         out,
@@ -81,7 +74,7 @@ def embed(
         max_failed_share=max_failed_share,
         retry_failed=retry_failed,
         command=["embedrl", *sys.argv[1:]],
-        cluster=None if workers is ray is None else Cluster(ray, workers),
+        cluster=placed.cluster,
     )
     print("\n".join(lines))
     return 0
@@ -124,7 +117,7 @@ def search(
         think=think,
         gate=gate_file,
         kind=index,
-        pair={**_named(reasoned), "embedder": embedder},
+        pair={**reasoned.named, "embedder": embedder},
     )
     if found.tcot is not None:
         print(f"thought: {found.tcot}", file=sys.stderr)
@@ -150,7 +143,7 @@ def fit(
     """
     from embedrl_verl.retrieval.gate_file import fit_gate
 
-    options = _options(embedder, reasoned)
+    options = reasoned.pair(embedder)
     options.think("when_needed")
     found = fit_gate(files, out, options, media_root=media_root, limit=limit)
     print(_gate_lines(found))
@@ -171,7 +164,7 @@ def score(
     """What a fitted gate does to other pairs: Hit@1 and seconds a query of never, always and gated thinking."""
     from embedrl_verl.retrieval.gate_file import measure_gate, read_gate
 
-    options = _options(embedder, reasoned)
+    options = reasoned.pair(embedder)
     options.think("when_needed")
     print(
         _gate_lines(
@@ -214,7 +207,7 @@ def serve(
         raise ConfigError("--api-key (or EMBEDRL_API_KEY) must not be empty; leave it out for a server without a key")
     from embedrl_verl.retrieval.service import Limits, Service, application, run_service
 
-    options = _options(embedder, reasoned)
+    options = reasoned.pair(embedder)
     service = Service(
         options.load(options.think(think)),
         name or Path(embedder).resolve().name,
@@ -237,17 +230,3 @@ def _gate_lines(found: dict[str, Any]) -> str:
     if found["failed"]:
         lines.append(f"ATTENTION: {found['failed']} inputs without a vector, counted as misses")
     return "\n".join(lines)
-
-
-def _named(reasoned: opt.Reasoned) -> dict[str, Any]:
-    """`PairOptions` that were given."""
-    values = dict(vars(reasoned))
-    values["overrides"] = reasoned.overrides
-    del values["set"]
-    return {name: value for name, value in values.items() if value}
-
-
-def _options(embedder: str, reasoned: opt.Reasoned) -> Any:
-    from embedrl_verl.retrieval.pair import PairOptions
-
-    return PairOptions(embedder, **_named(reasoned))

@@ -49,16 +49,13 @@ from embedrl_verl.data.files import (
     write_atomically,
     write_json,
 )
-from embedrl_verl.data.pool import run_tasks
+from embedrl_verl.data.pool import RunTasks, run_tasks
 from embedrl_verl.errors import ConfigError, DataError, ResourceError
 
 Task = TypeVar("Task")
 Report: TypeAlias = dict[str, Any]
 """What a task remembers, JSON: `records` (in its part), `by_source` (name -> records), `rejected` (lines of
 `rejected.jsonl`: file, row or line, field, reason, pair_id), and more of its own."""
-
-RunTasks: TypeAlias = Callable[[Callable[..., Any], Any, Iterator[Any], int], Iterator[Any]]
-"""`data.pool.run_tasks`, or what does the same elsewhere."""
 
 BUILD_FILE = "build.json"
 GONE_FOLDER = "._work_done"

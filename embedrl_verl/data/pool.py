@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from embedrl_verl.errors import ConfigError, ResourceError
 
 Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+RunTasks: TypeAlias = Callable[[Callable[..., Any], Any, Iterator[Any], int], Iterator[Any]]
+"""`run_tasks`, or what does the same elsewhere."""
 
 _shared: Any = None
 AHEAD = 2

@@ -100,7 +100,7 @@ class EmbedRLModel:
         Args:
             embedder: folder or hub id.
             reasoner: folder, hub id, or URL of an OpenAI-style server.
-            prompts_like: of a server: the folder of the model that it serves, which says how it is asked.
+            prompts_like: of a server, or of T-CoTs that are given: the folder of the model, which says how it is asked.
             engine: what runs a Reasoner's folder.
             settings: hydra overrides, as for a run: "embedrl.embedder.profile=gme", "data.embedrl.prompt_style=paper",
                 "embedrl.embedder.backend=server". What they do not name comes from the Reasoner's `training.json`.
@@ -110,15 +110,18 @@ class EmbedRLModel:
 
         read = read_settings(embedder, settings, device)
         writer = None if reasoner is None else load_reasoner(reasoner, read, engine=engine, prompts_like=prompts_like)
-        max_frames = read.max_frames([prompts_like or reasoner] if reasoner else [])
+        asked = prompts_like or reasoner
+        max_frames = read.max_frames([asked] if asked else [])
+        family = read.data["embedrl"]["family"]
         return cls(
             load_embedder(read, max_frames),
             writer,
             think=think,
             gate=gate,
-            evidence=read.evidence(prompts_like or reasoner),
+            evidence=read.evidence(asked),
             media_root=media_root,
             max_frames=max_frames,
+            family=FAMILIES[-1] if family == "auto" else family,
         )
 
     def encode_query(self, inputs: Any, **options: Any) -> Any:

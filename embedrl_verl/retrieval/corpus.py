@@ -9,12 +9,12 @@ from embedrl_verl.embedder.loading import family_of_config, load_config
 from embedrl_verl.errors import DataError
 from embedrl_verl.model import Ask
 from embedrl_verl.model.loading import read_settings
+from embedrl_verl.model.options import PairOptions
 from embedrl_verl.report.evidence import TcotReader
 from embedrl_verl.report.page import rendered
 from embedrl_verl.report.views import CardView, SideView
 from embedrl_verl.retrieval.index import Index
 from embedrl_verl.retrieval.inputs import ROW_ERRORS, Inputs, Reading, read_part
-from embedrl_verl.retrieval.pair import PairOptions
 
 PICTURE_SIDE = 640
 """Longest side of a shown picture, in pixels."""

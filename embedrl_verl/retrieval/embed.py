@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -24,18 +23,17 @@ import pyarrow.parquet as pq
 import torch
 
 from embedrl_verl import __version__
-from embedrl_verl.data.build import Report, RunTasks, building, finish, make_parts
+from embedrl_verl.data.build import Report, building, finish, make_parts
 from embedrl_verl.data.files import CARD_FILE, REJECTED_FILE, part_name, publish, read_object, temporary_name
 from embedrl_verl.data.media import LoadedItem
-from embedrl_verl.data.pool import run_tasks
 from embedrl_verl.data.threads import default_threads, in_threads
 from embedrl_verl.embedder import EmbedInput
 from embedrl_verl.errors import ConfigError, EmbedRLError
 from embedrl_verl.model import Ask, EmbedRLModel
+from embedrl_verl.model.options import PairOptions, placed
 from embedrl_verl.model.pair import Encoding, Think
 from embedrl_verl.platforms.cluster import Cluster
 from embedrl_verl.retrieval.inputs import ROW_ERRORS, Inputs, Part, Reading, Row, read_part
-from embedrl_verl.retrieval.pair import PairOptions
 from embedrl_verl.tcot import parse_tcot
 
 FORMAT = "embedrl vectors 1"
@@ -94,19 +92,18 @@ def embed_inputs(
         for report in work.glob("part-*.json") if retry_failed else ():
             if read_object(report)["rejected"]:
                 report.unlink()  # a part without a report is made again
-        known = PairOptions.of(pair.named(), device=pair.device)
-        must_see = [str(work), *inputs, *known.folders(), *([how.media_root] if how.media_root else [])]
-        with _place(cluster, known, must_see) as (run, workers, device):
+        must_see = [str(work), *inputs, *([how.media_root] if how.media_root else [])]
+        with placed(pair, cluster, must_see) as (known, place):
             reports = make_parts(
-                Maker(replace(known, device=device), think, how, batch_size, with_plain=with_plain),
+                Maker(known, think, how, batch_size, with_plain=with_plain),
                 given.parts,
                 work,
                 rows=given.count,
-                workers=workers,
+                workers=place.workers,
                 max_bad_share=max_failed_share,
                 label="embed",
                 option="--max-failed-share",
-                run=run,
+                run=place.run,
             )
         dim = pq.read_schema(folder / part_name(0)).field("vector").type.list_size
         tcots = {name: sum(report["tcots"][name] for report in reports) for name in ("written", "well_formed")}
@@ -124,18 +121,6 @@ def _report(folder: Path) -> list[str]:
         lines.append(f"  {written:,} T-CoTs, {share:.1%} of them well formed; others are embedded as they are")
     lines += [f"  {cause['rows']} x {cause['cause']} (first: {cause['example']})" for cause in failed["causes"]]
     return lines + ([f"  all of them: {folder / REJECTED_FILE}"] if failed["rows"] else [])
-
-
-@contextmanager
-def _place(cluster: Cluster | None, pair: PairOptions, must_see: Sequence[str]) -> Iterator[tuple[RunTasks, int, str]]:
-    """What runs tasks, in how many processes, and the device of each."""
-    if cluster is None:
-        yield run_tasks, 1, pair.device
-        return
-    from embedrl_verl.platforms.ray_tasks import joined
-
-    with joined(cluster, pair.device, [Path(one) for one in must_see], pair.key_names()) as place:
-        yield place.run, place.workers, place.device
 
 
 class Maker:

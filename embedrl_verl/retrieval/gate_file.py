@@ -19,9 +19,9 @@ from embedrl_verl.errors import ConfigError, DataError, MediaError
 from embedrl_verl.evaluation.retrieval import Pairs
 from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.gate import ThinkGate
+from embedrl_verl.model.options import PairOptions
 from embedrl_verl.model.pair import Think
 from embedrl_verl.model.tcots import PairSide
-from embedrl_verl.retrieval.pair import PairOptions
 
 logger = logging.getLogger(__name__)
 GATE_FILE = "gate.json"

@@ -19,13 +19,13 @@ from fastapi.responses import HTMLResponse, Response
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.model import Ask
 from embedrl_verl.model.gate import ThinkGate
+from embedrl_verl.model.options import PairOptions
 from embedrl_verl.model.pair import Encoding, Think
 from embedrl_verl.report.page import search_page
 from embedrl_verl.report.views import CardView
 from embedrl_verl.retrieval.corpus import Corpus, rendered_card, side_view, tcot_reader
 from embedrl_verl.retrieval.gate_file import GATE_FILE
 from embedrl_verl.retrieval.index import Found, Index
-from embedrl_verl.retrieval.pair import PairOptions
 from embedrl_verl.retrieval.requests import THINK, Refusal, Request
 from embedrl_verl.retrieval.search import gate_of, needs_tcot, warn_of_another_embedder
 from embedrl_verl.retrieval.service import Service, answered, unless_gone

@@ -12,10 +12,10 @@ import torch
 from embedrl_verl.errors import ConfigError, EmbedderError
 from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.gate import ThinkGate
+from embedrl_verl.model.options import PairOptions
 from embedrl_verl.model.pair import Encoding, Think
 from embedrl_verl.retrieval.gate_file import GATE_FILE, read_gate
 from embedrl_verl.retrieval.index import Hit, Index, Kind
-from embedrl_verl.retrieval.pair import PairOptions
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from embedrl_verl.evaluation.benchmarks.command import run_benchmark
 from embedrl_verl.evaluation.benchmarks.tables import read_tables
 from embedrl_verl.evaluation.comparison import gain_cell
 from embedrl_verl.evaluation.paired import paired, read_results
+from embedrl_verl.model.options import PairOptions
 from embedrl_verl.retrieval.gate_file import fit_gate, measure_gate, read_gate
-from embedrl_verl.retrieval.pair import PairOptions
 from recipes.tiny_digits.canvas import HELD_OUT_SCANS
 from recipes.tiny_digits.settings import run_program
 from recipes.tiny_digits.world import SOURCES, make_samples
@@ -159,11 +159,9 @@ def main(
     """Held-out digits of RUN as a benchmark: four cells, equal to the run's own evaluation, and the gate."""
     heldout, embedder, reasoner = run / "world" / "heldout.parquet", str(run / "embedder"), str(run / "reasoner")
     tasks = write_layout(heldout, out / "data")
-    run_benchmark(
-        "own", embedder, str(out / "scores"), str(out / "data"), tables=[str(tasks)], reasoner=reasoner, device="cpu"
-    )
-    check_equal(out / "scores", json.loads((run / "evaluation.json").read_text(encoding="utf-8")))
     pair = PairOptions(embedder, reasoner, device="cpu")
+    run_benchmark("own", pair, str(out / "scores"), str(out / "data"), tables=[str(tasks)])
+    check_equal(out / "scores", json.loads((run / "evaluation.json").read_text(encoding="utf-8")))
     family = family_of_config(load_config(embedder))
     samples = [
         sample

@@ -14,9 +14,9 @@ import pytest
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.model import Written
 from embedrl_verl.model.gate import ThinkGate
+from embedrl_verl.model.options import PairOptions
 from embedrl_verl.retrieval.index import Index
 from embedrl_verl.retrieval.page import SearchPage, open_page
-from embedrl_verl.retrieval.pair import PairOptions
 from embedrl_verl.retrieval.service import Limits, Service, application
 from tests.embedder.inputs import picture
 from tests.model.tiny_pair import LIMITS

@@ -51,7 +51,7 @@ def test_every_query_has_the_rank_of_embedrl_eval_plain_and_with_tcots(
     }
     tasks = read_tables(write_layout(heldout, tmp_path / "data")).tasks
     model = EmbedRLModel(embedder, Describes())  # type: ignore[arg-type]
-    BenchmarkRun("own", model, Source(tmp_path / "data"), tmp_path / "out", tcots="write", tasks=tasks).run()
+    BenchmarkRun("own", lambda: model, Source(tmp_path / "data"), tmp_path / "out", tcots="write", tasks=tasks).run()
     assert list(tasks) == list(pairs.by_source) == list(SOURCES)
     for source in tasks:
         rows = pq.read_table(tmp_path / "out" / f"{source}.parquet").to_pylist()

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from embedrl_verl.evaluation.benchmarks.task import Rules, Source
 from embedrl_verl.evaluation.stamp import UNKNOWN, model_facts
 from embedrl_verl.export.record import public_model
 from embedrl_verl.families import FAMILIES
-from embedrl_verl.model import EmbedRLModel
-from embedrl_verl.model.loading import Engine, Settings, load_embedder, load_reasoner, read_settings
+from embedrl_verl.model.loading import Settings, read_settings
+from embedrl_verl.model.options import PairOptions, placed
+from embedrl_verl.platforms.cluster import Cluster
 from embedrl_verl.tables import table
 
 Files = Mapping[str, Mapping[str, Any]]
@@ -30,24 +33,21 @@ Averages = Callable[[Mapping[str, float]], dict[str, float]]
 
 def run_benchmark(
     benchmark: str,
-    embedder: str,
+    pair: PairOptions,
     out: str,
     data_root: str,
     *,
     tasks: Sequence[str] = (),
-    reasoner: str | None = None,
-    engine: Engine = "transformers",
-    prompts_like: str | None = None,
     tcots: str | None = None,
     tables: Sequence[str] = (),
     revision: str | None = None,
     rules: Rules | None = None,
     retry_failed: bool = False,
-    device: str = "auto",
-    overrides: Sequence[str] = (),
+    cluster: Cluster | None = None,
 ) -> None:
-    """Run and print; score files, `scores.json` and `leaderboard.CELL.json` in `out`. Arguments as the command's."""
-    if reasoner is not None and tcots is not None:
+    """Run and print; score files, `scores.json` and `leaderboard.CELL.json` in `out`. Arguments as the command's;
+    `cluster`: where tasks are computed, if not in this process."""
+    if pair.reasoner is not None and tcots is not None:
         raise ConfigError("--reasoner writes T-CoTs and --tcots gives them; name one of the two")
     if bool(tables) == (benchmark in BENCHMARKS):
         raise ConfigError(f"--tables gives the tasks of mmeb_v3 and own, and of no other; got {benchmark}, {tables}")
@@ -57,47 +57,42 @@ def run_benchmark(
         if name in unsupported:
             raise ConfigError(f"{name} of --tables cannot be read: {unsupported[name]}")
     averages = BENCHMARKS[benchmark].averages if read is None else read.averages
-    settings = read_settings(embedder, overrides, device)
-    family = settings.data["embedrl"]["family"]
-    if tcots is not None and family == "auto":
+    settings = read_settings(pair.embedder, pair.overrides, pair.device)
+    if tcots is not None and settings.data["embedrl"]["family"] == "auto":
         raise ConfigError(
             "data.embedrl.family must say whose boxes the T-CoTs have, as --set "
             f"data.embedrl.family={FAMILIES[-1]}; got auto"
         )
-    asked, evidence = prompts_like or reasoner, settings.evidence(prompts_like or reasoner)
-    max_frames = settings.max_frames([asked] if asked else [])
-    model = EmbedRLModel(
-        load_embedder(settings, max_frames),
-        reasoner if reasoner is None else load_reasoner(reasoner, settings, engine=engine, prompts_like=prompts_like),
-        evidence=evidence,
-        family=FAMILIES[-1] if family == "auto" else family,
-        max_frames=max_frames,
-    )
-    run = BenchmarkRun(
-        benchmark,
-        model,
-        Source(data_root, revision),
-        out,
-        rules=rules,
-        tcots=tcots if reasoner is None else "write",
-        facts=model_facts(settings),
-        made_by={
-            "embedder": public_model(embedder),
-            "reasoner": public_model(reasoner or "none"),
-            # Folders of one name are told apart by their weights.
-            "weights": {"embedder": weight_stamps(embedder), "reasoner": weight_stamps(reasoner)},
-            "profile": settings.embedrl.embedder.profile,
-            "evidence": dataclasses.asdict(evidence),
-            "prompts": _prompts(settings, asked),
-        },
-        tasks=None if read is None else read.tasks,
-        retry_failed=retry_failed,
-    )
-    found = run.run(tasks, said=print)
+    asked = pair.prompts_like or pair.reasoner
+    made_by = {
+        "embedder": public_model(pair.embedder),
+        "reasoner": public_model(pair.reasoner or "none"),
+        # Folders of one name are told apart by their weights.
+        "weights": {"embedder": weight_stamps(pair.embedder), "reasoner": weight_stamps(pair.reasoner)},
+        "profile": settings.embedrl.embedder.profile,
+        "evidence": dataclasses.asdict(settings.evidence(asked)),
+        "prompts": _prompts(settings, asked),
+    }
+    # Workers of other nodes have another working directory.
+    folders = [os.path.abspath(one) for one in (out, data_root, *([tcots] if tcots else []))]
+    with placed(pair, cluster, folders) as (known, place):
+        run = BenchmarkRun(
+            benchmark,
+            partial(known.load, known.think(None)),
+            Source(folders[1], revision),
+            folders[0],
+            rules=rules,
+            tcots="write" if pair.reasoner else folders[2] if tcots else None,
+            facts=model_facts(settings),
+            made_by=made_by,
+            tasks=None if read is None else read.tasks,
+            retry_failed=retry_failed,
+        )
+        found = run.run(tasks, print, run=place.run, workers=place.workers)
     report = {cell: benchmark_scores(averages, found, cell) for cell in cells_of(found)}
     write_json(Path(out) / "scores.json", report)
     for cell in report if benchmark == mmeb_v2.NAME else ():
-        write_json(Path(out) / f"leaderboard.{cell}.json", leaderboard(found, cell, public_model(embedder)))
+        write_json(Path(out) / f"leaderboard.{cell}.json", leaderboard(found, cell, public_model(pair.embedder)))
     print("\n".join(report_lines(found, report)))
     for name, reason in unsupported.items():
         print(f"not run: {name}: {reason}")

@@ -17,7 +17,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from embedrl_verl.data.files import read_object, sha256_of, write_atomically, write_json
 from embedrl_verl.data.media import LoadedItem, load_item
+from embedrl_verl.data.pool import RunTasks, run_tasks
 from embedrl_verl.errors import ConfigError, DataError
 from embedrl_verl.evaluation.benchmarks import mmeb_v2, uvrb
 from embedrl_verl.evaluation.benchmarks.ranking import score_queries
@@ -93,7 +94,8 @@ class BenchmarkRun:
 
     Args:
         benchmark: mmeb_v2 or uvrb; or the name of the `tasks` that are given.
-        model: what embeds; with a Reasoner if T-CoTs are to be written.
+        load: loads what embeds when it is needed; with a Reasoner if T-CoTs are to be written. For workers it can be
+            pickled.
         out: folder of the score files.
         tcots: a folder of `TASK.{query,candidate}.jsonl` with {"id", "tcot"} lines (a side without a file is plain
             only); "write": the model's Reasoner writes them; None: plain only.
@@ -105,7 +107,7 @@ class BenchmarkRun:
     def __init__(
         self,
         benchmark: str,
-        model: EmbedRLModel,
+        load: Callable[[], EmbedRLModel],
         source: Source,
         out: str | Path,
         *,
@@ -116,31 +118,45 @@ class BenchmarkRun:
         tasks: Mapping[str, Task] | None = None,
         retry_failed: bool = False,
     ) -> None:
-        if tcots == "write" and model.reasoner is None:
-            raise ConfigError("T-CoTs can only be written by a Reasoner; name one, or a folder of T-CoTs")
         self.benchmark = benchmark
         self.tasks: Mapping[str, Task] = BENCHMARKS[benchmark].TASKS if tasks is None else tasks
-        self.model, self.source, self.out = model, source, Path(out)
+        self._load, self.source, self.out = load, source, Path(out)
         self.rules, self.tcots, self.facts = rules or Rules(), tcots, facts or ModelFacts()
         self.retry_failed = retry_failed
         mode = "none" if tcots is None else "written" if tcots == "write" else f"given {Path(tcots).name}"
         self.made_by = {**(made_by or {}), "tcots": mode}
 
+    @cached_property
+    def model(self) -> EmbedRLModel:
+        """Loaded by now."""
+        model = self._load()
+        if self.tcots == "write" and model.reasoner is None:
+            raise ConfigError("T-CoTs can only be written by a Reasoner; name one, or a folder of T-CoTs")
+        return model
+
     def run(
-        self, names: Sequence[str] = (), said: Callable[[str], object] = lambda _: None
+        self,
+        names: Sequence[str] = (),
+        said: Callable[[str], object] = lambda _: None,
+        *,
+        run: RunTasks = run_tasks,
+        workers: int = 1,
     ) -> dict[str, dict[str, Any]]:
-        """The score files of tasks (none: all) by name; those that are not there are computed and written."""
+        """The score files of tasks (none: all) by name; those that are not there are computed and written, each by one
+        of the workers. `said` is told of each that is done."""
         if unknown := sorted(set(names) - set(self.tasks)):
             raise ConfigError(f"tasks must be of {self.benchmark}; {', '.join(unknown)} are not")
         self._claim()
-        found = {}
-        for name in names or self.tasks:
-            file = self.out / f"{name}.json"
-            known = self._known(self.tasks[name]) if file.is_file() else None
-            if known is None or (self.retry_failed and has_failed_items(known)):
-                known = self._compute(self.tasks[name], said)
-            found[name] = known
-        return found
+        names = names or list(self.tasks)
+        there = [name for name in names if (self.out / f"{name}.json").is_file()]
+        found = {name: self._known(self.tasks[name]) for name in there}
+        found = {name: one for name, one in found.items() if not (self.retry_failed and has_failed_items(one))}
+        left = [self.tasks[name] for name in names if name not in found]
+        for name, one in run(BenchmarkRun.compute, self, iter(left), min(workers, len(left))) if left else ():
+            found[name] = one
+            sizes = f"{one['stamp']['queries']} queries, {one['stamp']['candidate_count']} candidates"
+            said(f"{name}: {sizes}; {len(found)} of {len(names)} tasks are done")
+        return {name: found[name] for name in names}
 
     def _known(self, task: Task) -> dict[str, Any]:
         """The score file that is there, of what would be computed now."""
@@ -187,7 +203,8 @@ class BenchmarkRun:
             )
         )
 
-    def _compute(self, task: Task, said: Callable[[str], object]) -> dict[str, Any]:
+    def compute(self, task: Task) -> tuple[str, dict[str, Any]]:
+        """The name and the score file of a task, which is written."""
         source = Source(self.source.root, self.source.revision)
         data = read_task(task, source, self.rules)
         is_local = task.is_local and self.rules.pool == "table"
@@ -195,7 +212,6 @@ class BenchmarkRun:
         stamp = self._stamp(task, source, len(data.queries), most)
         if self.tcots == "write":
             self._claim_tcots(task, stamp)
-        said(f"{task.name}: {len(data.queries)} queries, {len(data.items)} candidates")
         views = {side: dict(self._views(task, data, side)) for side in SIDES}
         cells: dict[str, Any] = {}
         rows: list[dict[str, Any]] = []
@@ -213,7 +229,7 @@ class BenchmarkRun:
         result = {"task": task.name, "stamp": stamp, "metric": task.metric, "made_of": self._made_of(task)}
         result |= {"cells": cells}
         write_json(self.out / f"{task.name}.json", result)
-        return result
+        return task.name, result
 
     def _claim_tcots(self, task: Task, stamp: Mapping[str, str]) -> None:
         """Write what the T-CoTs of a task are about, or find it there: their ids are often numbers of rows."""

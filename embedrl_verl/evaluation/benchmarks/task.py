@@ -180,6 +180,9 @@ class Source:
             raise ConfigError(f"the data root must be a folder that holds the hub's repositories; {root} is none")
         self._digest = hashlib.sha256()
 
+    def __reduce__(self) -> tuple[type[Source], tuple[Path, str | None]]:
+        return Source, (self.root, self.revision)  # of which nothing has been read
+
     @property
     def digest(self) -> str:
         """Of all rows read so far, without their pixels: says which revision of the data was scored."""

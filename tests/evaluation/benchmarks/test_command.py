@@ -65,6 +65,29 @@ def test_tasks_are_scored_plain_and_with_tcots_stamped_and_written_as_the_leader
     assert (tmp_path / "out" / "DiDeMo.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_workers_write_the_files_of_one_process_and_no_task_twice(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--reasoner", str(world / "reasoner")]
+    assert benchmark(world, Path("alone"), *words) == 0
+    alone = capsys.readouterr().out
+    assert benchmark(world, Path("shared"), *words, tasks=TASKS[1]) == 0
+    before = (tmp_path / "shared" / f"{TASKS[1]}.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert benchmark(world, Path("shared"), *words, "--workers", "2") == 0
+    shared = capsys.readouterr().out
+    assert "3 of 3 tasks are done" in shared and shared.splitlines()[-6:] == alone.splitlines()[-6:]
+    assert (tmp_path / "shared" / f"{TASKS[1]}.json").stat().st_mtime_ns == before
+    files = [
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (tmp_path / "alone", tmp_path / "shared")
+    ]
+    assert files[0] == files[1] and len(files[0]) > 3 * len(TASKS)
+
+
 def test_a_folder_of_another_model_of_the_same_name_or_with_other_evidence_is_refused(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

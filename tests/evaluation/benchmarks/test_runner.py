@@ -25,7 +25,7 @@ DOCVQA, KINETICS, PAGES = (mmeb_v2.TASKS[name] for name in ("DocVQA", "K700", "V
 
 def run(benchmark: str, root: Path, out: Path, *names: str, collapsed: bool = False, **more: Any) -> dict[str, Any]:
     model = EmbedRLModel(FakeEmbedder(collapsed), FakeReasoner() if more.get("tcots") == "write" else None)
-    return BenchmarkRun(benchmark, model, Source(root), out, **more).run(names)
+    return BenchmarkRun(benchmark, lambda: model, Source(root), out, **more).run(names)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -65,7 +65,7 @@ def test_a_side_without_tcots_is_plain_only(tmp_path: Path) -> None:
 def test_candidates_are_embedded_once_however_many_queries_list_them(tmp_path: Path) -> None:
     make(tmp_path, DOCVQA)
     embedder = FakeEmbedder()
-    BenchmarkRun("mmeb_v2", EmbedRLModel(embedder), Source(tmp_path), tmp_path / "out").run(["DocVQA"])
+    BenchmarkRun("mmeb_v2", lambda: EmbedRLModel(embedder), Source(tmp_path), tmp_path / "out").run(["DocVQA"])
     assert embedder.seen == 3 + 3
 
 
@@ -102,7 +102,7 @@ def test_the_reasoner_is_asked_as_in_training_and_tiny_pictures_are_made_larger(
             Image.open(file).resize((40, 27)).save(file)
     reasoner = Recording()
     model = EmbedRLModel(FakeEmbedder(), reasoner)
-    BenchmarkRun("mmeb_v2", model, Source(tmp_path), tmp_path / "out", tcots="write").run([name])
+    BenchmarkRun("mmeb_v2", lambda: model, Source(tmp_path), tmp_path / "out", tcots="write").run([name])
     assert set(reasoner.kinds) == kinds
     sizes = {image.size for _, item in reasoner.asked for image in item.images}
     assert sizes == {"DiDeMo": set(), "ViDoRe_tabfquad": {(32, 32)}, "DocVQA": {(56, 56)}}[name]
@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_that_was_not(tmp_pa
 
     model = EmbedRLModel(Killed(), FakeReasoner())
     with pytest.raises(KeyboardInterrupt):
-        BenchmarkRun("mmeb_v2", model, Source(tmp_path / "data"), tmp_path / "killed", tcots="write").run(names)
+        BenchmarkRun("mmeb_v2", lambda: model, Source(tmp_path / "data"), tmp_path / "killed", tcots="write").run(names)
     before = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in files(tmp_path / "killed")}
     assert "DocVQA.json" in before and "K700.json" not in before
     run("mmeb_v2", tmp_path / "data", tmp_path / "killed", *names, tcots="write")
@@ -141,7 +141,7 @@ def test_a_side_that_was_killed_asks_only_for_the_tcots_that_are_not_there(tmp_p
     part.write_bytes((lines[1] + lines[0][:20]).encode() + "鸟".encode()[:2])  # torn while it was written, in a letter
     reasoner = Recording()
     model = EmbedRLModel(FakeEmbedder(), reasoner)
-    BenchmarkRun("mmeb_v2", model, Source(tmp_path / "data"), tmp_path / "out", tcots="write").run(["DocVQA"])
+    BenchmarkRun("mmeb_v2", lambda: model, Source(tmp_path / "data"), tmp_path / "out", tcots="write").run(["DocVQA"])
     assert reasoner.kinds.count("query_image") == 2
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -184,7 +184,9 @@ def test_a_task_of_which_a_side_has_no_vector_is_refused_with_the_first_problem(
     make(tmp_path, task)
     (tmp_path / task.media).rename(tmp_path / "elsewhere")
     model = EmbedRLModel(FakeEmbedder(), FakeReasoner())
-    task_run = BenchmarkRun("mmeb_v2", model, Source(tmp_path), tmp_path / "out", tcots="write", tasks={"DocVQA": task})
+    task_run = BenchmarkRun(
+        "mmeb_v2", lambda: model, Source(tmp_path), tmp_path / "out", tcots="write", tasks={"DocVQA": task}
+    )
     with pytest.raises(DataError, match=rf"^DocVQA: no {side} has a vector: media path .*no such file.* first of 3"):
         task_run.run()
     assert "DocVQA.json" not in files(tmp_path / "out") and "DocVQA.parquet" not in files(tmp_path / "out")
@@ -201,7 +203,7 @@ def test_failed_items_are_computed_again_with_retry_failed_and_kept_tcots_are_no
     assert run("mmeb_v2", tmp_path / "data", out, "DocVQA", tcots="write") == first
     reasoner = Recording()
     model = EmbedRLModel(FakeEmbedder(), reasoner)
-    again = BenchmarkRun("mmeb_v2", model, Source(tmp_path / "data"), out, tcots="write", retry_failed=True)
+    again = BenchmarkRun("mmeb_v2", lambda: model, Source(tmp_path / "data"), out, tcots="write", retry_failed=True)
     again.run(["DocVQA"])
     assert reasoner.kinds == ["query_image"] and files(out) == files(tmp_path / "whole")
     again.run(["DocVQA"])
@@ -273,7 +275,9 @@ def test_tcots_with_separators_of_lines_are_read_again(tmp_path: Path) -> None:
     model = EmbedRLModel(FakeEmbedder(), Separating())
     found = []
     for _ in range(2):
-        found.append(BenchmarkRun("mmeb_v2", model, Source(tmp_path), tmp_path / "out", tcots="write").run(["DocVQA"]))
+        found.append(
+            BenchmarkRun("mmeb_v2", lambda: model, Source(tmp_path), tmp_path / "out", tcots="write").run(["DocVQA"])
+        )
         (tmp_path / "out" / "DocVQA.json").unlink()
     assert found[0] == found[1] and found[0]["DocVQA"]["cells"]["tcot-plain"]["score"] == 1.0
 
@@ -283,7 +287,7 @@ def test_what_is_there_of_another_entry_other_rows_or_other_tcots_is_refused(tmp
 
     def compute(task: Task, tcots: str | Path | None) -> Any:
         model, source = EmbedRLModel(FakeEmbedder(), FakeReasoner()), Source(tmp_path / "data")
-        return BenchmarkRun("own", model, source, tmp_path / "out", tcots=tcots, tasks={task.name: task}).run()
+        return BenchmarkRun("own", lambda: model, source, tmp_path / "out", tcots=tcots, tasks={task.name: task}).run()
 
     compute(DOCVQA, "write")
     for change, what in ({"instruction": "Look."}, "its task is"), ({"metric": "hit@10"}, "its metric is 'hit@1', not"):

@@ -114,7 +114,7 @@ def test_texts_are_read_with_their_instruction_titles_and_grades(tmp_path: Path)
     assert text.items["d2"]().text == "T\n#2@9" and list(text.items) == ["d0", "d1", "d2"]
     names = ["text/InfoSearch/Tone", "toolde/code/some"]
     model = EmbedRLModel(FakeEmbedder(), FakeReasoner())
-    run = BenchmarkRun("mmeb_v3", model, Source(tmp_path), tmp_path / "out", tasks=tasks, tcots="write")
+    run = BenchmarkRun("mmeb_v3", lambda: model, Source(tmp_path), tmp_path / "out", tasks=tasks, tcots="write")
     cells = {name: file["cells"] for name, file in run.run(names).items()}
     assert cells["toolde/code/some"]["plain-plain"]["score"] == 1.0
     assert cells["text/InfoSearch/Tone"]["plain-plain"]["score"] < cells["text/InfoSearch/Tone"]["tcot-plain"]["score"]
@@ -163,7 +163,9 @@ def test_a_limited_run_has_the_first_queries_and_says_so(tmp_path: Path) -> None
     task = mmeb_v2.TASKS["DocVQA"]
     make(tmp_path, task)
     embedder = FakeEmbedder()
-    run = BenchmarkRun("mmeb_v2", EmbedRLModel(embedder), Source(tmp_path), tmp_path / "out", rules=Rules(limit=1))
+    run = BenchmarkRun(
+        "mmeb_v2", lambda: EmbedRLModel(embedder), Source(tmp_path), tmp_path / "out", rules=Rules(limit=1)
+    )
     stamp = run.run(["DocVQA"])["DocVQA"]["stamp"]
     assert stamp["queries"] == "1 of 1000" and stamp["candidate_count"].startswith("3 of")
     assert embedder.seen == 1 + 3

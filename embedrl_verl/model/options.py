@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pair that a command works with: how it is named, told from another, and loaded."""
+"""The pair that a command works with: how it is named, told from another, loaded, and where it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedrl_verl.data.model_files import weight_stamps
+from embedrl_verl.data.pool import RunTasks, run_tasks
 from embedrl_verl.embedder.loading import load_config
 from embedrl_verl.errors import ConfigError
 from embedrl_verl.export.record import RECORD_FILE
@@ -16,7 +18,14 @@ from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.gate import ThinkGate
 from embedrl_verl.model.loading import Engine
 from embedrl_verl.model.pair import Think
-from embedrl_verl.platforms.cluster import KEY_NAMES
+from embedrl_verl.platforms.cluster import KEY_NAMES, Cluster
+
+
+class Place(NamedTuple):
+    """What runs tasks, and in how many processes."""
+
+    run: RunTasks = run_tasks
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,21 @@ class PairOptions:
             settings=self.overrides,
             device=self.device,
         )
+
+
+@contextmanager
+def placed(pair: PairOptions, cluster: Cluster | None, must_see: Sequence[str]) -> Iterator[tuple[PairOptions, Place]]:
+    """The pair as workers load it, and what runs them: this process, or a cluster. `must_see`: paths beside the models'
+    that every node has."""
+    pair = PairOptions.of(pair.named(), device=pair.device)  # workers of other nodes have another working directory
+    if cluster is None:
+        yield pair, Place()
+        return
+    from embedrl_verl.platforms.ray_tasks import joined
+
+    seen = [Path(one) for one in (*must_see, *pair.folders())]
+    with joined(cluster, pair.device, seen, pair.key_names()) as tasks:
+        yield replace(pair, device=tasks.device), Place(tasks.run, tasks.workers)
 
 
 def _resolved(name: str) -> str:
