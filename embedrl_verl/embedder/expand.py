@@ -35,8 +35,11 @@ class PromptExpander:
                     f"{one.do_rescale}, do_normalize={one.do_normalize}, rescale_factor={one.rescale_factor}"
                 )
         self._family, self._clip_time = family, facts_of(family).clip_time
-        # Bare: transformers' wrapper takes as long again in every row, for arguments that are never given.
+        # Bare: transformers' wrapper takes as long again in every row. It would also drop these two, which a
+        # tokenizer.json may bring from whoever saved it.
         self._tokenizer = processor.tokenizer.backend_tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._image, self._video = processor.image_processor, processor.video_processor
         self._tokens_per_second = tokens_per_second
         self._image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_PAD)

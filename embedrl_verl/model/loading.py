@@ -135,6 +135,21 @@ def check_reasoner(path: str) -> None:
         raise ConfigError(f"{path} must be a Reasoner's folder or hub id; {error.__cause__ or error}") from error
 
 
+def folder_of(reasoner: str, prompts_like: str | None) -> str:
+    """Folder or hub id of what is asked; of a server `prompts_like`."""
+    folder = prompts_like if _is_url(reasoner) else reasoner
+    if folder is None:
+        raise ConfigError(
+            f"{reasoner} is a server: name the folder or hub id of the model that it serves too "
+            "(prompts_like=), which says how it is asked; `embedrl eval` takes folders and hub ids"
+        )
+    return folder
+
+
+def _is_url(reasoner: str) -> bool:
+    return reasoner.startswith(("http://", "https://"))
+
+
 def load_reasoner(
     name: str, settings: Settings, *, engine: Engine = "transformers", prompts_like: str | None = None
 ) -> Reasoner | BackendReasoner:
@@ -145,13 +160,7 @@ def load_reasoner(
         engine: what runs a folder: transformers, or vLLM in this process.
         prompts_like: of a server: the folder of the model that it serves, for its family and how it is asked.
     """
-    is_url = name.startswith(("http://", "https://"))
-    folder = prompts_like if is_url else name
-    if folder is None:
-        raise ConfigError(
-            f"{name} is a server: name the folder or hub id of the model that it serves too "
-            "(prompts_like=), which says how it is asked; `embedrl eval` takes folders and hub ids"
-        )
+    folder, is_url = folder_of(name, prompts_like), _is_url(name)
     media, length = settings.asked(folder)
     if not is_url and engine == "transformers":
         return Reasoner(folder, media, max_new_tokens=length, dtype=settings.dtype, device=settings.device)

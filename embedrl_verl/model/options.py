@@ -87,14 +87,14 @@ class PairOptions:
         return list(getattr(load_config(self.embedder), "matryoshka_dimensions", None) or ())
 
     def load(self, think: Think, gate: ThinkGate | None = None) -> EmbedRLModel:
-        """Both models; without thinking the Embedder alone."""
+        """Both models; without thinking the Embedder alone, which draws as many frames as with the Reasoner."""
         return EmbedRLModel.from_pretrained(
             self.embedder,
             None if think == "never" else self.reasoner,
             think=think,
             gate=gate,
             engine=self.engine,
-            prompts_like=self.prompts_like,
+            prompts_like=self.prompts_like or (self.reasoner if think == "never" else None),
             settings=self.overrides,
             device=self.device,
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from embedrl_verl.data.media import MediaLimits, smart_resize
 from embedrl_verl.data.video import FrameTimes, list_times
@@ -133,6 +134,18 @@ def test_item_text_is_cut_at_its_limit_and_nothing_else_is(checkpoint):
     prompt = processor.prompt_text(one)
     assert prompt.count("digits") < 12 and prompt.count("Find") == 30 and prompt.count("4 2") == 50
     assert prompt.endswith("<emb>") and "Summarize the above" in prompt
+
+
+def test_how_a_saved_tokenizer_cuts_and_pads_does_not_enter(checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint("qwen2_vl"), tmp_path / "saved")
+    one = EmbedInput(item("digits " * 20, (picture(0),)))
+    expected = EmbedProcessor.from_pretrained(path, limits=LIMITS["qwen2_vl"]).encode(one).input_ids
+    saved = AutoTokenizer.from_pretrained(path)
+    saved.backend_tokenizer.enable_truncation(8)
+    saved.backend_tokenizer.enable_padding(length=200)
+    saved.backend_tokenizer.save(str(path / "tokenizer.json"))
+    found = EmbedProcessor.from_pretrained(path, limits=LIMITS["qwen2_vl"]).encode(one).input_ids
+    assert found.tolist() == expected.tolist()
 
 
 def test_an_overlong_prompt_loses_item_text_first_and_is_refused_when_that_is_not_enough(checkpoint):

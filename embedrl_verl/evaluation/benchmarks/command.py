@@ -21,7 +21,7 @@ from embedrl_verl.evaluation.benchmarks.task import Rules, Source
 from embedrl_verl.evaluation.stamp import UNKNOWN, model_facts
 from embedrl_verl.export.record import public_model
 from embedrl_verl.families import FAMILIES
-from embedrl_verl.model.loading import Settings, read_settings
+from embedrl_verl.model.loading import Settings, check_reasoner, folder_of, read_settings
 from embedrl_verl.model.options import PairOptions, placed
 from embedrl_verl.platforms.cluster import Cluster
 from embedrl_verl.tables import table
@@ -63,6 +63,8 @@ def run_benchmark(
             "data.embedrl.family must say whose boxes the T-CoTs have, as --set "
             f"data.embedrl.family={FAMILIES[-1]}; got auto"
         )
+    if pair.reasoner is not None:
+        check_reasoner(folder_of(pair.reasoner, pair.prompts_like))
     asked = pair.prompts_like or pair.reasoner
     made_by = {
         "embedder": public_model(pair.embedder),
@@ -75,20 +77,24 @@ def run_benchmark(
     }
     # Workers of other nodes have another working directory.
     folders = [os.path.abspath(one) for one in (out, data_root, *([tcots] if tcots else []))]
-    with placed(pair, cluster, folders) as (known, place):
-        run = BenchmarkRun(
-            benchmark,
-            partial(known.load, known.think(None)),
-            Source(folders[1], revision),
-            folders[0],
-            rules=rules,
-            tcots="write" if pair.reasoner else folders[2] if tcots else None,
-            facts=model_facts(settings),
-            made_by=made_by,
-            tasks=None if read is None else read.tasks,
-            retry_failed=retry_failed,
-        )
-        found = run.run(tasks, print, run=place.run, workers=place.workers)
+    run = partial(
+        BenchmarkRun,
+        benchmark,
+        source=Source(folders[1], revision),
+        out=folders[0],
+        rules=rules,
+        tcots="write" if pair.reasoner else folders[2] if tcots else None,
+        facts=model_facts(settings),
+        made_by=made_by,
+        tasks=None if read is None else read.tasks,
+        retry_failed=retry_failed,
+        said=print,
+    )
+    think = pair.think(None)
+    found, left = run(partial(pair.load, think)).look(tasks)
+    if left:
+        with placed(pair, cluster, folders) as (known, place):
+            found = run(partial(known.load, think)).run(tasks, place.run, place.workers)
     report = {cell: benchmark_scores(averages, found, cell) for cell in cells_of(found)}
     write_json(Path(out) / "scores.json", report)
     for cell in report if benchmark == mmeb_v2.NAME else ():

@@ -41,6 +41,7 @@ from embedrl_verl.model import Ask, EmbedRLModel, Written, ask_for
 from embedrl_verl.model.pair import Encoding
 
 BENCHMARKS: Mapping[str, Any] = {mmeb_v2.NAME: mmeb_v2, uvrb.NAME: uvrb}
+RUN_FILE = "run.json"
 AT_ONCE = 32
 """Items whose media are in memory at a time."""
 SMALLEST_SIDE, SMALL_IMAGE = 28, (56, 56)
@@ -102,6 +103,7 @@ class BenchmarkRun:
         facts: of the model, for the stamps.
         made_by: names of the models and how they are asked, which a folder's score files must agree on.
         retry_failed: compute tasks again whose score file has failed items.
+        said: told of each task that begins, where it is computed, and of each that is done.
     """
 
     def __init__(
@@ -117,46 +119,46 @@ class BenchmarkRun:
         made_by: Mapping[str, object] | None = None,
         tasks: Mapping[str, Task] | None = None,
         retry_failed: bool = False,
+        said: Callable[[str], object] | None = None,
     ) -> None:
         self.benchmark = benchmark
         self.tasks: Mapping[str, Task] = BENCHMARKS[benchmark].TASKS if tasks is None else tasks
         self._load, self.source, self.out = load, source, Path(out)
         self.rules, self.tcots, self.facts = rules or Rules(), tcots, facts or ModelFacts()
-        self.retry_failed = retry_failed
+        self.retry_failed, self._said = retry_failed, said or str
         mode = "none" if tcots is None else "written" if tcots == "write" else f"given {Path(tcots).name}"
         self.made_by = {**(made_by or {}), "tcots": mode}
 
     @cached_property
     def model(self) -> EmbedRLModel:
         """Loaded by now."""
-        model = self._load()
-        if self.tcots == "write" and model.reasoner is None:
-            raise ConfigError("T-CoTs can only be written by a Reasoner; name one, or a folder of T-CoTs")
-        return model
+        return self._load()
 
-    def run(
-        self,
-        names: Sequence[str] = (),
-        said: Callable[[str], object] = lambda _: None,
-        *,
-        run: RunTasks = run_tasks,
-        workers: int = 1,
-    ) -> dict[str, dict[str, Any]]:
-        """The score files of tasks (none: all) by name; those that are not there are computed and written, each by one
-        of the workers. `said` is told of each that is done."""
+    def look(self, names: Sequence[str] = ()) -> tuple[dict[str, dict[str, Any]], list[Task]]:
+        """The score files that are there of tasks (none: all) by name, and the tasks that are to be computed."""
         if unknown := sorted(set(names) - set(self.tasks)):
             raise ConfigError(f"tasks must be of {self.benchmark}; {', '.join(unknown)} are not")
-        self._claim()
-        names = names or list(self.tasks)
-        there = [name for name in names if (self.out / f"{name}.json").is_file()]
-        found = {name: self._known(self.tasks[name]) for name in there}
-        found = {name: one for name, one in found.items() if not (self.retry_failed and has_failed_items(one))}
-        left = [self.tasks[name] for name in names if name not in found]
+        if (self.out / RUN_FILE).is_file():
+            self._claim()
+        found, left = {}, []
+        for task in (self.tasks[name] for name in dict.fromkeys(names or self.tasks)):
+            known = self._known(task) if (self.out / f"{task.name}.json").is_file() else None
+            if known is None or (self.retry_failed and has_failed_items(known)):
+                left.append(task)
+            else:
+                found[task.name] = known
+        return found, left
+
+    def run(self, names: Sequence[str] = (), run: RunTasks = run_tasks, workers: int = 1) -> dict[str, dict[str, Any]]:
+        """The score files of tasks (none: all) by name; those that are not there are computed and written, each by one
+        of the workers."""
+        found, left = self.look(names)
+        of = len(found) + len(left)
+        self.out.mkdir(parents=True, exist_ok=True)  # which workers of other nodes must see
         for name, one in run(BenchmarkRun.compute, self, iter(left), min(workers, len(left))) if left else ():
             found[name] = one
-            sizes = f"{one['stamp']['queries']} queries, {one['stamp']['candidate_count']} candidates"
-            said(f"{name}: {sizes}; {len(found)} of {len(names)} tasks are done")
-        return {name: found[name] for name in names}
+            self._said(f"{name} is done: {len(found)} of {of}")
+        return {name: found[name] for name in names or self.tasks}
 
     def _known(self, task: Task) -> dict[str, Any]:
         """The score file that is there, of what would be computed now."""
@@ -175,7 +177,7 @@ class BenchmarkRun:
 
     def _claim(self) -> None:
         """Write what makes this run what it is to `run.json`, or find it there."""
-        file = self.out / "run.json"
+        file = self.out / RUN_FILE
         mine: dict[str, Any] = {"benchmark": self.benchmark, **self.made_by, "revision": self.source.revision}
         mine |= asdict(self.rules) | asdict(self.facts)
         if not file.is_file():
@@ -205,6 +207,9 @@ class BenchmarkRun:
 
     def compute(self, task: Task) -> tuple[str, dict[str, Any]]:
         """The name and the score file of a task, which is written."""
+        if self.model.reasoner is None and self.tcots == "write":
+            raise ConfigError("T-CoTs can only be written by a Reasoner; name one, or a folder of T-CoTs")
+        self._claim()  # after the models: what cannot be loaded claims no folder
         source = Source(self.source.root, self.source.revision)
         data = read_task(task, source, self.rules)
         is_local = task.is_local and self.rules.pool == "table"
@@ -212,6 +217,7 @@ class BenchmarkRun:
         stamp = self._stamp(task, source, len(data.queries), most)
         if self.tcots == "write":
             self._claim_tcots(task, stamp)
+        self._said(f"{task.name}: {len(data.queries)} queries, {len(data.items)} candidates")
         views = {side: dict(self._views(task, data, side)) for side in SIDES}
         cells: dict[str, Any] = {}
         rows: list[dict[str, Any]] = []
@@ -278,7 +284,7 @@ class BenchmarkRun:
                 file.flush()
                 done[name] = one
         write_atomically(kept, "".join(_tcot_line(name, done[name]) for name in makes))
-        part.unlink()
+        part.unlink(missing_ok=True)  # a worker that was taken for dead may have done it
         return [done[name] for name in makes]
 
     def _encoded(

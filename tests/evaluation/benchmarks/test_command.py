@@ -79,13 +79,24 @@ def test_workers_write_the_files_of_one_process_and_no_task_twice(
     capsys.readouterr()
     assert benchmark(world, Path("shared"), *words, "--workers", "2") == 0
     shared = capsys.readouterr().out
-    assert "3 of 3 tasks are done" in shared and shared.splitlines()[-6:] == alone.splitlines()[-6:]
+    assert f"{TASKS[2]} is done: 3 of 3" in shared and shared.splitlines()[-6:] == alone.splitlines()[-6:]
     assert (tmp_path / "shared" / f"{TASKS[1]}.json").stat().st_mtime_ns == before
     files = [
         {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
         for folder in (tmp_path / "alone", tmp_path / "shared")
     ]
     assert files[0] == files[1] and len(files[0]) > 3 * len(TASKS)
+
+
+def test_a_reasoner_that_is_not_there_is_told_first_and_leaves_nothing(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, message in (
+        (["--reasoner", str(world / "reasonr")], "the Reasoner: "),
+        (["--reasoner", "http://127.0.0.1:1"], "is a server: name the folder"),
+    ):
+        assert benchmark(world, tmp_path / "out", *words) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_model_of_the_same_name_or_with_other_evidence_is_refused(

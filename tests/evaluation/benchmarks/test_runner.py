@@ -69,6 +69,23 @@ def test_candidates_are_embedded_once_however_many_queries_list_them(tmp_path: P
     assert embedder.seen == 3 + 3
 
 
+def test_a_task_named_twice_is_computed_once_and_no_model_is_loaded_for_what_is_there(
+    tmp_path: Path,
+) -> None:
+    make(tmp_path, DOCVQA)
+    loaded, said = [], list[str]()
+
+    def load() -> EmbedRLModel:
+        loaded.append(1)
+        return EmbedRLModel(FakeEmbedder())
+
+    for _ in range(2):
+        run = BenchmarkRun("mmeb_v2", load, Source(tmp_path), tmp_path / "out", said=said.append)
+        assert list(run.run(["DocVQA", "DocVQA"])) == ["DocVQA"]
+    assert len(loaded) == 1
+    assert said == ["DocVQA: 3 queries, 3 candidates", "DocVQA is done: 1 of 1"]
+
+
 class Recording(FakeReasoner):
     """Keeps what it was asked about."""
 
