@@ -14,7 +14,6 @@ With `retry_failed` a task with failed items is, and what has no T-CoT is asked 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -35,6 +34,7 @@ from embedrl_verl.evaluation.benchmarks.ranking import score_queries
 from embedrl_verl.evaluation.benchmarks.readers import READERS
 from embedrl_verl.evaluation.benchmarks.stamp import Stamp
 from embedrl_verl.evaluation.benchmarks.task import MakeItem, Rules, Source, Task, TaskData
+from embedrl_verl.evaluation.benchmarks.tcot_files import read_tcots, tcot_line
 from embedrl_verl.evaluation.retrieval import stacked
 from embedrl_verl.evaluation.stamp import ModelFacts
 from embedrl_verl.model import Ask, EmbedRLModel, Written, ask_for
@@ -280,10 +280,10 @@ class BenchmarkRun:
         done = dict(zip(before, self._encoded(task, before, side, known), strict=True))
         with open(part, "a", encoding="utf-8") as file:
             for name, one in zip(rest, self._encoded(task, rest, side, None, writes=True), strict=True):
-                file.write(_tcot_line(name, one))
+                file.write(tcot_line(name, one))
                 file.flush()
                 done[name] = one
-        write_atomically(kept, "".join(_tcot_line(name, done[name]) for name in makes))
+        write_atomically(kept, "".join(tcot_line(name, done[name]) for name in makes))
         part.unlink(missing_ok=True)  # a worker that was taken for dead may have done it
         return [done[name] for name in makes]
 
@@ -369,28 +369,6 @@ def _rows(
     for number, (query, rank) in enumerate(zip(data.queries, values["rank"].tolist(), strict=True)):
         row = {"cell": cell, "query": query.id, "rank": int(rank), "problem": queries.problems.get(number, "")}
         yield row | {name: column[number] for name, column in columns.items()}
-
-
-def _tcot_line(name: str, one: Encoding) -> str:
-    line = {"id": name, "tcot": one.tcot, "seen_sizes": one.seen_sizes}
-    return json.dumps(line if one.tcot is not None else {**line, "problem": one.problem}, ensure_ascii=False) + "\n"
-
-
-def read_tcots(file: Path) -> dict[str, Written]:
-    """T-CoTs by item id. A line is {"id", "tcot"}, and may have `seen_sizes`, (width, height) of the images as the
-    Reasoner saw them; a `tcot` of null has a `problem`."""
-    found = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):  # of a text it would also end at U+2028
-        try:
-            row = json.loads(line)
-            sizes = row.get("seen_sizes")
-            seen = None if sizes is None else tuple((int(width), int(height)) for width, height in sizes)
-            found[str(row["id"])] = Written(row["tcot"], seen, row.get("problem", ""))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f'{file}, line {number}: must be {{"id": ..., "tcot": ...}}; got {line[:60].decode(errors="replace")!r}'
-            ) from error
-    return found
 
 
 def _refuse_other(file: Path, known: Mapping[str, str], mine: Mapping[str, str]) -> None:
