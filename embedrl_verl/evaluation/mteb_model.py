@@ -36,7 +36,7 @@ from embedrl_verl.errors import ConfigError, EmbedderError, EmbedRLError
 from embedrl_verl.evaluation.mteb_inputs import asks_of, count_of, has_pages, with_files
 from embedrl_verl.model import EmbedRLModel
 from embedrl_verl.model.kept import KeptTcots
-from embedrl_verl.model.loading import Engine, Settings, read_settings
+from embedrl_verl.model.loading import Engine, Settings, folder_of, read_settings
 from embedrl_verl.model.pair import Encoding
 
 MtebThink = Literal["always", "never"]
@@ -220,7 +220,7 @@ def model_meta(
     dims = None
     if config.backend != "sentence_transformers":
         dims = load_config(embedder).get_text_config().hidden_size  # and a hub id is in the local cache from here on
-    folders = [embedder, *([] if reasoner is None else [_folder_of(reasoner, prompts_like)])]
+    folders = [embedder, *([] if reasoner is None else [folder_of(reasoner, prompts_like)])]
     counted = [one for one in map(weights_of, folders) if one is not None]
     is_known = len(counted) == len(folders)
     asked_by = None if reasoner is None or think == "never" else _asked_by(reasoner, prompts_like, read)
@@ -271,13 +271,9 @@ def _has_torchcodec() -> bool:
     return True
 
 
-def _folder_of(reasoner: str, prompts_like: str | None) -> str:
-    return prompts_like if prompts_like and reasoner.startswith(("http://", "https://")) else reasoner
-
-
 def _asked_by(reasoner: str, prompts_like: str | None, read: Settings) -> str:
     """Tells a Reasoner and how it is asked from every other; of servers as far as the folder and the URL tell."""
-    folder = _folder_of(reasoner, prompts_like)
+    folder = folder_of(reasoner, prompts_like)
     media, length = read.asked(folder)
     server = reasoner if folder != reasoner else None
     facts = [model_digest(folder) or folder, server, asdict(media), length, read.embedrl.embedder.dtype]

@@ -14,7 +14,7 @@ import torch
 from embedrl_verl.config.schema import EmbedderConfig
 from embedrl_verl.data.schema import Side
 from embedrl_verl.embedder import Embedder, EmbedInput, Encoded
-from embedrl_verl.embedder.batching import failed_rows
+from embedrl_verl.embedder.batching import NOT_FINITE, failed_rows
 from embedrl_verl.embedder.processor import EmbedProcessor
 from embedrl_verl.embedder.served.client import ServedEmbedder
 from embedrl_verl.errors import EmbedRLError, ModelFailedError
@@ -61,12 +61,10 @@ class LocalEmbedder:
                 found[number] = error
         with self._lock:
             vectors = self.embedder.embed_encoded(list(rows.values()))
-        broken = {list(rows)[index] for index in failed_rows(vectors)}
-        for number, vector in zip(rows, vectors, strict=True):
-            tokens = len(rows[number])
-            found[number] = (
-                ModelFailedError("the vector is not finite") if number in broken else Embedded(vector, tokens)
-            )
+        for (number, row), vector in zip(rows.items(), vectors, strict=True):
+            found[number] = Embedded(vector, len(row))
+        for index in failed_rows(vectors):
+            found[list(rows)[index]] = ModelFailedError(NOT_FINITE)
         return [found[number] for number in range(len(inputs))]
 
 

@@ -2,8 +2,8 @@
 """The attention `torch_varlen`: packed rows without flash-attn, by torch's own kernel.
 
 torch 2.11 has FlashAttention-2 with its backward pass (`torch.nn.attention.varlen`), so nothing has to be compiled or
-installed. The kernel takes bfloat16 and float16 on CUDA; elsewhere rows go through torch's
-scaled-dot-product attention, which gives the same numbers without a kernel of its own.
+installed. The kernel takes bfloat16 and float16 on CUDA; elsewhere rows go through torch's scaled-dot-product
+attention, which gives the same numbers without a kernel of its own.
 
 `register` makes the name known to transformers. Actors need two changes of verl beside it (platforms.patches). The name
 must not hold "flash": transformers would ask for that package.

@@ -31,8 +31,10 @@ def workers(raylet: int) -> list[psutil.Process]:
 @contextmanager
 def held_worker(raylet: int, process: subprocess.Popen) -> Iterator[None]:
     """Within it the node's worker stands still with its part, however fast the other one is."""
-    while process.poll() is None and not (found := workers(raylet)):
+    found: list[psutil.Process] = []
+    while process.poll() is None and not found:
         time.sleep(0.001)
+        found = workers(raylet)
     assert found, "the node had no part to do"
     found[0].suspend()
     try:

@@ -76,14 +76,14 @@ def run_benchmark(
         "prompts": _prompts(settings, asked),
     }
     # Workers of other nodes have another working directory.
-    folders = [os.path.abspath(one) for one in (out, data_root, *([tcots] if tcots else []))]
+    folder, root, given = os.path.abspath(out), os.path.abspath(data_root), tcots and os.path.abspath(tcots)
     run = partial(
         BenchmarkRun,
         benchmark,
-        source=Source(folders[1], revision),
-        out=folders[0],
+        source=Source(root, revision),
+        out=folder,
         rules=rules,
-        tcots="write" if pair.reasoner else folders[2] if tcots else None,
+        tcots="write" if pair.reasoner else given,
         facts=model_facts(settings),
         made_by=made_by,
         tasks=None if read is None else read.tasks,
@@ -93,7 +93,7 @@ def run_benchmark(
     think = pair.think(None)
     found, left = run(partial(pair.load, think)).look(tasks)
     if left:
-        with placed(pair, cluster, folders) as (known, place):
+        with placed(pair, cluster, [folder, root, *([given] if given else [])]) as (known, place):
             found = run(partial(known.load, think)).run(tasks, place.run, place.workers)
     report = {cell: benchmark_scores(averages, found, cell) for cell in cells_of(found)}
     write_json(Path(out) / "scores.json", report)
